@@ -1,0 +1,11 @@
+"""Lightweight decoding of masked diffusion LMs, plain and speculative.
+
+    from spiffy.runtime import generate, load_model
+
+Imports torch, transformers and pydantic, and nothing of calibration or graph search.
+"""
+
+from spiffy.runtime.generate import Output, decoding_settings, generate
+from spiffy.runtime.models import ALIASES, DiffusionLM, load_model
+
+__all__ = ["ALIASES", "DiffusionLM", "Output", "decoding_settings", "generate", "load_model"]

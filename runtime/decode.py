@@ -1,0 +1,182 @@
+"""The decode loop, plain and speculative, and the driver that runs its forwards.
+
+One loop serves both: plain decoding is speculation without drafts. Read `denoise` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from spiffy.runtime.cache import CACHES
+from spiffy.runtime.canvas import Canvas, Cursor
+from spiffy.runtime.draft import Drafter
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.pack import Row, RowOutput, forward
+from spiffy.runtime.policy import Distribution, choose, gumbel_noise, select, step_quota
+from spiffy.schemas import DecodingSettings
+
+
+@dataclass
+class Stats:
+    """Raw counts of one decode; ratios are for reports.
+
+    Attributes
+    ----------
+    nfe
+        Model forwards, every one: cache refreshes, prefill and stores too.
+    positions_computed
+        Token positions that those forwards ran.
+    steps
+        Denoising steps made; plain decoding spends one forward on each.
+    drafted, accepted
+        Draft states evaluated, and steps gained by hopping to one.
+    seconds
+        Wall-clock time from prompt ids to answer ids; forwards shared by several sequences count
+        in full for each.
+    """
+
+    nfe: int = 0
+    positions_computed: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Task:
+    """One sequence to decode: what decides its tokens, and what has become of it so far.
+
+    Attributes
+    ----------
+    prompt
+        int64 [prompt], on the model's device.
+    seed, sequence
+        The noise of a denoising step is a function of these and of the step alone.
+    path
+        The state after every denoising step made so far.
+    """
+
+    model: DiffusionLM
+    settings: DecodingSettings
+    canvas: Canvas
+    prompt: Tensor
+    seed: int = 0
+    sequence: int = 0
+    drafter: Drafter | None = None
+    path: list[Cursor] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+
+
+Decoding = Generator[list[Row], list[RowOutput], None]
+
+
+def denoise(task: Task) -> Decoding:
+    """Decode one sequence; yields the rows of each forward and is sent their outputs.
+
+    One turn of the outer loop is one forward over the root and its drafts; the inner loop is the
+    walk over what that forward verified. Drafts decide how many steps a forward is worth and
+    nothing else: every step is a `denoising_step` on what the model says at a true state.
+    """
+    canvas, stats = task.canvas, task.stats
+    cache = CACHES[task.settings.cache](task.model, canvas)
+    root = canvas.start(task.prompt, task.model.mask_token_id)
+    origin: Distribution | None = None  # what produced the root, where the root is still masked
+    while not root.finished:
+        states = root.ids[None]
+        if task.drafter is not None and origin is not None:
+            may_complete = cache.crosses and root.block + 1 < canvas.blocks
+            room = len(origin.positions) - (not may_complete)
+            states = torch.cat((states, task.drafter(root.ids, origin, room)))
+        evaluation = yield from cache.evaluate(root, states)
+        stats.drafted += len(states) - 1
+
+        here, cursor = 0, root
+        while True:
+            masked = canvas.masked(cursor, task.model.mask_token_id)
+            if evaluation.first_only:
+                masked = masked[:1]
+            distribution = evaluation.distribution(here, masked)
+            cursor = denoising_step(task, cursor, distribution)
+            task.path.append(cursor)
+            stats.steps += 1
+            verified = _find(states, cursor.ids)
+            if verified is None or cursor.finished:
+                break
+            stats.accepted += verified != here
+            here = verified
+
+        root, origin = cursor, None
+        if task.drafter is not None and not root.finished and cache.takes_drafts(root):
+            masked = canvas.masked(root, task.model.mask_token_id)
+            if torch.isin(masked, distribution.positions).all():
+                origin = distribution.restrict(masked)
+            elif evaluation.covers(canvas.span(root.block)):
+                origin = evaluation.distribution(here, masked)
+
+
+def denoising_step(task: Task, cursor: Cursor, distribution: Distribution) -> Cursor:
+    """The next true state: the unmasking policy applied to what the model says at this one."""
+    settings, model, canvas = task.settings, task.model, task.canvas
+    positions, span = distribution.positions, canvas.span(cursor.block)
+    noise = None
+    if settings.temperature > 0:
+        drawn = gumbel_noise(
+            task.seed, task.sequence, cursor.step, canvas.block_length, model.vocab_size
+        )
+        noise = drawn.to(positions.device)[positions - span.start]
+    tokens, score = choose(distribution, settings, model.mask_token_id, noise)
+    quota = step_quota(settings, cursor.block_step, len(positions))
+    chosen = select(score, quota, settings, model.family.threshold_strict)
+    ids = cursor.ids.scatter(0, positions[chosen], tokens[chosen])
+
+    answer = ids[max(span.start, canvas.prompt_length) : span.stop].tolist()
+    step = cursor.step + 1
+    if model.mask_token_id in answer:
+        return Cursor(ids, cursor.block, cursor.block_step + 1, step)
+    ended = settings.stop_at_eos and not model.eos_token_ids.isdisjoint(answer)
+    finished = ended or cursor.block + 1 == canvas.blocks
+    return Cursor(ids, cursor.block + 1, 0, step, finished)
+
+
+def _find(states: Tensor, ids: Tensor) -> int | None:
+    """Row of `states` (int64 [n, length]) that equals `ids`, if any."""
+    found = (states == ids).all(-1).nonzero()
+    return int(found[0, 0]) if len(found) else None
+
+
+def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Iterator[list[Task]]:
+    """Decode tasks, up to `batch_size` at a time sharing their forwards.
+
+    Yields after every forward the tasks that it finished, often none; their `path` and `stats`
+    are up to date at any time.
+    """
+    waiting = iter(tasks)
+    running: list[tuple[Task, Decoding, list[Row]]] = []
+    while True:
+        while len(running) < batch_size and (task := next(waiting, None)) is not None:
+            decoding = denoise(task)
+            running.append((task, decoding, next(decoding)))
+        if not running:
+            return
+        started = perf_counter()
+        outputs = forward(model, [row for _, _, rows in running for row in rows])
+        finished: list[Task] = []
+        still: list[tuple[Task, Decoding, list[Row]]] = []
+        for task, decoding, rows in running:
+            task.stats.nfe += 1
+            task.stats.positions_computed += sum(len(row.ids) for row in rows)
+            ours, outputs = outputs[: len(rows)], outputs[len(rows) :]
+            try:
+                still.append((task, decoding, decoding.send(ours)))
+            except StopIteration:
+                finished.append(task)
+        for task, _, _ in running:
+            task.stats.seconds += perf_counter() - started
+        running = still
+        yield finished

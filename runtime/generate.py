@@ -1,0 +1,174 @@
+"""The public entry points of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from spiffy.runtime.canvas import Canvas
+from spiffy.runtime.decode import Stats, Task, run
+from spiffy.runtime.draft import Drafter, GraphDrafter
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+
+
+@dataclass
+class Output:
+    """One decoded answer.
+
+    Attributes
+    ----------
+    text, token_ids
+        The answer up to and with its first end-of-sequence token (which the text leaves out).
+    stats
+        What it cost.
+    states
+        With `trace=True`: the whole sequence (prompt and answer ids) after every denoising step.
+    """
+
+    text: str
+    token_ids: list[int]
+    stats: Stats
+    states: list[list[int]] = field(default_factory=list)
+
+
+def decoding_settings(
+    model: DiffusionLM, graph: DraftGraph | None = None, **options: Any
+) -> DecodingSettings:
+    """Settings for a model: the given options, then the graph's, then the family's defaults.
+
+    Raises
+    ------
+    SpiffyError
+        If an option is unknown or invalid, or the family cannot decode that way.
+    """
+    if graph is not None:
+        graph.check_fits(model.family.name, model.fingerprint, model.vocab_size)
+        base = graph.decoding.model_dump()
+    else:
+        base = {"block_length": model.default_block_length, "cache": model.family.caches[0]}
+    given = {key: value for key, value in options.items() if value is not None}
+    settings = DecodingSettings.parse(**{**base, **given})
+    if settings.cache not in model.family.caches:
+        known = ", ".join(model.family.caches)
+        raise SpiffyError(f"{model.family.name} has no cache {settings.cache!r}: choose {known}")
+    return settings
+
+
+def make_task(
+    model: DiffusionLM,
+    prompt: str | Tensor,
+    settings: DecodingSettings,
+    drafter: Drafter | None = None,
+    seed: int = 0,
+    sequence: int = 0,
+) -> Task:
+    """Prepare the decoding of one prompt (text, or int64 [length] ids).
+
+    Raises
+    ------
+    SpiffyError
+        If the prompt is empty, holds ids outside the vocabulary, or leaves no room for the answer.
+    """
+    ids = model.encode(prompt) if isinstance(prompt, str) else prompt
+    if ids.dim() != 1 or not len(ids):
+        raise SpiffyError(f"prompt ids must be a non-empty 1-D tensor, got shape {[*ids.shape]}")
+    if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
+        raise SpiffyError(f"prompt ids must lie in [0, {model.vocab_size})")
+    canvas = Canvas.plan(
+        len(ids), settings.gen_length, settings.block_length, model.family.block_causal
+    )
+    if model.max_length is not None and canvas.length > model.max_length:
+        raise SpiffyError(
+            f"prompt of {len(ids)} tokens plus gen_length {settings.gen_length} exceeds the "
+            f"{model.max_length} positions of {model.name}: shorten the prompt or gen_length"
+        )
+    return Task(model, settings, canvas, ids.to(model.device), seed, sequence, drafter)
+
+
+def graph_drafter(
+    model: DiffusionLM, graph: DraftGraph, settings: DecodingSettings, budget: int | None = None
+) -> GraphDrafter:
+    """The graph's first `budget` nodes (default: all) as a drafter.
+
+    Raises
+    ------
+    SpiffyError
+        If the budget is not positive.
+    """
+    if budget is not None and budget < 1:
+        raise SpiffyError(f"budget {budget}: must be at least 1; to draft nothing, use no graph")
+    return GraphDrafter([node.fill for node in graph.nodes[:budget]], settings, model)
+
+
+def generate(
+    model: DiffusionLM,
+    prompt: str | Tensor,
+    *,
+    graph: DraftGraph | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+    sequence: int = 0,
+    trace: bool = False,
+    **options: Any,
+) -> Output:
+    """Decode one prompt; with a graph speculatively, to the same tokens.
+
+    Parameters
+    ----------
+    prompt
+        Text (put into the chat template), or token ids int64 [length].
+    graph
+        Draft graph of this model, also the source of options not given; None decodes plainly.
+    budget
+        Drafts per forward, the root not counted; the graph's size by default.
+    seed, sequence
+        With temperature > 0: the noise of a step is a function of these and the step alone.
+    trace
+        Also return the sequence after every denoising step.
+    options
+        Fields of `DecodingSettings` (gen_length, block_length, policy, cache, ...).
+
+    Raises
+    ------
+    SpiffyError
+        If an option, the prompt, or the graph does not fit the model.
+    """
+    settings = decoding_settings(model, graph, **options)
+    drafter = None if graph is None else graph_drafter(model, graph, settings, budget)
+    task = make_task(model, prompt, settings, drafter, seed, sequence)
+    for _ in run(model, [task]):
+        pass
+    return collect(task, trace)
+
+
+def generate_batch(
+    model: DiffusionLM, tasks: Sequence[Task], batch_size: int
+) -> Iterator[tuple[Task, Output]]:
+    """Decode tasks whose forwards are shared, up to `batch_size` at a time, as they finish."""
+    for finished in run(model, tasks, batch_size):
+        for task in finished:
+            yield task, collect(task)
+
+
+def answer_ids(task: Task) -> list[int]:
+    """The answer decoded so far: finished blocks, up to and with the first EOS token."""
+    if not task.path:
+        return []
+    canvas, cursor = task.canvas, task.path[-1]
+    stop = min(canvas.span(cursor.block).start, canvas.prompt_length + canvas.gen_length)
+    ids: list[int] = cursor.ids[canvas.prompt_length : stop].tolist()
+    if task.settings.stop_at_eos:
+        end = next((k for k, t in enumerate(ids) if t in task.model.eos_token_ids), len(ids))
+        ids = ids[: end + 1]
+    return ids
+
+
+def collect(task: Task, trace: bool = False) -> Output:
+    """The output of a finished task."""
+    ids = answer_ids(task)
+    states = [cursor.ids.tolist() for cursor in task.path] if trace else []
+    return Output(task.model.decode_text(ids), ids, task.stats, states)

@@ -1,0 +1,270 @@
+"""What a model family is: a handful of facts, and a wrapper that runs its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from spiffy.schemas import CacheName, SpiffyError
+
+
+Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts that tell one family of diffusion LMs from another.
+
+    Attributes
+    ----------
+    name
+        Short name, used in artifacts.
+    model_types
+        `model_type` values of `config.json` that belong to the family.
+    architecture
+        From the checkpoint's `config.json` content to transformers' module class and its config;
+        the module has `.model` (ids to hidden states) and `.lm_head`.
+    key_mapping
+        Regular expressions from the checkpoint's parameter names to the module's.
+    logit_shift
+        1 if raw row k speaks of token k + 1 (Dream), else 0.
+    block_causal
+        Attention is bidirectional inside a block and causal across blocks (SDAR), instead of
+        bidirectional everywhere.
+    threshold_strict
+        Threshold unmasking commits confidences > tau (SDAR) instead of >= tau (LLaDA, Dream).
+    caches
+        Cache kinds that the family can decode with; the first is the default.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architecture: Callable[[Mapping[str, Any]], Architecture]
+    key_mapping: Mapping[str, str]
+    logit_shift: Literal[0, 1]
+    block_causal: bool
+    threshold_strict: bool
+    caches: tuple[CacheName, ...]
+
+
+class KeyValues:
+    """Keys and values of some positions, one pair of [1, heads, positions, head_dim] per layer."""
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+        self.layers = layers
+
+    @property
+    def length(self) -> int:
+        """Number of positions held."""
+        return self.layers[0][0].shape[2]
+
+    def select(self, positions: Tensor) -> KeyValues:
+        """Copy out the given positions (int64 [k], indices into this object's positions)."""
+        return KeyValues([(k[:, :, positions], v[:, :, positions]) for k, v in self.layers])
+
+    def append(self, other: KeyValues) -> KeyValues:
+        """Join two runs of positions."""
+        pairs = zip(self.layers, other.layers, strict=True)
+        return KeyValues(
+            [(torch.cat((a, c), 2), torch.cat((b, d), 2)) for (a, b), (c, d) in pairs]
+        )
+
+
+class _AttentionCache:
+    """What transformers' attention calls `past_key_values`: puts frozen positions in front.
+
+    Unlike transformers' caches it never grows: a draft's keys and values must not outlive the
+    forward that verified it.
+    """
+
+    def __init__(self, frozen: list[tuple[Tensor, Tensor]] | None, keep: bool) -> None:
+        self.frozen = frozen
+        self.fresh: list[tuple[Tensor, Tensor]] = []
+        self.keep = keep
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        if self.keep:
+            self.fresh.append((key, value))
+        if self.frozen is None:
+            return key, value
+        old_key, old_value = self.frozen[layer_idx]
+        return torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
+
+
+class DiffusionLM:
+    """A masked diffusion language model of any family, ready to decode.
+
+    Attributes
+    ----------
+    family, config
+        Facts of the family; content of the checkpoint's `config.json`.
+    name, revision, fingerprint
+        What the model was loaded as; hub commit or None; digest of config and tokenizer.
+    tokenizer
+        The checkpoint's tokenizer, or None if it ships none.
+    mask_token_id, eos_token_ids, vocab_size, max_length
+        Token ids, number of logits per position, and positions the model was trained for.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        family: Family,
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        revision: str | None = None,
+        fingerprint: str = "",
+        tokenizer: Any = None,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.module = module.eval()
+        self.family = family
+        self.config = config
+        self.name = name
+        self.revision = revision
+        self.fingerprint = fingerprint
+        self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+        self.mask_token_id = int(config["mask_token_id"])
+        self.vocab_size = int(module.lm_head.weight.shape[0])  # type: ignore[union-attr, index]
+        limits = ("max_sequence_length", "max_position_embeddings")
+        self.max_length = next((int(config[k]) for k in limits if config.get(k)), None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are expected."""
+        return self.module.lm_head.weight.device  # type: ignore[union-attr, return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return self.module.lm_head.weight.dtype  # type: ignore[union-attr, return-value]
+
+    @property
+    def default_block_length(self) -> int:
+        """The block size the model was trained with, or 32 where any works."""
+        return int(self.config.get("block_size", 4)) if self.family.block_causal else 32
+
+    @torch.inference_mode()
+    def hidden_states(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        frozen: list[tuple[Tensor, Tensor]] | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, KeyValues | None]:
+        """One forward of the transformer, without the output head.
+
+        Parameters
+        ----------
+        ids, positions
+            int64 [batch, query]: tokens and their rotary positions.
+        mask
+            bool [batch, query, frozen + query], True where the query attends; None attends to all.
+        frozen
+            Keys and values put in front of every row, [batch or 1, heads, frozen, head_dim] each.
+        keep
+            Also return the queries' own keys and values.
+
+        Returns
+        -------
+        hidden states [batch, query, hidden] and, if asked for, keys and values of the queries.
+        """
+        if mask is None:
+            past = 0 if frozen is None else frozen[0][0].shape[2]
+            mask = ids.new_ones((1, ids.shape[1], past + ids.shape[1]), dtype=torch.bool)
+        cache = _AttentionCache(frozen, keep)
+        hidden = self.module.model(  # type: ignore[operator]
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask[:, None],
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden, KeyValues(cache.fresh) if keep else None
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [..., vocab] of hidden states [..., hidden]."""
+        return self.module.lm_head(hidden).float()  # type: ignore[operator, no-any-return]
+
+    def forward_logits(self, input_ids: Tensor, block_length: int | None = None) -> Tensor:
+        """Logits of whole sequences; row k is the distribution of the token at position k.
+
+        Parameters
+        ----------
+        input_ids
+            int64 [batch, length].
+        block_length
+            Only for block-causal families: size of the attention blocks, counted from position 0
+            (default: the config's).
+
+        Returns
+        -------
+        float32 [batch, length, vocab]
+
+        Raises
+        ------
+        SpiffyError
+            If `block_length` is given for a bidirectional family.
+        """
+        if block_length is not None and not self.family.block_causal:
+            raise SpiffyError(f"{self.family.name} attends everywhere: it takes no block_length")
+        ids = input_ids.to(self.device)
+        positions = torch.arange(ids.shape[1], device=self.device)
+        mask = None
+        if self.family.block_causal:
+            mask = block_causal_mask(positions, block_length or self.default_block_length)[None]
+        hidden, _ = self.hidden_states(ids, positions.expand_as(ids), mask)
+        return self.head(hidden[:, self.rows_of(positions)])
+
+    def rows_of(self, positions: Tensor, first: int = 0) -> Tensor:
+        """Rows of a window starting at position `first` that predict the tokens at `positions`.
+
+        A shifted family reads the row before; the window's first position then has only its own
+        row to offer (as in the official loops).
+        """
+        return (positions - self.family.logit_shift - first).clamp_min(0)
+
+    def encode(self, prompt: str) -> Tensor:
+        """Token ids int64 [length] of one user message, wrapped in the chat template if any.
+
+        Raises
+        ------
+        SpiffyError
+            If the checkpoint has no tokenizer, or the prompt is empty.
+        """
+        if self.tokenizer is None:
+            raise SpiffyError(f"{self.name} ships no tokenizer: pass token ids instead of text")
+        if not prompt.strip():
+            raise SpiffyError("the prompt is empty: give it at least one word")
+        if self.tokenizer.chat_template:
+            ids = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        else:
+            ids = self.tokenizer(prompt)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def decode_text(self, token_ids: list[int]) -> str:
+        """Text of an answer, special tokens left out; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def block_causal_mask(positions: Tensor, block_length: int) -> Tensor:
+    """Bool [length, length]: a position sees its own block and the blocks before it."""
+    block = positions // block_length
+    return block[:, None] >= block[None, :]

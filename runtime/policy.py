@@ -1,0 +1,128 @@
+"""Unmasking policies: which masked positions of the block a denoising step commits, and to what.
+
+Everything here is a pure function of logits, step counters and noise. Speculation calls the same
+functions on the logits of draft states, which is all that losslessness rests on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spiffy.schemas import DecodingSettings, ScoreName
+
+_EPS = 1e-3  # Dream's smallest timestep
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What the model says about M masked positions.
+
+    Attributes
+    ----------
+    positions
+        int64 [M], ascending positions in the sequence.
+    log_p
+        float64 [M, vocab], log-softmax of the logits; float32 saturates to 1.0 on trained models,
+        which would turn the order of confident positions into a matter of ties.
+    """
+
+    positions: Tensor
+    log_p: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, positions: Tensor) -> Distribution:
+        """Normalise logits float32 [M, vocab]."""
+        return cls(positions, logits.double().log_softmax(-1))
+
+    def restrict(self, positions: Tensor) -> Distribution:
+        """Keep the given positions (int64 [k], a subset)."""
+        keep = torch.isin(self.positions, positions)
+        return Distribution(self.positions[keep], self.log_p[keep])
+
+
+def choose(
+    distribution: Distribution,
+    settings: DecodingSettings,
+    mask_token_id: int,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Token (int64 [M]) and score (float64 [M], higher is committed earlier) of every position.
+
+    Parameters
+    ----------
+    noise
+        float64 [M, vocab] standard Gumbel noise; needed if the temperature is above 0. The token is
+        the argmax of logits + temperature * noise; the score comes from the untempered softmax
+        (LLaDA's `add_gumbel_noise` rule).
+
+    Notes
+    -----
+    Equal logits go to the lower token id. The mask token is never chosen: it would leave the
+    position masked and the block could not finish.
+    """
+    log_p = distribution.log_p
+    weights = log_p.clone() if noise is None else log_p + settings.temperature * noise
+    weights[:, mask_token_id] = -torch.inf
+    tokens = weights.argmax(-1)
+    if settings.policy == "sequential":
+        return tokens, torch.zeros_like(log_p[:, 0])  # ties go to the lower position
+    return tokens, _score(log_p, tokens, settings.score)
+
+
+def _score(log_p: Tensor, tokens: Tensor, kind: ScoreName) -> Tensor:
+    if kind == "confidence":
+        return log_p.gather(-1, tokens[:, None])[:, 0].exp()
+    p = log_p.exp()
+    if kind == "margin":
+        top = p.topk(2, dim=-1).values
+        return top[:, 0] - top[:, 1]
+    return (p * (p + 1e-10).log()).sum(-1)
+
+
+def select(score: Tensor, quota: int, settings: DecodingSettings, strict: bool) -> Tensor:
+    """Choose the positions to commit: bool [M].
+
+    The `quota` best scores, ties to the lower position; threshold unmasking adds every position
+    whose score exceeds the threshold (`strict`: SDAR) or reaches it (LLaDA, Dream).
+    """
+    chosen = torch.zeros_like(score, dtype=torch.bool)
+    chosen[score.sort(descending=True, stable=True).indices[:quota]] = True
+    if settings.policy == "threshold":
+        tau = settings.threshold
+        chosen |= (score > tau) if strict else (score >= tau)
+    return chosen
+
+
+def step_quota(settings: DecodingSettings, block_step: int, masked: int) -> int:
+    """How many tokens step `block_step` (0-based) of a block commits, with `masked` left.
+
+    With `steps_per_block`, "even" gives the remainder to the first steps (LLaDA's and SDAR's
+    `get_num_transfer_tokens`; 8 in 3 steps: 3, 3, 2) and "timestep" is Dream's truncated share of
+    the masks left, the last step taking the rest. A step may commit nothing (Dream).
+    """
+    steps = settings.steps_per_block
+    if steps is None:
+        return min(settings.tokens_per_step, masked)
+    if block_step >= steps - 1:
+        return masked
+    if settings.schedule == "even":
+        base, remainder = divmod(settings.block_length, steps)
+        return min(base + (block_step < remainder), masked)
+    times = torch.linspace(1, _EPS, steps + 1)
+    return int(torch.tensor(float(masked)) * (1 - times[block_step + 1] / times[block_step]))
+
+
+def gumbel_noise(seed: int, sequence: int, step: int, rows: int, vocab: int) -> Tensor:
+    """Noise of one denoising step: float64 [rows, vocab], row k for the block's k-th position.
+
+    A pure function of its arguments, so that it does not matter in which forward, and in which row
+    of it, a state happened to be evaluated: plain and speculative decoding draw the same noise.
+    """
+    key = hashlib.sha256(f"{seed} {sequence} {step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    uniform = torch.rand(rows, vocab, generator=generator, dtype=torch.float64)
+    return -torch.log(-torch.log(uniform))

@@ -1,0 +1,77 @@
+"""How a sequence is decoded: the settings shared by decoding, calibration and the artifact."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spiffy.schemas.errors import SpiffyError
+
+PolicyName = Literal["static", "threshold", "sequential"]
+ScoreName = Literal["confidence", "margin", "entropy"]
+ScheduleName = Literal["even", "timestep"]
+CacheName = Literal["none", "prefix", "dual", "block"]
+
+
+class DecodingSettings(BaseModel):
+    """Everything besides the model, the prompt and the noise seed that decides the tokens.
+
+    The seed is left out on purpose: a draft graph calibrated with one seed serves them all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    policy: PolicyName = Field(
+        "static",
+        description="Unmasking policy: the most confident positions (static), all above the "
+        "threshold (threshold), or left to right (sequential).",
+    )
+    tokens_per_step: int = Field(1, ge=1, description="Tokens a static step commits.")
+    steps_per_block: int | None = Field(
+        None, ge=1, description="Denoising steps per block; replaces tokens_per_step if given."
+    )
+    threshold: float = Field(0.9, ge=0.0, le=1.0, description="Confidence to commit at once.")
+    score: ScoreName = Field("confidence", description="What ranks the masked positions.")
+    schedule: ScheduleName = Field(
+        "even",
+        description="How steps_per_block splits a block: evenly (LLaDA, SDAR) or by Dream's "
+        "timesteps.",
+    )
+    block_length: int = Field(32, ge=1, description="Positions decoded together.")
+    gen_length: int = Field(256, ge=1, description="Positions reserved for the answer.")
+    cache: CacheName = Field("none", description="Which keys and values are frozen in a block.")
+    temperature: float = Field(0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy.")
+    stop_at_eos: bool = Field(True, description="End after the first block with an EOS token.")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> DecodingSettings:
+        if self.cache != "block" and self.gen_length % self.block_length:
+            raise ValueError(
+                f"block_length {self.block_length} does not divide gen_length {self.gen_length}"
+            )
+        if self.schedule == "timestep" and self.steps_per_block is None:
+            raise ValueError("schedule 'timestep' needs steps_per_block")
+        return self
+
+    @classmethod
+    def parse(cls, **options: object) -> DecodingSettings:
+        """Validate `options`.
+
+        Raises
+        ------
+        SpiffyError
+            Names the first option that is wrong and why.
+        """
+        try:
+            return cls(**options)  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise SpiffyError(f"decoding settings: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Describe the first problem of a pydantic error in one line, with where it is."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message

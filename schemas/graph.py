@@ -1,0 +1,246 @@
+"""The artifact: a calibrated draft graph as versioned JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spiffy.schemas.decoding import DecodingSettings, first_problem
+from spiffy.schemas.errors import SpiffyError
+from spiffy.schemas.io import canonical_json, read_json, write_atomically
+
+FORMAT = "spiffy.draft-graph"
+MAJOR, MINOR = 1, 0
+MAX_NODES = 4096
+MAX_RANK = 1023
+
+Rank = Annotated[int, Field(ge=0, le=MAX_RANK)]
+Fill = tuple[tuple[Rank, Rank], ...]
+
+
+class _Record(BaseModel):
+    # Unknown fields of a newer minor version are accepted and dropped.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, protected_namespaces=())
+
+
+class Node(_Record):
+    """One draft state, "the root with these tokens filled in".
+
+    Attributes
+    ----------
+    fill
+        (position rank, token rank) pairs, sorted, position ranks distinct. Position rank 0 is the
+        most confident masked position of the root under the logits that produced it; token rank 0
+        is the most likely token there.
+    parents
+        Numbers of the nodes it follows by one denoising step; 0 is the root, node k of the list
+        has number k + 1.
+    count
+        Roots of the calibration data whose true future passed through this state.
+    """
+
+    fill: Annotated[Fill, Field(min_length=1, strict=False)]
+    parents: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
+    count: int = Field(ge=0)
+
+
+class ModelRecord(_Record):
+    """Which model a graph belongs to."""
+
+    family: str
+    id: str
+    revision: str | None = None
+    fingerprint: str
+    vocab_size: int = Field(ge=1)
+
+
+class CalibrationRecord(_Record):
+    """Where a graph comes from."""
+
+    dataset: str
+    dataset_sha256: str
+    samples: int = Field(ge=0)
+    held_out_samples: int = Field(ge=0)
+    roots: int = Field(ge=0)
+    seed: int
+    objective: Literal["expected-steps", "paper"]
+    tool_version: str
+
+
+class CostPoint(_Record):
+    """Seconds of one packed forward over the root and `drafts` drafts, on one device."""
+
+    drafts: int = Field(ge=0)
+    seconds: float = Field(gt=0, allow_inf_nan=False)
+
+
+class CostProfile(_Record):
+    """What verification costs on a device; not part of the digest."""
+
+    device: str
+    dtype: str
+    points: tuple[CostPoint, ...] = Field(strict=False)
+
+
+class DraftGraph(_Record):
+    """A draft graph and everything needed to use it, to judge it and to make it again.
+
+    Nodes are in growth order and every prefix of the list is a graph connected to the root, so a
+    graph calibrated for 32 drafts also serves any smaller budget: take the first nodes.
+
+    Attributes
+    ----------
+    expected_steps
+        Denoising steps per forward at budgets 0, 1, ... len(nodes), replayed on calibration
+        prompts that were held out from growing the graph.
+    """
+
+    model: ModelRecord
+    decoding: DecodingSettings
+    calibration: CalibrationRecord
+    nodes: tuple[Node, ...] = Field(max_length=MAX_NODES, strict=False)
+    expected_steps: tuple[float, ...] = Field((), strict=False)
+    cost_profiles: tuple[CostProfile, ...] = Field((), strict=False)
+
+    @model_validator(mode="after")
+    def _is_a_graph(self) -> DraftGraph:
+        fills: list[frozenset[tuple[int, int]]] = [frozenset()]
+        seen = {fills[0]}
+        for number, node in enumerate(self.nodes, start=1):
+            fill = frozenset(node.fill)
+            ranks = [i for i, _ in node.fill]
+            if list(node.fill) != sorted(node.fill) or len(set(ranks)) != len(ranks):
+                raise ValueError(f"node {number}: position ranks are not distinct and sorted")
+            if fill in seen:
+                raise ValueError(f"node {number}: the same fill occurs twice")
+            for parent in node.parents:
+                if not 0 <= parent < number:
+                    raise ValueError(
+                        f"node {number}: parent {parent} does not come before it, so a prefix of "
+                        "the list is not connected"
+                    )
+                if not fills[parent] < fill:
+                    raise ValueError(f"node {number}: does not extend its parent {parent}")
+            fills.append(fill)
+            seen.add(fill)
+        if self.expected_steps and len(self.expected_steps) != len(self.nodes) + 1:
+            raise ValueError(
+                f"expected_steps: {len(self.expected_steps)} values for budgets 0 to "
+                f"{len(self.nodes)}"
+            )
+        return self
+
+    @property
+    def budget(self) -> int:
+        """Number of drafts, the root not counted."""
+        return len(self.nodes)
+
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of everything but the cost profiles."""
+        content = self.model_dump(mode="json", exclude={"cost_profiles"})
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """UTF-8 JSON text, one node a line; the same graph always gives the same bytes."""
+        body = self.model_dump(mode="json")
+        nodes = body.pop("nodes")
+        head = {"format": FORMAT, "version": f"{MAJOR}.{MINOR}", "digest": self.digest(), **body}
+        fields = [f"  {canonical_json(key)}: {canonical_json(head[key])}" for key in head]
+        lines = ",\n".join(f"    {canonical_json(node)}" for node in nodes)
+        fields.append('  "nodes": [\n' + lines + "\n  ]" if nodes else '  "nodes": []')
+        return "{\n" + ",\n".join(fields) + "\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the artifact, whole or not at all.
+
+        Raises
+        ------
+        SpiffyError
+            If the file cannot be written.
+        """
+        write_atomically(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> DraftGraph:
+        """Read and validate an artifact.
+
+        Raises
+        ------
+        SpiffyError
+            In one sentence: not JSON, not an artifact, newer than this version reads, damaged, or
+            not a graph.
+        """
+        path = Path(path)
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise SpiffyError(f"{path}: not a draft graph (no \"format\": \"{FORMAT}\")")
+        _check_version(path, content.get("version"))
+        try:
+            graph = cls.model_validate(content)
+        except ValidationError as error:
+            raise SpiffyError(f"{path}: {first_problem(error)}") from None
+        stated = content.get("digest")
+        if content["version"] == f"{MAJOR}.{MINOR}" and stated not in (None, graph.digest()):
+            raise SpiffyError(
+                f"{path}: content and digest disagree: the file was edited or damaged; calibrate "
+                "again, or remove the digest if you edited it on purpose"
+            )
+        return graph
+
+    @classmethod
+    def from_pretrained(cls, repo_or_dir: str, *, revision: str | None = None) -> DraftGraph:
+        """Load `draft_graph.json` from a checkpoint directory or a hub repository.
+
+        Raises
+        ------
+        SpiffyError
+            If there is none, or it is invalid.
+        """
+        if Path(repo_or_dir).is_dir():
+            return cls.load(Path(repo_or_dir) / "draft_graph.json")
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            path = hf_hub_download(repo_or_dir, "draft_graph.json", revision=revision)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SpiffyError(f"{repo_or_dir}: no draft_graph.json to be had ({reason})") from None
+        return cls.load(path)
+
+    def check_fits(self, family: str, fingerprint: str, vocab_size: int) -> None:
+        """Refuse a graph that was calibrated for another model.
+
+        Raises
+        ------
+        SpiffyError
+            Names what differs.
+        """
+        ours = self.model
+        for what, expected, received in (
+            ("family", ours.family, family),
+            ("vocabulary size", ours.vocab_size, vocab_size),
+            ("fingerprint of config and tokenizer", ours.fingerprint, fingerprint),
+        ):
+            if expected != received:
+                raise SpiffyError(
+                    f"the graph was calibrated for {ours.id}: {what} {expected}, this model has "
+                    f"{received}; calibrate one for this model"
+                )
+
+
+def _check_version(path: Path, version: Any) -> None:
+    parts = version.split(".") if isinstance(version, str) else []
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise SpiffyError(f'{path}: "version" must look like "{MAJOR}.{MINOR}", got {version!r}')
+    major = parts[0].lstrip("0")
+    if len(major) > 3 or int(major or 0) > MAJOR:
+        raise SpiffyError(
+            f"{path}: format version {version[:20]} is newer than this program reads ({MAJOR}.x): "
+            "upgrade spiffy-dllm"
+        )
+    if int(major or 0) < MAJOR:
+        raise SpiffyError(f"{path}: format version {version[:20]} was never published")

@@ -1,0 +1,104 @@
+"""Reading and writing JSON: canonical bytes, bounded reads, atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from spiffy.schemas.errors import SpiffyError
+
+# A graph of 4096 nodes is about 1 MB; anything far beyond is not an artifact of ours.
+MAX_BYTES = 64 * 1024 * 1024
+
+
+def canonical_json(content: Any) -> str:
+    """JSON text that is the same for equal content: sorted keys, no spaces, no NaN."""
+    return json.dumps(
+        content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {repeated!r} occurs twice")
+    return content
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises
+    ------
+    SpiffyError
+        If the file is missing, unreadable, larger than `MAX_BYTES`, or not strict JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise SpiffyError(f"{path}: {size} bytes, more than the {MAX_BYTES} an artifact may be")
+        text = path.read_bytes().decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except SpiffyError:
+        raise
+    except FileNotFoundError:
+        raise SpiffyError(f"{path}: no such file") from None
+    except OSError as error:
+        raise SpiffyError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise SpiffyError(f"{path}: not UTF-8 text") from None
+    except RecursionError:
+        raise SpiffyError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise SpiffyError(f"{path}: not valid JSON: {error}") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file or nothing: a sibling temporary file, then a rename.
+
+    Raises
+    ------
+    SpiffyError
+        If the folder is missing or not writable.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # NamedTemporaryFile makes them private
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def check_writable(path: Path) -> None:
+    """Fail before hours of work, not after.
+
+    Raises
+    ------
+    SpiffyError
+        If `path` is a directory, or its folder is missing or not writable.
+    """
+    if path.is_dir():
+        raise SpiffyError(f"{path}: is a directory, expected a file name")
+    if not path.parent.is_dir():
+        raise SpiffyError(f"{path}: folder {path.parent} does not exist")
+    target = path if path.exists() else path.parent
+    if not os.access(target, os.W_OK):
+        raise SpiffyError(f"{path}: not writable")
