@@ -11,13 +11,12 @@ from collections.abc import Generator
 from typing import Protocol
 
 import torch
-from torch import Tensor
-
 from spiffy.runtime.canvas import Canvas, Cursor
 from spiffy.runtime.models.base import DiffusionLM, KeyValues, block_causal_mask
 from spiffy.runtime.pack import Row, RowOutput, Segment, pack
 from spiffy.runtime.policy import Distribution
 from spiffy.schemas import CacheName
+from torch import Tensor
 
 
 class Evaluation:

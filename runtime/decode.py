@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
-from torch import Tensor
-
 from spiffy.runtime.cache import CACHES
 from spiffy.runtime.canvas import Canvas, Cursor
 from spiffy.runtime.draft import Drafter
@@ -19,6 +17,7 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.pack import Row, RowOutput, forward
 from spiffy.runtime.policy import Distribution, choose, gumbel_noise, select, step_quota
 from spiffy.schemas import DecodingSettings
+from torch import Tensor
 
 
 @dataclass
@@ -92,7 +91,7 @@ def denoise(task: Task) -> Decoding:
         if task.drafter is not None and origin is not None:
             may_complete = cache.crosses and root.block + 1 < canvas.blocks
             room = len(origin.positions) - (not may_complete)
-            states = torch.cat((states, task.drafter(root.ids, origin, room)))
+            states = torch.cat((states, task.drafter(root, origin, room)))
         evaluation = yield from cache.evaluate(root, states)
         stats.drafted += len(states) - 1
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
-
+from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.policy import Distribution, choose
 from spiffy.schemas import DecodingSettings
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def rank_candidates(
 class Drafter(Protocol):
     """Proposes future states; whatever it proposes, the tokens decoded stay the same."""
 
-    def __call__(self, root: Tensor, origin: Distribution, room: int) -> Tensor:
-        """Draft states int64 [n, length] for the root (int64 [length]).
+    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
+        """Draft states int64 [n, length] for the root.
 
         `origin` is the distribution that produced the root, at the positions that the root still
         masks; a draft may fill at most `room` of them.
@@ -87,10 +87,10 @@ class GraphDrafter:
         self.sizes = torch.tensor([len(fill) for fill in fills], device=model.device)
         self.ranked = max((j for fill in fills for _, j in fill), default=0) + 1
 
-    def __call__(self, root: Tensor, origin: Distribution, room: int) -> Tensor:
+    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
         """See `Drafter`; nodes that need ranks which do not exist here are left out."""
         if not len(self.sizes) or not len(origin.positions):
-            return root.new_empty((0, len(root)))
+            return root.ids.new_empty((0, len(root.ids)))
         candidates = rank_candidates(origin, self.settings, self.mask_token_id, self.ranked)
         masked, ranked = candidates.tokens.shape
         active = (
@@ -99,5 +99,5 @@ class GraphDrafter:
             & (self.token_ranks.amax(1) < ranked)
         )
         i, j = self.position_ranks[active], self.token_ranks[active]
-        states = root.repeat(len(i), 1)
+        states = root.ids.repeat(len(i), 1)
         return states.scatter_(1, candidates.positions[i], candidates.tokens[i, j])

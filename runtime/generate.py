@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from spiffy.runtime.canvas import Canvas
 from spiffy.runtime.decode import Stats, Task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from torch import Tensor
 
 
 @dataclass

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from spiffy.runtime.models.base import DiffusionLM, KeyValues
+from torch import Tensor
 
 
 @dataclass(frozen=True)

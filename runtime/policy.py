@@ -10,9 +10,8 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from spiffy.schemas import DecodingSettings, ScoreName
+from torch import Tensor
 
 _EPS = 1e-3  # Dream's smallest timestep
 

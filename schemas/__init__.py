@@ -15,6 +15,7 @@ from spiffy.schemas.graph import (
     DraftGraph,
     ModelRecord,
     Node,
+    Objective,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "DraftGraph",
     "ModelRecord",
     "Node",
+    "Objective",
     "PolicyName",
     "ScheduleName",
     "ScoreName",

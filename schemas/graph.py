@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
 from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
@@ -19,6 +18,7 @@ MAX_RANK = 1023
 
 Rank = Annotated[int, Field(ge=0, le=MAX_RANK)]
 Fill = tuple[tuple[Rank, Rank], ...]
+Objective = Literal["expected-steps", "paper"]
 
 
 class _Record(BaseModel):
@@ -42,8 +42,8 @@ class Node(_Record):
         Roots of the calibration data whose true future passed through this state.
     """
 
-    fill: Annotated[Fill, Field(min_length=1, strict=False)]
-    parents: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
+    fill: Annotated[Fill, Field(min_length=1)]
+    parents: Annotated[tuple[int, ...], Field(min_length=1)]
     count: int = Field(ge=0)
 
 
@@ -66,7 +66,7 @@ class CalibrationRecord(_Record):
     held_out_samples: int = Field(ge=0)
     roots: int = Field(ge=0)
     seed: int
-    objective: Literal["expected-steps", "paper"]
+    objective: Objective
     tool_version: str
 
 
@@ -82,7 +82,7 @@ class CostProfile(_Record):
 
     device: str
     dtype: str
-    points: tuple[CostPoint, ...] = Field(strict=False)
+    points: tuple[CostPoint, ...]
 
 
 class DraftGraph(_Record):
@@ -101,9 +101,9 @@ class DraftGraph(_Record):
     model: ModelRecord
     decoding: DecodingSettings
     calibration: CalibrationRecord
-    nodes: tuple[Node, ...] = Field(max_length=MAX_NODES, strict=False)
-    expected_steps: tuple[float, ...] = Field((), strict=False)
-    cost_profiles: tuple[CostProfile, ...] = Field((), strict=False)
+    nodes: tuple[Node, ...] = Field(max_length=MAX_NODES)
+    expected_steps: tuple[float, ...] = ()
+    cost_profiles: tuple[CostProfile, ...] = ()
 
     @model_validator(mode="after")
     def _is_a_graph(self) -> DraftGraph:
@@ -176,12 +176,15 @@ class DraftGraph(_Record):
         path = Path(path)
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise SpiffyError(f"{path}: not a draft graph (no \"format\": \"{FORMAT}\")")
+            raise SpiffyError(f'{path}: not a draft graph (no "format": "{FORMAT}")')
         _check_version(path, content.get("version"))
         try:
-            graph = cls.model_validate(content)
+            # pydantic's JSON mode stays strict and still takes arrays for tuples.
+            graph = cls.model_validate_json(canonical_json(content))
         except ValidationError as error:
             raise SpiffyError(f"{path}: {first_problem(error)}") from None
+        except ValueError:
+            raise SpiffyError(f"{path}: holds a number that is not finite") from None
         stated = content.get("digest")
         if content["version"] == f"{MAJOR}.{MINOR}" and stated not in (None, graph.digest()):
             raise SpiffyError(

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from spiffy.schemas import CacheName, SpiffyError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from spiffy.schemas import CacheName, SpiffyError
-
 
 Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
 
@@ -70,9 +68,7 @@ class KeyValues:
     def append(self, other: KeyValues) -> KeyValues:
         """Join two runs of positions."""
         pairs = zip(self.layers, other.layers, strict=True)
-        return KeyValues(
-            [(torch.cat((a, c), 2), torch.cat((b, d), 2)) for (a, b), (c, d) in pairs]
-        )
+        return KeyValues([(torch.cat((a, c), 2), torch.cat((b, d), 2)) for (a, b), (c, d) in pairs])
 
 
 class _AttentionCache:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
 from spiffy.runtime.models.base import Architecture, Family
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
-
 from spiffy.runtime.models.base import DiffusionLM, Family
 from spiffy.runtime.models.dream import DREAM
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.sdar import SDAR
 from spiffy.schemas import SpiffyError
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 FAMILIES: tuple[Family, ...] = (LLADA, DREAM, SDAR)
 
@@ -249,9 +248,7 @@ def _tokenizer(source: str, revision: str | None) -> tuple[Any, str]:
     if template is None:
         template_path = _optional_file(source, "chat_template.jinja", revision)
         template = template_path.read_text(encoding="utf-8") if template_path else None
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(path), chat_template=template, **special
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=template, **special)
     return tokenizer, hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -1,0 +1,1 @@
+"""Offline calibration: prompts, recorded decodes, draft graphs."""

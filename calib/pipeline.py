@@ -1,0 +1,159 @@
+"""From prompts to an artifact: decode, record, grow, check on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from spiffy.calib.prompts import PromptSet
+from spiffy.calib.record import Recorder, chains
+from spiffy.graphs import Chain, Fill, Prompt, count_chains, edges, grow, grow_paper, replay
+from spiffy.runtime.decode import Task, run
+from spiffy.runtime.generate import make_task
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.schemas import (
+    CalibrationRecord,
+    DecodingSettings,
+    DraftGraph,
+    ModelRecord,
+    Node,
+    Objective,
+    SpiffyError,
+)
+
+HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Recorded plain decodes of one prompt set, in its order.
+
+    Attributes
+    ----------
+    prompts
+        Chains of every forward, one entry per prompt that was decoded.
+    too_long
+        Number of prompts left out because they and the answer exceed the model's positions.
+    nfe, positions_computed
+        What recording cost.
+    """
+
+    prompts: tuple[Prompt, ...]
+    too_long: int
+    nfe: int
+    positions_computed: int
+
+    @property
+    def growing(self) -> Sequence[Prompt]:
+        """Prompts that the graph is grown on."""
+        return [p for k, p in enumerate(self.prompts) if k % HOLD_OUT_EVERY != HOLD_OUT_EVERY - 1]
+
+    @property
+    def held_out(self) -> Sequence[Prompt]:
+        """Prompts that the graph is measured on; all of them if there are too few to divide."""
+        held_out = self.prompts[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
+        return held_out or self.prompts
+
+
+def record(
+    model: DiffusionLM,
+    prompts: PromptSet,
+    settings: DecodingSettings,
+    seed: int = 0,
+    batch_size: int = 8,
+    on_prompt: Callable[[int], None] = lambda done: None,
+) -> Traces:
+    """Decode the prompts plainly, in batches, and record their chains.
+
+    `on_prompt` is called with the number of prompts that are done.
+
+    Raises
+    ------
+    SpiffyError
+        If no prompt leaves room for an answer.
+    """
+    tasks: list[Task] = []
+    recorders: list[Recorder] = []
+    last_problem: SpiffyError | None = None
+    for text in prompts.texts:
+        recorder = Recorder(model, settings)
+        try:
+            task = make_task(model, text, settings, recorder, seed, sequence=len(tasks))
+        except SpiffyError as problem:
+            last_problem = problem
+            continue
+        tasks.append(task)
+        recorders.append(recorder)
+    if not tasks:
+        raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {last_problem}")
+    done = 0
+    for finished in run(model, tasks, batch_size):
+        done += len(finished)
+        on_prompt(done)
+    return Traces(
+        tuple(chains(task, recorder) for task, recorder in zip(tasks, recorders, strict=True)),
+        too_long=len(prompts.texts) - len(tasks),
+        nfe=sum(task.stats.nfe for task in tasks),
+        positions_computed=sum(task.stats.positions_computed for task in tasks),
+    )
+
+
+def steps_per_forward(prompts: Sequence[Prompt], fills: Sequence[Fill]) -> list[float]:
+    """Replayed denoising steps per forward at budgets 0, 1, ... len(fills)."""
+    return [
+        round(replay(prompts, set(fills[:budget])).steps_per_forward, 6)
+        for budget in range(len(fills) + 1)
+    ]
+
+
+def grow_by(objective: Objective, counts: dict[Chain, int], budget: int) -> list[Fill]:
+    """Grow by our objective or by the paper's."""
+    return grow_paper(counts, budget) if objective == "paper" else grow(counts, budget)
+
+
+def build_graph(
+    model: DiffusionLM,
+    prompts: PromptSet,
+    settings: DecodingSettings,
+    traces: Traces,
+    budget: int,
+    seed: int = 0,
+    objective: Objective = "expected-steps",
+) -> DraftGraph:
+    """Grow a graph of up to `budget` nodes and put it into an artifact."""
+    counts = count_chains(traces.growing)
+    fills = grow_by(objective, counts, budget)
+    return DraftGraph(
+        model=ModelRecord(
+            family=model.family.name,
+            id=model.name,
+            revision=model.revision,
+            fingerprint=model.fingerprint,
+            vocab_size=model.vocab_size,
+        ),
+        decoding=settings,
+        calibration=CalibrationRecord(
+            dataset=prompts.dataset,
+            dataset_sha256=prompts.sha256,
+            samples=len(traces.growing),
+            held_out_samples=len(traces.held_out),
+            roots=counts.total(),
+            seed=seed,
+            objective=objective,
+            tool_version=version("spiffy-dllm"),
+        ),
+        nodes=_nodes(fills, counts),
+        expected_steps=tuple(steps_per_forward(traces.held_out, fills)),
+    )
+
+
+def _nodes(fills: Sequence[Fill], counts: dict[Chain, int]) -> tuple[Node, ...]:
+    before = edges(counts)
+    numbers: dict[Fill, int] = {(): 0}
+    nodes = []
+    for fill in fills:
+        parents = sorted(numbers[parent] for parent in before[fill] if parent in numbers)
+        nodes.append(Node(fill=fill, parents=tuple(parents), count=before[fill].total()))
+        numbers[fill] = len(numbers)
+    return tuple(nodes)

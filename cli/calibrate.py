@@ -1,0 +1,168 @@
+"""`spiffy-calibrate`: from a model and prompts to a draft graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+from spiffy.cli.common import VERSION_OPTION, console, log, progress_bar, run_app
+from spiffy.schemas import SpiffyError
+from spiffy.schemas.graph import MAX_NODES
+from spiffy.schemas.io import check_writable
+
+if TYPE_CHECKING:
+    from spiffy.calib.pipeline import Traces
+    from spiffy.schemas import DraftGraph, Objective
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_SHOWN_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Option(help="Alias (tiny-llada, llada-8b, ...), hub id, or checkpoint folder.")
+    ],
+    budget: Annotated[int, typer.Option(help="Drafts per forward that the graph may hold.")] = 32,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="synthetic, gsm8k, humaneval, mbpp, math500, or a JSONL file with a 'prompt' or "
+            "'question' field."
+        ),
+    ] = "synthetic",
+    samples: Annotated[
+        int, typer.Option(help="Prompts to decode; every fifth is held out to measure the graph.")
+    ] = 50,
+    policy: Annotated[
+        str | None, typer.Option(help="Unmasking policy: static, threshold or sequential.")
+    ] = None,
+    tokens_per_step: Annotated[
+        int | None, typer.Option(help="Tokens that a static step commits (default 1).")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Confidence that commits at once (default 0.9).")
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option(help="Positions per block (default 32; SDAR: the model's own).")
+    ] = None,
+    gen_length: Annotated[
+        int | None, typer.Option(help="Positions reserved for the answer (default 256).")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="none, dual, prefix (near-lossless), or block (SDAR's, and its default)."
+        ),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 decodes greedily (default).")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the prompts, and the noise if any.")] = 0,
+    objective: Annotated[
+        Literal["expected-steps", "paper"],
+        typer.Option(
+            help="expected-steps (steps per forward under real hops), or paper (degree-1 "
+            "accumulation)."
+        ),
+    ] = "expected-steps",
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Artifact to write. Default: draft_graph.json in a local checkpoint folder, else "
+            "<alias>.json."
+        ),
+    ] = None,
+    version: Annotated[bool, VERSION_OPTION] = False,
+) -> None:
+    """Calibrate a draft graph: record which future states come true, keep those worth drafting.
+
+    Decodes prompts plainly, records for every state which future states it led to, grows the graph
+    that would have saved most forwards, and measures it on held-out prompts.
+
+    Example: spiffy-calibrate --model tiny-llada --budget 32 --out llada.json
+    """
+    if not 1 <= budget <= MAX_NODES:
+        raise SpiffyError(f"--budget {budget}: must be between 1 and {MAX_NODES} drafts")
+    if batch_size < 1:
+        raise SpiffyError(f"--batch-size {batch_size}: must be at least 1")
+    path = out or _default_path(model)
+    check_writable(path)
+
+    with log.status("loading"):
+        from spiffy.calib.pipeline import build_graph, record
+        from spiffy.calib.prompts import load_prompts
+        from spiffy.runtime import decoding_settings, load_model
+
+        prompts = load_prompts(dataset, samples, seed)
+        lm = load_model(model, device=device, dtype=dtype)
+        settings = decoding_settings(
+            lm,
+            policy=policy,
+            tokens_per_step=tokens_per_step,
+            threshold=threshold,
+            block_length=block_length,
+            gen_length=gen_length,
+            cache=cache,
+            temperature=temperature,
+        )
+    with progress_bar() as bar:
+        line = bar.add_task("decoding prompts", total=len(prompts.texts))
+        traces = record(
+            lm, prompts, settings, seed, batch_size, lambda done: bar.update(line, completed=done)
+        )
+    graph = build_graph(lm, prompts, settings, traces, budget, seed, objective)
+    graph.save(path)
+    _summarise(graph, traces, path)
+
+
+def _default_path(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model) / "draft_graph.json"
+    return Path(model.rsplit("/", 1)[-1].lower() + ".json")
+
+
+def _summarise(graph: DraftGraph, traces: Traces, path: Path) -> None:
+    from spiffy.calib.pipeline import grow_by, steps_per_forward
+    from spiffy.graphs import count_chains
+
+    record, settings = graph.calibration, graph.decoding
+    rival: Objective = "paper" if record.objective == "expected-steps" else "expected-steps"
+    counts = count_chains(traces.growing)
+    other = steps_per_forward(traces.held_out, grow_by(rival, counts, graph.budget))
+    table = Table(
+        title=f"Denoising steps per forward on {record.held_out_samples} held-out prompts "
+        f"({settings.policy}, cache {settings.cache}, block {settings.block_length})"
+    )
+    table.add_column("drafts", justify="right")
+    table.add_column(f"this graph ({record.objective})", justify="right")
+    table.add_column(f"{rival} objective", justify="right")
+    for drafts in sorted({*(b for b in _SHOWN_BUDGETS if b < graph.budget), graph.budget}):
+        table.add_row(
+            str(drafts),
+            f"{graph.expected_steps[drafts]:.2f}",
+            f"{other[min(drafts, len(other) - 1)]:.2f}",
+        )
+    console.print(table)
+    if traces.too_long:
+        log.print(f"{traces.too_long} prompts were too long for the model and left out")
+    if settings.cache == "prefix":
+        log.print("cache prefix: near-lossless, drafts see the root's suffix")
+    log.print(
+        f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "
+        f"{traces.nfe} forwards, {traces.positions_computed} positions"
+    )
+    log.print(f"wrote {path}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of `spiffy-calibrate`."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

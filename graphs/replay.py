@@ -1,0 +1,47 @@
+"""What a graph would have saved, exactly, from recorded chains and without the model.
+
+Greedy decoding is deterministic and so is decoding with a fixed noise seed: the true states are the
+same whatever is drafted, and a walk ends where the chain leaves the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from spiffy.graphs.chains import Chain, Fill, Prompt
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Counts over all prompts: denoising steps, and the forwards that made them."""
+
+    steps: int
+    forwards: int
+
+    @property
+    def steps_per_forward(self) -> float:
+        """Mean denoising steps that one forward was worth; 1 without drafts."""
+        return self.steps / self.forwards if self.forwards else 1.0
+
+
+def accepted_steps(chain: Chain | None, graph: Collection[Fill]) -> int:
+    """Hops of the walk at a root with this chain."""
+    accepted = 0
+    for fill in chain or ():
+        if fill not in graph:
+            break
+        accepted += 1
+    return accepted
+
+
+def replay(prompts: Iterable[Prompt], graph: Collection[Fill]) -> Replay:
+    """Replay whole decodes with real hop semantics: only where a walk ends is the next root."""
+    steps = forwards = 0
+    for prompt in prompts:
+        at = 0
+        while at < len(prompt):
+            at += 1 + accepted_steps(prompt[at], graph)
+            forwards += 1
+        steps += len(prompt)
+    return Replay(steps, forwards)
