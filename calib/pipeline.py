@@ -33,14 +33,11 @@ class Traces:
     ----------
     prompts
         Chains of every forward, one entry per prompt that was decoded.
-    too_long
-        Number of prompts left out because they and the answer exceed the model's positions.
     nfe, positions_computed
         What recording cost.
     """
 
     prompts: tuple[Prompt, ...]
-    too_long: int
     nfe: int
     positions_computed: int
 
@@ -56,44 +53,45 @@ class Traces:
         return held_out or self.prompts
 
 
-def record(
-    model: DiffusionLM,
-    prompts: PromptSet,
-    settings: DecodingSettings,
-    seed: int = 0,
-    batch_size: int = 8,
-    on_prompt: Callable[[int], None] = lambda done: None,
-) -> Traces:
-    """Decode the prompts plainly, in batches, and record their chains.
-
-    `on_prompt` is called with the number of prompts that are done.
+def prepare(
+    model: DiffusionLM, prompts: PromptSet, settings: DecodingSettings, seed: int = 0
+) -> list[Task]:
+    """Set up the recorded decode of every prompt that leaves room for an answer.
 
     Raises
     ------
     SpiffyError
-        If no prompt leaves room for an answer.
+        If none does.
     """
     tasks: list[Task] = []
-    recorders: list[Recorder] = []
     last_problem: SpiffyError | None = None
     for text in prompts.texts:
         recorder = Recorder(model, settings)
         try:
-            task = make_task(model, text, settings, recorder, seed, sequence=len(tasks))
+            tasks.append(make_task(model, text, settings, recorder, seed, sequence=len(tasks)))
         except SpiffyError as problem:
             last_problem = problem
-            continue
-        tasks.append(task)
-        recorders.append(recorder)
     if not tasks:
         raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {last_problem}")
+    return tasks
+
+
+def record(
+    model: DiffusionLM,
+    tasks: Sequence[Task],
+    batch_size: int = 8,
+    on_prompt: Callable[[int], None] = lambda done: None,
+) -> Traces:
+    """Decode prepared tasks plainly, in batches, and collect their chains.
+
+    `on_prompt` is called after every forward with the number of prompts that are done.
+    """
     done = 0
     for finished in run(model, tasks, batch_size):
         done += len(finished)
         on_prompt(done)
     return Traces(
-        tuple(chains(task, recorder) for task, recorder in zip(tasks, recorders, strict=True)),
-        too_long=len(prompts.texts) - len(tasks),
+        tuple(chains(task) for task in tasks),
         nfe=sum(task.stats.nfe for task in tasks),
         positions_computed=sum(task.stats.positions_computed for task in tasks),
     )

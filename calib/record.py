@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from spiffy.graphs import Chain, Fill, Prompt
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task
@@ -11,7 +13,6 @@ from spiffy.runtime.draft import rank_candidates
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.policy import Distribution
 from spiffy.schemas import DecodingSettings
-from torch import Tensor
 
 # Deeper futures and rarer tokens are never worth a draft (docs/calibration.md).
 MAX_DEPTH = 12
@@ -43,8 +44,10 @@ class Recorder:
         return root.ids.new_empty((0, len(root.ids)))
 
 
-def chains(task: Task, recorder: Recorder) -> Prompt:
-    """The chain of every forward of a plain decode, in order; the first one has none."""
+def chains(task: Task) -> Prompt:
+    """The chain of every forward of a finished plain decode whose drafter was a `Recorder`."""
+    recorder = task.drafter
+    assert isinstance(recorder, Recorder)
     sequence = [task.canvas.start(task.prompt, task.model.mask_token_id), *task.path]
     states = [cursor.ids.tolist() for cursor in sequence]
     # The last state is the finished answer: nothing is forwarded there.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
+
 from spiffy.cli.common import VERSION_OPTION, console, log, progress_bar, run_app
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.graph import MAX_NODES
@@ -94,7 +95,7 @@ def calibrate(
     check_writable(path)
 
     with log.status("loading"):
-        from spiffy.calib.pipeline import build_graph, record
+        from spiffy.calib.pipeline import build_graph, prepare, record
         from spiffy.calib.prompts import load_prompts
         from spiffy.runtime import decoding_settings, load_model
 
@@ -110,11 +111,15 @@ def calibrate(
             cache=cache,
             temperature=temperature,
         )
-    with progress_bar() as bar:
-        line = bar.add_task("decoding prompts", total=len(prompts.texts))
-        traces = record(
-            lm, prompts, settings, seed, batch_size, lambda done: bar.update(line, completed=done)
+        tasks = prepare(lm, prompts, settings, seed)
+    if len(tasks) < len(prompts.texts):
+        log.print(
+            f"{len(prompts.texts) - len(tasks)} of {len(prompts.texts)} prompts are too long for "
+            f"{settings.gen_length} more positions and left out"
         )
+    with progress_bar() as bar:
+        line = bar.add_task("decoding prompts", total=len(tasks))
+        traces = record(lm, tasks, batch_size, lambda done: bar.update(line, completed=done))
     graph = build_graph(lm, prompts, settings, traces, budget, seed, objective)
     graph.save(path)
     _summarise(graph, traces, path)
@@ -148,8 +153,6 @@ def _summarise(graph: DraftGraph, traces: Traces, path: Path) -> None:
             f"{other[min(drafts, len(other) - 1)]:.2f}",
         )
     console.print(table)
-    if traces.too_long:
-        log.print(f"{traces.too_long} prompts were too long for the model and left out")
     if settings.cache == "prefix":
         log.print("cache prefix: near-lossless, drafts see the root's suffix")
     log.print(

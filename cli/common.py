@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
 from spiffy.schemas import SpiffyError
 
 #: Results go to standard output, everything else to standard error.

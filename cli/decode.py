@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+
 from spiffy.cli.common import VERSION_OPTION, console, log, progress_bar, run_app
 from spiffy.schemas import DraftGraph, SpiffyError
 
@@ -41,8 +42,8 @@ def decode(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Drafts per forward. Default: all of the graph's. auto: what pays on this machine. "
-            "With --verify also several, such as 1,8,32."
+            help="Drafts per forward. Default: all of the graph's. auto: as many as pay on this "
+            "machine. With --verify also several, such as 1,8,32."
         ),
     ] = None,
     speculation: Annotated[
@@ -168,16 +169,16 @@ def _drafters(
     if budget is None:
         return {f"{artifact.budget} drafts": graph_drafter(lm, artifact, settings)}
     drafters: dict[str, Drafter | None] = {}
-    for word in budget.split(","):
+    for word in map(str.strip, budget.split(",")):
         if word == "auto":
             number = _best_budget(lm, artifact, settings, text)
-            name = f"auto: {number} drafts"
-        elif word.strip().lstrip("-").isdecimal():
-            number = int(word)
-            name = f"{min(number, artifact.budget)} drafts"
+            drafter = graph_drafter(lm, artifact, settings, number) if number else None
+            drafters[f"auto: {number} drafts"] = drafter
+        elif word.removeprefix("-").isdecimal():
+            drafter = graph_drafter(lm, artifact, settings, int(word))
+            drafters[f"{min(int(word), artifact.budget)} drafts"] = drafter
         else:
             raise SpiffyError(f"--budget {budget!r}: give a number of drafts, or auto")
-        drafters[name] = graph_drafter(lm, artifact, settings, number) if number else None
     return drafters
 
 

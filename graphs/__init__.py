@@ -1,7 +1,7 @@
 """Pure algorithms on draft coordinates: count chains, grow and prune graphs, replay them.
 
-A `Fill` is a draft state: (position rank, token rank) pairs, sorted. A `Chain` is the true future of
-a root: the fills of the states that followed it, each containing the one before.
+A `Fill` is a draft state: (position rank, token rank) pairs, sorted. A `Chain` is the true future
+of a root: the fills of the states that followed it, each containing the one before.
 """
 
 from spiffy.graphs.chains import Chain, Fill, Prompt, count_chains, edges

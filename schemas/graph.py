@@ -214,6 +214,18 @@ class DraftGraph(_Record):
             raise SpiffyError(f"{repo_or_dir}: no draft_graph.json to be had ({reason})") from None
         return cls.load(path)
 
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema of the artifact, envelope included."""
+        schema = cls.model_json_schema()
+        schema["properties"] |= {
+            "format": {"const": FORMAT},
+            "version": {"type": "string", "pattern": rf"^{MAJOR}\.\d+$"},
+            "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        }
+        schema["required"] = ["format", "version", *schema["required"]]
+        return schema
+
     def check_fits(self, family: str, fingerprint: str, vocab_size: int) -> None:
         """Refuse a graph that was calibrated for another model.
 

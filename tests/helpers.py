@@ -1,0 +1,92 @@
+"""What several test files need: models, prompts, and decoding with a drafter of one's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spiffy.runtime import DiffusionLM, load_model
+from spiffy.runtime.canvas import Cursor
+from spiffy.runtime.decode import Task, run
+from spiffy.runtime.draft import Drafter
+from spiffy.runtime.generate import make_task
+from spiffy.runtime.policy import Distribution
+from spiffy.schemas import DecodingSettings
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@cache
+def parity_model(name: str, dtype: str = "float32") -> DiffusionLM:
+    """One of the random-weight checkpoints in tests/parity; do not change it."""
+    return load_model(str(PARITY / name), device="cpu", dtype=dtype)
+
+
+def with_eos(model: DiffusionLM, tokens: Iterable[int]) -> DiffusionLM:
+    """The same model with other end-of-sequence tokens."""
+    other = copy.copy(model)
+    other.eos_token_ids = frozenset(tokens)
+    return other
+
+
+def random_prompt(model: DiffusionLM, length: int, seed: int = 0) -> Tensor:
+    """Prompt ids int64 [length] without the mask token."""
+    generator = torch.Generator().manual_seed(1000 * length + seed)
+    ids = torch.randint(0, model.vocab_size - 1, (length,), generator=generator)
+    return ids + (ids >= model.mask_token_id)
+
+
+def decode(
+    model: DiffusionLM,
+    prompt: Tensor,
+    settings: DecodingSettings,
+    drafter: Drafter | None = None,
+    seed: int = 0,
+    sequence: int = 0,
+) -> Task:
+    """Decode one prompt to the end; plainly without a drafter."""
+    task = make_task(model, prompt, settings, drafter, seed, sequence)
+    for _ in run(model, [task]):
+        pass
+    return task
+
+
+def states(task: Task) -> list[list[int]]:
+    """Token ids of the whole sequence after every denoising step."""
+    return [cursor.ids.tolist() for cursor in task.path]
+
+
+def fold(rows: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Drop states that repeat the one before."""
+    folded: list[list[int]] = []
+    for row in rows:
+        if not folded or folded[-1] != list(row):
+            folded.append(list(row))
+    return folded
+
+
+@dataclass
+class Oracle:
+    """Drafts the next `depth` states of a decode whose future is known.
+
+    Unless `obeys_room` is off, it keeps to the room given, as `Drafter` asks.
+    """
+
+    task: Task
+    depth: int
+    obeys_room: bool = True
+
+    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
+        mask = self.task.model.mask_token_id
+        future = [
+            ids
+            for ids in (cursor.ids for cursor in self.task.path[root.step :][: self.depth])
+            if not self.obeys_room or int((ids[origin.positions] != mask).sum()) <= room
+        ]
+        return torch.stack(future) if future else root.ids.new_empty((0, len(root.ids)))

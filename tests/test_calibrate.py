@@ -1,0 +1,160 @@
+"""Calibration end to end on a random-weight model: chains, artifact, replay against decoding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import decode, parity_model, random_prompt
+
+from spiffy.calib.pipeline import Traces, build_graph
+from spiffy.calib.prompts import PromptSet, load_prompts
+from spiffy.calib.record import Recorder, chains
+from spiffy.calib.synthetic import final_answer, problems
+from spiffy.graphs import count_chains, grow, replay
+from spiffy.runtime import decoding_settings
+from spiffy.runtime.draft import GraphDrafter
+from spiffy.schemas import DraftGraph, SpiffyError
+
+LAYOUTS = [("llada-a", "none"), ("llada-a", "dual"), ("dream-a", "dual"), ("sdar-a", "block")]
+
+
+def traced(name: str, cache: str, prompts: int = 4, **options: object) -> tuple[object, list, list]:
+    """Model, plain tasks and their chains."""
+    model = parity_model(name, "float64")
+    settings = decoding_settings(
+        model, gen_length=24, block_length=8, cache=cache, stop_at_eos=False, **options
+    )
+    tasks, traces = [], []
+    for k in range(prompts):
+        recorder = Recorder(model, settings)
+        task = decode(model, random_prompt(model, 5 + 3 * k), settings, recorder)
+        tasks.append(task)
+        traces.append(chains(task))
+    return model, tasks, traces
+
+
+@pytest.mark.parametrize(("name", "cache"), LAYOUTS)
+@pytest.mark.parametrize("policy", ["static", "threshold"])
+def test_replay_predicts_the_forwards_of_real_decoding(name: str, cache: str, policy: str) -> None:
+    model, plain, traces = traced(name, cache, policy=policy, threshold=0.5)
+    fills = grow(count_chains(traces), 12)
+    assert fills
+    hops = 0
+    for task, trace in zip(plain, traces, strict=True):
+        drafter = GraphDrafter(fills, task.settings, model)
+        ours = decode(model, task.prompt, task.settings, drafter)
+        overhead = task.stats.nfe - len(trace)  # prefill and stores
+        predicted = replay([trace], set(fills))
+        assert ours.stats.steps == predicted.steps == len(trace)
+        assert ours.stats.nfe == predicted.forwards + overhead
+        hops += ours.stats.accepted
+    assert hops > 0
+
+
+@pytest.mark.parametrize(("name", "cache"), LAYOUTS)
+def test_a_chain_names_the_states_that_follow(name: str, cache: str) -> None:
+    """Drafting exactly a root's own chain must bring every state of it back."""
+    model, (task, *_), (trace, *_) = traced(name, cache, prompts=1)
+    seen = 0
+
+    class Echo(Recorder):
+        def __call__(self, root, origin, room):  # type: ignore[no-untyped-def]
+            nonlocal seen
+            chain = trace[root.step]
+            drafts = GraphDrafter(chain, task.settings, model)(root, origin, room)
+            for draft, cursor in zip(drafts, task.path[root.step :], strict=False):
+                assert torch.equal(draft, cursor.ids)
+                seen += 1
+            return root.ids.new_empty((0, len(root.ids)))
+
+    decode(model, task.prompt, task.settings, Echo(model, task.settings))
+    assert seen >= len(trace) // 2
+
+
+def test_equal_inputs_give_equal_bytes() -> None:
+    prompts = PromptSet("random", ("-",) * 4)
+    artifacts = []
+    for _ in range(2):
+        model, tasks, traces = traced("llada-a", "none")
+        recorded = Traces(tuple(traces), 0, 0)
+        graph = build_graph(model, prompts, tasks[0].settings, recorded, budget=8)
+        artifacts.append(graph.to_json())
+    assert artifacts[0] == artifacts[1]
+    assert '"digest"' in artifacts[0]
+
+
+def test_artifact_survives_a_round_trip_and_states_its_origin(tmp_path: Path) -> None:
+    model, tasks, traces = traced("llada-a", "none", prompts=6)
+    recorded = Traces(tuple(traces), 0, 0)
+    graph = build_graph(model, PromptSet("x", ("-",) * 6), tasks[0].settings, recorded, budget=8)
+    graph.save(tmp_path / "graph.json")
+    assert DraftGraph.load(tmp_path / "graph.json") == graph
+    assert graph.budget == 8
+    # Six prompts: the fifth is held out, the others grow the graph.
+    assert (graph.calibration.samples, graph.calibration.held_out_samples) == (5, 1)
+    assert graph.calibration.roots == count_chains(recorded.growing).total()
+    assert graph.expected_steps[0] == 1.0
+    held_out = replay([traces[4]], {node.fill for node in graph.nodes})
+    assert graph.expected_steps[8] == pytest.approx(held_out.steps_per_forward, abs=1e-6)
+
+
+def test_prompts_come_from_question_and_prompt_fields(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [{"question": "one?"}, {"prompt": "two", "question": "no"}, {"prompt": "three"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    prompts = load_prompts(str(path))
+    assert sorted(prompts.texts) == ["one?", "three", "two"]
+    assert len(load_prompts(str(path), samples=2).texts) == 2
+    assert load_prompts(str(path), seed=1).sha256 == load_prompts(str(path), seed=1).sha256
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no prompts"),
+        ('{"prompt": "a"}\n{"prompt":', "line 2: not valid JSON"),
+        ('{"text": "a"}', "line 1: needs a non-empty text field"),
+        ('{"prompt": "  "}', "line 1: needs a non-empty text field"),
+        ("[1]", "line 1: needs a non-empty text field"),
+    ],
+)
+def test_broken_prompt_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(SpiffyError, match=message):
+        load_prompts(str(path))
+
+
+def test_an_unknown_dataset_names_the_known_ones() -> None:
+    with pytest.raises(SpiffyError, match=r"no such file.*synthetic.*gsm8k"):
+        load_prompts("gsm9k")
+
+
+def test_packaged_humaneval_has_all_problems() -> None:
+    assert len(load_prompts("humaneval").texts) == 164
+
+
+def test_synthetic_splits_share_no_question_and_repeat_for_a_seed() -> None:
+    def first(split: str, seed: int = 0) -> list[str]:
+        stream = problems(split, seed)  # type: ignore[arg-type]
+        return [next(stream).question for _ in range(300)]
+
+    train, calibration, test = (set(first(s)) for s in ("train", "calibration", "test"))
+    assert train.isdisjoint(calibration)
+    assert train.isdisjoint(test)
+    assert calibration.isdisjoint(test)
+    assert first("test", 3) == first("test", 3)
+    assert first("test", 3) != first("test", 4)
+
+
+def test_synthetic_answers_add_up() -> None:
+    stream = problems("test")
+    for _ in range(300):
+        answer = next(stream).answer
+        for step in answer.split("<<")[1:]:
+            calculation, result = step.split(">>")[0].split("=")
+            assert eval(calculation) == int(result)  # digits and operators of our own making
+        assert final_answer(answer) == answer.split(">>")[-2].split("=")[-1]

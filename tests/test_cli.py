@@ -1,0 +1,245 @@
+"""The commands as users call them: results, exit codes, one-line errors, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import PARITY
+
+from spiffy.cli import calibrate, decode, graph
+
+COMMANDS = {"calibrate": calibrate, "decode": decode, "graph": graph}
+TINY = "tiny-llada"
+QUICK = ("--gen-length", "32", "--samples", "5", "--budget", "4")
+PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
+
+
+class Call:
+    """Run a command in this process, as its entry point would be."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, command: str, *arguments: object) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            COMMANDS[command].main()
+        printed = self.capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    return Call(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("artifact") / "graph.json"
+    command = [sys.executable, "-m", "spiffy.cli.calibrate", "--model", TINY, *QUICK]
+    subprocess.run([*command, "--out", str(path)], check=True, capture_output=True)
+    return path
+
+
+def test_calibrate_writes_an_artifact_and_reports_held_out_steps(
+    call: Call, tmp_path: Path
+) -> None:
+    out = tmp_path / "graph.json"
+    code, printed, log = call("calibrate", "--model", TINY, *QUICK, "--out", out)
+    assert code == 0
+    assert "held-out" in printed
+    assert f"wrote {out}" in log
+    again = tmp_path / "again.json"
+    assert call("calibrate", "--model", TINY, *QUICK, "--out", again)[0] == 0
+    assert out.read_bytes() == again.read_bytes()
+    papers = tmp_path / "paper.json"
+    assert (
+        call("calibrate", "--model", TINY, *QUICK, "--objective", "paper", "--out", papers)[0] == 0
+    )
+    assert json.loads(papers.read_text())["calibration"]["objective"] == "paper"
+
+
+def test_a_local_checkpoint_gets_its_artifact_beside_it(call: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shipped = Path(sys.modules["spiffy.runtime"].__path__[0]) / "checkpoints" / TINY
+    for file in shipped.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert call("calibrate", "--model", folder, *QUICK)[0] == 0
+    assert (folder / "draft_graph.json").is_file()
+
+
+def test_decode_prints_the_answer_and_counts(call: Call, artifact: Path) -> None:
+    code, answer, log = call("decode", "--graph", artifact, "--prompt", PROMPT)
+    assert code == 0
+    assert answer.strip()
+    assert "steps per forward" in log
+    code, plain, _ = call("decode", "--graph", artifact, "--prompt", PROMPT, "--no-speculation")
+    assert (code, plain) == (0, answer)
+    code, streamed, _ = call("decode", "--graph", artifact, "--prompt", PROMPT, "--stream")
+    assert (code, streamed.strip()) == (0, answer.strip())
+
+
+def test_json_has_one_object_per_prompt(call: Call, artifact: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{PROMPT} {k}"}) + "\n" for k in range(3)))
+    code, printed, _ = call("decode", "--graph", artifact, "--prompts", prompts, "--json")
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert code == 0
+    assert len(rows) == 3
+    for row in rows:
+        assert set(row) == {
+            *("text", "token_ids", "nfe", "positions_computed", "steps", "accepted", "seconds"),
+        }
+        assert row["nfe"] == row["steps"] - row["accepted"]
+
+
+def test_verify_compares_with_plain_decoding(call: Call, artifact: Path) -> None:
+    arguments = ("--prompts", "synthetic", "--samples", 2, "--verify", "--budget", "1,4")
+    code, printed, _ = call("decode", "--graph", artifact, *arguments)
+    assert code == 0
+    assert "tokens identical" in printed
+    assert "NFE" in printed
+    assert "positions computed" in printed
+
+
+def test_verify_notices_a_differing_token(
+    call: Call, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["spiffy.runtime.generate"]  # the package exports a function of that name
+    collect = module.collect
+
+    def corrupted(task, trace=False):  # type: ignore[no-untyped-def]
+        output = collect(task, trace)
+        if task.drafter is not None:
+            output.token_ids[0] ^= 1
+        return output
+
+    monkeypatch.setattr(module, "collect", corrupted)
+    code, printed, _ = call("decode", "--graph", artifact, "--prompt", PROMPT, "--verify")
+    assert code == 1
+    assert "no (1 prompts differ)" in printed
+
+
+def test_auto_budget_decodes(call: Call, artifact: Path) -> None:
+    arguments = ("--prompt", PROMPT, "--budget", "auto", "--verify")
+    assert call("decode", "--graph", artifact, *arguments)[0] == 0
+
+
+def test_graph_commands_describe_an_artifact(call: Call, artifact: Path) -> None:
+    code, printed, _ = call("graph", "show", artifact)
+    assert code == 0
+    assert "root" in printed
+    assert "+0.0" in printed
+    assert call("graph", "validate", artifact)[0] == 0
+    code, printed, _ = call("graph", "schema")
+    shipped = Path(__file__).parent.parent / "docs" / "draft-graph.schema.json"
+    assert printed == shipped.read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_version(call: Call, command: str) -> None:
+    assert call(command, "--help")[0] == 0
+    code, printed, _ = call(command, "--version")
+    assert code == 0
+    assert printed.startswith("spiffy-dllm 0.")
+
+
+BAD_CALIBRATE = {
+    "unknown model": (["--model", "nope"], "unknown model 'nope'"),
+    "hub id without network": (["--model", "no/such-model"], "pass the directory"),
+    "missing dataset": (["--model", TINY, "--dataset", "no.jsonl"], "no such file"),
+    "budget": (["--model", TINY, "--budget", "0"], "--budget 0"),
+    "samples": (["--model", TINY, "--samples", "0"], "samples 0"),
+    "block length": (
+        ["--model", TINY, "--gen-length", "64", "--block-length", "24"],
+        "block_length 24 does not divide gen_length 64",
+    ),
+    "policy": (["--model", TINY, "--policy", "greedy"], "policy"),
+    "cache": (["--model", TINY, "--cache", "block"], "llada has no cache 'block'"),
+    "too long": (["--model", TINY, "--gen-length", "4096"], "exceeds the"),
+    "device": (["--model", TINY, "--device", "abacus"], "unknown device 'abacus'"),
+    "dtype": (["--model", TINY, "--dtype", "int3"], "unknown dtype 'int3'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALIBRATE)
+def test_bad_calibrate_input_is_one_line_and_writes_nothing(
+    call: Call, tmp_path: Path, case: str
+) -> None:
+    arguments, message = BAD_CALIBRATE[case]
+    out = tmp_path / "graph.json"
+    code, printed, log = call("calibrate", *arguments, "--out", out)
+    assert code == 2
+    assert printed == ""
+    assert log.startswith("error: ")
+    assert message in log
+    assert len(log.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["missing/graph.json", "."])
+def test_unwritable_output_fails_before_the_work(call: Call, tmp_path: Path, out: str) -> None:
+    code, _, log = call("calibrate", "--model", TINY, "--out", tmp_path / out)
+    assert code == 2
+    assert "does not exist" in log or "is a directory" in log
+    assert "decoding prompts" not in log
+
+
+BAD_DECODE = {
+    "no model": (["--prompt", "x"], "give --graph FILE.json, or --model"),
+    "missing graph": (["--graph", "none.json", "--prompt", "x"], "no such file"),
+    "empty prompt": (["--graph", "GRAPH", "--prompt", " "], "prompt is empty"),
+    "missing prompts": (["--graph", "GRAPH", "--prompts", "none.jsonl"], "no such file"),
+    "budget 0": (["--graph", "GRAPH", "--prompt", "x", "--budget", "0"], "budget 0"),
+    "budget -1": (["--graph", "GRAPH", "--prompt", "x", "--budget", "-1"], "budget -1"),
+    "budget word": (["--graph", "GRAPH", "--prompt", "x", "--budget", "all"], "--budget 'all'"),
+    "two budgets": (["--graph", "GRAPH", "--prompt", "x", "--budget", "1,2"], "need --verify"),
+    "other model": (
+        ["--graph", "GRAPH", "--model", str(PARITY / "llada-a"), "--prompt", "x"],
+        "calibrated for tiny-llada: vocabulary size",
+    ),
+    "other family": (
+        ["--graph", "GRAPH", "--model", str(PARITY / "dream-a"), "--prompt", "x"],
+        "calibrated for tiny-llada: family llada",
+    ),
+    "block length": (
+        ["--graph", "GRAPH", "--prompt", "x", "--block-length", "7"],
+        "block_length 7 does not divide",
+    ),
+    "json stream": (["--graph", "GRAPH", "--prompt", "x", "--json", "--stream"], "exclude"),
+    "nothing to verify": (["--model", TINY, "--prompt", "x", "--verify"], "give --graph"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DECODE)
+def test_bad_decode_input_is_one_line(call: Call, artifact: Path, case: str) -> None:
+    arguments, message = BAD_DECODE[case]
+    code, printed, log = call("decode", *(artifact if a == "GRAPH" else a for a in arguments))
+    assert code == 2
+    assert printed == ""
+    assert message in log
+    assert len(log.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "spiffy.draft-graph"}'])
+def test_malformed_artifacts_are_refused(call: Call, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    code, _, log = call("decode", "--graph", path, "--prompt", "x")
+    assert code == 2
+    assert log.startswith(f"error: {path}")
+    assert len(log.strip().splitlines()) == 1
+
+
+def test_a_newer_artifact_asks_for_an_upgrade(call: Call, tmp_path: Path, artifact: Path) -> None:
+    content = json.loads(artifact.read_text()) | {"version": "2.0"}
+    path = tmp_path / "newer.json"
+    path.write_text(json.dumps(content))
+    code, _, log = call("decode", "--graph", path, "--prompt", "x")
+    assert code == 2
+    assert "newer than this program reads" in log
