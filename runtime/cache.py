@@ -7,47 +7,71 @@ of many sequences together.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from spiffy.runtime.canvas import Canvas, Cursor
-from spiffy.runtime.models.base import DiffusionLM, KeyValues, block_causal_mask
+from spiffy.runtime.models.base import DiffusionLM, KeyValues
 from spiffy.runtime.pack import Row, RowOutput, Segment, pack
 from spiffy.runtime.policy import Distribution
 from spiffy.schemas import CacheName
-from torch import Tensor
 
 
-class Evaluation:
-    """Hidden states of some states of the sequence; logits on demand, only where needed.
+@dataclass(frozen=True)
+class BlockEdges:
+    """What may happen where one block ends and the next begins; never a matter of tokens.
 
     Attributes
     ----------
-    hidden
-        [states, window, hidden]; state 0 is the root, the drafts follow.
+    complete
+        Drafts may complete their block, where a forward can then also tell about the next one.
     first
-        Position at which the window starts.
+        A block's first forward may carry drafts, where something is known about the block.
+    fold
+        Finished blocks (and the prompt's) are stored by the next denoising forward instead of one
+        of their own, as the official loop does. Only `BlockCache` stores blocks.
+    """
+
+    complete: bool = True
+    first: bool = True
+    fold: bool = True
+
+
+@dataclass(frozen=True)
+class Window:
+    """Hidden states [positions, hidden] of one state, from position `start` on."""
+
+    hidden: Tensor
+    start: int
+
+    def covers(self, span: range) -> bool:
+        """Whether it reaches over all positions of `span`."""
+        return self.start <= span.start and span.stop <= self.start + len(self.hidden)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a forward says about the root (state 0) and the drafts; logits only on demand.
+
+    Attributes
+    ----------
     first_only
         Whether a step from it commits the block's first masked position and nothing else.
     """
 
-    def __init__(
-        self, model: DiffusionLM, hidden: Tensor, first: int, first_only: bool = False
-    ) -> None:
-        self.model = model
-        self.hidden = hidden
-        self.first = first
-        self.first_only = first_only
-
-    def covers(self, block: range) -> bool:
-        """Whether the window reaches over the block."""
-        return self.first <= block.start and block.stop <= self.first + self.hidden.shape[1]
+    model: DiffusionLM
+    windows: Sequence[Window]
+    first_only: bool = False
 
     def distribution(self, state: int, positions: Tensor) -> Distribution:
         """What one state says about the given masked positions (int64 [M])."""
-        rows = self.model.rows_of(positions, self.first)
-        return Distribution.of(self.model.head(self.hidden[state, rows]), positions)
+        window = self.windows[state]
+        rows = self.model.rows_of(positions, window.start)
+        return Distribution.of(self.model.head(window.hidden[rows]), positions)
 
 
 Forwards = Generator[list[Row], list[RowOutput], Evaluation]
@@ -56,7 +80,7 @@ Forwards = Generator[list[Row], list[RowOutput], Evaluation]
 class Cache(Protocol):
     """One sequence's cache."""
 
-    #: Whether a draft may complete its block, because its forward also covers the next block.
+    #: Whether a draft may complete its block, because its forward then covers the next block too.
     crosses: bool
 
     def takes_drafts(self, cursor: Cursor) -> bool:
@@ -67,14 +91,17 @@ class Cache(Protocol):
         """Evaluate the root (row 0 of int64 [states, length]) and its drafts."""
         ...
 
+    def settle(self, state: int) -> None:
+        """Learn at which of the evaluated states the walk ended."""
+        ...
+
 
 class NoCache:
     """Every state is a full sequence, one row each. Exact."""
 
-    crosses = True
-
-    def __init__(self, model: DiffusionLM, canvas: Canvas) -> None:
+    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
         self.model = model
+        self.crosses = edges.complete
 
     def takes_drafts(self, cursor: Cursor) -> bool:
         """Check nothing: any forward can carry more rows."""
@@ -84,7 +111,10 @@ class NoCache:
         """See `Cache`."""
         positions = torch.arange(states.shape[1], device=states.device)
         outputs = yield [Row(ids, positions) for ids in states]
-        return Evaluation(self.model, torch.stack([output.hidden for output in outputs]), 0)
+        return Evaluation(self.model, [Window(output.hidden, 0) for output in outputs])
+
+    def settle(self, state: int) -> None:
+        """Keep nothing."""
 
 
 class DualCache:
@@ -97,7 +127,7 @@ class DualCache:
 
     crosses = False
 
-    def __init__(self, model: DiffusionLM, canvas: Canvas) -> None:
+    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
         self.model = model
         self.canvas = canvas
         self.block = -1
@@ -115,8 +145,11 @@ class DualCache:
         blocks = [Segment(ids, span.start) for ids in states[:, span.start : span.stop]]
         row = pack(blocks, [[k] for k in range(len(blocks))], self.frozen)
         (output,) = yield [row]
-        hidden = output.hidden.view(len(blocks), len(span), -1)
-        return Evaluation(self.model, hidden, span.start)
+        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1])
+        return Evaluation(self.model, [Window(h, span.start) for h in hidden])
+
+    def settle(self, state: int) -> None:
+        """Keep nothing: the block's cache does not change until the next block."""
 
     def _frozen_positions(self, span: range, device: torch.device) -> Tensor:
         everything = torch.arange(self.canvas.length, device=device)
@@ -133,7 +166,7 @@ class DualCache:
         # A shifted family reads a block's first token one position before the block, which later
         # forwards do not compute: this forward commits that token and nothing else (Fast-dLLM).
         first_only = self.model.family.logit_shift > 0
-        return Evaluation(self.model, output.hidden[None], 0, first_only)
+        return Evaluation(self.model, [Window(output.hidden, 0)], first_only)
 
 
 class PrefixCache(DualCache):
@@ -158,23 +191,28 @@ class PrefixCache(DualCache):
         sees = [[k, last] for k in range(last)] + [[0, last]]
         (output,) = yield [pack([*blocks, suffix], sees, self.frozen)]
         hidden = output.hidden[: last * len(span)].view(last, len(span), -1)
-        return Evaluation(self.model, hidden, span.start)
+        return Evaluation(self.model, [Window(h, span.start) for h in hidden])
 
 
 class BlockCache:
-    """SDAR's cache: finished blocks are frozen, each stored by one forward of its own. Exact.
+    """SDAR's cache: finished blocks are frozen, the current one is recomputed. Exact.
 
-    Blocks count from position 0 of the prompt. Prefill covers the prompt's whole blocks; the rest
-    of the prompt opens the first decoded block.
+    Blocks count from position 0 of the prompt; the part of the prompt that fills no whole block
+    opens the first decoded block. Finished blocks that are not stored yet ride in front of the
+    root in the next denoising forward (`BlockEdges.fold`), or get a forward of their own. A draft
+    that completes its block carries the next block's masks behind it; if it comes true, the block
+    is already stored.
     """
 
-    crosses = False
-
-    def __init__(self, model: DiffusionLM, canvas: Canvas) -> None:
+    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
         self.model = model
         self.canvas = canvas
+        self.crosses = edges.complete
+        self.fold = edges.fold
         self.frozen: KeyValues | None = None
         self.stored = 0  # positions that `frozen` covers
+        self.kept: KeyValues | None = None  # of the last forward's segments
+        self.completed: dict[int, range] = {}  # state -> where `kept` holds the block it completes
 
     def takes_drafts(self, cursor: Cursor) -> bool:
         """Check nothing: drafts ride behind the frozen prefix in every denoising forward."""
@@ -183,23 +221,63 @@ class BlockCache:
     def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
         """See `Cache`."""
         span = self.canvas.span(cursor.block)
-        while self.stored < span.start:
-            first = self.stored == 0 and self.canvas.first > 0
-            stop = self.canvas.first if first else self.stored + self.canvas.block_length
-            yield from self._store(cursor.ids[self.stored : stop])
-        blocks = [Segment(ids, span.start) for ids in states[:, span.start : span.stop]]
-        (output,) = yield [pack(blocks, [[k] for k in range(len(blocks))], self.frozen)]
-        hidden = output.hidden.view(len(blocks), len(span), -1)
-        return Evaluation(self.model, hidden, span.start)
+        waiting = self._waiting(cursor)
+        if not self.fold:
+            prompt = (self.canvas.first - self.stored) // self.canvas.block_length
+            for blocks in (waiting[: max(prompt, 0)], *([b] for b in waiting[max(prompt, 0) :])):
+                if blocks:
+                    (output,) = yield [pack(blocks, _causal(len(blocks)), self.frozen, keep=True)]
+                    self._store(output.kept, range(len(output.hidden)))
+            waiting = []
 
-    def _store(self, ids: Tensor) -> Generator[list[Row], list[RowOutput], None]:
-        positions = torch.arange(self.stored, self.stored + len(ids), device=ids.device)
-        among = block_causal_mask(positions, self.canvas.block_length)
-        mask = torch.cat((among.new_ones(len(ids), self.stored), among), 1)
-        (output,) = yield [Row(ids, positions, mask, self.frozen, keep=True)]
-        assert output.kept is not None  # asked for above
-        self.frozen = output.kept if self.frozen is None else self.frozen.append(output.kept)
-        self.stored += len(ids)
+        segments, sees = list(waiting), _causal(len(waiting))
+        before = list(range(len(waiting)))
+        last_of: list[int] = []  # each state's last segment
+        self.completed = {}
+        complete = (states[:, span.start : span.stop] != self.model.mask_token_id).all(-1).tolist()
+        follows = self.crosses and cursor.block + 1 < self.canvas.blocks
+        for state, ids in enumerate(states):
+            segments.append(Segment(ids[span.start : span.stop], span.start))
+            sees.append([*before, len(sees)])
+            if complete[state] and follows:
+                following = self.canvas.span(cursor.block + 1)
+                start = (len(segments) - 1) * len(span)
+                self.completed[state] = range(start, start + len(span))
+                segments.append(Segment(ids[following.start : following.stop], following.start))
+                sees.append([*before, len(sees) - 1, len(sees)])
+            last_of.append(len(segments) - 1)
+
+        keep = bool(waiting or self.completed)
+        (output,) = yield [pack(segments, sees, self.frozen, keep)]
+        self.kept = output.kept
+        if waiting:
+            self._store(output.kept, range(len(waiting) * len(span)))
+        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1])
+        return Evaluation(self.model, [Window(hidden[k], segments[k].start) for k in last_of])
+
+    def settle(self, state: int) -> None:
+        """Store the block that the last state of the walk completes, if it does."""
+        if state in self.completed:
+            self._store(self.kept, self.completed[state])
+        self.kept = None
+        self.completed = {}
+
+    def _waiting(self, cursor: Cursor) -> list[Segment]:
+        """Blocks before the cursor's that are not stored yet."""
+        length = self.canvas.block_length
+        starts = range(self.stored, self.canvas.span(cursor.block).start, length)
+        return [Segment(cursor.ids[start : start + length], start) for start in starts]
+
+    def _store(self, kept: KeyValues | None, positions: range) -> None:
+        assert kept is not None  # the row asked for them
+        ours = kept.narrow(positions)
+        self.frozen = ours if self.frozen is None else self.frozen.append(ours)
+        self.stored += len(positions)
+
+
+def _causal(blocks: int) -> list[list[int]]:
+    """Each block sees itself and those before it."""
+    return [list(range(block + 1)) for block in range(blocks)]
 
 
 CACHES: dict[CacheName, type[NoCache] | type[DualCache] | type[BlockCache]] = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 from statistics import median
 from time import perf_counter
 
+from torch import Tensor
+
 from spiffy.runtime.cache import CACHES
 from spiffy.runtime.decode import Task
 from spiffy.runtime.pack import Row, forward
 from spiffy.schemas import CostPoint, CostProfile, DraftGraph
-from torch import Tensor
 
 _BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
@@ -22,7 +23,7 @@ def measure_cost(task: Task, largest: int, repeats: int = 5) -> CostProfile:
     """
     model, canvas = task.model, task.canvas
     root = canvas.start(task.prompt, model.mask_token_id)
-    cache = CACHES[task.settings.cache](model, canvas)
+    cache = CACHES[task.settings.cache](model, canvas, task.edges)
     rows = next(opening := cache.evaluate(root, root.ids[None]))
     while not cache.takes_drafts(root) or any(row.keep for row in rows):
         try:

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
-from spiffy.runtime.cache import CACHES
+from torch import Tensor
+
+from spiffy.runtime.cache import CACHES, BlockEdges, Evaluation
 from spiffy.runtime.canvas import Canvas, Cursor
 from spiffy.runtime.draft import Drafter
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.pack import Row, RowOutput, forward
 from spiffy.runtime.policy import Distribution, choose, gumbel_noise, select, step_quota
 from spiffy.schemas import DecodingSettings
-from torch import Tensor
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Task:
     seed: int = 0
     sequence: int = 0
     drafter: Drafter | None = None
+    edges: BlockEdges = field(default_factory=BlockEdges)
     path: list[Cursor] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
 
@@ -83,7 +85,7 @@ def denoise(task: Task) -> Decoding:
     nothing else: every step is a `denoising_step` on what the model says at a true state.
     """
     canvas, stats = task.canvas, task.stats
-    cache = CACHES[task.settings.cache](task.model, canvas)
+    cache = CACHES[task.settings.cache](task.model, canvas, task.edges)
     root = canvas.start(task.prompt, task.model.mask_token_id)
     origin: Distribution | None = None  # what produced the root, where the root is still masked
     while not root.finished:
@@ -107,16 +109,36 @@ def denoise(task: Task) -> Decoding:
             verified = _find(states, cursor.ids)
             if verified is None or cursor.finished:
                 break
+            if not evaluation.windows[verified].covers(canvas.span(cursor.block)):
+                break
             stats.accepted += verified != here
             here = verified
 
+        cache.settle(here)
         root, origin = cursor, None
         if task.drafter is not None and not root.finished and cache.takes_drafts(root):
-            masked = canvas.masked(root, task.model.mask_token_id)
-            if torch.isin(masked, distribution.positions).all():
-                origin = distribution.restrict(masked)
-            elif evaluation.covers(canvas.span(root.block)):
-                origin = evaluation.distribution(here, masked)
+            origin = _origin(task, root, evaluation, here, distribution)
+
+
+def _origin(
+    task: Task, root: Cursor, evaluation: Evaluation, here: int, distribution: Distribution
+) -> Distribution | None:
+    """What is known about the new root's masked positions: the best source of drafts.
+
+    That is the distribution that produced the root. It does not reach into a new block, except
+    where the forward did; then a draft that completed the old block, though it was rejected, may
+    have seen nearly the right thing.
+    """
+    masked = task.canvas.masked(root, task.model.mask_token_id)
+    if torch.isin(masked, distribution.positions).all():
+        return distribution.restrict(masked)
+    if root.block_step == 0 and not task.edges.first:
+        return None
+    span = task.canvas.span(root.block)
+    for state in (here, *range(len(evaluation.windows))):
+        if evaluation.windows[state].covers(span):
+            return evaluation.distribution(state, masked)
+    return None
 
 
 def denoising_step(task: Task, cursor: Cursor, distribution: Distribution) -> Cursor:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.policy import Distribution, choose
 from spiffy.schemas import DecodingSettings
-from torch import Tensor
 
 
 @dataclass(frozen=True)

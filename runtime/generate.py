@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.canvas import Canvas
 from spiffy.runtime.decode import Stats, Task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-from torch import Tensor
 
 
 @dataclass
@@ -64,6 +66,7 @@ def make_task(
     drafter: Drafter | None = None,
     seed: int = 0,
     sequence: int = 0,
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
 ) -> Task:
     """Prepare the decoding of one prompt (text, or int64 [length] ids).
 
@@ -85,7 +88,7 @@ def make_task(
             f"prompt of {len(ids)} tokens plus gen_length {settings.gen_length} exceeds the "
             f"{model.max_length} positions of {model.name}: shorten the prompt or gen_length"
         )
-    return Task(model, settings, canvas, ids.to(model.device), seed, sequence, drafter)
+    return Task(model, settings, canvas, ids.to(model.device), seed, sequence, drafter, edges)
 
 
 def graph_drafter(
@@ -111,6 +114,7 @@ def generate(
     budget: int | None = None,
     seed: int = 0,
     sequence: int = 0,
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     trace: bool = False,
     **options: Any,
 ) -> Output:
@@ -126,6 +130,8 @@ def generate(
         Drafts per forward, the root not counted; the graph's size by default.
     seed, sequence
         With temperature > 0: the noise of a step is a function of these and the step alone.
+    edges
+        What may happen at the edge between two blocks; changes the cost, never the tokens.
     trace
         Also return the sequence after every denoising step.
     options
@@ -138,7 +144,7 @@ def generate(
     """
     settings = decoding_settings(model, graph, **options)
     drafter = None if graph is None else graph_drafter(model, graph, settings, budget)
-    task = make_task(model, prompt, settings, drafter, seed, sequence)
+    task = make_task(model, prompt, settings, drafter, seed, sequence, edges)
     for _ in run(model, [task]):
         pass
     return collect(task, trace)

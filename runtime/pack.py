@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from spiffy.runtime.models.base import DiffusionLM, KeyValues
 from torch import Tensor
+
+from spiffy.runtime.models.base import DiffusionLM, KeyValues
 
 
 @dataclass(frozen=True)

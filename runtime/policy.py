@@ -10,8 +10,9 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from spiffy.schemas import DecodingSettings, ScoreName
 from torch import Tensor
+
+from spiffy.schemas import DecodingSettings, ScoreName
 
 _EPS = 1e-3  # Dream's smallest timestep
 

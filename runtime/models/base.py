@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from spiffy.schemas import CacheName, SpiffyError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from spiffy.schemas import CacheName, SpiffyError
 
 Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
 
@@ -64,6 +65,11 @@ class KeyValues:
     def select(self, positions: Tensor) -> KeyValues:
         """Copy out the given positions (int64 [k], indices into this object's positions)."""
         return KeyValues([(k[:, :, positions], v[:, :, positions]) for k, v in self.layers])
+
+    def narrow(self, positions: range) -> KeyValues:
+        """Copy out a run of positions."""
+        run = slice(positions.start, positions.stop)
+        return KeyValues([(k[:, :, run].clone(), v[:, :, run].clone()) for k, v in self.layers])
 
     def append(self, other: KeyValues) -> KeyValues:
         """Join two runs of positions."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spiffy.runtime.models.base import Architecture, Family
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from spiffy.runtime.models.base import Architecture, Family
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:

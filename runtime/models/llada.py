@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from spiffy.runtime.models.base import Architecture, Family
 from spiffy.schemas import SpiffyError
-from transformers import LlamaConfig, LlamaForCausalLM
 
 # Fields of the official config that select an architecture we would compute wrongly.
 _SUPPORTED = {

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
 from spiffy.runtime.models.base import DiffusionLM, Family
 from spiffy.runtime.models.dream import DREAM
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.sdar import SDAR
 from spiffy.schemas import SpiffyError
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 FAMILIES: tuple[Family, ...] = (LLADA, DREAM, SDAR)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spiffy.runtime.models.base import Architecture, Family
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from spiffy.runtime.models.base import Architecture, Family
 
 _MOE_FIELDS = (
     "decoder_sparse_step",
