@@ -22,6 +22,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _SHOWN_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
+def _list_models(wanted: bool) -> None:
+    if not wanted:
+        return
+    from spiffy.runtime import ALIASES
+
+    for alias, source in ALIASES.items():
+        typer.echo(f"{alias:16} {source if source.count('/') == 1 else 'ships with the package'}")
+    raise typer.Exit
+
+
 @app.command()
 def calibrate(
     model: Annotated[
@@ -78,6 +88,15 @@ def calibrate(
             "<alias>.json."
         ),
     ] = None,
+    list_models: Annotated[
+        bool,
+        typer.Option(
+            "--list-models",
+            callback=_list_models,
+            is_eager=True,
+            help="Print the aliases and exit.",
+        ),
+    ] = False,
     version: Annotated[bool, VERSION_OPTION] = False,
 ) -> None:
     """Calibrate a draft graph: record which future states come true, keep those worth drafting.

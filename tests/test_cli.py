@@ -149,6 +149,14 @@ def test_help_and_version(call: Call, command: str) -> None:
     assert printed.startswith("spiffy-dllm 0.")
 
 
+def test_list_models_names_hub_ids(call: Call) -> None:
+    code, printed, _ = call("calibrate", "--list-models")
+    assert code == 0
+    models = dict(line.split(maxsplit=1) for line in printed.splitlines())
+    assert models["llada-8b"] == "GSAI-ML/LLaDA-8B-Instruct"
+    assert models["tiny-llada"] == "ships with the package"
+
+
 BAD_CALIBRATE = {
     "unknown model": (["--model", "nope"], "unknown model 'nope'"),
     "hub id without network": (["--model", "no/such-model"], "pass the directory"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -152,8 +153,14 @@ class DiffusionLM:
 
     @property
     def default_block_length(self) -> int:
-        """The block size the model was trained with, or 32 where any works."""
-        return int(self.config.get("block_size", 4)) if self.family.block_causal else 32
+        """The block size the model was trained with, or 32 where any works.
+
+        The configs of SDAR's block-size variants (`-b32`) do not all state it; their names do.
+        """
+        if not self.family.block_causal:
+            return 32
+        variant = re.search(r"-b(\d+)$", self.name.rstrip("/"))
+        return int(variant[1]) if variant else int(self.config.get("block_size", 4))
 
     @torch.inference_mode()
     def hidden_states(

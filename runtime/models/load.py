@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from huggingface_hub.constants import HF_HUB_CACHE
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -31,9 +32,17 @@ ALIASES: Mapping[str, str] = {
     "llada-1.5": "GSAI-ML/LLaDA-1.5",
     "dream-7b": "Dream-org/Dream-v0-Instruct-7B",
     "dream-7b-base": "Dream-org/Dream-v0-Base-7B",
+    "dream-coder-7b": "Dream-org/Dream-Coder-v0-Instruct-7B",
+    "diffucoder-7b": "apple/DiffuCoder-7B-cpGRPO",
     "sdar-1.7b": "JetLM/SDAR-1.7B-Chat",
     "sdar-4b": "JetLM/SDAR-4B-Chat",
     "sdar-8b": "JetLM/SDAR-8B-Chat",
+    "sdar-1.7b-b32": "JetLM/SDAR-1.7B-Chat-b32",
+    "sdar-8b-b32": "JetLM/SDAR-8B-Chat-b32",
+    "sdar-8b-b64": "JetLM/SDAR-8B-Chat-b64",
+    "sdar-30b-a3b": "JetLM/SDAR-30B-A3B-Chat",
+    "trado-4b": "Gen-Verse/TraDo-4B-Instruct",
+    "trado-8b": "Gen-Verse/TraDo-8B-Instruct",
 }
 
 _DTYPES = {
@@ -111,8 +120,8 @@ def _find(name: str, source: str, filename: str, revision: str | None) -> Path:
         return Path(str(cached_file(source, filename, revision=revision)))
     except OSError:
         raise SpiffyError(
-            f"model {source!r} is neither in the hub cache nor reachable: download it on a machine "
-            "with network, or pass the directory of a local copy"
+            f"model {source!r} is neither in the cache folder {HF_HUB_CACHE} nor reachable: "
+            "download it on a machine with network, or pass the directory of a local copy"
         ) from None
 
 
@@ -237,7 +246,7 @@ def _refuse_pickle(source: str) -> None:
 def _tokenizer(source: str, revision: str | None) -> tuple[Any, str]:
     path = _optional_file(source, "tokenizer.json", revision)
     if path is None:
-        return None, ""
+        return _qwen_tokenizer(source, revision)
     settings_path = _optional_file(source, "tokenizer_config.json", revision)
     settings = _read_json(settings_path) if settings_path else {}
     special = {
@@ -251,6 +260,17 @@ def _tokenizer(source: str, revision: str | None) -> tuple[Any, str]:
         template = template_path.read_text(encoding="utf-8") if template_path else None
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=template, **special)
     return tokenizer, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _qwen_tokenizer(source: str, revision: str | None) -> tuple[Any, str]:
+    """Dream's checkpoints ship Qwen2's two files, and a tokenizer class of their own as code."""
+    paths = [_optional_file(source, name, revision) for name in ("vocab.json", "merges.txt")]
+    if None in paths:
+        return None, ""
+    with _quiet_transformers():
+        tokenizer = Qwen2Tokenizer.from_pretrained(source, revision=revision or "main")
+    content = b"".join(path.read_bytes() for path in paths if path is not None)
+    return tokenizer, hashlib.sha256(content).hexdigest()
 
 
 def _eos_token_ids(
