@@ -103,7 +103,7 @@ def denoise(task: Task) -> Decoding:
             if evaluation.first_only:
                 masked = masked[:1]
             distribution = evaluation.distribution(here, masked)
-            cursor = denoising_step(task, cursor, distribution)
+            cursor = denoising_step(task, cursor, distribution, evaluation.first_only)
             task.path.append(cursor)
             stats.steps += 1
             verified = _find(states, cursor.ids)
@@ -141,7 +141,9 @@ def _origin(
     return None
 
 
-def denoising_step(task: Task, cursor: Cursor, distribution: Distribution) -> Cursor:
+def denoising_step(
+    task: Task, cursor: Cursor, distribution: Distribution, first_only: bool = False
+) -> Cursor:
     """The next true state: the unmasking policy applied to what the model says at this one."""
     settings, model, canvas = task.settings, task.model, task.canvas
     positions, span = distribution.positions, canvas.span(cursor.block)
@@ -152,7 +154,7 @@ def denoising_step(task: Task, cursor: Cursor, distribution: Distribution) -> Cu
         )
         noise = drawn.to(positions.device)[positions - span.start]
     tokens, score = choose(distribution, settings, model.mask_token_id, noise)
-    quota = step_quota(settings, cursor.block_step, len(positions))
+    quota = 1 if first_only else step_quota(settings, cursor.block_step, len(positions))
     chosen = select(score, quota, settings, model.family.threshold_strict)
     ids = cursor.ids.scatter(0, positions[chosen], tokens[chosen])
 

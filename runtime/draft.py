@@ -68,8 +68,8 @@ class GraphDrafter:
     Parameters
     ----------
     fills
-        Draft nodes, each a set of (position rank, token rank) pairs. Any will do: bad ones cost
-        positions, never tokens.
+        Draft nodes, each a set of (position rank, token rank) pairs, ranks >= 0. Any will do: bad
+        ones cost positions, never tokens.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class GraphDrafter:
     ) -> None:
         self.settings = settings
         self.mask_token_id = model.mask_token_id
+        fills = [fill for fill in fills if fill]  # filling in nothing is the root itself
         width = max((len(fill) for fill in fills), default=1)
         # Short fills repeat their first pair: writing a token twice changes nothing.
         padded = [[*fill, *([fill[0]] * (width - len(fill)))] for fill in fills]

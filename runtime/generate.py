@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spiffy.runtime.cache import BlockEdges
@@ -75,9 +76,12 @@ def make_task(
     SpiffyError
         If the prompt is empty, holds ids outside the vocabulary, or leaves no room for the answer.
     """
-    ids = model.encode(prompt) if isinstance(prompt, str) else prompt
-    if ids.dim() != 1 or not len(ids):
-        raise SpiffyError(f"prompt ids must be a non-empty 1-D tensor, got shape {[*ids.shape]}")
+    ids = model.encode(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt)
+    if ids.dim() != 1 or not len(ids) or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise SpiffyError(
+            f"prompt ids must be a non-empty 1-D tensor of integers, got {ids.dtype} of shape "
+            f"{[*ids.shape]}"
+        )
     if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
         raise SpiffyError(f"prompt ids must lie in [0, {model.vocab_size})")
     canvas = Canvas.plan(
@@ -88,7 +92,9 @@ def make_task(
             f"prompt of {len(ids)} tokens plus gen_length {settings.gen_length} exceeds the "
             f"{model.max_length} positions of {model.name}: shorten the prompt or gen_length"
         )
-    return Task(model, settings, canvas, ids.to(model.device), seed, sequence, drafter, edges)
+    return Task(
+        model, settings, canvas, ids.to(model.device, torch.long), seed, sequence, drafter, edges
+    )
 
 
 def graph_drafter(

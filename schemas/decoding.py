@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from spiffy.schemas.errors import SpiffyError
 
 PolicyName = Literal["static", "threshold", "sequential"]

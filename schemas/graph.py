@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
@@ -66,7 +67,7 @@ class CalibrationRecord(_Record):
     held_out_samples: int = Field(ge=0)
     roots: int = Field(ge=0)
     seed: int
-    objective: Objective
+    objective: str
     tool_version: str
 
 
@@ -178,6 +179,9 @@ class DraftGraph(_Record):
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise SpiffyError(f'{path}: not a draft graph (no "format": "{FORMAT}")')
         _check_version(path, content.get("version"))
+        if isinstance(content.get("decoding"), dict):  # a newer minor version may know more
+            known = DecodingSettings.model_fields
+            content["decoding"] = {k: v for k, v in content["decoding"].items() if k in known}
         try:
             # pydantic's JSON mode stays strict and still takes arrays for tuples.
             graph = cls.model_validate_json(canonical_json(content))

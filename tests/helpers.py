@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime import DiffusionLM, load_model
+from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task, run
 from spiffy.runtime.draft import Drafter
@@ -49,9 +50,10 @@ def decode(
     drafter: Drafter | None = None,
     seed: int = 0,
     sequence: int = 0,
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
 ) -> Task:
     """Decode one prompt to the end; plainly without a drafter."""
-    task = make_task(model, prompt, settings, drafter, seed, sequence)
+    task = make_task(model, prompt, settings, drafter, seed, sequence, edges)
     for _ in run(model, [task]):
         pass
     return task

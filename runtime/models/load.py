@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -106,7 +108,7 @@ def load_model(
 
 
 def _find(name: str, source: str, filename: str, revision: str | None) -> Path:
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         path = Path(source) / filename
         if not path.is_file():
             raise SpiffyError(f"{source} has no {filename}: is it a checkpoint directory?")
@@ -163,9 +165,14 @@ def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError:
         raise SpiffyError(f"unknown device {device!r}: try cpu or cuda") from None
+    try:
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError):
+        raise SpiffyError(f"device {device!r} is not available here: try cpu or auto") from None
+    return found
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -189,8 +196,14 @@ def _module(
 ) -> Any:
     try:
         architecture, module_config = family.architecture(config)
+        _check_token_ids(config, module_config.vocab_size)
     except KeyError as error:
         raise SpiffyError(f"{name}: config.json lacks {error.args[0]!r}") from None
+    except SpiffyError:
+        raise
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SpiffyError(f"{name}: config.json: {reason}") from None
     _refuse_pickle(source)
     with _quiet_transformers():
         try:
@@ -203,8 +216,9 @@ def _module(
                 device_map=device_map,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SpiffyError(f"{name}: weights cannot be loaded: {reason}") from None
     # transformers only warns about these; a half-loaded model would decode nonsense.
@@ -232,6 +246,20 @@ class _quiet_transformers:  # noqa: N801 (a context manager)
         transformers_logging.set_verbosity(self.level)
         if self.bars:
             transformers_logging.enable_progress_bar()
+
+
+def _check_token_ids(config: Mapping[str, Any], vocab_size: int) -> None:
+    mask = config["mask_token_id"]
+    if not isinstance(mask, int) or not 0 <= mask < vocab_size:
+        raise ValueError(f"mask_token_id {mask!r} is not a token of {vocab_size}")
+    eos = config.get("eos_token_id")
+    if not all(isinstance(k, int) for k in (eos if isinstance(eos, list) else [eos or 0])):
+        raise ValueError(f"eos_token_id {eos!r} is neither a token id nor a list of them")
+    block_size = config.get("block_size", 1)
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size {block_size!r} must be a positive integer")
+    if config.get("rope_scaling") is not None:
+        raise ValueError("rope_scaling is not supported")
 
 
 def _refuse_pickle(source: str) -> None:

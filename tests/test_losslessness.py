@@ -1,0 +1,552 @@
+"""Drafts never change a decode: every state after every step is plain decoding's.
+
+The models have random weights and run in float64: a matmul of another shape rounds differently,
+and in float32 that could flip a near-tie of two scores, which is no fault of the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, product
+from typing import Any
+
+import pytest
+import torch
+from helpers import Oracle, decode, fold, parity_model, random_prompt, states, with_eos
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spiffy.runtime.cache import BlockEdges
+from spiffy.runtime.canvas import Cursor
+from spiffy.runtime.decode import Task, run
+from spiffy.runtime.draft import Drafter, GraphDrafter, rank_candidates
+from spiffy.runtime.generate import answer_ids, make_task
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.policy import Distribution, gumbel_noise
+from spiffy.schemas import DecodingSettings
+
+Fills = list[list[tuple[int, int]]]
+
+# Checkpoint, exact cache, geometry: small enough to decode in milliseconds. Prompts of 11 tokens
+# give SDAR one stored block and a tail of 3 that opens the first of three decoded blocks.
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llada-none": ("llada-a", {"cache": "none", "block_length": 8, "gen_length": 16}),
+    "llada-dual": ("llada-a", {"cache": "dual", "block_length": 8, "gen_length": 16}),
+    "dream-none": ("dream-a", {"cache": "none", "block_length": 8, "gen_length": 16}),
+    "dream-dual": ("dream-a", {"cache": "dual", "block_length": 8, "gen_length": 16}),
+    "sdar-block": ("sdar-a", {"cache": "block", "block_length": 8, "gen_length": 16}),
+    "sdar-plain-edges": ("sdar-a", {"cache": "block", "block_length": 8, "gen_length": 16}),
+}
+PLAIN_EDGES = BlockEdges(complete=False, first=False, fold=False)
+EDGES = dict.fromkeys(LAYOUTS, BlockEdges()) | {"sdar-plain-edges": PLAIN_EDGES}
+POLICIES: dict[str, dict[str, Any]] = {
+    "static-1": {"tokens_per_step": 1},
+    "static-2": {"tokens_per_step": 2},
+    "uneven": {"steps_per_block": 3},
+    "threshold": {"policy": "threshold", "threshold": 0.5},
+    "margin": {"score": "margin"},
+    "entropy": {"score": "entropy"},
+    "sequential": {"policy": "sequential"},
+}
+TEMPERATURES = (0.0, 0.6, 1.0)
+COMBINATIONS = [
+    pytest.param(layout, policy, id=f"{layout}-{policy}")
+    for layout in LAYOUTS
+    for policy in POLICIES
+]
+
+
+def setting_of(
+    layout: str, policy: str, temperature: float = 0.0, stop_at_eos: bool = False
+) -> tuple[DiffusionLM, DecodingSettings]:
+    checkpoint, geometry = LAYOUTS[layout]
+    options = {**geometry, **POLICIES[policy], "temperature": temperature}
+    settings = DecodingSettings.parse(**options, stop_at_eos=stop_at_eos)
+    return parity_model(checkpoint, "float64"), settings
+
+
+@cache
+def plain(layout: str, policy: str, temperature: float, prompt_length: int, seed: int) -> Task:
+    model, settings = setting_of(layout, policy, temperature)
+    prompt = random_prompt(model, prompt_length)
+    return decode(model, prompt, settings, None, seed, edges=EDGES[layout])
+
+
+class Origins:
+    """Drafts nothing and keeps, for every root, the prediction that drafts would start from."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, Distribution] = {}
+
+    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
+        self.by_step[root.step] = origin
+        return root.ids.new_empty((0, len(root.ids)))
+
+
+@cache
+def future_fills(
+    layout: str, policy: str, temperature: float, prompt_length: int, depth: int
+) -> Fills:
+    """What a graph needs to hold to draft this very decode `depth` steps ahead, block by block."""
+    model, settings = setting_of(layout, policy, temperature)
+    origins = Origins()
+    task = decode(
+        model, random_prompt(model, prompt_length), settings, origins, edges=EDGES[layout]
+    )
+    mask, fills = model.mask_token_id, set()
+    for step, origin in origins.by_step.items():
+        ranked = rank_candidates(origin, settings, mask, model.vocab_size)
+        for later in task.path[step : step + depth]:
+            pairs = []
+            for i, position in enumerate(ranked.positions):
+                if (token := later.ids[position]) != mask:
+                    pairs.append((i, ranked.tokens[i].tolist().index(int(token))))
+            if pairs:
+                fills.add(tuple(pairs))
+    return [list(fill) for fill in sorted(fills)]
+
+
+def expected_positions(task: Task) -> int:
+    """Positions computed, from the layout's definition and the number of forwards and drafts."""
+    stats, canvas, settings = task.stats, task.canvas, task.settings
+    block, whole = settings.block_length, canvas.length
+    if settings.cache == "none":
+        return (stats.nfe + stats.drafted) * whole  # every state is a whole sequence
+    if settings.cache == "dual":  # one whole forward a block, then blocks
+        return canvas.blocks * whole + (stats.nfe - canvas.blocks + stats.drafted) * block
+    stored = canvas.first + (canvas.blocks - 1) * block  # each finished block once
+    denoising = (stats.nfe - stores(task) + stats.drafted) * block
+    if task.edges.complete:  # a completing draft carries the next block, and may save its store
+        assert task.drafter is None or stats.positions_computed >= denoising
+        return stored + denoising if task.drafter is None else stats.positions_computed
+    return stored + denoising
+
+
+def stores(task: Task) -> int:
+    """Forwards that do nothing but store the prompt's whole blocks, or a finished block."""
+    if task.settings.cache != "block" or task.edges.fold:
+        return 0
+    return (task.canvas.first > 0) + task.canvas.blocks - 1
+
+
+def crosses(task: Task) -> bool:
+    """Whether a walk may go on from a draft that completes its block."""
+    return task.settings.cache in ("none", "block") and task.edges.complete
+
+
+def assert_lossless(ours: Task, plainly: Task) -> None:
+    assert states(ours) == states(plainly)
+    assert answer_ids(ours) == answer_ids(plainly)
+    spent, spent_plainly = ours.stats, plainly.stats
+    assert spent.steps == spent_plainly.steps == len(ours.path)
+    # A forward makes one step, and one more for every hop to a draft.
+    assert spent.nfe + spent.accepted == spent_plainly.nfe
+    assert 0 <= spent.accepted <= spent.drafted
+    assert spent.positions_computed == expected_positions(ours)
+
+
+def token_fills(ranks: st.SearchStrategy[int]) -> st.SearchStrategy[Fills]:
+    pair = st.tuples(ranks, st.one_of(st.integers(0, 2), st.integers(0, 400)))
+    return st.lists(st.lists(pair, min_size=1, max_size=10), max_size=12)
+
+
+# Few ranks, so that fills overlap and hit; and ranks beyond block and vocabulary. Position ranks
+# may repeat in a fill and fills in a list, which a valid artifact would not hold.
+ANY_FILLS = st.one_of(token_fills(st.integers(0, 3)), token_fills(st.integers(0, 40)))
+
+ADVERSARIAL: dict[str, Fills] = {
+    "nothing": [],
+    "useless": [[(0, 300)], [(3, 317)], [(7, 318), (0, 318)]],
+    "deep chain": [[(i, 0) for i in range(depth)] for depth in range(1, 20)],
+    "beyond the block": [[(8, 0)], [(1000, 0)], [(0, 0), (500, 0)]],
+    "beyond the vocabulary": [[(0, 319)], [(0, 320)], [(0, 100_000)]],
+    "duplicates": [[(0, 0)]] * 5 + [[(0, 0), (1, 0)]] * 3,
+    "one position twice": [[(0, 0), (0, 1)], [(0, 1), (0, 0)], [(1, 0), (0, 0), (1, 0)]],
+    "every single fill": [[(i, j)] for i in range(8) for j in range(5)],
+    "children without parents": [[(0, 0), (1, 0), (2, 0)], [(0, 0), (1, 0), (2, 0), (3, 0)]],
+}
+
+
+@pytest.mark.parametrize(("layout", "policy"), COMBINATIONS)
+def test_any_drafts_leave_every_state_as_it_was(layout: str, policy: str) -> None:
+    @settings(max_examples=8)
+    @given(
+        fills=ANY_FILLS,
+        temperature=st.sampled_from(TEMPERATURES),
+        prompt_length=st.sampled_from([1, 8, 11]),
+        seed=st.integers(0, 2),
+    )
+    def check(fills: Fills, temperature: float, prompt_length: int, seed: int) -> None:
+        model, setting = setting_of(layout, policy, temperature)
+        plainly = plain(layout, policy, temperature, prompt_length, seed)
+        drafter = GraphDrafter(fills, setting, model)
+        assert_lossless(
+            decode(model, plainly.prompt, setting, drafter, seed, edges=plainly.edges), plainly
+        )
+
+    check()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial_drafts_leave_every_state_as_it_was(
+    kind: str, layout: str, temperature: float
+) -> None:
+    policy = "threshold" if temperature == 0.6 else "static-1"
+    model, setting = setting_of(layout, policy, temperature)
+    plainly = plain(layout, policy, temperature, 11, 0)
+    ours = decode(
+        model,
+        plainly.prompt,
+        setting,
+        GraphDrafter(ADVERSARIAL[kind], setting, model),
+        edges=plainly.edges,
+    )
+    assert_lossless(ours, plainly)
+    if kind in ("nothing", "beyond the block"):
+        assert ours.stats.drafted == 0
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("layout", "policy"), COMBINATIONS)
+def test_drafts_that_hit_leave_every_state_as_it_was(
+    layout: str, policy: str, temperature: float
+) -> None:
+    """Most random fills miss; these are taken from the decode itself, so walks hop."""
+    model, setting = setting_of(layout, policy, temperature)
+    plainly = plain(layout, policy, temperature, 11, 0)
+    fills = future_fills(layout, policy, temperature, 11, depth=3)
+    drafter = GraphDrafter(fills, setting, model)
+    ours = decode(model, plainly.prompt, setting, drafter, edges=plainly.edges)
+    assert_lossless(ours, plainly)
+    assert ours.stats.accepted > 0
+    if not crosses(plainly):
+        assert ours.stats.nfe == expected_forwards(plainly, depth=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_drafts_start_from_the_prediction_that_produced_the_root(layout: str) -> None:
+    """At every root of a walk `origin` is what plain decoding saw one step before."""
+    model, setting = setting_of(layout, "static-1", 1.0)
+    seen = Origins()
+    plainly = decode(model, random_prompt(model, 11), setting, seen, edges=EDGES[layout])
+    oracle = Oracle(plainly, 2)
+    compared = 0
+    oracle = Oracle(plainly, 2)
+
+    def checking(root: Cursor, origin: Distribution, room: int) -> Tensor:
+        nonlocal compared
+        expected = seen.by_step.get(root.step)
+        if expected is not None:  # plain decoding may know less about a block's first state
+            assert torch.equal(origin.positions, expected.positions)
+            assert (origin.log_p - expected.log_p).abs().max() < 1e-5  # logits are float32
+            compared += 1
+        return oracle(root, origin, room)
+
+    for depth in (2, 6):  # 6: with a root where a block begins
+        oracle.depth = depth
+        ours = decode(model, plainly.prompt, setting, checking, edges=plainly.edges)
+        assert_lossless(ours, plainly)
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("layout", ["llada-none", "dream-none"])
+def test_plain_decoding_equals_its_definition(layout: str, temperature: float) -> None:
+    """Whole forwards, one position at a time; row k of a step's noise is the block's position k."""
+    model, setting = setting_of(layout, "static-1", temperature)
+    ids, expected = random_prompt(model, 11).tolist(), []
+    ids += [model.mask_token_id] * 16
+    for step in range(16):
+        start = 11 + 8 * (step // 8)
+        logits = model.forward_logits(torch.tensor([ids]))[0].double()
+        noise = gumbel_noise(3, 2, step, 8, model.vocab_size)
+        best, best_at, best_token = -1.0, -1, -1
+        for position in range(start, start + 8):
+            if ids[position] == model.mask_token_id:
+                weights = logits[position] + temperature * noise[position - start]
+                weights[model.mask_token_id] = -torch.inf
+                token = int(weights.argmax())
+                if (p := float(logits[position].softmax(-1)[token])) > best:
+                    best, best_at, best_token = p, position, token
+        ids[best_at] = best_token
+        expected.append(list(ids))
+    prompt = random_prompt(model, 11)
+    assert states(decode(model, prompt, setting, None, seed=3, sequence=2)) == expected
+
+
+@pytest.mark.parametrize("layout", ["dream-none", "dream-dual"])
+def test_steps_that_commit_nothing_cost_no_forward_and_change_nothing(layout: str) -> None:
+    """Dream's timesteps may commit 0 tokens: the state, and so its logits, stay as they are."""
+    checkpoint, geometry = LAYOUTS[layout]
+    model = parity_model(checkpoint, "float64")
+    setting = DecodingSettings.parse(
+        **geometry, schedule="timestep", steps_per_block=8, stop_at_eos=False
+    )
+    prompt = random_prompt(model, 11)
+    plainly = decode(model, prompt, setting)
+    start = plainly.canvas.start(prompt, model.mask_token_id).ids.tolist()
+    different = len(fold([start, *states(plainly)])) - 1
+    assert plainly.stats.nfe == different < plainly.stats.steps
+    every_start = [[(i, j)] for i in range(4) for j in range(20)]
+    for drafter in (GraphDrafter(every_start, setting, model), Oracle(plainly, 5)):
+        ours = decode(model, prompt, setting, drafter)
+        assert_lossless(ours, plainly)
+        assert ours.stats.accepted > 0
+
+
+def test_without_a_cache_a_graph_drafts_to_the_end_of_the_block_and_walks_on() -> None:
+    """16 steps x1 to x16, 8 in each of two blocks; every fill up to 4 steps ahead is drafted.
+
+    The forwards start from: the masks (x1); x1 (hops to x2..x5, x6); x6 (x7, x8, and x9 from the
+    completed block: no draft reaches into the next one); x9 (x10..x13, x14); x14 (x15, x16).
+    """
+    at = ("llada-none", "static-1", 0.0, 11)
+    model, setting = setting_of(*at[:3])
+    plainly = plain(*at, 0)
+    drafter = GraphDrafter(future_fills(*at, depth=4), setting, model)
+    ours = decode(model, plainly.prompt, setting, drafter)
+    assert_lossless(ours, plainly)
+    assert ours.stats.nfe == 5
+    assert ours.stats.accepted == 4 + 2 + 4 + 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batched_decoding_equals_one_by_one(layout: str, temperature: float) -> None:
+    model, setting = setting_of(layout, "threshold", temperature)
+    lengths, oracle_for = (3, 9, 8, 11, 1), {1, 3}
+    alone, batched = [], []
+    for sequence, length in enumerate(lengths):
+        prompt = random_prompt(model, length)
+        plainly = decode(model, prompt, setting, None, 5, sequence, EDGES[layout])
+        drafter: Drafter = GraphDrafter([[(0, 0)], [(0, 0), (1, 0)]], setting, model)
+        if sequence in oracle_for:
+            drafter = Oracle(plainly, 3)
+        alone.append(decode(model, prompt, setting, drafter, 5, sequence, EDGES[layout]))
+        assert_lossless(alone[-1], plainly)
+        batched.append(make_task(model, prompt, setting, drafter, 5, sequence, EDGES[layout]))
+    finished = [task for tasks in run(model, batched, batch_size=3) for task in tasks]
+    assert {id(task) for task in finished} == {id(task) for task in batched}
+    assert len(finished) == len(batched)
+    for one, other in zip(alone, batched, strict=True):
+        assert states(one) == states(other)
+        one.stats.seconds = other.stats.seconds = 0.0
+        assert one.stats == other.stats
+
+
+def test_temperature_draws_differ_by_seed_and_by_sequence() -> None:
+    model, setting = setting_of("llada-none", "static-1", 1.0)
+    prompt = random_prompt(model, 11)
+    answers = [decode(model, prompt, setting, None, *at) for at in [(0, 0), (0, 1), (1, 0), (0, 0)]]
+    first, second, third, again = (answer_ids(task) for task in answers)
+    assert first == again
+    assert first != second
+    assert first != third
+
+
+# ---------------------------------------------------------------- drafters that know, or do not
+
+
+def steps_by_block(task: Task) -> list[int]:
+    """Denoising steps of each block: a step belongs to the block of the state it starts from."""
+    starts = [0, *(cursor.block for cursor in task.path[:-1])]
+    return [starts.count(block) for block in range(task.canvas.blocks)]
+
+
+def expected_forwards(task: Task, depth: int) -> int:
+    """Forwards of a decode whose next `depth` states are always drafted.
+
+    A forward makes one step, and `depth` more if there was a prediction to draft from: not in the
+    first forward, nor where the one before ended just at a block's edge and saw nothing behind it.
+    Walks go to the end of the block; with `crosses` of the next one, or without a cache anywhere.
+    """
+    edges = list(accumulate(steps_by_block(task)))
+    forwards = done = 0
+    drafts = False
+    while done < edges[-1]:
+        block = sum(edge <= done for edge in edges)
+        ahead = len(edges) if task.settings.cache == "none" else int(crosses(task))
+        furthest = edges[min(block + ahead, len(edges) - 1)]
+        done = min(done + 1 + drafts * depth, furthest)
+        drafts = task.settings.cache == "none" or done not in edges
+        forwards += 1
+    return forwards + stores(task)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_oracle_of_depth_k_makes_k_plus_1_steps_a_forward(
+    layout: str, policy: str, temperature: float
+) -> None:
+    model, setting = setting_of(layout, policy, temperature)
+    plainly = plain(layout, policy, temperature, 11, 0)
+    assert sum(steps_by_block(plainly)) == plainly.stats.steps
+    for depth in (1, 3, 50):
+        ours = decode(model, plainly.prompt, setting, Oracle(plainly, depth), edges=plainly.edges)
+        assert_lossless(ours, plainly)
+        assert ours.stats.nfe == expected_forwards(plainly, depth)
+
+
+@pytest.mark.parametrize(("layout", "forwards"), [("llada-none", 3), ("llada-dual", 4)])
+def test_only_without_a_cache_a_completing_draft_crosses_the_block_boundary(
+    layout: str, forwards: int
+) -> None:
+    """Two blocks of 8 steps, all futures known. Without a cache: the first forward, one for the
+    rest of block 0 and the first step of block 1 and all the states drafted behind it, ..."""
+
+    @dataclass
+    class WithinBlock(Oracle):
+        """Drafts no further than the end of the root's block."""
+
+        def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
+            drafts = super().__call__(root, origin, room)
+            ahead = self.task.canvas.span(root.block).stop
+            mask = self.task.model.mask_token_id
+            untouched = (drafts[:, ahead:] == mask).all(-1)
+            assert isinstance(untouched, Tensor)
+            return drafts[untouched]
+
+    model, setting = setting_of(layout, "static-1")
+    plainly = plain(layout, "static-1", 0.0, 11, 0)
+    ours = decode(model, plainly.prompt, setting, WithinBlock(plainly, 8))
+    assert_lossless(ours, plainly)
+    # None: x1 | x2..x8 by hops, x9 from the completed block | x10..x16.
+    # Dual: x1 | x2..x8 | x9 (whole forward of block 1) | x10..x16.
+    assert ours.stats.nfe == forwards
+
+
+@dataclass
+class Garbage:
+    """Whole states that have nothing to do with the decode."""
+
+    kind: str
+    mask_token_id: int
+
+    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
+        ids = root.ids
+        generator = torch.Generator().manual_seed(root.step)
+        noise = torch.randint(0, self.mask_token_id, (3, len(ids)), generator=generator)
+        if self.kind == "noise":
+            return noise
+        if self.kind == "all masks":
+            return torch.full_like(noise, self.mask_token_id)
+        if self.kind == "the root again":
+            return ids.repeat(3, 1)
+        if self.kind == "prompt changed":
+            drafts = ids.repeat(3, 1)
+            drafts[:, 0] = noise[:, 0]
+            return drafts
+        filled = ids.repeat(3, 1)
+        filled[filled == self.mask_token_id] = noise[filled == self.mask_token_id]
+        return filled  # no masks
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "kind", ["noise", "all masks", "the root again", "prompt changed", "no masks"]
+)
+def test_garbage_drafts_change_nothing(kind: str, layout: str, temperature: float) -> None:
+    model, setting = setting_of(layout, "static-1", temperature)
+    plainly = plain(layout, "static-1", temperature, 11, 0)
+    ours = decode(
+        model, plainly.prompt, setting, Garbage(kind, model.mask_token_id), edges=plainly.edges
+    )
+    assert_lossless(ours, plainly)
+    assert ours.stats.accepted == 0
+    assert ours.stats.drafted > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_true_states_drafted_beyond_the_room_given_change_nothing(layout: str) -> None:
+    """A drafter that completes blocks where it was told not to is right about the future."""
+    plainly = plain(layout, "static-1", 0.0, 11, 0)
+    drafter = Oracle(plainly, 20, obeys_room=False)
+    ours = decode(plainly.model, plainly.prompt, plainly.settings, drafter, edges=plainly.edges)
+    assert states(ours) == states(plainly)
+    assert ours.stats.nfe + ours.stats.accepted == plainly.stats.nfe
+    assert ours.stats.nfe < plainly.stats.nfe
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("layout", ["llada-none", "sdar-block"])
+def test_block_edges_change_the_cost_and_never_the_tokens(layout: str, temperature: float) -> None:
+    model, setting = setting_of(layout, "static-1", temperature)
+    prompt = random_prompt(model, 11)
+    expected = states(plain(layout, "static-1", temperature, 11, 0))
+    fills = future_fills(layout, "static-1", temperature, 11, 4)
+    for switches in product([False, True], repeat=3):
+        edges = BlockEdges(*switches)
+        plainly = decode(model, prompt, setting, edges=edges)
+        assert states(plainly) == expected
+        assert plainly.stats.nfe == len(expected) + stores(plainly)
+        for drafter in (GraphDrafter(fills, setting, model), Oracle(plainly, 3)):
+            ours = decode(model, prompt, setting, drafter, edges=edges)
+            assert states(ours) == expected
+            gained = plainly.stats.nfe - ours.stats.nfe - ours.stats.accepted
+            # A draft that completes its block and comes true has stored it, too.
+            assert 0 <= gained <= (stores(plainly) if edges.complete else 0)
+
+
+# ---------------------------------------------------------------- the end of an answer
+
+
+def first_new_token(ids: Sequence[int], block: int) -> int:
+    """A token of the given block that does not occur in the blocks before it."""
+    return next(k for k in range(8 * block, 8 * block + 8) if ids[k] not in ids[: 8 * block])
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("layout", ["llada-none", "llada-dual", "dream-none", "dream-dual"])
+def test_an_answer_ends_with_the_block_that_holds_its_first_eos(
+    layout: str, temperature: float
+) -> None:
+    model, setting = setting_of(layout, "static-1", temperature, stop_at_eos=True)
+    whole = plain(layout, "static-1", temperature, 11, 0)
+    full = answer_ids(whole)
+    for block in (0, 1):
+        at = first_new_token(full, block)
+        ending = with_eos(model, [full[at]])
+        plainly = decode(ending, whole.prompt, setting)
+        assert answer_ids(plainly) == full[: full.index(full[at]) + 1]
+        assert states(plainly) == states(whole)[: 8 * (block + 1)]  # one token a step
+        assert plainly.path[-1].finished
+        for drafter in (Oracle(whole, 5), GraphDrafter([[(0, 0)], [(1, 0)]], setting, ending)):
+            ours = decode(ending, whole.prompt, setting, drafter)
+            assert states(ours) == states(plainly)
+            assert answer_ids(ours) == answer_ids(plainly)
+            assert ours.stats.nfe + ours.stats.accepted == plainly.stats.nfe
+
+
+def test_an_eos_in_the_prompt_ends_nothing() -> None:
+    model, setting = setting_of("sdar-block", "static-1", stop_at_eos=True)
+    whole = plain("sdar-block", "static-1", 0.0, 11, 0)
+    eos = int(whole.prompt[10])  # in the prompt's tail, which opens the first decoded block
+    assert eos not in answer_ids(whole)
+    ours = decode(with_eos(model, [eos]), whole.prompt, setting)
+    assert states(ours) == states(whole)
+
+
+def test_without_stop_at_eos_an_answer_runs_to_its_length() -> None:
+    model, setting = setting_of("llada-none", "static-1")
+    whole = plain("llada-none", "static-1", 0.0, 11, 0)
+    ours = decode(with_eos(model, answer_ids(whole)), whole.prompt, setting)
+    assert answer_ids(ours) == answer_ids(whole)
+    assert len(answer_ids(ours)) == 16
+
+
+def test_mask_tokens_in_the_prompt_stay_there() -> None:
+    for layout in ("llada-none", "llada-dual", "sdar-block"):
+        model, setting = setting_of(layout, "static-1")
+        prompt = random_prompt(model, 11)
+        prompt[[2, 10]] = model.mask_token_id
+        plainly = decode(model, prompt, setting)
+        assert states(plainly)[-1][:11] == prompt.tolist()
+        assert model.mask_token_id not in answer_ids(plainly)
+        assert_lossless(decode(model, prompt, setting, Oracle(plainly, 3)), plainly)

@@ -1,0 +1,289 @@
+"""Unmasking policies on hand-written numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spiffy.runtime.draft import rank_candidates
+from spiffy.runtime.policy import Distribution, choose, gumbel_noise, select, step_quota
+from spiffy.schemas import DecodingSettings, SpiffyError
+
+STATIC = DecodingSettings.parse()
+EULER = 0.5772156649015329
+
+
+def quotas(settings: DecodingSettings, masked: int) -> list[int]:
+    """Tokens that each step commits until nothing is masked."""
+    committed: list[int] = []
+    while masked:
+        committed.append(step_quota(settings, len(committed), masked))
+        masked -= committed[-1]
+    return committed
+
+
+def of_probabilities(rows: list[list[float]]) -> Distribution:
+    """Distribution at positions 0, 1, ... from probabilities."""
+    return Distribution(torch.arange(len(rows)), torch.tensor(rows, dtype=torch.float64).log())
+
+
+# ---------------------------------------------------------------- how many tokens a step commits
+
+
+@pytest.mark.parametrize(
+    ("block", "steps", "expected"),
+    [
+        (8, 3, [3, 3, 2]),
+        (8, 4, [2, 2, 2, 2]),
+        (8, 5, [2, 2, 2, 1, 1]),
+        (4, 1, [4]),
+        (7, 7, [1] * 7),
+    ],
+)
+def test_even_schedule_gives_the_remainder_to_the_first_steps(
+    block: int, steps: int, expected: list[int]
+) -> None:
+    settings = DecodingSettings.parse(block_length=block, gen_length=block, steps_per_block=steps)
+    assert quotas(settings, block) == expected
+
+
+def test_a_block_with_fewer_masks_left_keeps_the_full_blocks_quota() -> None:
+    """SDAR's first block may open with prompt tokens: 5 masks of 8 in 3 steps."""
+    settings = DecodingSettings.parse(block_length=8, gen_length=8, steps_per_block=3)
+    assert quotas(settings, 5) == [3, 2]
+    assert quotas(settings, 1) == [1]
+
+
+def test_the_last_step_takes_what_is_left() -> None:
+    settings = DecodingSettings.parse(block_length=8, gen_length=8, steps_per_block=3)
+    assert step_quota(settings, block_step=2, masked=7) == 7
+    assert step_quota(settings, block_step=5, masked=7) == 7
+
+
+def test_more_steps_than_positions_commit_one_token_each() -> None:
+    settings = DecodingSettings.parse(block_length=4, gen_length=4, steps_per_block=9)
+    assert quotas(settings, 4) == [1, 1, 1, 1]
+
+
+def test_tokens_per_step_is_capped_by_the_masks_left() -> None:
+    settings = DecodingSettings.parse(tokens_per_step=3)
+    assert quotas(settings, 8) == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (32, [0, *[1] * 30, 2]),
+        (16, [1, *[2] * 14, 3]),
+        (5, [6, 6, 6, 6, 8]),
+        (40, [*[0] * 9, *[1] * 30, 2]),
+    ],
+)
+def test_timestep_schedule_is_dreams(steps: int, expected: list[int]) -> None:
+    """The official loop's counts (tests/parity/dream-a/golden.json)."""
+    settings = DecodingSettings.parse(
+        block_length=32, gen_length=32, schedule="timestep", steps_per_block=steps
+    )
+    assert quotas(settings, 32) == expected
+
+
+def test_timestep_schedule_needs_a_number_of_steps() -> None:
+    with pytest.raises(SpiffyError, match="steps_per_block"):
+        DecodingSettings.parse(schedule="timestep")
+
+
+@given(
+    block=st.integers(1, 40),
+    steps=st.integers(1, 60),
+    schedule=st.sampled_from(["even", "timestep"]),
+    data=st.data(),
+)
+def test_every_schedule_commits_every_mask_within_its_steps(
+    block: int, steps: int, schedule: str, data: st.DataObject
+) -> None:
+    settings = DecodingSettings.parse(
+        block_length=block, gen_length=block, schedule=schedule, steps_per_block=steps
+    )
+    masked = data.draw(st.integers(1, block))
+    committed = quotas(settings, masked)
+    assert sum(committed) == masked
+    assert min(committed) >= 0
+    assert len(committed) <= steps
+
+
+# ---------------------------------------------------------------- which positions
+
+
+def chosen(scores: list[float], quota: int, strict: bool = False, **options: object) -> list[int]:
+    settings = DecodingSettings.parse(**options)
+    picked = select(torch.tensor(scores, dtype=torch.float64), quota, settings, strict)
+    return picked.nonzero()[:, 0].tolist()
+
+
+def test_select_takes_the_best_scores() -> None:
+    assert chosen([0.1, 0.9, 0.5, 0.7], 2) == [1, 3]
+
+
+def test_equal_scores_go_to_the_lower_position() -> None:
+    assert chosen([0.5, 0.9, 0.5, 0.5], 2) == [0, 1]
+    assert chosen([0.25] * 50, 7) == list(range(7))
+
+
+def test_a_quota_of_zero_chooses_nothing() -> None:
+    assert chosen([0.5, 0.9], 0) == []
+
+
+def test_static_ignores_the_threshold() -> None:
+    assert chosen([0.95, 0.96, 0.97], 1, threshold=0.9) == [2]
+
+
+@pytest.mark.parametrize(("strict", "expected"), [(False, [0, 1]), (True, [0])])
+def test_a_score_at_the_threshold_counts_unless_strict(strict: bool, expected: list[int]) -> None:
+    options = {"policy": "threshold", "threshold": 0.5}
+    assert chosen([0.75, 0.5, 0.25], 1, strict, **options) == expected
+
+
+def test_threshold_chooses_at_least_the_quota() -> None:
+    assert chosen([0.1, 0.3, 0.2], 1, policy="threshold", threshold=0.9) == [1]
+    assert chosen([0.1, 0.95, 0.2, 0.3], 2, policy="threshold", threshold=0.9) == [1, 3]
+
+
+def test_threshold_adds_to_the_quota_not_on_top_of_it() -> None:
+    assert chosen([0.95, 0.1, 0.99, 0.2], 2, policy="threshold", threshold=0.9) == [0, 2]
+
+
+# ---------------------------------------------------------------- which token, and how sure
+
+
+def test_the_score_is_the_probability_of_the_chosen_token() -> None:
+    tokens, score = choose(of_probabilities([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]]), STATIC, 2)
+    assert tokens.tolist() == [1, 0]
+    assert score.tolist() == pytest.approx([0.5, 0.6])
+
+
+def test_equal_probabilities_go_to_the_lower_token_id() -> None:
+    tokens, _ = choose(of_probabilities([[0.1, 0.4, 0.4, 0.1]]), STATIC, mask_token_id=3)
+    assert tokens.tolist() == [1]
+
+
+def test_the_mask_token_is_never_chosen() -> None:
+    distribution = of_probabilities([[0.1, 0.2, 0.7]])
+    tokens, score = choose(distribution, STATIC, mask_token_id=2)
+    assert tokens.tolist() == [1]
+    assert score.tolist() == pytest.approx([0.2])  # the untouched softmax: not renormalised
+    drawn, _ = choose(
+        distribution,
+        DecodingSettings.parse(temperature=1.0),
+        mask_token_id=2,
+        noise=torch.tensor([[0.0, 0.0, 100.0]], dtype=torch.float64),
+    )
+    assert drawn.tolist() == [1]
+    assert distribution.log_p.exp().tolist() == [pytest.approx([0.1, 0.2, 0.7])]  # not written to
+
+
+def test_noise_moves_the_token_and_the_score_stays_untempered() -> None:
+    """Argmax of log p + T * noise; the score is the plain softmax probability of that token."""
+    distribution = of_probabilities([[0.6, 0.3, 0.1]])
+    noise = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
+    # log 0.6 - log 0.3 = log 2: the temperature has to exceed it for token 1 to win.
+    for temperature, token, p in ((0.6, 0, 0.6), (0.8, 1, 0.3)):
+        settings = DecodingSettings.parse(temperature=temperature)
+        tokens, score = choose(distribution, settings, 2, noise)
+        assert tokens.tolist() == [token]
+        assert score.tolist() == pytest.approx([p])
+
+
+def test_margin_and_entropy_scores() -> None:
+    distribution = of_probabilities([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]])
+    _, margin = choose(distribution, DecodingSettings.parse(score="margin"), 2)
+    assert margin.tolist() == pytest.approx([0.2, 0.85])
+    _, entropy = choose(distribution, DecodingSettings.parse(score="entropy"), 2)
+    expected = [sum(p * math.log(p) for p in row) for row in ([0.2, 0.5, 0.3], [0.9, 0.05, 0.05])]
+    assert entropy.tolist() == pytest.approx(expected, abs=1e-8)
+
+
+def test_sequential_prefers_the_leftmost_position() -> None:
+    settings = DecodingSettings.parse(policy="sequential")
+    distribution = of_probabilities([[0.4, 0.6], [0.01, 0.99], [0.3, 0.7]])
+    tokens, score = choose(distribution, settings, mask_token_id=0)
+    assert tokens.tolist() == [1, 1, 1]
+    assert select(score, 2, settings, strict=True).tolist() == [True, True, False]
+
+
+def test_confident_positions_are_ranked_in_float64() -> None:
+    """In float32 both softmaxes are exactly 1.0 and the lower position would win."""
+    logits = torch.tensor([[29.0, 0.0], [31.0, 0.0]])
+    assert logits.softmax(-1)[:, 0].tolist() == [1.0, 1.0]
+    tokens, score = choose(Distribution.of(logits, torch.arange(2)), STATIC, mask_token_id=1)
+    assert tokens.tolist() == [0, 0]
+    assert select(score, 1, STATIC, strict=False).tolist() == [False, True]
+
+
+# ---------------------------------------------------------------- draft coordinates
+
+
+def test_candidates_rank_positions_by_score_and_tokens_by_probability() -> None:
+    rows = [[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.7, 0.1], [0.25, 0.5, 0.2, 0.05]]
+    ranked = rank_candidates(of_probabilities(rows), STATIC, mask_token_id=3, token_ranks=3)
+    assert ranked.positions.tolist() == [1, 0, 2]  # 0.7, then a tie at 0.5: lower position first
+    assert ranked.tokens.tolist() == [[2, 0, 1], [0, 1, 2], [1, 0, 2]]  # ties: lower id first
+
+
+def test_candidates_never_offer_the_mask_token() -> None:
+    distribution = of_probabilities([[0.1, 0.8, 0.1]])
+    ranked = rank_candidates(distribution, STATIC, mask_token_id=1, token_ranks=10)
+    assert ranked.tokens.tolist() == [[0, 2]]
+    assert distribution.log_p[0, 1].exp() == pytest.approx(0.8)  # not written to
+
+
+# ---------------------------------------------------------------- noise
+
+
+def noise(seed: int = 0, sequence: int = 0, step: int = 0, rows: int = 4, vocab: int = 5) -> Tensor:
+    return gumbel_noise(seed, sequence, step, rows, vocab)
+
+
+def test_noise_is_a_pure_function_of_its_arguments() -> None:
+    before = noise()
+    torch.manual_seed(3)
+    torch.rand(100)
+    state = torch.random.get_rng_state()
+    assert torch.equal(noise(), before)
+    assert torch.equal(torch.random.get_rng_state(), state)  # and leaves the global one alone
+
+
+def test_noise_differs_by_seed_sequence_and_step() -> None:
+    draws = [noise(*at) for at in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 11, 0)]]
+    draws += [noise(*at) for at in [(1, 1, 0), (11, 0, 0), (-1, 0, 0)]]
+    for k, one in enumerate(draws):
+        assert not any(torch.equal(one, other) for other in draws[:k])
+
+
+def test_noise_is_standard_gumbel() -> None:
+    """Mean is Euler's constant, variance pi^2 / 6, P(G < 0) = 1 / e; rows are uncorrelated."""
+    draw = noise(rows=100, vocab=1000)
+    assert draw.dtype == torch.float64
+    flat = draw.flatten()
+    n = len(flat)  # standard errors: 1.28 / sqrt(n) of the mean, 3.9 / sqrt(n) of the variance
+    assert flat.mean().item() == pytest.approx(EULER, abs=5 * 1.28 / n**0.5)
+    assert flat.var().item() == pytest.approx(math.pi**2 / 6, abs=5 * 3.9 / n**0.5)
+    assert (flat < 0).double().mean().item() == pytest.approx(1 / math.e, abs=5 * 0.48 / n**0.5)
+    correlations = torch.corrcoef(draw)[~torch.eye(100, dtype=torch.bool)]
+    assert correlations.abs().max() < 6 / 1000**0.5
+
+
+def test_argmax_with_noise_draws_from_the_tempered_softmax() -> None:
+    temperature, p = 0.5, [0.5, 0.3, 0.2]
+    settings = DecodingSettings.parse(temperature=temperature)
+    distribution = of_probabilities([[*p, 1e-9]] * 20_000)
+    tokens, _ = choose(distribution, settings, 3, noise(seed=5, rows=20_000, vocab=4))
+    weights = [q ** (1 / temperature) for q in p]
+    for token, weight in enumerate(weights):
+        expected = weight / sum(weights)
+        error = (expected * (1 - expected) / 20_000) ** 0.5
+        assert (tokens == token).double().mean().item() == pytest.approx(expected, abs=5 * error)
