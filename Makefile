@@ -4,12 +4,13 @@ MODEL ?= tiny-llada
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo test lint types clean
+.PHONY: help demo results test lint types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          calibrate $(MODEL), decode with and without drafts, compare"
 	@echo "make test          run the whole test suite"
+	@echo "make results       measure the tables in docs/ again (15 minutes)"
 	@echo "make lint types    ruff, and mypy --strict on the installed layout"
 
 $(READY): pyproject.toml constraints.txt
@@ -21,6 +22,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/spiffy-calibrate --model $(MODEL) --budget 32 --out llada.json
 	$(BIN)/spiffy-decode --graph llada.json --prompts synthetic --samples 8 --verify --budget 1,8,32
+
+results: $(READY)
+	$(BIN)/python benchmarks/results.py --into docs/results.md docs/losslessness.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2

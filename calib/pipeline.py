@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, chains
@@ -44,13 +45,17 @@ class Traces:
     @property
     def growing(self) -> Sequence[Prompt]:
         """Prompts that the graph is grown on."""
-        return [p for k, p in enumerate(self.prompts) if k % HOLD_OUT_EVERY != HOLD_OUT_EVERY - 1]
+        held_out = set(self._held_out_indices())
+        return [prompt for k, prompt in enumerate(self.prompts) if k not in held_out]
 
     @property
     def held_out(self) -> Sequence[Prompt]:
-        """Prompts that the graph is measured on; all of them if there are too few to divide."""
-        held_out = self.prompts[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
-        return held_out or self.prompts
+        """Prompts that the graph is measured on; none if there is only one prompt."""
+        return [self.prompts[k] for k in self._held_out_indices()]
+
+    def _held_out_indices(self) -> Sequence[int]:
+        every = min(HOLD_OUT_EVERY, len(self.prompts))
+        return range(every - 1, len(self.prompts), every) if every > 1 else ()
 
 
 def prepare(
@@ -86,12 +91,15 @@ def record(
 
     `on_prompt` is called after every forward with the number of prompts that are done.
     """
-    done = 0
+    done: dict[int, Prompt] = {}
     for finished in run(model, tasks, batch_size):
-        done += len(finished)
-        on_prompt(done)
+        for task in finished:
+            done[task.sequence] = chains(task)
+            task.path.clear()  # memory grows with chains, not with states
+            task.drafter = None
+        on_prompt(len(done))
     return Traces(
-        tuple(chains(task) for task in tasks),
+        tuple(done[task.sequence] for task in tasks),
         nfe=sum(task.stats.nfe for task in tasks),
         positions_computed=sum(task.stats.positions_computed for task in tasks),
     )
@@ -125,12 +133,13 @@ def build_graph(
     return DraftGraph(
         model=ModelRecord(
             family=model.family.name,
-            id=model.name,
+            id=_portable_id(model.name),
             revision=model.revision,
             fingerprint=model.fingerprint,
             vocab_size=model.vocab_size,
         ),
         decoding=settings,
+        exact=settings.exact,
         calibration=CalibrationRecord(
             dataset=prompts.dataset,
             dataset_sha256=prompts.sha256,
@@ -142,8 +151,13 @@ def build_graph(
             tool_version=version("spiffy-dllm"),
         ),
         nodes=_nodes(fills, counts),
-        expected_steps=tuple(steps_per_forward(traces.held_out, fills)),
+        expected_steps=tuple(steps_per_forward(traces.held_out or traces.growing, fills)),
     )
+
+
+def _portable_id(name: str) -> str:
+    """A local folder's own name: where it lies on this machine is nobody else's business."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _nodes(fills: Sequence[Fill], counts: dict[Chain, int]) -> tuple[Node, ...]:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spiffy.calib.synthetic import problems
+from spiffy.runtime.models.base import is_unicode
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import canonical_json
 
@@ -64,10 +66,14 @@ def load_prompts(
     ----------
     dataset
         One of `DATASETS`, or a `.jsonl` (or `.jsonl.gz`) file with a `prompt` or `question` field.
+    samples
+        None takes all, in order.
     seed
         Decides which prompts are drawn, and their order.
     split
-        Only for `synthetic`, whose splits never share a question.
+        Of `synthetic`, whose splits never share a question. Of other datasets, calibration and test
+        draw from opposite ends of one shuffled deck: they share prompts only if they ask for more
+        than there are.
 
     Raises
     ------
@@ -87,9 +93,13 @@ def load_prompts(
         texts = _from_file(dataset)
     if not texts:
         raise SpiffyError(f"{dataset}: holds no prompts")
-    order = random.Random(seed).sample(range(len(texts)), min(samples or len(texts), len(texts)))
     name = dataset if dataset in DATASETS else Path(dataset).name
-    return PromptSet(name, tuple(texts[k] for k in order))
+    if samples is None:
+        return PromptSet(name, tuple(texts))
+    # Calibration draws from one end of a shuffled deck and tests from the other.
+    order = random.Random(seed).sample(range(len(texts)), len(texts))
+    chosen = (order if split == "calibration" else order[::-1])[:samples]
+    return PromptSet(name, tuple(texts[k] for k in chosen))
 
 
 def _from_file(name: str) -> list[str]:
@@ -104,8 +114,8 @@ def _from_file(name: str) -> list[str]:
             return _prompts_of(name, file)
     except UnicodeDecodeError:
         raise SpiffyError(f"{name}: not UTF-8 text") from None
-    except OSError as error:
-        raise SpiffyError(f"{name}: cannot be read ({error.strerror or error})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise SpiffyError(f"{name}: cannot be read ({error})") from None
 
 
 def _prompts_of(name: str, lines: Iterable[str]) -> list[str]:
@@ -115,12 +125,14 @@ def _prompts_of(name: str, lines: Iterable[str]) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SpiffyError(f"{name}, line {number}: not valid JSON ({error})") from None
         text = _prompt_field(record)
         if text is None or not text.strip():
             fields = " or ".join(repr(field) for field in _FIELDS)
             raise SpiffyError(f"{name}, line {number}: needs a non-empty text field {fields}")
+        if not is_unicode(text):
+            raise SpiffyError(f"{name}, line {number}: holds half a character (lone surrogate)")
         texts.append(text)
     return texts
 
@@ -152,7 +164,7 @@ def _from_hub(name: str, source: HubDataset) -> list[str]:
     try:
         rows = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the hub's clients raise many kinds
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
         raise SpiffyError(
             f"dataset {name!r} ({source.path}) could not be loaded: {reason}; pass a JSONL file"
         ) from None

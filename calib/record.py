@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from spiffy.graphs import Chain, Fill, Prompt
@@ -49,9 +50,15 @@ def chains(task: Task) -> Prompt:
     recorder = task.drafter
     assert isinstance(recorder, Recorder)
     sequence = [task.canvas.start(task.prompt, task.model.mask_token_id), *task.path]
-    states = [cursor.ids.tolist() for cursor in sequence]
+    # A step that commits nothing (Dream's timesteps) needs no forward: the state stays the root.
+    moved = [
+        (step, cursor.ids.tolist())
+        for step, cursor in enumerate(sequence)
+        if step == 0 or not torch.equal(cursor.ids, sequence[step - 1].ids)
+    ]
+    states = [ids for _, ids in moved]
     # The last state is the finished answer: nothing is forwarded there.
-    return [_chain(recorder.roots.get(step), states, step) for step in range(len(states) - 1)]
+    return [_chain(recorder.roots.get(step), states, k) for k, (step, _) in enumerate(moved[:-1])]
 
 
 def _chain(root: _Root | None, states: list[list[int]], step: int) -> Chain | None:
@@ -62,8 +69,7 @@ def _chain(root: _Root | None, states: list[list[int]], step: int) -> Chain | No
         fill = _fill(root, states[step], state)
         if fill is None or len(fill) > root.room:
             break
-        if fill and fill != (chain[-1] if chain else None):
-            chain.append(fill)
+        chain.append(fill)
     return tuple(chain)
 
 

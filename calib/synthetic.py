@@ -20,7 +20,7 @@ MAX_VALUE = 40
 
 _HELD_OUT_PERCENT = 10  # of all question texts, for calibration and for test each
 
-_PEOPLE = (
+PEOPLE = (
     ("Tom", "he"),
     ("Ben", "he"),
     ("Sam", "he"),
@@ -34,7 +34,7 @@ _PEOPLE = (
     ("Rosa", "she"),
     ("Jane", "she"),
 )
-_THINGS = (
+THINGS = (
     "apples",
     "books",
     "cards",
@@ -50,7 +50,7 @@ _THINGS = (
     "stickers",
     "toys",
 )
-_CONTAINERS = ("bags", "boxes", "packs", "baskets")
+CONTAINERS = ("bags", "boxes", "packs", "baskets")
 
 _OPENINGS = (
     "{name} has {a} {things}.",
@@ -179,14 +179,14 @@ class _Story:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        name, he = _pick(rng, _PEOPLE)
+        name, he = _pick(rng, PEOPLE)
         self._words = {
             "name": name,
             "he": he,
             "He": he.capitalize(),
-            "other": _pick(rng, [other for other, _ in _PEOPLE if other != name]),
-            "things": _pick(rng, _THINGS),
-            "containers": _pick(rng, _CONTAINERS),
+            "other": _pick(rng, [other for other, _ in PEOPLE if other != name]),
+            "things": _pick(rng, THINGS),
+            "containers": _pick(rng, CONTAINERS),
         }
         self._value = 0
         self._question: list[str] = []

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from spiffy.cli.common import VERSION_OPTION, console, log, progress_bar, run_app
+from spiffy.cli.common import (
+    VERSION_OPTION,
+    console,
+    log,
+    note_if_inexact,
+    progress_bar,
+    run_app,
+)
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.graph import MAX_NODES
 from spiffy.schemas.io import check_writable
@@ -133,8 +140,8 @@ def calibrate(
         tasks = prepare(lm, prompts, settings, seed)
     if len(tasks) < len(prompts.texts):
         log.print(
-            f"{len(prompts.texts) - len(tasks)} of {len(prompts.texts)} prompts are too long for "
-            f"{settings.gen_length} more positions and left out"
+            f"{len(prompts.texts) - len(tasks)} of {len(prompts.texts)} prompts cannot be decoded "
+            f"and are left out: most likely too long for {settings.gen_length} more positions"
         )
     with progress_bar() as bar:
         line = bar.add_task("decoding prompts", total=len(tasks))
@@ -157,9 +164,11 @@ def _summarise(graph: DraftGraph, traces: Traces, path: Path) -> None:
     record, settings = graph.calibration, graph.decoding
     rival: Objective = "paper" if record.objective == "expected-steps" else "expected-steps"
     counts = count_chains(traces.growing)
-    other = steps_per_forward(traces.held_out, grow_by(rival, counts, graph.budget))
+    measured = traces.held_out or traces.growing
+    other = steps_per_forward(measured, grow_by(rival, counts, graph.budget))
+    on = "held-out prompts" if traces.held_out else "prompt that the graph also grew on"
     table = Table(
-        title=f"Denoising steps per forward on {record.held_out_samples} held-out prompts "
+        title=f"Denoising steps per forward on {len(measured)} {on} "
         f"({settings.policy}, cache {settings.cache}, block {settings.block_length})"
     )
     table.add_column("drafts", justify="right")
@@ -172,8 +181,7 @@ def _summarise(graph: DraftGraph, traces: Traces, path: Path) -> None:
             f"{other[min(drafts, len(other) - 1)]:.2f}",
         )
     console.print(table)
-    if settings.cache == "prefix":
-        log.print("cache prefix: near-lossless, drafts see the root's suffix")
+    note_if_inexact(settings)
     log.print(
         f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "
         f"{traces.nfe} forwards, {traces.positions_computed} positions"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -18,11 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from spiffy.schemas import SpiffyError
+from spiffy.schemas import DecodingSettings, SpiffyError
 
 #: Results go to standard output, everything else to standard error.
-console = Console()
-log = Console(stderr=True, highlight=False)
+console = Console(markup=False, emoji=False)
+log = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def progress_bar() -> Progress:
@@ -48,16 +47,21 @@ VERSION_OPTION = typer.Option(
 )
 
 
+def note_if_inexact(settings: DecodingSettings) -> None:
+    """Say so wherever the one cache shows up that is not exact."""
+    if not settings.exact:
+        log.print("cache prefix is near-lossless: drafts see the root's suffix, not their own")
+
+
 def run_app(app: Callable[[], None]) -> None:
-    """Run a typer app; bad input ends in one line and exit code 2, interruption in 130."""
+    """Run a typer app; bad input ends in one line and exit code 2."""
     try:
         app()
     except SpiffyError as error:
-        log.print(f"error: {error}", markup=False, soft_wrap=True)
+        log.print(f"error: {error}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        log.print("interrupted: nothing was written")
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
+            raise
+        log.print("error: out of memory: lower --budget, or use a cache (--cache dual)")
+        sys.exit(2)

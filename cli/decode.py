@@ -7,16 +7,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from spiffy.cli.common import VERSION_OPTION, console, log, progress_bar, run_app
+from spiffy.cli.common import (
+    VERSION_OPTION,
+    console,
+    log,
+    note_if_inexact,
+    progress_bar,
+    run_app,
+)
 from spiffy.schemas import DraftGraph, SpiffyError
 
 if TYPE_CHECKING:
-    from spiffy.runtime.decode import Task
+    from rich.console import Console
+
     from spiffy.runtime.draft import Drafter
     from spiffy.runtime.generate import Output
     from spiffy.runtime.models import DiffusionLM
@@ -82,18 +90,28 @@ def decode(
 
     Example: spiffy-decode --graph llada.json --prompt "Tom has 3 apples. He buys 4 more. How many?"
     """
-    if json_lines and stream:
-        raise SpiffyError("--json and --stream exclude each other: both print to standard output")
+    if stream and (json_lines or verify):
+        raise SpiffyError("--stream prints plain text as it comes: drop --json and --verify")
     artifact = None if graph is None else DraftGraph.load(graph)
     if artifact is None and model is None:
         raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
+    if verify and (artifact is None or not speculation):
+        raise SpiffyError(
+            "--verify compares drafting with plain decoding: give --graph, and drop "
+            "--no-speculation"
+        )
+    budgets = _budgets(budget, artifact if speculation else None)
+    if len(budgets) > 1 and not verify:
+        raise SpiffyError(f"--budget {budget}: several budgets need --verify, to compare them")
     texts = _texts(prompt, prompts, samples, seed)
 
     with log.status("loading"):
         from spiffy.runtime import decoding_settings, load_model
 
-        name = model or (artifact.model.id if artifact else "")
-        lm = load_model(name, device=device, dtype=dtype)
+        if model is None and artifact is not None:
+            lm = _model_of(artifact, graph, device, dtype)
+        else:
+            lm = load_model(str(model), device=device, dtype=dtype)
         settings = decoding_settings(
             lm,
             artifact,
@@ -105,36 +123,35 @@ def decode(
             cache=cache,
             temperature=temperature,
         )
-        drafters = _drafters(lm, artifact if speculation else None, settings, budget, texts[0])
-    if len(drafters) > 1 and not verify:
-        raise SpiffyError(f"--budget {budget}: several budgets need --verify, to compare them")
+        runs = _Runs(lm, settings, seed, _decodable(lm, settings, texts))
+        runs.drafters = _drafters(runs, artifact, budgets)
 
-    runs = _Runs(lm, settings, seed, drafters)
+    out = log if json_lines else console
     if verify:
-        if artifact is None or not speculation:
-            raise SpiffyError("--verify compares speculative with plain decoding: give --graph")
-        _warm_up(runs, texts[0])
+        runs.drafters = {"plain": None, **runs.drafters}
+        runs.decode(runs.prompts[0], "plain")  # warm-up, not counted
+        runs.outputs.clear()
         with progress_bar() as bar:
-            for text in bar.track(texts, description="decoding both ways"):
-                runs.decode(text, plain=True)
-    else:
-        for text in texts:
-            for partial in runs.stream(text):
-                if stream:
-                    console.print(partial, end="", markup=False, highlight=False, soft_wrap=True)
+            for prompt_of in bar.track(runs.prompts, description="decoding both ways"):
+                for name in runs.drafters:  # prompt by prompt, so that drift hits all alike
+                    runs.decode(prompt_of, name)
+        identical = _compare(runs, out)
+        if json_lines:
+            for (index, _), output in zip(runs.prompts, runs.outputs[runs.shown], strict=True):
+                _print_json(index, output)
+        if not identical:
+            raise typer.Exit(1)
+        return
+    for prompt_of in runs.prompts:
+        for partial in runs.stream(prompt_of, runs.shown):
             if stream:
-                console.print()
-            elif not json_lines:
-                console.print(runs.last.text, markup=False, highlight=False, soft_wrap=True)
-            else:
-                _print_json(runs.last)
-    if verify and json_lines:
-        for output in runs.outputs[runs.shown]:
-            _print_json(output)
-    if verify:
-        _compare(runs, settings)
-    else:
-        _report(runs)
+                _write(partial)
+        output = runs.outputs[runs.shown][-1]
+        if json_lines:
+            _print_json(prompt_of[0], output)
+        else:
+            _write("\n" if stream else output.text + "\n")
+    _report(runs)
 
 
 def _texts(prompt: str | None, prompts: str | None, samples: int | None, seed: int) -> list[str]:
@@ -149,109 +166,124 @@ def _texts(prompt: str | None, prompts: str | None, samples: int | None, seed: i
     if prompt is None:
         if sys.stdin.isatty():
             log.print("reading the prompt from standard input, end with Ctrl-D")
-        prompt = sys.stdin.read()
-    if not prompt.strip():
-        raise SpiffyError("the prompt is empty: give it at least one word")
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape").strip("\n")
     return [prompt]
 
 
-def _drafters(
-    lm: DiffusionLM,
-    artifact: DraftGraph | None,
-    settings: DecodingSettings,
-    budget: str | None,
-    text: str,
-) -> dict[str, Drafter | None]:
-    from spiffy.runtime.generate import graph_drafter
-
+def _budgets(budget: str | None, artifact: DraftGraph | None) -> list[int | Literal["auto"]]:
+    """Budgets asked for; the graph's own if none."""
     if artifact is None:
-        return {"plain": None}
+        if budget is not None:
+            raise SpiffyError("--budget counts drafts: give --graph, and drop --no-speculation")
+        return []
     if budget is None:
-        return {f"{artifact.budget} drafts": graph_drafter(lm, artifact, settings)}
-    drafters: dict[str, Drafter | None] = {}
+        return [artifact.budget]
+    budgets: list[int | Literal["auto"]] = []
     for word in map(str.strip, budget.split(",")):
         if word == "auto":
-            number = _best_budget(lm, artifact, settings, text)
-            drafter = graph_drafter(lm, artifact, settings, number) if number else None
-            drafters[f"auto: {number} drafts"] = drafter
+            if not artifact.expected_steps:
+                raise SpiffyError("--budget auto: the graph has no expected_steps; calibrate again")
+            budgets.append("auto")
         elif word.removeprefix("-").isdecimal():
-            drafter = graph_drafter(lm, artifact, settings, int(word))
-            drafters[f"{min(int(word), artifact.budget)} drafts"] = drafter
+            if int(word) < 1:
+                raise SpiffyError(f"--budget {word}: must be at least 1 draft")
+            budgets.append(min(int(word), artifact.budget))
         else:
             raise SpiffyError(f"--budget {budget!r}: give a number of drafts, or auto")
-    return drafters
+    return budgets
 
 
-def _best_budget(
-    lm: DiffusionLM, artifact: DraftGraph, settings: DecodingSettings, text: str
-) -> int:
-    from spiffy.runtime.cost import best_budget, measure_cost
+def _model_of(artifact: DraftGraph, path: Path | None, device: str, dtype: str) -> DiffusionLM:
+    """The model a graph was calibrated for: by its id, or the checkpoint folder the graph is in."""
+    from spiffy.runtime import load_model
+
+    if path is not None and (path.parent / "config.json").is_file():
+        return load_model(str(path.parent), device=device, dtype=dtype)
+    record = artifact.model
+    return load_model(record.id, device=device, dtype=dtype, revision=record.revision)
+
+
+def _decodable(
+    lm: DiffusionLM, settings: DecodingSettings, texts: list[str]
+) -> list[tuple[int, str]]:
+    """Prompts that can be decoded, numbered from 0; the others are named and left out."""
     from spiffy.runtime.generate import make_task
 
-    if not artifact.expected_steps:
-        raise SpiffyError("--budget auto needs a graph with expected_steps: calibrate again")
-    return best_budget(artifact, measure_cost(make_task(lm, text, settings), artifact.budget))
+    prompts = []
+    for index, text in enumerate(texts):
+        try:
+            make_task(lm, text, settings)
+        except SpiffyError as problem:
+            if len(texts) == 1:
+                raise
+            log.print(f"prompt {index} left out: {problem}", soft_wrap=True)
+        else:
+            prompts.append((index, text))
+    if not prompts:
+        raise SpiffyError(f"none of the {len(texts)} prompts can be decoded")
+    return prompts
+
+
+def _drafters(
+    runs: _Runs, artifact: DraftGraph | None, budgets: list[int | Literal["auto"]]
+) -> dict[str, Drafter | None]:
+    from spiffy.runtime.cost import best_budget, measure_cost
+    from spiffy.runtime.generate import graph_drafter, make_task
+
+    if artifact is None or not budgets:
+        return {"plain": None}
+    drafters: dict[str, Drafter | None] = {}
+    for budget in budgets:
+        if budget == "auto":
+            task = make_task(runs.lm, runs.prompts[0][1], runs.settings)
+            number = best_budget(artifact, measure_cost(task, artifact.budget))
+            drafter = graph_drafter(runs.lm, artifact, runs.settings, number) if number else None
+            drafters[f"auto: {number} drafts"] = drafter
+        else:
+            drafter = graph_drafter(runs.lm, artifact, runs.settings, budget)
+            drafters[f"{budget} drafts"] = drafter
+    return drafters
 
 
 @dataclass
 class _Runs:
-    """Decodes every prompt with every drafter, and keeps the outputs by drafter."""
+    """Decodes prompts with one or several drafters, and keeps the outputs by drafter."""
 
     lm: DiffusionLM
     settings: DecodingSettings
     seed: int
-    drafters: dict[str, Drafter | None]
+    prompts: list[tuple[int, str]]
+    drafters: dict[str, Drafter | None] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
-    done: int = 0
 
     @property
     def shown(self) -> str:
         """Whose answers are printed."""
         return next(reversed(self.drafters))
 
-    @property
-    def last(self) -> Output:
-        """The answer decoded last."""
-        return self.outputs[self.shown][-1]
+    def decode(self, prompt: tuple[int, str], name: str) -> None:
+        """Decode one prompt with one drafter."""
+        for _ in self.stream(prompt, name):
+            pass
 
-    def _task(self, text: str, drafter: Drafter | None) -> Task:
-        from spiffy.runtime.generate import make_task
-
-        return make_task(self.lm, text, self.settings, drafter, self.seed, self.done)
-
-    def decode(self, text: str, plain: bool) -> None:
-        """Decode one prompt with every drafter, and plainly if asked for."""
-        from spiffy.runtime.decode import run
-        from spiffy.runtime.generate import collect
-
-        for name, drafter in [("plain", None)] * plain + [*self.drafters.items()]:
-            task = self._task(text, drafter)
-            for _ in run(self.lm, [task]):
-                pass
-            self.outputs.setdefault(name, []).append(collect(task))
-        self.done += 1
-
-    def stream(self, text: str) -> Iterator[str]:
+    def stream(self, prompt: tuple[int, str], name: str) -> Iterator[str]:
         """Decode one prompt; yields the text of each block when it is finished."""
         from spiffy.runtime.decode import run
-        from spiffy.runtime.generate import answer_ids, collect
+        from spiffy.runtime.generate import answer_ids, collect, make_task
 
-        ((name, drafter),) = self.drafters.items()
-        task = self._task(text, drafter)
-        printed = ""
+        sequence, text = prompt
+        task = make_task(self.lm, text, self.settings, self.drafters[name], self.seed, sequence)
+        printed, block = "", 0
         for _ in run(self.lm, [task]):
-            full = self.lm.decode_text(answer_ids(task))
-            if len(full) > len(printed):
+            cursor = task.path[-1] if task.path else None
+            if cursor is not None and (cursor.block > block or cursor.finished):
+                block = cursor.block
+                # A character may still lack bytes that the next block brings.
+                full = self.lm.decode_text(answer_ids(task))
+                full = full if cursor.finished else full.rstrip("\ufffd")
                 yield full[len(printed) :]
                 printed = full
         self.outputs.setdefault(name, []).append(collect(task))
-        self.done += 1
-
-
-def _warm_up(runs: _Runs, text: str) -> None:
-    runs.decode(text, plain=True)
-    runs.outputs.clear()
-    runs.done = 0
 
 
 def _totals(outputs: Sequence[Output]) -> dict[str, float]:
@@ -262,8 +294,9 @@ def _totals(outputs: Sequence[Output]) -> dict[str, float]:
     return totals
 
 
-def _compare(runs: _Runs, settings: DecodingSettings) -> None:
-    plain = runs.outputs["plain"]
+def _compare(runs: _Runs, out: Console) -> bool:
+    """Print the table that --verify ends in; whether all answers are those of plain decoding."""
+    settings, plain = runs.settings, runs.outputs["plain"]
     base = _totals(plain)
     table = Table(
         title=f"{runs.lm.name}: {settings.policy}, cache {settings.cache}, "
@@ -280,8 +313,9 @@ def _compare(runs: _Runs, settings: DecodingSettings) -> None:
         "tokens/s": [f"{base['tokens'] / base['seconds']:.1f}"],
     }
     differing = 0
-    for name in runs.drafters:
-        outputs = runs.outputs[name]
+    for name, outputs in runs.outputs.items():
+        if name == "plain":
+            continue
         table.add_column(name, justify="right")
         ours = _totals(outputs)
         wrong = sum(a.token_ids != b.token_ids for a, b in zip(plain, outputs, strict=True))
@@ -300,11 +334,9 @@ def _compare(runs: _Runs, settings: DecodingSettings) -> None:
         rows["tokens/s"].append(f"{ours['tokens'] / ours['seconds']:.1f} ({speed:.2f}x)")
     for label, cells in rows.items():
         table.add_row(label, *cells)
-    console.print(table)
-    if settings.cache == "prefix":
-        log.print("cache prefix is near-lossless: drafts see the root's suffix, not their own")
-    if differing:
-        raise typer.Exit(1)
+    out.print(table)
+    note_if_inexact(settings)
+    return not differing
 
 
 def _report(runs: _Runs) -> None:
@@ -315,11 +347,20 @@ def _report(runs: _Runs) -> None:
         f"{totals['steps'] / totals['nfe']:.2f} steps per forward, "
         f"{totals['tokens'] / totals['seconds']:.1f} tokens/s"
     )
+    if runs.shown != "plain":
+        note_if_inexact(runs.settings)
 
 
-def _print_json(output: Output) -> None:
+def _write(text: str) -> None:
+    """Print an answer as it is: rich would expand tabs and emoji codes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_json(index: int, output: Output) -> None:
     stats = output.stats
     record: dict[str, Any] = {
+        "index": index,
         "text": output.text,
         "token_ids": output.token_ids,
         "nfe": stats.nfe,
@@ -328,7 +369,7 @@ def _print_json(output: Output) -> None:
         "accepted": stats.accepted,
         "seconds": round(stats.seconds, 6),
     }
-    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    _write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 from rich.tree import Tree
 
 from spiffy.cli.common import VERSION_OPTION, console, run_app
@@ -34,20 +35,21 @@ def show(file: File) -> None:
     record, settings = graph.calibration, graph.decoding
     console.print(
         f"{graph.model.id} ({graph.model.family}): {graph.budget} drafts, {settings.policy}, "
-        f"cache {settings.cache}, block {settings.block_length}\n"
+        f"cache {settings.cache}{'' if graph.exact else ' (near-lossless)'}, "
+        f"block {settings.block_length}\n"
         f"grown on {record.roots} roots of {record.samples} prompts ({record.dataset}), "
         f"objective {record.objective}; digest {graph.digest()[:12]}",
         highlight=False,
         soft_wrap=True,
     )
-    trees = [Tree("root", highlight=False)]
+    trees = [Tree(Text("root"))]
     for number, node in enumerate(graph.nodes, start=1):
         parent = node.parents[0]
         known = graph.nodes[parent - 1].fill if parent else ()
         fill = " ".join(f"+{i}.{j}" for i, j in node.fill if (i, j) not in known)
         share = f"{node.count / record.roots:.1%} of roots" if record.roots else ""
         also = f", also from {', '.join(map(str, node.parents[1:]))}" if node.parents[1:] else ""
-        trees.append(trees[parent].add(f"{number}: {fill}  ({share}{also})"))
+        trees.append(trees[parent].add(Text(f"{number}: {fill}  ({share}{also})")))
     console.print(trees[0])
 
 

@@ -99,7 +99,8 @@ def grow(chains: Mapping[Chain, int], budget: int, passes: int = 4) -> list[Fill
         if improved is None:
             break
         best = improved
-    return _grow(trie, (), budget, set(best))
+    order = _grow(trie, (), budget, set(best))  # leaves out what a swap has cut off
+    return _grow(trie, order, budget, None)
 
 
 def _grow(

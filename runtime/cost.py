@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
 from spiffy.runtime.cache import CACHES
@@ -40,14 +41,20 @@ def measure_cost(task: Task, largest: int, repeats: int = 5) -> CostProfile:
     for _ in range(repeats):
         for budget in budgets:
             packed = rows_for(budget)
-            started = perf_counter()
+            started = _now(model.device)
             forward(model, packed)
-            seconds[budget].append(perf_counter() - started)
+            seconds[budget].append(_now(model.device) - started)
     return CostProfile(
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         points=tuple(CostPoint(drafts=b, seconds=median(seconds[b])) for b in budgets),
     )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a launched kernel is not a finished one
+    return perf_counter()
 
 
 def best_budget(graph: DraftGraph, profile: CostProfile) -> int:

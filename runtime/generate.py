@@ -53,6 +53,8 @@ def decoding_settings(
     else:
         base = {"block_length": model.default_block_length, "cache": model.family.caches[0]}
     given = {key: value for key, value in options.items() if value is not None}
+    if "tokens_per_step" in given:  # the graph's other way of saying the same gives way
+        base["steps_per_block"] = None
     settings = DecodingSettings.parse(**{**base, **given})
     if settings.cache not in model.family.caches:
         known = ", ".join(model.family.caches)
@@ -148,6 +150,8 @@ def generate(
     SpiffyError
         If an option, the prompt, or the graph does not fit the model.
     """
+    if graph is None and budget is not None:
+        raise SpiffyError(f"budget {budget} counts drafts: give a graph")
     settings = decoding_settings(model, graph, **options)
     drafter = None if graph is None else graph_drafter(model, graph, settings, budget)
     task = make_task(model, prompt, settings, drafter, seed, sequence, edges)

@@ -35,7 +35,7 @@ class Distribution:
 
     @classmethod
     def of(cls, logits: Tensor, positions: Tensor) -> Distribution:
-        """Normalise logits float32 [M, vocab]."""
+        """Normalise logits [M, vocab] of any float dtype."""
         return cls(positions, logits.double().log_softmax(-1))
 
     def restrict(self, positions: Tensor) -> Distribution:

@@ -54,6 +54,11 @@ class DecodingSettings(BaseModel):
             raise ValueError("schedule 'timestep' needs steps_per_block")
         return self
 
+    @property
+    def exact(self) -> bool:
+        """Whether speculative decoding gives the very tokens of plain decoding (not: prefix)."""
+        return self.cache != "prefix"
+
     @classmethod
     def parse(cls, **options: object) -> DecodingSettings:
         """Validate `options`.

@@ -64,7 +64,7 @@ class CalibrationRecord(_Record):
     dataset: str
     dataset_sha256: str
     samples: int = Field(ge=0)
-    held_out_samples: int = Field(ge=0)
+    held_out_samples: int = Field(ge=0, description="0: measured on the prompts it grew on.")
     roots: int = Field(ge=0)
     seed: int
     objective: str
@@ -94,6 +94,8 @@ class DraftGraph(_Record):
 
     Attributes
     ----------
+    exact
+        Whether decoding with this cache is lossless; false for the prefix cache only.
     expected_steps
         Denoising steps per forward at budgets 0, 1, ... len(nodes), replayed on calibration
         prompts that were held out from growing the graph.
@@ -102,12 +104,15 @@ class DraftGraph(_Record):
     model: ModelRecord
     decoding: DecodingSettings
     calibration: CalibrationRecord
+    exact: bool
     nodes: tuple[Node, ...] = Field(max_length=MAX_NODES)
     expected_steps: tuple[float, ...] = ()
     cost_profiles: tuple[CostProfile, ...] = ()
 
     @model_validator(mode="after")
     def _is_a_graph(self) -> DraftGraph:
+        if self.exact != self.decoding.exact:
+            raise ValueError(f"exact: {self.exact} contradicts cache {self.decoding.cache!r}")
         fills: list[frozenset[tuple[int, int]]] = [frozenset()]
         seen = {fills[0]}
         for number, node in enumerate(self.nodes, start=1):
@@ -214,7 +219,7 @@ class DraftGraph(_Record):
         try:
             path = hf_hub_download(repo_or_dir, "draft_graph.json", revision=revision)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())
             raise SpiffyError(f"{repo_or_dir}: no draft_graph.json to be had ({reason})") from None
         return cls.load(path)
 

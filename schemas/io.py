@@ -93,12 +93,13 @@ def check_writable(path: Path) -> None:
     Raises
     ------
     SpiffyError
-        If `path` is a directory, or its folder is missing or not writable.
+        If `path` is no regular file, or its folder is missing or not writable.
     """
     if path.is_dir():
         raise SpiffyError(f"{path}: is a directory, expected a file name")
+    if path.exists() and not path.is_file():
+        raise SpiffyError(f"{path}: not a regular file, and would be replaced by one")
     if not path.parent.is_dir():
         raise SpiffyError(f"{path}: folder {path.parent} does not exist")
-    target = path if path.exists() else path.parent
-    if not os.access(target, os.W_OK):
-        raise SpiffyError(f"{path}: not writable")
+    if not os.access(path.parent, os.W_OK):  # the file is replaced, not written into
+        raise SpiffyError(f"{path}: folder {path.parent} is not writable")

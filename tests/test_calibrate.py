@@ -106,13 +106,22 @@ def test_artifact_survives_a_round_trip_and_states_its_origin(tmp_path: Path) ->
     assert graph.expected_steps[8] == pytest.approx(held_out.steps_per_forward, abs=1e-6)
 
 
+@pytest.mark.parametrize(("prompts", "held_out"), [(1, 0), (2, 1), (3, 1), (5, 1), (10, 2)])
+def test_no_prompt_both_grows_and_measures(prompts: int, held_out: int) -> None:
+    traces = Traces(tuple([((((k, 0),),),)] for k in range(prompts)), 0, 0)
+    assert len(traces.held_out) == held_out
+    assert sorted([*traces.growing, *traces.held_out]) == sorted(traces.prompts)
+
+
 def test_prompts_come_from_question_and_prompt_fields(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     rows = [{"question": "one?"}, {"prompt": "two", "question": "no"}, {"prompt": "three"}]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     prompts = load_prompts(str(path))
-    assert sorted(prompts.texts) == ["one?", "three", "two"]
-    assert len(load_prompts(str(path), samples=2).texts) == 2
+    assert prompts.texts == ("one?", "two", "three")  # all of them, in order
+    calibration = load_prompts(str(path), samples=1).texts
+    test = load_prompts(str(path), samples=2, split="test").texts
+    assert {*calibration, *test} == set(prompts.texts)  # drawn from opposite ends
     assert load_prompts(str(path), seed=1).sha256 == load_prompts(str(path), seed=1).sha256
 
 

@@ -93,9 +93,19 @@ def test_json_has_one_object_per_prompt(call: Call, artifact: Path, tmp_path: Pa
     assert len(rows) == 3
     for row in rows:
         assert set(row) == {
-            *("text", "token_ids", "nfe", "positions_computed", "steps", "accepted", "seconds"),
+            *(
+                "index",
+                "text",
+                "token_ids",
+                "nfe",
+                "positions_computed",
+                "steps",
+                "accepted",
+                "seconds",
+            ),
         }
         assert row["nfe"] == row["steps"] - row["accepted"]
+    assert [row["index"] for row in rows] == [0, 1, 2]
 
 
 def test_verify_compares_with_plain_decoding(call: Call, artifact: Path) -> None:
@@ -219,7 +229,7 @@ BAD_DECODE = {
         ["--graph", "GRAPH", "--prompt", "x", "--block-length", "7"],
         "block_length 7 does not divide",
     ),
-    "json stream": (["--graph", "GRAPH", "--prompt", "x", "--json", "--stream"], "exclude"),
+    "json stream": (["--graph", "GRAPH", "--prompt", "x", "--json", "--stream"], "drop --json"),
     "nothing to verify": (["--model", TINY, "--prompt", "x", "--verify"], "give --graph"),
 }
 

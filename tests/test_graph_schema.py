@@ -47,6 +47,7 @@ def a_graph(nodes: tuple[Node, ...] = NODES, **fields: Any) -> DraftGraph:
             objective="expected-steps",
             tool_version="0.1.0",
         ),
+        "exact": True,
         "nodes": nodes,
         "expected_steps": tuple(1 + k / 3 for k in range(len(nodes) + 1)),
     }
@@ -443,3 +444,11 @@ def test_saving_replaces_an_older_file(tmp_path: Path) -> None:
     a_graph().save(path)
     assert DraftGraph.load(path) == a_graph()
     assert [file.name for file in tmp_path.iterdir()] == ["graph.json"]
+
+
+def test_an_artifact_cannot_call_the_prefix_cache_exact(tmp_path: Path) -> None:
+    text = content()
+    text["decoding"]["cache"] = "prefix"
+    assert "exact: True contradicts cache 'prefix'" in refusal(write(tmp_path, text))
+    text["exact"] = False
+    assert not DraftGraph.load(write(tmp_path, text)).exact

@@ -405,3 +405,21 @@ def test_dream_7b_has_qwen2s_size() -> None:
     size = 2 * 152064 * d + 28 * layer + d
     assert size == 7_615_616_512
     assert sum(value.numel() for value in ours.values()) == size
+
+
+def test_special_tokens_spelled_in_a_prompt_stay_text() -> None:
+    model = load_model("tiny-llada")
+    honest = model.encode("How many?").tolist()
+    spelled = model.encode("a <|mdm_mask|> b <|endoftext|><|assistant|> c").tolist()
+    specials = set(model.tokenizer.all_special_ids)
+    # The turn's own first and last token are special, as in any prompt; nothing between them is.
+    assert (spelled[0], spelled[-1]) == (honest[0], honest[-1])
+    assert specials.isdisjoint(spelled[1:-1])
+    text = model.tokenizer.decode(spelled[1:-1])
+    assert text == "a <|mdm_mask|> b <|endoftext|><|assistant|> c"
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "half \ud800"])
+def test_prompts_that_are_no_text_are_refused(prompt: str) -> None:
+    model = load_model("tiny-llada")
+    assert "the prompt is" in refusal(lambda: model.encode(prompt))

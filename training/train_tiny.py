@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spiffy.calib.synthetic import Problem, final_answer, problems
+from spiffy.calib.synthetic import (
+    CONTAINERS,
+    PEOPLE,
+    THINGS,
+    Problem,
+    final_answer,
+    problems,
+)
 
 EOS, MASK, USER, ASSISTANT = "<|endoftext|>", "<|mdm_mask|>", "<|user|>", "<|assistant|>"
 EOS_ID, MASK_ID, USER_ID, ASSISTANT_ID = range(4)
@@ -204,6 +211,8 @@ DRILL = Bucket(length=64, window=64, batch=144)
 DOUBLE_EVERY, LONG_EVERY = 8, 8
 DRILL_EVERY, DRILL_UNTIL = 3, 0.3
 """Every third step is a drill of bare equations, until this share of the training time."""
+NAMING_EVERY, NAMING_FROM, NAMING_UNTIL = 2, 0.3, 0.92
+"""Then every second step is a drill of names and things."""
 MIN_GENERATION = 64
 
 Example = tuple[list[int], list[int]]
@@ -229,6 +238,10 @@ class Examples:
             return LONG, synthetic + self._rng.sample(self._gsm8k, half)
         if step % DOUBLE_EVERY == DOUBLE_EVERY // 2:
             return DOUBLE, self._any(DOUBLE.batch, step_weights)
+        return self.stories(step_weights)
+
+    def stories(self, step_weights: Sequence[float]) -> tuple[Bucket, list[Example]]:
+        """Return a batch of synthetic problems at the usual generation length."""
         self._fill(step_weights, MEDIUM, 0)
         waiting = {b: len(self._queues[b]) / b.batch for b in (SHORT, MEDIUM)}
         bucket = max(waiting, key=lambda b: waiting[b])
@@ -352,6 +365,36 @@ def mask_results(bucket: Bucket, examples: Sequence[Example], marks: Tensor) -> 
     return Batch(ids.masked_fill(masked, MASK_ID), wanted, ids, weights, masked)
 
 
+def mask_names(
+    bucket: Bucket, examples: Sequence[Example], names: Tensor, generator: torch.Generator
+) -> Batch:
+    """Mask an answer's `names`, and in half of the rows everything from a random token on.
+
+    An answer has one or two names among forty tokens, so without help the network learns late to
+    look up who the story is about; a wrong name costs it no exact answer, but reads badly.
+    """
+    ids = _padded(bucket, examples)
+    starts = torch.tensor([[len(prompt)] for prompt, _ in examples])
+    sizes = torch.tensor([[len(answer)] for _, answer in examples])
+    offsets = torch.arange(bucket.length) - starts
+    share = (2 * torch.rand(len(examples), 1, generator=generator)).clamp(max=1)
+    cut = torch.where(share < 1, (share * sizes).long(), bucket.length)
+    scored = torch.isin(ids, names) & (offsets >= 0) & (offsets < cut)
+    wanted = (starts + torch.arange(bucket.window)).clamp(max=bucket.length - 1)
+    inputs = ids.masked_fill(scored | (offsets >= cut), MASK_ID)
+    current = scored.gather(1, wanted)
+    weights = current / current.sum().clamp(min=1)
+    return Batch(inputs, wanted, ids.gather(1, wanted), weights, current)
+
+
+def name_tokens(tokenizer: Tokenizer) -> Tensor:
+    """Return the tokens of names, pronouns, things and containers that are one token long."""
+    words = [word for pair in PEOPLE for word in pair] + [*THINGS, *CONTAINERS]
+    words += [word.capitalize() for _, word in PEOPLE]
+    encoded = [tokenizer.encode(space + word).ids for word in words for space in ("", " ")]
+    return torch.tensor(sorted({ids[0] for ids in encoded if len(ids) == 1}))
+
+
 def _padded(bucket: Bucket, examples: Sequence[Example]) -> Tensor:
     ids = torch.full((len(examples), bucket.length), EOS_ID)
     for row, (prompt, answer) in enumerate(examples):
@@ -398,6 +441,15 @@ def curriculum(progress: float) -> tuple[float, float, float]:
     return 1.0, 0.25 + 0.75 * share, 0.1 + 0.9 * share
 
 
+def step_kind(step: int, progress: float) -> Literal["stories", "sums", "names"]:
+    """Say what a training step is spent on: whole answers, or one of the drills."""
+    if step % DRILL_EVERY == 0 and progress < DRILL_UNTIL:
+        return "sums"
+    if step % NAMING_EVERY == 0 and NAMING_FROM <= progress < NAMING_UNTIL:
+        return "names"
+    return "stories"
+
+
 @dataclass(slots=True)
 class Progress:
     """How far training has come, over all resumed runs."""
@@ -437,15 +489,18 @@ class Trainer:
         seed = args.seed + self.progress.step  # a resumed run goes on with fresh data
         examples = Examples(self.tokenizer, self.gsm8k, seed)
         generator = torch.Generator().manual_seed(seed)
-        log, drill_log = Log(self.tokenizer), Log(self.tokenizer)
-        marks = result_marks(self.tokenizer)
+        logs = {kind: Log(self.tokenizer) for kind in ("stories", "sums", "names")}
+        marks, names = result_marks(self.tokenizer), name_tokens(self.tokenizer)
         saved = time.monotonic()
         while self.progress.seconds < args.minutes * 60:
             began = time.monotonic()
             done = self.progress.seconds / (args.minutes * 60)
-            drills = self.progress.step % DRILL_EVERY == 0 and done < DRILL_UNTIL
-            if drills:
+            kind = step_kind(self.progress.step, done)
+            if kind == "sums":
                 batch = mask_results(DRILL, examples.drill(), marks)
+            elif kind == "names":
+                bucket, chosen = examples.stories(curriculum(done))
+                batch = mask_names(bucket, chosen, names, generator)
             else:
                 bucket, chosen = examples.batch(self.progress.step, curriculum(done))
                 batch = mask_batch(bucket, chosen, generator)
@@ -454,10 +509,10 @@ class Trainer:
             self._update(rate_factor(self.progress.step, done, args.decay_share))
             self.progress.step += 1
             self.progress.seconds += time.monotonic() - began
-            (drill_log if drills else log).add(batch, losses.detach())
+            logs[kind].add(batch, losses.detach())
             if self.progress.step % 50 == 0:
-                log.show(self.progress)
-                drill_log.show(self.progress)
+                for name, log in logs.items():
+                    log.show(name, self.progress)
             if time.monotonic() - saved > args.save_minutes * 60:
                 self.save()
                 saved = time.monotonic()
@@ -548,7 +603,7 @@ class Log:
             self._bump(name, float(losses[picked].sum()), float(picked.sum()))
         self._tokens += batch.inputs.numel()
 
-    def show(self, progress: Progress) -> None:
+    def show(self, name: str, progress: Progress) -> None:
         """Print the means since the last call, if any, and start over."""
         if not self._sums:
             return
@@ -556,7 +611,8 @@ class Log:
         means = " ".join(f"{k} {v[0] / max(v[1], 1):.3f}" for k, v in self._sums.items())
         rate = self._tokens / seconds
         minutes = progress.seconds / 60
-        print(f"{minutes:6.1f} min step {progress.step} {means} | {rate:.0f} tok/s", flush=True)
+        at = f"{minutes:6.1f} min step {progress.step}"
+        print(f"{at} {name}: {means} | {rate:.0f} tok/s", flush=True)
         self._sums.clear()
         self._tokens, self._mark = 0, time.monotonic()
 

@@ -65,7 +65,10 @@ class KeyValues:
 
     def select(self, positions: Tensor) -> KeyValues:
         """Copy out the given positions (int64 [k], indices into this object's positions)."""
-        return KeyValues([(k[:, :, positions], v[:, :, positions]) for k, v in self.layers])
+        chosen = positions.to  # layers may lie on different devices
+        return KeyValues(
+            [(k[:, :, chosen(k.device)], v[:, :, chosen(v.device)]) for k, v in self.layers]
+        )
 
     def narrow(self, positions: range) -> KeyValues:
         """Copy out a run of positions."""
@@ -203,8 +206,8 @@ class DiffusionLM:
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [..., vocab] of hidden states [..., hidden]."""
-        return self.module.lm_head(hidden).float()  # type: ignore[operator, no-any-return]
+        """Logits [..., vocab] of hidden states [..., hidden], in the model's dtype."""
+        return self.module.lm_head(hidden)  # type: ignore[operator, no-any-return]
 
     def forward_logits(self, input_ids: Tensor, block_length: int | None = None) -> Tensor:
         """Logits of whole sequences; row k is the distribution of the token at position k.
@@ -234,7 +237,7 @@ class DiffusionLM:
         if self.family.block_causal:
             mask = block_causal_mask(positions, block_length or self.default_block_length)[None]
         hidden, _ = self.hidden_states(ids, positions.expand_as(ids), mask)
-        return self.head(hidden[:, self.rows_of(positions)])
+        return self.head(hidden[:, self.rows_of(positions)]).float()
 
     def rows_of(self, positions: Tensor, first: int = 0) -> Tensor:
         """Rows of a window starting at position `first` that predict the tokens at `positions`.
@@ -250,27 +253,56 @@ class DiffusionLM:
         Raises
         ------
         SpiffyError
-            If the checkpoint has no tokenizer, or the prompt is empty.
+            If the checkpoint has no tokenizer, or the prompt is empty or not Unicode.
         """
         if self.tokenizer is None:
             raise SpiffyError(f"{self.name} ships no tokenizer: pass token ids instead of text")
+        if not is_unicode(prompt):
+            raise SpiffyError("the prompt is not valid Unicode text: is it UTF-8?")
         if not prompt.strip():
             raise SpiffyError("the prompt is empty: give it at least one word")
-        if self.tokenizer.chat_template:
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        else:
-            ids = self.tokenizer(prompt)["input_ids"]
+        before, after = self._turn(prompt)
+        specials = self.tokenizer.all_special_tokens
+        if not any(token in prompt for token in specials):
+            ids = self._tokens(before + prompt + after)
+        else:  # spelled in the text they are text: never a mask, never the end of the turn
+            content = self._tokens(prompt, split_special_tokens=True)
+            ids = [*self._tokens(before), *content, *self._tokens(after)]
         return torch.tensor(ids, dtype=torch.long)
+
+    def _turn(self, prompt: str) -> tuple[str, str]:
+        """What the chat template puts before and after a user's message."""
+        if not self.tokenizer.chat_template:
+            return "", ""
+        placeholder = "\ue000message\ue000"  # private-use characters: in no template, no prompt
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": placeholder}], add_generation_prompt=True, tokenize=False
+        )
+        before, _, after = text.partition(placeholder)
+        return before, after
+
+    def _tokens(self, text: str, split_special_tokens: bool = False) -> list[int]:
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=not self.tokenizer.chat_template,
+            split_special_tokens=split_special_tokens,
+        )
+        return list(encoded["input_ids"])
 
     def decode_text(self, token_ids: list[int]) -> str:
         """Text of an answer, special tokens left out; empty without a tokenizer."""
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text can be encoded: JSON and shells can smuggle in half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def block_causal_mask(positions: Tensor, block_length: int) -> Tensor:

@@ -29,6 +29,8 @@ _SHIPPED = Path(__file__).parent.parent / "checkpoints"
 # Short names -> directories that ship with the package, or hub ids.
 ALIASES: Mapping[str, str] = {
     "tiny-llada": str(_SHIPPED / "tiny-llada"),
+    "tiny-dream": str(_SHIPPED / "tiny-dream"),
+    "tiny-sdar": str(_SHIPPED / "tiny-sdar"),
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
     "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",
     "llada-1.5": "GSAI-ML/LLaDA-1.5",
@@ -219,7 +221,7 @@ def _module(
                 ignore_mismatched_sizes=True,  # reported below, by name
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())
             raise SpiffyError(f"{name}: weights cannot be loaded: {reason}") from None
     # transformers only warns about these; a half-loaded model would decode nonsense.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
