@@ -27,7 +27,7 @@ results: $(READY)
 	$(BIN)/python benchmarks/results.py --into docs/results.md docs/losslessness.md
 
 test: $(READY)
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .
