@@ -261,3 +261,13 @@ def test_a_newer_artifact_asks_for_an_upgrade(call: Call, tmp_path: Path, artifa
     code, _, log = call("decode", "--graph", path, "--prompt", "x")
     assert code == 2
     assert "newer than this program reads" in log
+
+
+def test_the_readmes_python_example_runs(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    example = readme.split("```python\n")[1].split("```")[0]
+    (tmp_path / "llada.json").write_bytes(artifact.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})  # it asserts that no token changed

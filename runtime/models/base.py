@@ -93,6 +93,10 @@ class _AttentionCache:
         self.fresh: list[tuple[Tensor, Tensor]] = []
         self.keep = keep
 
+    def get_seq_length(self, *_: object) -> int:
+        """Asked for by older transformers 5 releases; positions are always passed explicitly."""
+        return 0 if self.frozen is None else self.frozen[0][0].shape[2]
+
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
