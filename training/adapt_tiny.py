@@ -35,6 +35,7 @@ from train_tiny import (
     Example,
     Examples,
     mask_batch,
+    padded,
     read_gsm8k,
     unseen,
 )
@@ -154,9 +155,7 @@ def mask_blocks(
 ) -> tuple[Batch, Tensor]:
     """Mask every block of the answers with a ratio of its own; also returns the clean ids."""
     batch, length = len(examples), bucket.length
-    ids = torch.full((batch, length), EOS_ID)
-    for row, (prompt, answer) in enumerate(examples):
-        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+    ids = padded(bucket, examples)
     starts = torch.tensor([len(prompt) for prompt, _ in examples]).unsqueeze(1)
     ends = starts + torch.tensor([len(answer) for _, answer in examples]).unsqueeze(1)
     position = torch.arange(length)
@@ -215,7 +214,7 @@ def adapt(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     everything = (1.0, 1.0, 1.0)
     if family == "sdar":
-        bucket, rows = examples.batch(0, everything)
+        bucket, rows = examples.batch(everything)
         _, clean = mask_blocks(bucket, rows, generator)
         length = bucket.length
         match_norms(module, clean[:16], doubled_mask(length)[:, :, length:, length:])
@@ -231,7 +230,7 @@ def adapt(args: argparse.Namespace) -> None:
     began = saved = time.monotonic()
     step, running = 0, 0.0
     while (progress := (time.monotonic() - began) / (args.minutes * 60)) < 1:
-        bucket, batch_rows = examples.batch(step, everything)
+        bucket, batch_rows = examples.batch(everything)
         if family == "sdar":  # two copies of every row: half as many rows
             bucket = replace(bucket, batch=max(bucket.batch // 2, 1))
             batch_rows = batch_rows[: bucket.batch]

@@ -225,18 +225,21 @@ class Examples:
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
         self._synthetic = problems("train", seed)
+        self._turn = 0
         self._equations: list[str] = []
         self._queues: dict[Bucket, list[Example]] = defaultdict(list)
         fits = (self._encode(problem) for problem in gsm8k)
         self._gsm8k = [pair for pair in fits if len(pair[0]) + len(pair[1]) < LONG.length]
 
-    def batch(self, step: int, step_weights: Sequence[float]) -> tuple[Bucket, list[Example]]:
-        """Return the batch of a training step; `step_weights` weighs 1, 2 and 3-step problems."""
-        if step % LONG_EVERY == LONG_EVERY - 1:
+    def batch(self, step_weights: Sequence[float]) -> tuple[Bucket, list[Example]]:
+        """Return the next batch; `step_weights` weighs problems of 1, 2 and 3 steps."""
+        turn = self._turn
+        self._turn += 1
+        if turn % LONG_EVERY == LONG_EVERY - 1:
             half = LONG.batch // 2
             synthetic = self._any(LONG.batch - half, step_weights)
             return LONG, synthetic + self._rng.sample(self._gsm8k, half)
-        if step % DOUBLE_EVERY == DOUBLE_EVERY // 2:
+        if turn % DOUBLE_EVERY == DOUBLE_EVERY // 2:
             return DOUBLE, self._any(DOUBLE.batch, step_weights)
         return self.stories(step_weights)
 
@@ -319,7 +322,7 @@ def mask_batch(bucket: Bucket, examples: Sequence[Example], generator: torch.Gen
     it is masked. t is stratified over the batch, which lowers the variance of the loss.
     """
     batch, length = len(examples), bucket.length
-    ids = _padded(bucket, examples)
+    ids = padded(bucket, examples)
     starts = torch.tensor([len(prompt) for prompt, _ in examples]).unsqueeze(1)
     sizes = torch.tensor([len(answer) for _, answer in examples]).unsqueeze(1)
     offsets = torch.arange(length) - starts  # position inside the answer
@@ -358,7 +361,7 @@ def mask_batch(bucket: Bucket, examples: Sequence[Example], generator: torch.Gen
 
 def mask_results(bucket: Bucket, examples: Sequence[Example], marks: Tensor) -> Batch:
     """Mask the results of a drill: the numbers after one of `marks`."""
-    ids = _padded(bucket, examples)
+    ids = padded(bucket, examples)
     masked = torch.isin(ids.roll(1, dims=1), marks)
     wanted = torch.arange(bucket.window).expand(len(examples), -1)
     weights = masked / masked.sum()
@@ -373,7 +376,7 @@ def mask_names(
     An answer has one or two names among forty tokens, so without help the network learns late to
     look up who the story is about; a wrong name costs it no exact answer, but reads badly.
     """
-    ids = _padded(bucket, examples)
+    ids = padded(bucket, examples)
     starts = torch.tensor([[len(prompt)] for prompt, _ in examples])
     sizes = torch.tensor([[len(answer)] for _, answer in examples])
     offsets = torch.arange(bucket.length) - starts
@@ -395,7 +398,8 @@ def name_tokens(tokenizer: Tokenizer) -> Tensor:
     return torch.tensor(sorted({ids[0] for ids in encoded if len(ids) == 1}))
 
 
-def _padded(bucket: Bucket, examples: Sequence[Example]) -> Tensor:
+def padded(bucket: Bucket, examples: Sequence[Example]) -> Tensor:
+    """Return prompts and answers, filled up with EOS: int64 [examples, bucket.length]."""
     ids = torch.full((len(examples), bucket.length), EOS_ID)
     for row, (prompt, answer) in enumerate(examples):
         ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
@@ -502,7 +506,7 @@ class Trainer:
                 bucket, chosen = examples.stories(curriculum(done))
                 batch = mask_names(bucket, chosen, names, generator)
             else:
-                bucket, chosen = examples.batch(self.progress.step, curriculum(done))
+                bucket, chosen = examples.batch(curriculum(done))
                 batch = mask_batch(bucket, chosen, generator)
             losses = token_losses(forward, batch)
             torch.autograd.backward((losses * batch.weights.flatten()).sum())
