@@ -166,7 +166,7 @@ def losslessness(rows: Sequence[Row], samples: int) -> str:
 def main() -> None:
     """Print the tables, or put them into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-dream", "tiny-sdar"])
+    parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-sdar"])
     parser.add_argument("--samples", type=int, default=12, help="test problems")
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)
