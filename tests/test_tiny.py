@@ -50,6 +50,8 @@ def decoded(
     """Every test prompt decoded; budget 0 is plain."""
     lm = model(name)
     options = {"policy": policy, "cache": kind, "temperature": temperature}
+    if temperature:  # two short blocks, for time's sake
+        options |= {"gen_length": 32, "block_length": min(16, lm.default_block_length)}
     settings = decoding_settings(lm, graph(name), **options)
     drafter = graph_drafter(lm, graph(name), settings, budget) if budget else None
     texts = load_prompts("synthetic", PROMPTS, split="test").texts
