@@ -47,7 +47,6 @@ class Row:
     steps: int
     differing: int
     exact: int
-    tokens: int
 
 
 def decode_all(
@@ -93,7 +92,6 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
                 final_answer(output.text) == answer
                 for output, answer in zip(outputs, answers, strict=True)
             ),
-            tokens=sum(len(output.token_ids) for output in outputs),
             **of,  # type: ignore[arg-type]
         )
 

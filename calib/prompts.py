@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spiffy.calib.synthetic import problems
-from spiffy.runtime.models.base import is_unicode
 from spiffy.schemas import SpiffyError
-from spiffy.schemas.io import canonical_json
+from spiffy.schemas.io import canonical_json, is_unicode
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from spiffy.cli.common import (
     VERSION_OPTION,
+    DeviceOption,
+    DtypeOption,
     console,
     log,
     note_if_inexact,
@@ -86,8 +88,8 @@ def calibrate(
         ),
     ] = "expected-steps",
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -121,11 +123,13 @@ def calibrate(
     check_writable(path)
 
     with log.status("loading"):
-        from spiffy.calib.pipeline import build_graph, prepare, record
         from spiffy.calib.prompts import load_prompts
+
+        prompts = load_prompts(dataset, samples, seed)  # cheap to refuse, before torch is imported
+
+        from spiffy.calib.pipeline import build_graph, prepare, record
         from spiffy.runtime import decoding_settings, load_model
 
-        prompts = load_prompts(dataset, samples, seed)
         lm = load_model(model, device=device, dtype=dtype)
         settings = decoding_settings(
             lm,

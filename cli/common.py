@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -45,6 +46,10 @@ def _print_version(wanted: bool) -> None:
 VERSION_OPTION = typer.Option(
     "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
 )
+
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")]
 
 
 def note_if_inexact(settings: DecodingSettings) -> None:

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from spiffy.cli.common import (
     VERSION_OPTION,
+    DeviceOption,
+    DtypeOption,
     console,
     log,
     note_if_inexact,
@@ -79,8 +81,8 @@ def decode(
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Default: the graph's.")] = None,
     seed: Annotated[int, typer.Option(help="Noise if the temperature is above 0; sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     version: Annotated[bool, VERSION_OPTION] = False,
 ) -> None:
     """Decode prompts with a draft graph: fewer model calls, the same tokens.

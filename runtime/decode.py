@@ -32,7 +32,8 @@ class Stats:
     positions_computed
         Token positions that those forwards ran.
     steps
-        Denoising steps made; plain decoding spends one forward on each.
+        Denoising steps made. Without drafts each needs a forward, unless the one before committed
+        nothing (Dream's timesteps).
     drafted, accepted
         Draft states evaluated, and steps gained by hopping to one.
     seconds

@@ -62,6 +62,15 @@ def read_json(path: Path) -> Any:
         raise SpiffyError(f"{path}: not valid JSON: {error}") from None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether text can be encoded: JSON and shells can smuggle in half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole UTF-8 file or nothing: a sibling temporary file, then a rename.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spiffy.schemas import CacheName, SpiffyError
+from spiffy.schemas.io import is_unicode
 
 Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
 
@@ -298,15 +299,6 @@ class DiffusionLM:
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-
-
-def is_unicode(text: str) -> bool:
-    """Whether text can be encoded: JSON and shells can smuggle in half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def block_causal_mask(positions: Tensor, block_length: int) -> Tensor:
