@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from spiffy.calib.acceptance import fit_acceptance
 from spiffy.calib.prompts import PromptSet
-from spiffy.calib.record import Recorder, chains
+from spiffy.calib.record import Recorder, Trace
+from spiffy.calib.replay import replay_drafter
 from spiffy.graphs import Chain, Fill, Prompt, count_chains, edges, grow, grow_paper, replay
 from spiffy.runtime.decode import Task, run
-from spiffy.runtime.generate import make_task
+from spiffy.runtime.draft import AcceptanceDrafter
+from spiffy.runtime.generate import acceptance_weights, make_task
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import (
+    AcceptanceModel,
     CalibrationRecord,
     DecodingSettings,
     DraftGraph,
+    ExpectedSteps,
     ModelRecord,
     Node,
     Objective,
     SpiffyError,
 )
 
+_MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # budgets
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
 
 
@@ -33,23 +40,23 @@ class Traces:
     Attributes
     ----------
     prompts
-        Chains of every forward, one entry per prompt that was decoded.
+        One trace per prompt that was decoded.
     nfe, positions_computed
         What recording cost.
     """
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Trace, ...]
     nfe: int
     positions_computed: int
 
     @property
-    def growing(self) -> Sequence[Prompt]:
+    def growing(self) -> Sequence[Trace]:
         """Prompts that the graph is grown on."""
         held_out = set(self._held_out_indices())
         return [prompt for k, prompt in enumerate(self.prompts) if k not in held_out]
 
     @property
-    def held_out(self) -> Sequence[Prompt]:
+    def held_out(self) -> Sequence[Trace]:
         """Prompts that the graph is measured on; none if there is only one prompt."""
         return [self.prompts[k] for k in self._held_out_indices()]
 
@@ -71,7 +78,7 @@ def prepare(
     tasks: list[Task] = []
     last_problem: SpiffyError | None = None
     for text in prompts.texts:
-        recorder = Recorder(model, settings)
+        recorder = Recorder()
         try:
             tasks.append(make_task(model, text, settings, recorder, seed, sequence=len(tasks)))
         except SpiffyError as problem:
@@ -87,16 +94,14 @@ def record(
     batch_size: int = 8,
     on_prompt: Callable[[int], None] = lambda done: None,
 ) -> Traces:
-    """Decode prepared tasks plainly, in batches, and collect their chains.
+    """Decode prepared tasks plainly, in batches, and collect their traces.
 
     `on_prompt` is called after every forward with the number of prompts that are done.
     """
-    done: dict[int, Prompt] = {}
+    done: dict[int, Trace] = {}
     for finished in run(model, tasks, batch_size):
         for task in finished:
-            done[task.sequence] = chains(task)
-            task.path.clear()  # memory grows with chains, not with states
-            task.drafter = None
+            done[task.sequence] = Trace.of(task)
         on_prompt(len(done))
     return Traces(
         tuple(done[task.sequence] for task in tasks),
@@ -111,6 +116,28 @@ def steps_per_forward(prompts: Sequence[Prompt], fills: Sequence[Fill]) -> list[
         round(replay(prompts, set(fills[:budget])).steps_per_forward, 6)
         for budget in range(len(fills) + 1)
     ]
+
+
+def chain_counts(traces: Traces) -> Counter[Chain]:
+    """Chains of all prompts that the graph is grown on."""
+    return count_chains(trace.chains for trace in traces.growing)
+
+
+def expected_steps(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    traces: Sequence[Trace],
+    acceptance: AcceptanceModel,
+    budget: int,
+) -> tuple[ExpectedSteps, ...]:
+    """Replayed denoising steps per forward of drafts chosen by an acceptance model."""
+    found = [ExpectedSteps(drafts=0, steps=1.0)]
+    for drafts in (*(b for b in _MEASURED if b < budget), budget):
+        weights = acceptance_weights(acceptance, model.vocab_size)
+        drafter = AcceptanceDrafter(weights, drafts, model, settings)
+        steps = replay_drafter(traces, drafter).steps_per_forward
+        found.append(ExpectedSteps(drafts=drafts, steps=round(steps, 6)))
+    return tuple(found)
 
 
 def grow_by(objective: Objective, counts: dict[Chain, int], budget: int) -> list[Fill]:
@@ -128,8 +155,15 @@ def build_graph(
     objective: Objective = "expected-steps",
 ) -> DraftGraph:
     """Grow a graph of up to `budget` nodes and put it into an artifact."""
-    counts = count_chains(traces.growing)
+    counts = chain_counts(traces)
     fills = grow_by(objective, counts, budget)
+    measured = traces.held_out or traces.growing
+    acceptance = None
+    if objective == "expected-steps" and counts:
+        acceptance = fit_acceptance(model, settings, traces.growing)
+    if acceptance is not None:
+        steps = expected_steps(model, settings, measured, acceptance, budget)
+        acceptance = acceptance.model_copy(update={"expected_steps": steps})
     return DraftGraph(
         model=ModelRecord(
             family=model.family.name,
@@ -151,7 +185,8 @@ def build_graph(
             tool_version=version("spiffy-dllm"),
         ),
         nodes=_nodes(fills, counts),
-        expected_steps=tuple(steps_per_forward(traces.held_out or traces.growing, fills)),
+        expected_steps=tuple(steps_per_forward([trace.chains for trace in measured], fills)),
+        acceptance=acceptance,
     )
 
 

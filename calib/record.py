@@ -1,86 +1,107 @@
-"""Recording plain decodes: for every root, the chain of its true future in draft coordinates."""
+"""Recording plain decodes: every true state, and what was known at each of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from spiffy.graphs import Chain, Fill, Prompt
+from spiffy.runtime.acceptance import TOKEN_RANKS
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task
-from spiffy.runtime.draft import rank_candidates
-from spiffy.runtime.models.base import DiffusionLM
-from spiffy.runtime.policy import Distribution
-from spiffy.schemas import DecodingSettings
+from spiffy.runtime.draft import Candidates
 
-# Deeper futures and rarer tokens are never worth a draft (docs/calibration.md).
+# Deeper futures are never worth a draft (docs/calibration.md).
 MAX_DEPTH = 12
-TOKEN_RANKS = 4
 
 
 @dataclass(frozen=True)
-class _Root:
-    """Draft coordinates of one root: ranks by position, and how much a draft may fill."""
+class Root:
+    """What a drafter was told at a root: see `spiffy.runtime.draft.Drafter`."""
 
-    ranks: dict[int, int]
-    tokens: list[list[int]]
+    candidates: Candidates
     room: int
 
 
 class Recorder:
-    """A drafter that drafts nothing and remembers the draft coordinates of every root."""
+    """A drafter that drafts nothing and remembers what it was told."""
 
-    def __init__(self, model: DiffusionLM, settings: DecodingSettings) -> None:
-        self.mask_token_id = model.mask_token_id
-        self.settings = settings
-        self.roots: dict[int, _Root] = {}  # by number of denoising steps made before the root
+    token_ranks = TOKEN_RANKS
 
-    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
+    def __init__(self) -> None:
+        self.roots: dict[int, Root] = {}  # by number of denoising steps made before the root
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """See `spiffy.runtime.draft.Drafter`."""
-        candidates = rank_candidates(origin, self.settings, self.mask_token_id, TOKEN_RANKS)
-        ranks = {position: rank for rank, position in enumerate(candidates.positions.tolist())}
-        self.roots[root.step] = _Root(ranks, candidates.tokens.tolist(), room)
+        self.roots[root.step] = Root(candidates, room)
         return root.ids.new_empty((0, len(root.ids)))
 
 
-def chains(task: Task) -> Prompt:
-    """The chain of every forward of a finished plain decode whose drafter was a `Recorder`."""
-    recorder = task.drafter
-    assert isinstance(recorder, Recorder)
-    sequence = [task.canvas.start(task.prompt, task.model.mask_token_id), *task.path]
-    # A step that commits nothing (Dream's timesteps) needs no forward: the state stays the root.
-    moved = [
-        (step, cursor.ids.tolist())
-        for step, cursor in enumerate(sequence)
-        if step == 0 or not torch.equal(cursor.ids, sequence[step - 1].ids)
-    ]
-    states = [ids for _, ids in moved]
-    # The last state is the finished answer: nothing is forwarded there.
-    return [_chain(recorder.roots.get(step), states, k) for k, (step, _) in enumerate(moved[:-1])]
+@dataclass(frozen=True)
+class Trace:
+    """A plain decode.
+
+    Attributes
+    ----------
+    path
+        The states, the first one (prompt and masks) included. A step that commits nothing (Dream's
+        timesteps) needs no forward: the state stands here once.
+    roots
+        For every state that a forward was spent on (all but the last) what a drafter was told
+        there, or None where a forward has no drafts.
+    """
+
+    path: Sequence[Cursor]
+    roots: Sequence[Root | None]
+
+    @classmethod
+    def of(cls, task: Task) -> Trace:
+        """The trace of a finished plain decode whose drafter was a `Recorder`."""
+        recorder = task.drafter
+        assert isinstance(recorder, Recorder)
+        sequence = [task.canvas.start(task.prompt, task.model.mask_token_id), *task.path]
+        moved = [
+            step
+            for step, cursor in enumerate(sequence)
+            if step == 0 or not torch.equal(cursor.ids, sequence[step - 1].ids)
+        ]
+        return cls([sequence[step] for step in moved], [recorder.roots.get(k) for k in moved[:-1]])
+
+    @cached_property
+    def chains(self) -> Prompt:
+        """The chain of every forward, in draft coordinates."""
+        states = [cursor.ids.tolist() for cursor in self.path]
+        return [_chain(root, states, step) for step, root in enumerate(self.roots)]
 
 
-def _chain(root: _Root | None, states: list[list[int]], step: int) -> Chain | None:
+def _chain(root: Root | None, states: list[list[int]], step: int) -> Chain | None:
     if root is None:
         return None
+    ranks = {position: rank for rank, position in enumerate(root.candidates.positions.tolist())}
+    tokens = root.candidates.tokens.tolist()
     chain: list[Fill] = []
     for state in states[step + 1 : step + 1 + MAX_DEPTH]:
-        fill = _fill(root, states[step], state)
+        fill = _fill(ranks, tokens, states[step], state)
         if fill is None or len(fill) > root.room:
             break
         chain.append(fill)
     return tuple(chain)
 
 
-def _fill(root: _Root, before: list[int], after: list[int]) -> Fill | None:
+def _fill(
+    ranks: dict[int, int], tokens: list[list[int]], before: list[int], after: list[int]
+) -> Fill | None:
     """What was filled in since the root, or None if no draft node can say it."""
     pairs = []
     for position, (old, new) in enumerate(zip(before, after, strict=True)):
         if old == new:
             continue
-        rank = root.ranks.get(position)
-        if rank is None or new not in root.tokens[rank]:
+        rank = ranks.get(position)
+        if rank is None or new not in tokens[rank]:
             return None
-        pairs.append((rank, root.tokens[rank].index(new)))
+        pairs.append((rank, tokens[rank].index(new)))
     return tuple(sorted(pairs))

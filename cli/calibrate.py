@@ -162,25 +162,31 @@ def _default_path(model: str) -> Path:
 
 
 def _summarise(graph: DraftGraph, traces: Traces, path: Path) -> None:
-    from spiffy.calib.pipeline import grow_by, steps_per_forward
-    from spiffy.graphs import count_chains
+    from spiffy.calib.pipeline import chain_counts, grow_by, steps_per_forward
 
     record, settings = graph.calibration, graph.decoding
     rival: Objective = "paper" if record.objective == "expected-steps" else "expected-steps"
-    counts = count_chains(traces.growing)
+    counts = chain_counts(traces)
     measured = traces.held_out or traces.growing
-    other = steps_per_forward(measured, grow_by(rival, counts, graph.budget))
+    other = steps_per_forward(
+        [trace.chains for trace in measured], grow_by(rival, counts, graph.budget)
+    )
     on = "held-out prompts" if traces.held_out else "prompt that the graph also grew on"
     table = Table(
         title=f"Denoising steps per forward on {len(measured)} {on} "
         f"({settings.policy}, cache {settings.cache}, block {settings.block_length})"
     )
     table.add_column("drafts", justify="right")
+    points = () if graph.acceptance is None else graph.acceptance.expected_steps
+    chosen = {point.drafts: point.steps for point in points}
+    if chosen:
+        table.add_column("chosen at run time", justify="right")
     table.add_column(f"this graph ({record.objective})", justify="right")
     table.add_column(f"{rival} objective", justify="right")
     for drafts in sorted({*(b for b in _SHOWN_BUDGETS if b < graph.budget), graph.budget}):
         table.add_row(
             str(drafts),
+            *([f"{chosen[drafts]:.2f}"] if chosen else []),
             f"{graph.expected_steps[drafts]:.2f}",
             f"{other[min(drafts, len(other) - 1)]:.2f}",
         )

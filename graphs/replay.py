@@ -14,10 +14,11 @@ from spiffy.graphs.chains import Chain, Fill, Prompt
 
 @dataclass(frozen=True)
 class Replay:
-    """Counts over all prompts: denoising steps, and the forwards that made them."""
+    """Counts over all prompts: denoising steps, the forwards that made them, and their drafts."""
 
     steps: int
     forwards: int
+    drafts: int = 0
 
     @property
     def steps_per_forward(self) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spiffy.runtime.cache import CACHES, BlockEdges, Evaluation
 from spiffy.runtime.canvas import Canvas, Cursor
-from spiffy.runtime.draft import Drafter
+from spiffy.runtime.draft import Candidates, Drafter, rank_candidates
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.pack import Row, RowOutput, forward
 from spiffy.runtime.policy import Distribution, choose, gumbel_noise, select, step_quota
@@ -88,13 +88,13 @@ def denoise(task: Task) -> Decoding:
     canvas, stats = task.canvas, task.stats
     cache = CACHES[task.settings.cache](task.model, canvas, task.edges)
     root = canvas.start(task.prompt, task.model.mask_token_id)
-    origin: Distribution | None = None  # what produced the root, where the root is still masked
+    candidates: Candidates | None = None  # what is known about the root before its forward
     while not root.finished:
         states = root.ids[None]
-        if task.drafter is not None and origin is not None:
+        if task.drafter is not None and candidates is not None:
             may_complete = cache.crosses and root.block + 1 < canvas.blocks
-            room = len(origin.positions) - (not may_complete)
-            states = torch.cat((states, task.drafter(root, origin, room)))
+            room = len(candidates.positions) - (not may_complete)
+            states = torch.cat((states, task.drafter(root, candidates, room)))
         evaluation = yield from cache.evaluate(root, states)
         stats.drafted += len(states) - 1
 
@@ -116,14 +116,19 @@ def denoise(task: Task) -> Decoding:
             here = verified
 
         cache.settle(here)
-        root, origin = cursor, None
+        root, candidates = cursor, None
         if task.drafter is not None and not root.finished and cache.takes_drafts(root):
-            origin = _origin(task, root, evaluation, here, distribution)
+            candidates = _candidates(task, root, states, evaluation, here, distribution)
 
 
-def _origin(
-    task: Task, root: Cursor, evaluation: Evaluation, here: int, distribution: Distribution
-) -> Distribution | None:
+def _candidates(
+    task: Task,
+    root: Cursor,
+    states: Tensor,
+    evaluation: Evaluation,
+    here: int,
+    distribution: Distribution,
+) -> Candidates | None:
     """What is known about the new root's masked positions: the best source of drafts.
 
     That is the distribution that produced the root. It does not reach into a new block, except
@@ -131,15 +136,20 @@ def _origin(
     have seen nearly the right thing.
     """
     masked = task.canvas.masked(root, task.model.mask_token_id)
+    origin = None
     if torch.isin(masked, distribution.positions).all():
-        return distribution.restrict(masked)
-    if root.block_step == 0 and not task.edges.first:
+        origin, seen = distribution.restrict(masked), here
+    elif root.block_step > 0 or task.edges.first:
+        span = task.canvas.span(root.block)
+        for seen in (here, *range(len(evaluation.windows))):
+            if evaluation.windows[seen].covers(span):
+                origin = evaluation.distribution(seen, masked)
+                break
+    if origin is None or task.drafter is None:
         return None
-    span = task.canvas.span(root.block)
-    for state in (here, *range(len(evaluation.windows))):
-        if evaluation.windows[state].covers(span):
-            return evaluation.distribution(state, masked)
-    return None
+    fresh = (states[seen] != root.ids).nonzero()[:, 0]
+    ranks = task.drafter.token_ranks
+    return rank_candidates(origin, task.settings, task.model.mask_token_id, ranks, fresh)
 
 
 def denoising_step(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from spiffy.runtime.acceptance import AcceptanceWeights
 from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.canvas import Canvas
 from spiffy.runtime.decode import Stats, Task, run
-from spiffy.runtime.draft import Drafter, GraphDrafter
+from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas import AcceptanceModel, DecodingSettings, DraftGraph, SpiffyError
+
+#: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
+Selection = Literal["model", "graph"]
 
 
 @dataclass
@@ -99,10 +103,24 @@ def make_task(
     )
 
 
+def acceptance_weights(acceptance: AcceptanceModel, vocab: int) -> AcceptanceWeights:
+    """The artifact's acceptance model as arrays."""
+    return AcceptanceWeights.of(
+        acceptance.position, acceptance.commit, acceptance.token, acceptance.bigrams, vocab
+    )
+
+
 def graph_drafter(
-    model: DiffusionLM, graph: DraftGraph, settings: DecodingSettings, budget: int | None = None
-) -> GraphDrafter:
-    """The graph's first `budget` nodes (default: all) as a drafter.
+    model: DiffusionLM,
+    graph: DraftGraph,
+    settings: DecodingSettings,
+    budget: int | None = None,
+    selection: Selection = "model",
+) -> Drafter:
+    """An artifact as a drafter of up to `budget` drafts per forward (default: its nodes).
+
+    With `selection="model"` the artifact's acceptance model chooses the drafts at run time, where
+    it has one for this unmasking policy; otherwise, and with "graph", they are the first nodes.
 
     Raises
     ------
@@ -111,7 +129,20 @@ def graph_drafter(
     """
     if budget is not None and budget < 1:
         raise SpiffyError(f"budget {budget}: must be at least 1; to draft nothing, use no graph")
-    return GraphDrafter([node.fill for node in graph.nodes[:budget]], settings, model)
+    if selection == "model" and graph.acceptance is not None and _same_steps(graph, settings):
+        weights = acceptance_weights(graph.acceptance, model.vocab_size)
+        return AcceptanceDrafter(weights, budget or graph.budget, model, settings)
+    return GraphDrafter([node.fill for node in graph.nodes[:budget]], model)
+
+
+def _same_steps(graph: DraftGraph, settings: DecodingSettings) -> bool:
+    """Whether a denoising step commits what it did when the graph was calibrated."""
+    calibrated = graph.decoding
+    return (settings.policy, settings.tokens_per_step, settings.steps_per_block) == (
+        calibrated.policy,
+        calibrated.tokens_per_step,
+        calibrated.steps_per_block,
+    )
 
 
 def generate(
@@ -120,6 +151,7 @@ def generate(
     *,
     graph: DraftGraph | None = None,
     budget: int | None = None,
+    selection: Selection = "model",
     seed: int = 0,
     sequence: int = 0,
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
@@ -136,6 +168,9 @@ def generate(
         Draft graph of this model, also the source of options not given; None decodes plainly.
     budget
         Drafts per forward, the root not counted; the graph's size by default.
+    selection
+        "model" lets the artifact's acceptance model choose the drafts, where it has one; "graph"
+        takes its nodes in order.
     seed, sequence
         With temperature > 0: the noise of a step is a function of these and the step alone.
     edges
@@ -153,7 +188,7 @@ def generate(
     if graph is None and budget is not None:
         raise SpiffyError(f"budget {budget} counts drafts: give a graph")
     settings = decoding_settings(model, graph, **options)
-    drafter = None if graph is None else graph_drafter(model, graph, settings, budget)
+    drafter = None if graph is None else graph_drafter(model, graph, settings, budget, selection)
     task = make_task(model, prompt, settings, drafter, seed, sequence, edges)
     for _ in run(model, [task]):
         pass

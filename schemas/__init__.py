@@ -9,22 +9,26 @@ from spiffy.schemas.decoding import (
 )
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.graph import (
+    AcceptanceModel,
     CalibrationRecord,
     CostPoint,
     CostProfile,
     DraftGraph,
+    ExpectedSteps,
     ModelRecord,
     Node,
     Objective,
 )
 
 __all__ = [
+    "AcceptanceModel",
     "CacheName",
     "CalibrationRecord",
     "CostPoint",
     "CostProfile",
     "DecodingSettings",
     "DraftGraph",
+    "ExpectedSteps",
     "ModelRecord",
     "Node",
     "Objective",

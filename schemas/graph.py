@@ -13,7 +13,7 @@ from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
 FORMAT = "spiffy.draft-graph"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 MAX_NODES = 4096
 MAX_RANK = 1023
 
@@ -71,6 +71,42 @@ class CalibrationRecord(_Record):
     tool_version: str
 
 
+Coefficients = dict[str, Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]]
+Token = Annotated[int, Field(ge=0)]
+
+
+class ExpectedSteps(_Record):
+    """Denoising steps per forward with at most `drafts` drafts."""
+
+    drafts: int = Field(ge=0)
+    steps: float = Field(ge=1, allow_inf_nan=False)
+
+
+class AcceptanceModel(_Record):
+    """Two regressions that say which future states come next, and what they were fitted with.
+
+    Attributes
+    ----------
+    position
+        Coefficients by feature name: softmax over the masked positions, which one is committed
+        next. Features that a reader does not know count nothing.
+    commit
+        With threshold unmasking: logistic regression per position, whether it is committed next.
+    token
+        Softmax over a position's most likely tokens.
+    bigrams
+        (left token, right token, count) in the calibration answers, most frequent first.
+    expected_steps
+        Replayed on the held-out prompts.
+    """
+
+    position: Coefficients
+    commit: Coefficients | None = None
+    token: Coefficients
+    bigrams: tuple[tuple[Token, Token, Annotated[int, Field(ge=1)]], ...] = Field(max_length=65536)
+    expected_steps: tuple[ExpectedSteps, ...] = ()
+
+
 class CostPoint(_Record):
     """Seconds of one packed forward over the root and `drafts` drafts, on one device."""
 
@@ -99,6 +135,8 @@ class DraftGraph(_Record):
     expected_steps
         Denoising steps per forward at budgets 0, 1, ... len(nodes), replayed on calibration
         prompts that were held out from growing the graph.
+    acceptance
+        Chooses the drafts at run time; without one the nodes are the drafts.
     """
 
     model: ModelRecord
@@ -107,6 +145,7 @@ class DraftGraph(_Record):
     exact: bool
     nodes: tuple[Node, ...] = Field(max_length=MAX_NODES)
     expected_steps: tuple[float, ...] = ()
+    acceptance: AcceptanceModel | None = None
     cost_profiles: tuple[CostProfile, ...] = ()
 
     @model_validator(mode="after")

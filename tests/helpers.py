@@ -15,9 +15,8 @@ from spiffy.runtime import DiffusionLM, load_model
 from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task, run
-from spiffy.runtime.draft import Drafter
+from spiffy.runtime.draft import Candidates, Drafter
 from spiffy.runtime.generate import make_task
-from spiffy.runtime.policy import Distribution
 from spiffy.schemas import DecodingSettings
 
 PARITY = Path(__file__).parent / "parity"
@@ -83,12 +82,13 @@ class Oracle:
     task: Task
     depth: int
     obeys_room: bool = True
+    token_ranks = 1
 
-    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         mask = self.task.model.mask_token_id
         future = [
             ids
             for ids in (cursor.ids for cursor in self.task.path[root.step :][: self.depth])
-            if not self.obeys_room or int((ids[origin.positions] != mask).sum()) <= room
+            if not self.obeys_room or int((ids[candidates.positions] != mask).sum()) <= room
         ]
         return torch.stack(future) if future else root.ids.new_empty((0, len(root.ids)))

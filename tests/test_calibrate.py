@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import decode, parity_model, random_prompt
 
-from spiffy.calib.pipeline import Traces, build_graph
+from spiffy.calib.pipeline import Traces, build_graph, chain_counts
 from spiffy.calib.prompts import PromptSet, load_prompts
-from spiffy.calib.record import Recorder, chains
+from spiffy.calib.record import Recorder, Trace
+from spiffy.calib.replay import replay_drafter
 from spiffy.calib.synthetic import final_answer, problems
 from spiffy.graphs import count_chains, grow, replay
 from spiffy.runtime import BlockEdges, decoding_settings
@@ -24,17 +25,16 @@ LAYOUTS = [("llada-a", "none"), ("llada-a", "dual"), ("dream-a", "dual"), ("sdar
 
 
 def traced(name: str, cache: str, prompts: int = 4, **options: object) -> tuple[object, list, list]:
-    """Model, plain tasks and their chains."""
+    """Model, plain tasks and their traces."""
     model = parity_model(name, "float64")
     settings = decoding_settings(
         model, gen_length=24, block_length=8, cache=cache, stop_at_eos=False, **options
     )
     tasks, traces = [], []
     for k in range(prompts):
-        recorder = Recorder(model, settings)
-        task = decode(model, random_prompt(model, 5 + 3 * k), settings, recorder)
+        task = decode(model, random_prompt(model, 5 + 3 * k), settings, Recorder())
         tasks.append(task)
-        traces.append(chains(task))
+        traces.append(Trace.of(task))
     return model, tasks, traces
 
 
@@ -42,19 +42,22 @@ def traced(name: str, cache: str, prompts: int = 4, **options: object) -> tuple[
 @pytest.mark.parametrize("policy", ["static", "threshold"])
 def test_replay_predicts_the_forwards_of_real_decoding(name: str, cache: str, policy: str) -> None:
     model, plain, traces = traced(name, cache, policy=policy, threshold=0.5)
-    fills = grow(count_chains(traces), 12)
+    fills = grow(count_chains(trace.chains for trace in traces), 12)
     assert fills
     hops = 0
     for task, trace in zip(plain, traces, strict=True):
-        drafter = GraphDrafter(fills, task.settings, model)
+        drafter = GraphDrafter(fills, model)
         # What a rejected draft says about the next block is not in a plain decode's record.
         edges = BlockEdges(first=cache != "block")
         ours = make_task(model, task.prompt, task.settings, drafter, edges=edges)
         for _ in run(model, [ours]):
             pass
-        predicted = replay([trace], set(fills))
-        assert ours.stats.steps == predicted.steps == len(trace)
+        predicted = replay([trace.chains], set(fills))
+        assert ours.stats.steps == predicted.steps == len(trace.roots)
         assert ours.stats.nfe == predicted.forwards
+        again = replay_drafter([trace], drafter)
+        assert (again.steps, again.forwards) == (predicted.steps, predicted.forwards)
+        assert again.drafts == ours.stats.drafted
         hops += ours.stats.accepted
     assert hops > 0
 
@@ -66,17 +69,17 @@ def test_a_chain_names_the_states_that_follow(name: str, cache: str) -> None:
     seen = 0
 
     class Echo(Recorder):
-        def __call__(self, root, origin, room):  # type: ignore[no-untyped-def]
+        def __call__(self, root, candidates, room):  # type: ignore[no-untyped-def]
             nonlocal seen
-            chain = trace[root.step]
-            drafts = GraphDrafter(chain, task.settings, model)(root, origin, room)
+            chain = trace.chains[root.step]
+            drafts = GraphDrafter(chain, model)(root, candidates, room)
             for draft, cursor in zip(drafts, task.path[root.step :], strict=False):
                 assert torch.equal(draft, cursor.ids)
                 seen += 1
             return root.ids.new_empty((0, len(root.ids)))
 
-    decode(model, task.prompt, task.settings, Echo(model, task.settings))
-    assert seen >= len(trace) // 2
+    decode(model, task.prompt, task.settings, Echo())
+    assert seen >= len(trace.roots) // 2
 
 
 def test_equal_inputs_give_equal_bytes() -> None:
@@ -100,17 +103,19 @@ def test_artifact_survives_a_round_trip_and_states_its_origin(tmp_path: Path) ->
     assert graph.budget == 8
     # Six prompts: the fifth is held out, the others grow the graph.
     assert (graph.calibration.samples, graph.calibration.held_out_samples) == (5, 1)
-    assert graph.calibration.roots == count_chains(recorded.growing).total()
+    assert graph.calibration.roots == chain_counts(recorded).total()
     assert graph.expected_steps[0] == 1.0
-    held_out = replay([traces[4]], {node.fill for node in graph.nodes})
+    held_out = replay([traces[4].chains], {node.fill for node in graph.nodes})
     assert graph.expected_steps[8] == pytest.approx(held_out.steps_per_forward, abs=1e-6)
 
 
 @pytest.mark.parametrize(("prompts", "held_out"), [(1, 0), (2, 1), (3, 1), (5, 1), (10, 2)])
 def test_no_prompt_both_grows_and_measures(prompts: int, held_out: int) -> None:
-    traces = Traces(tuple([((((k, 0),),),)] for k in range(prompts)), 0, 0)
+    prompts_ = tuple(Trace([], []) for _ in range(prompts))
+    traces = Traces(prompts_, 0, 0)
     assert len(traces.held_out) == held_out
-    assert sorted([*traces.growing, *traces.held_out]) == sorted(traces.prompts)
+    used = [id(trace) for trace in (*traces.growing, *traces.held_out)]
+    assert sorted(used) == sorted(id(trace) for trace in prompts_)
 
 
 def test_prompts_come_from_question_and_prompt_fields(tmp_path: Path) -> None:

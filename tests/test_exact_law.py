@@ -22,10 +22,9 @@ from torch import Tensor
 
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task, denoising_step
-from spiffy.runtime.draft import Drafter, GraphDrafter
+from spiffy.runtime.draft import Candidates, Drafter, GraphDrafter
 from spiffy.runtime.models.base import DiffusionLM, KeyValues
 from spiffy.runtime.models.llada import LLADA
-from spiffy.runtime.policy import Distribution
 from spiffy.schemas import DecodingSettings
 
 MASK, BLOCK, VOCAB = 2, 4, 3
@@ -178,7 +177,7 @@ def p_values(observed: Counter[Path], temperature: float) -> tuple[float, float]
 
 
 def graph_drafter(temperature: float) -> GraphDrafter:
-    return GraphDrafter(FILLS, setting(temperature), toy())
+    return GraphDrafter(FILLS, toy())
 
 
 class Recording:
@@ -186,10 +185,11 @@ class Recording:
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
+        self.token_ranks = drafter.token_ranks
         self.drafted: list[list[int]] = []
 
-    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
-        drafts = self.drafter(root, origin, room)
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        drafts = self.drafter(root, candidates, room)
         self.drafted = drafts.tolist()
         return drafts
 

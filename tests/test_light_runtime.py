@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 model = load_model({checkpoint!r}, device="cpu")
 settings = DecodingSettings.parse(block_length=4, gen_length=8, stop_at_eos=False)
 paths = []
-for drafter in (None, GraphDrafter([[(0, 0)], [(0, 0), (1, 0)]], settings, model)):
+for drafter in (None, GraphDrafter([[(0, 0)], [(0, 0), (1, 0)]], model)):
     task = make_task(model, torch.arange(5), settings, drafter)
     for _ in run(model, [task]):
         pass

@@ -22,10 +22,10 @@ from torch import Tensor
 from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task, run
-from spiffy.runtime.draft import Drafter, GraphDrafter, rank_candidates
+from spiffy.runtime.draft import Candidates, Drafter, GraphDrafter
 from spiffy.runtime.generate import answer_ids, make_task
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.runtime.policy import Distribution, gumbel_noise
+from spiffy.runtime.policy import gumbel_noise
 from spiffy.schemas import DecodingSettings
 
 Fills = list[list[tuple[int, int]]]
@@ -78,11 +78,13 @@ def plain(layout: str, policy: str, temperature: float, prompt_length: int, seed
 class Origins:
     """Drafts nothing and keeps, for every root, the prediction that drafts would start from."""
 
-    def __init__(self) -> None:
-        self.by_step: dict[int, Distribution] = {}
+    token_ranks = 1 << 20  # all of them
 
-    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
-        self.by_step[root.step] = origin
+    def __init__(self) -> None:
+        self.by_step: dict[int, Candidates] = {}
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        self.by_step[root.step] = candidates
         return root.ids.new_empty((0, len(root.ids)))
 
 
@@ -97,8 +99,7 @@ def future_fills(
         model, random_prompt(model, prompt_length), settings, origins, edges=EDGES[layout]
     )
     mask, fills = model.mask_token_id, set()
-    for step, origin in origins.by_step.items():
-        ranked = rank_candidates(origin, settings, mask, model.vocab_size)
+    for step, ranked in origins.by_step.items():
         for later in task.path[step : step + depth]:
             pairs = []
             for i, position in enumerate(ranked.positions):
@@ -182,7 +183,7 @@ def test_any_drafts_leave_every_state_as_it_was(layout: str, policy: str) -> Non
     def check(fills: Fills, temperature: float, prompt_length: int, seed: int) -> None:
         model, setting = setting_of(layout, policy, temperature)
         plainly = plain(layout, policy, temperature, prompt_length, seed)
-        drafter = GraphDrafter(fills, setting, model)
+        drafter = GraphDrafter(fills, model)
         assert_lossless(
             decode(model, plainly.prompt, setting, drafter, seed, edges=plainly.edges), plainly
         )
@@ -203,7 +204,7 @@ def test_adversarial_drafts_leave_every_state_as_it_was(
         model,
         plainly.prompt,
         setting,
-        GraphDrafter(ADVERSARIAL[kind], setting, model),
+        GraphDrafter(ADVERSARIAL[kind], model),
         edges=plainly.edges,
     )
     assert_lossless(ours, plainly)
@@ -220,7 +221,7 @@ def test_drafts_that_hit_leave_every_state_as_it_was(
     model, setting = setting_of(layout, policy, temperature)
     plainly = plain(layout, policy, temperature, 11, 0)
     fills = future_fills(layout, policy, temperature, 11, depth=3)
-    drafter = GraphDrafter(fills, setting, model)
+    drafter = GraphDrafter(fills, model)
     ours = decode(model, plainly.prompt, setting, drafter, edges=plainly.edges)
     assert_lossless(ours, plainly)
     assert ours.stats.accepted > 0
@@ -238,15 +239,18 @@ def test_drafts_start_from_the_prediction_that_produced_the_root(layout: str) ->
     compared = 0
     oracle = Oracle(plainly, 2)
 
-    def checking(root: Cursor, origin: Distribution, room: int) -> Tensor:
+    def checking(root: Cursor, candidates: Candidates, room: int) -> Tensor:
         nonlocal compared
         expected = seen.by_step.get(root.step)
         if expected is not None:  # plain decoding may know less about a block's first state
-            assert torch.equal(origin.positions, expected.positions)
-            assert (origin.log_p - expected.log_p).abs().max() < 1e-5  # logits are float32
+            assert torch.equal(candidates.positions, expected.positions)
+            assert torch.equal(candidates.tokens[:, :3], expected.tokens[:, :3])
+            assert (candidates.log_p - expected.log_p).abs().max() < 1e-5  # logits are float32
+            assert torch.equal(candidates.fresh, expected.fresh)
             compared += 1
-        return oracle(root, origin, room)
+        return oracle(root, candidates, room)
 
+    checking.token_ranks = seen.token_ranks
     for depth in (2, 6):  # 6: with a root where a block begins
         oracle.depth = depth
         ours = decode(model, plainly.prompt, setting, checking, edges=plainly.edges)
@@ -293,7 +297,7 @@ def test_steps_that_commit_nothing_cost_no_forward_and_change_nothing(layout: st
     different = len(fold([start, *states(plainly)])) - 1
     assert plainly.stats.nfe == different < plainly.stats.steps
     every_start = [[(i, j)] for i in range(4) for j in range(20)]
-    for drafter in (GraphDrafter(every_start, setting, model), Oracle(plainly, 5)):
+    for drafter in (GraphDrafter(every_start, model), Oracle(plainly, 5)):
         ours = decode(model, prompt, setting, drafter)
         assert_lossless(ours, plainly)
         assert ours.stats.accepted > 0
@@ -308,7 +312,7 @@ def test_without_a_cache_a_graph_drafts_to_the_end_of_the_block_and_walks_on() -
     at = ("llada-none", "static-1", 0.0, 11)
     model, setting = setting_of(*at[:3])
     plainly = plain(*at, 0)
-    drafter = GraphDrafter(future_fills(*at, depth=4), setting, model)
+    drafter = GraphDrafter(future_fills(*at, depth=4), model)
     ours = decode(model, plainly.prompt, setting, drafter)
     assert_lossless(ours, plainly)
     assert ours.stats.nfe == 5
@@ -324,7 +328,7 @@ def test_batched_decoding_equals_one_by_one(layout: str, temperature: float) -> 
     for sequence, length in enumerate(lengths):
         prompt = random_prompt(model, length)
         plainly = decode(model, prompt, setting, None, 5, sequence, EDGES[layout])
-        drafter: Drafter = GraphDrafter([[(0, 0)], [(0, 0), (1, 0)]], setting, model)
+        drafter: Drafter = GraphDrafter([[(0, 0)], [(0, 0), (1, 0)]], model)
         if sequence in oracle_for:
             drafter = Oracle(plainly, 3)
         alone.append(decode(model, prompt, setting, drafter, 5, sequence, EDGES[layout]))
@@ -404,8 +408,8 @@ def test_only_without_a_cache_a_completing_draft_crosses_the_block_boundary(
     class WithinBlock(Oracle):
         """Drafts no further than the end of the root's block."""
 
-        def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
-            drafts = super().__call__(root, origin, room)
+        def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+            drafts = super().__call__(root, candidates, room)
             ahead = self.task.canvas.span(root.block).stop
             mask = self.task.model.mask_token_id
             untouched = (drafts[:, ahead:] == mask).all(-1)
@@ -427,8 +431,9 @@ class Garbage:
 
     kind: str
     mask_token_id: int
+    token_ranks = 1
 
-    def __call__(self, root: Cursor, origin: Distribution, room: int) -> Tensor:
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         ids = root.ids
         generator = torch.Generator().manual_seed(root.step)
         noise = torch.randint(0, self.mask_token_id, (3, len(ids)), generator=generator)
@@ -486,7 +491,7 @@ def test_block_edges_change_the_cost_and_never_the_tokens(layout: str, temperatu
         plainly = decode(model, prompt, setting, edges=edges)
         assert states(plainly) == expected
         assert plainly.stats.nfe == len(expected) + stores(plainly)
-        for drafter in (GraphDrafter(fills, setting, model), Oracle(plainly, 3)):
+        for drafter in (GraphDrafter(fills, model), Oracle(plainly, 3)):
             ours = decode(model, prompt, setting, drafter, edges=edges)
             assert states(ours) == expected
             gained = plainly.stats.nfe - ours.stats.nfe - ours.stats.accepted
@@ -517,7 +522,7 @@ def test_an_answer_ends_with_the_block_that_holds_its_first_eos(
         assert answer_ids(plainly) == full[: full.index(full[at]) + 1]
         assert states(plainly) == states(whole)[: 8 * (block + 1)]  # one token a step
         assert plainly.path[-1].finished
-        for drafter in (Oracle(whole, 5), GraphDrafter([[(0, 0)], [(1, 0)]], setting, ending)):
+        for drafter in (Oracle(whole, 5), GraphDrafter([[(0, 0)], [(1, 0)]], ending)):
             ours = decode(ending, whole.prompt, setting, drafter)
             assert states(ours) == states(plainly)
             assert answer_ids(ours) == answer_ids(plainly)

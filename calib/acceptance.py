@@ -1,0 +1,249 @@
+"""Fitting the acceptance model to recorded decodes (`spiffy.runtime.acceptance`).
+
+Both regressions are fitted to true states: at a state on the path of a recorded decode, which
+position came next, and which of its likely tokens. The features are computed by the runtime's own
+code. A bigram table that has seen the answer it is asked about would be trusted too much, so the
+regressions see tables counted on other prompts (cross-fitting); the table that ships is counted on
+all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import minimize
+
+from spiffy.calib.record import Trace
+from spiffy.runtime.acceptance import (
+    POSITION_FEATURES,
+    TOKEN_FEATURES,
+    AcceptanceWeights,
+    Bools,
+    Floats,
+    Ints,
+    Outlook,
+    States,
+    changed_beside,
+    position_features,
+    token_features,
+)
+from spiffy.runtime.draft import AcceptanceDrafter
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.schemas import AcceptanceModel, DecodingSettings
+
+FOLDS = 4
+MAX_PAIRS = 4096  # bigrams that ship: at most some 60 kB of JSON
+_MAX_STATES = 12_000  # states that the regressions look at, spread evenly
+_DEPTH = 10
+_RIDGE = 1e-3
+_DECAY = 0.7  # deeper states count less: fewer walks get there
+_FEW = 200  # states below which a static graph is the safer choice
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One root and the true states after it that drafts can name.
+
+    Attributes
+    ----------
+    choice
+        int64 [n, M] token ranks filled in, the root itself first.
+    following
+        bool [n, M], positions that the next step commits.
+    """
+
+    prompt: int
+    outlook: Outlook
+    choice: Ints
+    following: Bools
+
+    @property
+    def depth(self) -> Ints:
+        """Denoising steps since the root, int64 [n]."""
+        return np.arange(len(self.choice))
+
+
+def can_fit(settings: DecodingSettings) -> bool:
+    """Whether there is an acceptance model for this unmasking policy."""
+    one = settings.tokens_per_step == 1 and settings.steps_per_block is None
+    return settings.policy == "threshold" or (settings.policy == "static" and one)
+
+
+def fit_acceptance(
+    model: DiffusionLM, settings: DecodingSettings, traces: Sequence[Trace]
+) -> AcceptanceModel | None:
+    """Fit to plain decodes; None if the policy has no such model or the data are too few."""
+    if not can_fit(settings):
+        return None
+    # Only its `outlook` is used: it needs no coefficients.
+    nothing = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), model.vocab_size)
+    layout = AcceptanceDrafter(nothing, 0, model, settings)
+    examples = list(_examples(traces, layout))
+    states = sum(len(example.choice) for example in examples)
+    if states < _FEW:
+        return None
+    examples = examples[:: -(-states // _MAX_STATES)]
+    pairs = [_pairs(trace, model.mask_token_id) for trace in traces]
+    folds = []
+    for fold in range(FOLDS):
+        others = [p for k, p in enumerate(pairs) if k % FOLDS != fold] or pairs
+        folds.append(replace(nothing, bigrams=_weights(others, model.vocab_size).bigrams))
+
+    token = _fit_tokens(examples, folds)
+    folds = [replace(weights, token=token) for weights in folds]
+    position, commit = _fit_positions(examples, folds, settings.policy == "threshold")
+    return AcceptanceModel(
+        position=dict(zip(POSITION_FEATURES, _rounded(position), strict=True)),
+        commit=None
+        if commit is None
+        else dict(zip((*POSITION_FEATURES, "constant"), _rounded(commit), strict=True)),
+        token=dict(zip(TOKEN_FEATURES, _rounded(token), strict=True)),
+        bigrams=_most_common(pairs),
+    )
+
+
+def _rounded(coefficients: Floats) -> list[float]:
+    """Six digits: the last ones depend on the machine that fitted them."""
+    return [float(f"{value:.6g}") for value in coefficients]
+
+
+def _examples(traces: Sequence[Trace], layout: AcceptanceDrafter) -> Iterator[_Example]:
+    for prompt, trace in enumerate(traces):
+        ids = [cursor.ids.cpu().numpy() for cursor in trace.path]
+        for step, root in enumerate(trace.roots):
+            if root is None or not len(root.candidates.positions):
+                continue
+            outlook = layout.outlook(trace.path[step], root.candidates)
+            rows = np.arange(len(outlook.positions))
+            at = [state[outlook.positions] for state in ids[step : step + _DEPTH + 1]]
+            masked = [tokens == layout.mask_token_id for tokens in at]
+            choice, following = [np.full(len(rows), -1, dtype=np.int64)], []
+            for k in range(len(at) - 1):
+                following.append(masked[k] & ~masked[k + 1])
+                same = outlook.tokens == at[k + 1][:, None]
+                filled = ~masked[k + 1]
+                if not same[filled].any(-1).all() or filled.all() or k + 2 == len(at):
+                    break
+                choice.append(np.where(filled, same.argmax(-1), -1))
+            keep = [k for k, new in enumerate(following) if new.any()]
+            if keep:
+                yield _Example(prompt, outlook, np.stack(choice)[keep], np.stack(following)[keep])
+
+
+def _pairs(trace: Trace, mask_token_id: int) -> Counter[tuple[int, int]]:
+    """Neighbouring tokens of the answer."""
+    ids = trace.path[-1].ids.tolist()
+    answer = (trace.path[0].ids == mask_token_id).nonzero()[:, 0].tolist()
+    shown = [k for k in answer if k > 0 and mask_token_id not in (ids[k - 1], ids[k])]
+    return Counter((ids[k - 1], ids[k]) for k in shown)
+
+
+def _most_common(pairs: Sequence[Counter[tuple[int, int]]]) -> tuple[tuple[int, int, int], ...]:
+    total: Counter[tuple[int, int]] = Counter()
+    for counts in pairs:
+        total.update(counts)
+    ordered = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:MAX_PAIRS]
+    return tuple((left, right, count) for (left, right), count in ordered)
+
+
+def _weights(pairs: Sequence[Counter[tuple[int, int]]], vocab: int) -> AcceptanceWeights:
+    return AcceptanceWeights.of({}, None, {}, _most_common(pairs), vocab)
+
+
+def _fit_tokens(examples: Sequence[_Example], folds: Sequence[AcceptanceWeights]) -> Floats:
+    """Softmax regression over the likely tokens of positions beside a new token."""
+    features, targets = [], []
+    for example in examples:
+        weights = folds[example.prompt % FOLDS]
+        shown = changed_beside(example.outlook, example.choice) & example.following
+        # Where the token is known: the next state of the example has it.
+        shown[-1] = False
+        at, m = shown.nonzero()
+        after = example.choice[np.minimum(at + 1, len(example.choice) - 1), m]
+        known = after >= 0
+        at, m = at[known], m[known]
+        if len(at):
+            features.append(token_features(example.outlook, weights.bigrams, example.choice, at, m))
+            targets.append(after[known])
+    identity = np.array([float(name == "log_p") for name in TOKEN_FEATURES])
+    if sum(map(len, features)) < _FEW:
+        return identity
+    x = np.concatenate(features)
+    count, ranks, width = x.shape
+    starts = np.arange(count) * ranks
+    targets = starts + np.concatenate(targets)
+    return _fit_softmax(x.reshape(-1, width), starts, targets, np.ones(count))
+
+
+def _fit_positions(
+    examples: Sequence[_Example], folds: Sequence[AcceptanceWeights], sets: bool
+) -> tuple[Floats, Floats | None]:
+    """Softmax over positions (from steps that commit one), and logistic per position for sets."""
+    rows, sizes, single, chosen, weigh = [], [], [], [], []
+    for example in examples:
+        weights = folds[example.prompt % FOLDS]
+        states = States.of(example.outlook, weights, example.choice, example.depth)
+        features, masked = position_features(example.outlook, states)
+        rows.append(features[masked])
+        chosen.append(example.following[masked])
+        sizes.append(masked.sum(1))
+        single.append(example.following.sum(1) == 1)
+        weigh.append(_DECAY**example.depth)
+    x, y, size = np.concatenate(rows), np.concatenate(chosen), np.concatenate(sizes)
+    weight = np.concatenate(weigh)
+    commit = _fit_logistic(x, y, np.repeat(weight, size)) if sets else None
+    one = np.concatenate(single)
+    if one.sum() < _FEW:  # threshold unmasking that commits several nearly always
+        return np.array([float(name == "logit") for name in POSITION_FEATURES]), commit
+    alone = np.repeat(one, size)
+    starts = np.cumsum(size[one]) - size[one]
+    return _fit_softmax(x[alone], starts, np.flatnonzero(y[alone]), weight[one]), commit
+
+
+def _standardised(x: Floats) -> tuple[Floats, Floats, Floats]:
+    mean, scale = x.mean(0), x.std(0)
+    scale = np.where(scale > 1e-9, scale, 1.0)
+    return (x - mean) / scale, mean, scale
+
+
+def _fit_softmax(x: Floats, starts: Ints, targets: Ints, weight: Floats) -> Floats:
+    """Coefficients of a conditional softmax over groups of rows (`starts`), one target row each."""
+    z, _, scale = _standardised(x)
+    sizes = np.diff(np.append(starts, len(x)))
+    weight = weight / weight.sum()
+
+    def loss(w: Floats) -> tuple[float, Floats]:
+        score = z @ w
+        top = np.maximum.reduceat(score, starts)
+        e = np.exp(score - np.repeat(top, sizes))
+        total = np.add.reduceat(e, starts)
+        value = weight @ (np.log(total) + top - score[targets]) + _RIDGE * w @ w
+        p = e * np.repeat(weight / total, sizes)
+        slope = z.T @ p - weight @ z[targets] + 2 * _RIDGE * w
+        return float(value), slope
+
+    found = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B")
+    coefficients: Floats = found.x / scale
+    return coefficients
+
+
+def _fit_logistic(x: Floats, y: Bools, weight: Floats) -> Floats:
+    """Coefficients of a logistic regression, the constant last."""
+    z, mean, scale = _standardised(x)
+    z = np.concatenate((z, np.ones((len(z), 1))), 1)
+    sign = np.where(y, 1.0, -1.0)
+    weight = weight / weight.sum()
+
+    def loss(w: Floats) -> tuple[float, Floats]:
+        margin = sign * (z @ w)
+        ridge = np.append(w[:-1], 0.0)
+        value = weight @ np.logaddexp(0, -margin) + _RIDGE * ridge @ ridge
+        p = weight * sign / (1 + np.exp(np.clip(margin, -50, 50)))
+        return float(value), -(z.T @ p) + 2 * _RIDGE * ridge
+
+    found = minimize(loss, np.zeros(z.shape[1]), jac=True, method="L-BFGS-B")
+    slopes = found.x[:-1] / scale
+    return np.append(slopes, found.x[-1] - mean @ slopes)

@@ -1,0 +1,46 @@
+"""What a drafter would have saved, exactly, from recorded decodes and without the model.
+
+The true states are the same whatever is drafted, so a recorded plain decode tells where every walk
+would have ended. The drafter that is replayed is the very object that decodes. The one thing that a
+plain decode does not record is what a rejected completing draft says about the next block
+(block-causal models, `BlockEdges.first`): there the replay has no drafts and is a lower bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from spiffy.calib.record import Trace
+from spiffy.graphs import Replay
+from spiffy.runtime.draft import Candidates, Drafter
+
+
+def replay_drafter(traces: Iterable[Trace], drafter: Drafter) -> Replay:
+    """Replay whole decodes: only where a walk ends is the next root."""
+    steps = forwards = drafts = 0
+    for trace in traces:
+        last = len(trace.path) - 1
+        at = 0
+        while at < last:
+            forwards += 1
+            reached = at + 1
+            root = trace.roots[at]
+            if root is not None:
+                known = _narrowed(root.candidates, drafter.token_ranks)
+                states = drafter(trace.path[at], known, root.room).tolist()
+                drafts += len(states)
+                while reached < last and trace.path[reached].ids.tolist() in states:
+                    reached += 1
+            at = reached
+        steps += last
+    return Replay(steps, forwards, drafts)
+
+
+def _narrowed(candidates: Candidates, token_ranks: int) -> Candidates:
+    """As many tokens of each position as the drafter asks for."""
+    return Candidates(
+        candidates.positions,
+        candidates.tokens[:, :token_ranks],
+        candidates.log_p[:, :token_ranks],
+        candidates.fresh,
+    )

@@ -1,0 +1,704 @@
+"""Which future states come next: the acceptance model of an artifact, and its best-first expansion.
+
+Two small regressions, fitted by calibration on recorded decodes, look at the distribution that
+produced the root (which has not seen the tokens committed since) and at a draft state:
+
+- the token model re-ranks the most likely tokens of a position next to a token that was only just
+  committed or drafted, with evidence that costs no forward (bigrams of the calibration answers,
+  n-grams of the text so far);
+- the position model says which masked position the next denoising step commits.
+
+`expand` multiplies them along paths, adds up the paths that lead to the same state, and keeps the
+most probable states. This is drafting only: what it proposes never changes a token. NumPy, because
+a few dozen small arrays per forward cost less there than anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+#: Tokens of a position that drafts choose from.
+TOKEN_RANKS = 4
+_TEXT = 1024  # tokens of the text so far that n-grams are taken from
+_DEPTH = 16  # steps that drafts look ahead
+_NEVER = -1e9
+_RARE = 1e-5  # probability below which a state is not expanded
+
+POSITION_FEATURES = (
+    "logit",
+    "log_p",
+    "gap",
+    "log_rank",
+    "first_rank",
+    "origin_log_rank",
+    "below_best",
+    "below_best_x_share",
+    "logit_x_share",
+    "logit_above_2",
+    "logit_above_4",
+    "logit_above_7",
+    "logit_below_0",
+    "left_masked",
+    "right_masked",
+    "both_masked",
+    "left_committed",
+    "right_committed",
+    "left_drafted",
+    "right_drafted",
+    "left_committed_x_logit",
+    "right_committed_x_logit",
+    "left_drafted_x_logit",
+    "right_drafted_x_logit",
+    "both_drafted",
+    "left_drafted_right_masked",
+    "left_drafted_right_masked_x_logit",
+    "right_drafted_left_masked",
+    "left_logit",
+    "right_logit",
+    "left_above",
+    "right_above",
+    "leftmost",
+    "distance",
+    "nearness",
+    "nearness_x_logit",
+    "reranked_by",
+    "reranked_by_x_left",
+    "reranked_by_x_right",
+    "eos",
+    "eos_x_logit",
+    "eos_leftmost",
+    "eos_distance",
+    "depth_x_logit",
+    "depth_x_eos",
+    "confidence",
+    "origin_logit",
+    "origin_gap",
+    "second_left_drafted_left_masked",
+    "second_right_drafted_right_masked",
+    "two_left_drafted",
+    "two_right_drafted",
+    "depth",
+)
+
+TOKEN_FEATURES = (
+    "log_p",
+    "first",
+    "left_bigram",
+    "left_in_text",
+    "left_two_in_text",
+    "left_same",
+    "left_log_p",
+    "right_bigram",
+    "right_in_text",
+    "right_same",
+    "right_log_p",
+    "both_log_p",
+)
+
+
+class Counts:
+    """How often keys (int64, >= 0) occurred; looks up whole arrays."""
+
+    def __init__(self, keys: Ints, counts: Floats) -> None:
+        order = np.argsort(keys)
+        self.keys, self.counts = keys[order], counts[order]
+
+    @classmethod
+    def of(cls, keys: Ints) -> Counts:
+        """Count equal keys."""
+        unique, counts = np.unique(keys, return_counts=True)
+        return cls(unique, counts.astype(np.float64))
+
+    def __getitem__(self, keys: Ints) -> Floats:
+        """Counts of `keys`, any shape; 0 for those that never occurred."""
+        if not len(self.keys):
+            return np.zeros(keys.shape)
+        found = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        counts: Floats = np.where(self.keys[found] == keys, self.counts[found], 0.0)
+        return counts
+
+
+class Bigrams:
+    """Smoothed P(token | token to its left) and P(token | token to its right) from counted pairs.
+
+    Parameters
+    ----------
+    pairs
+        (left token, right token, count), most frequent first.
+    vocab
+        Size of the vocabulary.
+    """
+
+    _PRIOR = 2.0  # pairs' worth of belief in the token's overall frequency
+
+    def __init__(self, pairs: Sequence[tuple[int, int, int]], vocab: int) -> None:
+        table = np.array(pairs, dtype=np.int64).reshape(-1, 3)
+        left, right, count = table[:, 0], table[:, 1], table[:, 2].astype(np.float64)
+        self.vocab = vocab
+        self.pairs = Counts(left * vocab + right, count)
+        self.left = self._sums(left, count)
+        self.right = self._sums(right, count)
+        self.total = float(count.sum()) + 1.0
+
+    @staticmethod
+    def _sums(tokens: Ints, counts: Floats) -> Counts:
+        unique, where = np.unique(tokens, return_inverse=True)
+        return Counts(unique, np.bincount(where, counts, len(unique)).astype(np.float64))
+
+    def log_p_right(self, left: Ints, token: Ints) -> Floats:
+        """Log P(token | the token to its left)."""
+        prior = self._PRIOR * (self.right[token] + 0.1) / self.total
+        seen = self.pairs[left * self.vocab + token] + prior
+        return np.log(seen / (self.left[left] + self._PRIOR))
+
+    def log_p_left(self, token: Ints, right: Ints) -> Floats:
+        """Log P(token | the token to its right)."""
+        prior = self._PRIOR * (self.left[token] + 0.1) / self.total
+        seen = self.pairs[token * self.vocab + right] + prior
+        return np.log(seen / (self.right[right] + self._PRIOR))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known at a root, as arrays over its M masked positions in ascending order.
+
+    Attributes
+    ----------
+    positions
+        [M] of the sequence.
+    tokens, log_p
+        [M, J] most likely tokens and their log-probabilities, by rank.
+    rank
+        [M] rank of the position by the policy's score.
+    left, right
+        [M] index (into this list) of the position beside it if that is masked too, else -1.
+    left_token, right_token
+        [M] token beside it, -1 where that is masked or outside the sequence.
+    left_token_2
+        [M] token two to the left, -1 likewise.
+    left_fresh, right_fresh
+        [M] whether the token beside it is one that the distribution has not seen.
+    bigrams_in_text, trigrams_in_text
+        Of prompt and answer so far.
+    share
+        Masked share of the block.
+    eos
+        [M] whether the most likely token ends the sequence.
+    """
+
+    positions: Ints
+    tokens: Ints
+    log_p: Floats
+    rank: Ints
+    left: Ints
+    right: Ints
+    left_token: Ints
+    right_token: Ints
+    left_token_2: Ints
+    left_fresh: Bools
+    right_fresh: Bools
+    bigrams_in_text: Counts
+    trigrams_in_text: Counts
+    share: float
+    eos: Bools
+
+    @classmethod
+    def at(
+        cls,
+        ids: Ints,
+        positions: Ints,
+        tokens: Ints,
+        log_p: Floats,
+        fresh: Ints,
+        *,
+        block_length: int,
+        mask_token_id: int,
+        eos_token_ids: Sequence[int],
+        vocab: int,
+    ) -> Outlook:
+        """Lay out a root.
+
+        Parameters
+        ----------
+        ids
+            [length] the root.
+        positions
+            [M] its masked positions, best score first.
+        tokens, log_p
+            [M, J] in the same order.
+        fresh
+            Positions whose tokens the distribution has not seen.
+        """
+        order = np.argsort(positions)
+        where = positions[order]
+        known = np.full(len(ids) + 3, -1, dtype=np.int64)  # two before, one behind
+        known[2:-1] = np.where(ids == mask_token_id, -1, ids)
+        index = np.full(len(ids) + 2, -1, dtype=np.int64)
+        index[where + 1] = np.arange(len(where))
+        is_fresh = np.zeros(len(ids) + 2, dtype=np.bool_)
+        is_fresh[fresh + 1] = True
+        stop = int(where[-1]) + 1
+        text = known[2 : 2 + min(len(ids), stop + 1)][-_TEXT:]
+        a, b = text[:-1], text[1:]
+        both = (a >= 0) & (b >= 0)
+        two = a * vocab + b
+        three = both[:-1] & both[1:]
+        return cls(
+            positions=where,
+            tokens=tokens[order],
+            log_p=np.maximum(log_p[order], -30.0),
+            rank=order,
+            left=index[where],
+            right=index[where + 2],
+            left_token=known[where + 1],
+            right_token=known[where + 3],
+            left_token_2=known[where],
+            left_fresh=is_fresh[where],
+            right_fresh=is_fresh[where + 2],
+            bigrams_in_text=Counts.of(two[both]),
+            trigrams_in_text=Counts.of((two[:-1] * vocab + b[1:])[three]),
+            share=len(where) / block_length,
+            eos=np.isin(tokens[order][:, 0], eos_token_ids),
+        )
+
+
+@dataclass(frozen=True)
+class States:
+    """n draft states of one root.
+
+    Attributes
+    ----------
+    choice
+        int64 [n, M], rank of the token filled in, -1 where still masked.
+    log_p
+        float64 [n, M, J] of the tokens, re-ranked beside fresh ones.
+    depth
+        int64 [n], denoising steps since the root.
+    """
+
+    choice: Ints
+    log_p: Floats
+    depth: Ints
+
+    @classmethod
+    def of(cls, outlook: Outlook, model: AcceptanceWeights, choice: Ints, depth: Ints) -> States:
+        """Any states (int64 [n, M]) of a root."""
+        log_p = np.repeat(outlook.log_p[None], len(choice), 0)
+        beside = changed_beside(outlook, choice)
+        return cls(choice, _reranked(outlook, model, choice, log_p, beside), depth)
+
+    def filled(
+        self, outlook: Outlook, model: AcceptanceWeights, parents: Ints, choice: Ints
+    ) -> States:
+        """Children (int64 [k, M]) of the states `parents` (int64 [k])."""
+        new = (choice >= 0) & (self.choice[parents] < 0)
+        beside = (_beside(new, outlook.left) | _beside(new, outlook.right)) & (choice < 0)
+        log_p = self.log_p[parents]
+        log_p = _reranked(outlook, model, choice, log_p, beside)
+        return States(choice, log_p, self.depth[parents] + 1)
+
+
+@dataclass(frozen=True)
+class AcceptanceWeights:
+    """The acceptance model in the form that `expand` computes with.
+
+    Attributes
+    ----------
+    position
+        [F] coefficients by `POSITION_FEATURES`: softmax over the masked positions.
+    commit
+        [F + 1] likewise with a constant: one logistic regression per position for threshold
+        unmasking; None for one token per step.
+    token
+        [T] coefficients by `TOKEN_FEATURES`: softmax over the tokens of a position.
+    bigrams
+        Counted pairs.
+    """
+
+    position: Floats
+    commit: Floats | None
+    token: Floats
+    bigrams: Bigrams
+
+    @classmethod
+    def of(
+        cls,
+        position: Mapping[str, float],
+        commit: Mapping[str, float] | None,
+        token: Mapping[str, float],
+        pairs: Sequence[tuple[int, int, int]],
+        vocab: int,
+    ) -> AcceptanceWeights:
+        """From coefficients by name; features that are not named count nothing."""
+        return cls(
+            _vector(position, POSITION_FEATURES),
+            None if commit is None else _vector(commit, (*POSITION_FEATURES, "constant")),
+            _vector(token, TOKEN_FEATURES),
+            Bigrams(pairs, vocab),
+        )
+
+
+def _vector(coefficients: Mapping[str, float], names: Sequence[str]) -> Floats:
+    return np.array([coefficients.get(name, 0.0) for name in names])
+
+
+def _beside(values: NDArray[_Scalar], neighbour: Ints) -> NDArray[_Scalar]:
+    """`values` [n, M] of each position's neighbour; 0 where that is not in the list."""
+    padded = np.concatenate((values, np.zeros((len(values), 1), values.dtype)), 1)
+    return padded[:, neighbour]
+
+
+def changed_beside(outlook: Outlook, choice: Ints) -> Bools:
+    """Masked positions [n, M] beside a token that the distribution has not seen."""
+    drafted = choice >= 0
+    left = outlook.left_fresh | _beside(drafted, outlook.left)
+    right = outlook.right_fresh | _beside(drafted, outlook.right)
+    changed: Bools = (left | right) & ~drafted
+    return changed
+
+
+def token_features(outlook: Outlook, bigrams: Bigrams, choice: Ints, at: Ints, m: Ints) -> Floats:
+    """Features [K, J, T] of the tokens of positions `m` (int64 [K]) in states `at` (int64 [K])."""
+    tokens = outlook.tokens[m]
+    log_p = outlook.log_p[m]
+    rows = np.arange(len(outlook.tokens))
+    chosen = np.where(choice >= 0, outlook.tokens[rows, choice], -1)
+    chosen = np.concatenate((chosen, np.full((len(choice), 1), -1)), 1)
+
+    def beside(neighbour: Ints, token: Ints, fresh: Bools) -> tuple[Ints, Floats]:
+        drafted = chosen[at, neighbour[m]]
+        known = np.where(drafted >= 0, drafted, token[m])
+        return known, ((drafted >= 0) | (fresh[m] & (known >= 0))).astype(np.float64)
+
+    left, new_left = beside(outlook.left, outlook.left_token, outlook.left_fresh)
+    right, new_right = beside(outlook.right, outlook.right_token, outlook.right_fresh)
+    two_left = np.where(
+        outlook.left[m] >= 0,
+        np.where(
+            outlook.left[outlook.left[m]] >= 0,
+            chosen[at, outlook.left[outlook.left[m]]],
+            outlook.left_token[outlook.left[m]],
+        ),
+        outlook.left_token_2[m],
+    )
+    left_, right_ = np.maximum(left, 0)[:, None], np.maximum(right, 0)[:, None]
+    two_ = np.maximum(two_left, 0)[:, None]
+    vocab = bigrams.vocab
+    text, text_3 = outlook.bigrams_in_text, outlook.trigrams_in_text
+    by_left, by_right = new_left[:, None], new_right[:, None]
+    first = np.zeros_like(log_p)
+    first[:, 0] = 1
+    pair_left = left_ * vocab + tokens
+    columns = (
+        log_p,
+        first,
+        by_left * bigrams.log_p_right(left_, tokens),
+        by_left * np.log1p(text[pair_left]),
+        by_left * (two_left >= 0)[:, None] * np.log1p(text_3[two_ * vocab * vocab + pair_left]),
+        by_left * (tokens == left_),
+        by_left * log_p,
+        by_right * bigrams.log_p_left(tokens, right_),
+        by_right * np.log1p(text[tokens * vocab + right_]),
+        by_right * (tokens == right_),
+        by_right * log_p,
+        by_left * by_right * log_p,
+    )
+    return np.stack(columns, -1)
+
+
+def _reranked(
+    outlook: Outlook, model: AcceptanceWeights, choice: Ints, log_p: Floats, beside: Bools
+) -> Floats:
+    """`log_p` [n, M, J] with the positions `beside` (bool [n, M]) re-ranked, in place."""
+    at, m = beside.nonzero()
+    if len(at):
+        score = token_features(outlook, model.bigrams, choice, at, m) @ model.token
+        score -= score.max(-1, keepdims=True)
+        mass = np.minimum(np.exp(outlook.log_p[m]).sum(-1, keepdims=True), 1.0)
+        total = np.exp(score).sum(-1, keepdims=True)
+        log_p[at, m] = score + np.log(mass / total)
+    return log_p
+
+
+def _logit(log_p: Floats) -> Floats:
+    log_p = np.minimum(log_p, -1e-12)
+    return np.clip(log_p - np.log(-np.expm1(log_p)), -12.0, 28.0)
+
+
+def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
+    """Features [n, M, F] of every position, and which of them are masked, bool [n, M]."""
+    choice = states.choice
+    drafted = choice >= 0
+    masked = ~drafted
+    two = np.sort(states.log_p, -1)[:, :, -2:] if states.log_p.shape[2] > 1 else None
+    log_p = states.log_p[:, :, 0] if two is None else two[:, :, 1]
+    gap = np.zeros_like(log_p) if two is None else np.minimum(log_p - two[:, :, 0], 12.0)
+    logit = _logit(log_p)
+    shown = np.where(masked, logit, _NEVER)
+    best = shown.max(1, keepdims=True)
+    order = np.argsort(-shown, axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), 1)
+    share = masked.mean(1, keepdims=True) * outlook.share
+
+    left_masked, right_masked = _beside(masked, outlook.left), _beside(masked, outlook.right)
+    left_drafted, right_drafted = _beside(drafted, outlook.left), _beside(drafted, outlook.right)
+    left_logit = np.where(left_masked, _beside(logit, outlook.left), 0.0)
+    right_logit = np.where(right_masked, _beside(logit, outlook.right), 0.0)
+    left_new = np.broadcast_to(outlook.left_fresh, masked.shape)
+    right_new = np.broadcast_to(outlook.right_fresh, masked.shape)
+    leftmost = np.zeros_like(masked)
+    first = masked.argmax(1)
+    leftmost[np.arange(len(masked)), first] = True
+    where = outlook.positions
+    distance = np.log1p(np.maximum(where - where[first][:, None], 0))
+    near = _nearness(drafted, left_new, right_new, where)
+    origin = _logit(outlook.log_p[:, 0])
+    origin_gap = np.minimum(outlook.log_p[:, 0] - outlook.log_p[:, 1 % outlook.log_p.shape[1]], 12)
+    moved = logit - origin
+    second_left = _beside(left_drafted, outlook.left)
+    second_right = _beside(right_drafted, outlook.right)
+    eos = np.broadcast_to(outlook.eos, masked.shape)
+    columns = (
+        logit,
+        log_p,
+        gap,
+        np.log1p(rank),
+        rank == 0,
+        np.broadcast_to(np.log1p(outlook.rank), masked.shape),
+        logit - best,
+        (logit - best) * share,
+        logit * share,
+        np.maximum(logit - 2, 0),
+        np.maximum(logit - 4, 0),
+        np.maximum(logit - 7, 0),
+        np.minimum(logit, 0),
+        left_masked,
+        right_masked,
+        left_masked & right_masked,
+        left_new,
+        right_new,
+        left_drafted,
+        right_drafted,
+        left_new * logit,
+        right_new * logit,
+        left_drafted * logit,
+        right_drafted * logit,
+        left_drafted & right_drafted,
+        left_drafted & right_masked,
+        (left_drafted & right_masked) * logit,
+        right_drafted & left_masked,
+        left_logit,
+        right_logit,
+        np.where(left_masked, np.maximum(left_logit - logit, 0), 0),
+        np.where(right_masked, np.maximum(right_logit - logit, 0), 0),
+        leftmost,
+        distance,
+        near,
+        near * logit,
+        moved,
+        moved * left_drafted,
+        moved * right_drafted,
+        eos,
+        eos * logit,
+        eos & leftmost,
+        eos * distance,
+        states.depth[:, None] * logit,
+        states.depth[:, None] * eos,
+        np.exp(log_p),
+        np.broadcast_to(origin, masked.shape),
+        np.broadcast_to(origin_gap, masked.shape),
+        second_left & left_masked,
+        second_right & right_masked,
+        second_left & left_drafted,
+        second_right & right_drafted,
+        np.broadcast_to(states.depth[:, None], masked.shape),
+    )
+    features = np.empty((*masked.shape, len(columns)))
+    for k, column in enumerate(columns):
+        features[:, :, k] = column
+    return features, masked
+
+
+def _nearness(drafted: Bools, left_new: Bools, right_new: Bools, where: Ints) -> Floats:
+    """1 / (1 + positions to the nearest token that the distribution has not seen), [n, M]."""
+    far = 1 << 30
+    before = np.where(drafted, where, np.where(left_new, where - 1, -far))
+    behind = np.where(drafted, where, np.where(right_new, where + 1, far))
+    before = np.maximum.accumulate(before, 1)
+    behind = np.minimum.accumulate(behind[:, ::-1], 1)[:, ::-1]
+    return 1.0 / (1.0 + np.minimum(where - before, behind - where))
+
+
+def _softmax(score: Floats) -> Floats:
+    weights = np.exp(score - score.max(-1, keepdims=True))
+    softmax: Floats = weights / weights.sum(-1, keepdims=True)
+    return softmax
+
+
+@dataclass(frozen=True)
+class _Children:
+    """Possible next states: parent [k], choice [k, M], probability [k]."""
+
+    parent: Ints
+    choice: Ints
+    p: Floats
+
+
+def _one_step(model: AcceptanceWeights, outlook: Outlook, states: States, p: Floats, limit: float,
+              budget: int) -> _Children:  # fmt: skip
+    """Children by static unmasking with one token per step."""
+    features, masked = position_features(outlook, states)
+    where = _softmax(np.where(masked, features @ model.position, _NEVER)) * masked
+    joint = p[:, None, None] * where[:, :, None] * np.exp(states.log_p)
+    flat = joint.ravel()
+    # Several paths may add up to one state, so look at more of them than states are wanted.
+    wanted = np.flatnonzero(flat > limit / 4)
+    if len(wanted) > 4 * budget:
+        wanted = wanted[np.argpartition(-flat[wanted], 4 * budget)[: 4 * budget]]
+    parent, m, j = np.unravel_index(wanted, joint.shape)
+    choice = states.choice[parent]
+    choice[np.arange(len(parent)), m] = j
+    return _Children(parent, choice, flat[wanted])
+
+
+_UNCERTAIN = 6  # positions per state of which every subset is tried
+_OTHER_TOKENS = ((0, 1), (0, 2), (0, 3), (1, 1))  # n-th least certain position, token rank
+_FORCED = 4  # positions tried where none reaches the threshold
+
+
+def _one_set(
+    model: AcceptanceWeights, outlook: Outlook, states: States, p: Floats, limit: float, room: int
+) -> _Children:
+    """Children by threshold unmasking: sets of positions, each taken on its own."""
+    assert model.commit is not None  # fitted for threshold unmasking
+    features, masked = position_features(outlook, states)
+    n, count = masked.shape
+    odds = np.where(masked, features @ model.commit[:-1] + model.commit[-1], _NEVER)
+    odds = np.clip(odds, -14, 14)
+    likely = (odds > 0) & masked
+    # log P(exactly the likely ones), and what flipping a position costs.
+    together = -np.where(masked, np.log1p(np.exp(-np.abs(odds))), 0).sum(1)
+    cost = np.where(masked, np.abs(odds), np.inf)
+    width = min(_UNCERTAIN, count)
+    uncertain = np.argsort(cost, axis=1)[:, :width]
+    flips = (np.arange(1 << width)[:, None] >> np.arange(width) & 1).astype(np.bool_)
+    flip_cost = np.take_along_axis(cost, uncertain, 1)
+    log_p = together[:, None] - np.where(flips[None], flip_cost[:, None, :], 0.0).sum(-1)
+    sets = np.repeat(likely[:, None], len(flips), 1)
+    rows, columns = np.arange(n)[:, None, None], np.arange(len(flips))[None, :, None]
+    sets[rows, columns, uncertain[:, None, :]] ^= flips[None]
+    log_p = np.where(sets.any(-1), log_p, -np.inf)
+    # None above the threshold: the most confident one is committed all the same.
+    score = np.where(masked, features @ model.position, _NEVER)
+    none = -np.where(masked, np.log1p(np.exp(odds)), 0).sum(1)
+    forced = np.argsort(-score, axis=1)[:, : min(_FORCED, count)]
+    single = np.zeros((n, forced.shape[1], count), dtype=np.bool_)
+    single[np.arange(n)[:, None], np.arange(forced.shape[1])[None], forced] = True
+    single &= masked[:, None]
+    log_single = none[:, None] + np.log(np.take_along_axis(_softmax(score), forced, 1) + 1e-30)
+    sets = np.concatenate((sets, single), 1)
+    log_p = np.concatenate((log_p, np.where(single.any(-1), log_single, -np.inf)), 1)
+
+    by_rank = np.argsort(-states.log_p, axis=-1, kind="stable")
+    top = np.take_along_axis(states.log_p, by_rank, -1)
+    log_p = log_p + (sets * top[:, None, :, 0]).sum(-1) + np.log(p)[:, None]
+    small = sets.sum(-1) + (states.choice >= 0).sum(1)[:, None] <= room
+    parent, k = np.nonzero(small & (log_p > np.log(max(limit / 4, 1e-6))))
+    chosen = sets[parent, k]
+    choice = np.where(chosen, by_rank[parent, :, 0], states.choice[parent])
+    probability = np.exp(log_p[parent, k])
+    # The same sets with a less likely token where the first is least certain.
+    doubt = np.where(chosen, top[parent, :, 1] - top[parent, :, 0], -np.inf)
+    weakest = np.argsort(-doubt, axis=1)
+    lines = np.arange(len(parent))
+    found = [(parent, choice, probability)]
+    for nth, token in _OTHER_TOKENS:
+        if nth >= count or token >= top.shape[-1]:
+            continue
+        m = weakest[:, nth]
+        other = choice.copy()
+        other[lines, m] = by_rank[parent, m, token]
+        change = np.exp(top[parent, m, token] - top[parent, m, 0]) * chosen[lines, m]
+        found.append((parent, other, probability * change))
+    parents, choices, probabilities = zip(*found, strict=True)
+    return _Children(
+        np.concatenate(parents), np.concatenate(choices), np.concatenate(probabilities)
+    )
+
+
+_HASHES = np.random.default_rng(2509_18085).integers(1, 1 << 62, size=(4096, 16), dtype=np.int64)
+
+
+def _merged(children: _Children, budget: int) -> _Children:
+    """Equal states once, with the sum of their probabilities; the `budget` most probable."""
+    rows = np.arange(children.choice.shape[1]) % len(_HASHES)
+    filled = children.choice >= 0
+    with np.errstate(over="ignore"):
+        key = np.where(filled, _HASHES[rows, children.choice], 0).sum(1)
+    _, first, where = np.unique(key, return_index=True, return_inverse=True)
+    p = np.bincount(where, children.p, len(first)).astype(np.float64)
+    best = np.argsort(-p, kind="stable")[:budget]
+    return _Children(children.parent[first[best]], children.choice[first[best]], p[best])
+
+
+def expand(
+    model: AcceptanceWeights, outlook: Outlook, budget: int, room: int
+) -> tuple[Ints, Floats]:
+    """The most probable future states of a root.
+
+    Level by level: all states that lie the same number of steps ahead are expanded together, so
+    paths to the same state have met before it is looked at.
+
+    Returns
+    -------
+    choice int64 [k, M] (token rank per masked position, -1 where masked) and probability [k],
+    k <= `budget`, most probable first; no state fills more than `room` positions.
+    """
+    count = outlook.tokens.shape[0]
+    nothing = np.full((1, count), -1, dtype=np.int64)
+    states = States.of(outlook, model, nothing, np.zeros(1, dtype=np.int64))
+    p = np.ones(1)
+    best = _Children(np.zeros(0, np.int64), np.zeros((0, count), np.int64), np.zeros(0))
+    limit = 0.0
+    for depth in range(1, min(_DEPTH, room) + 1):
+        if model.commit is None:
+            children = _one_step(model, outlook, states, p, limit, budget)
+        else:
+            children = _one_set(model, outlook, states, p, limit, room)
+        if not len(children.p):
+            break
+        children = _merged(children, budget)
+        found = _Children(
+            np.concatenate((best.parent, children.parent)),
+            np.concatenate((best.choice, children.choice)),
+            np.concatenate((best.p, children.p)),
+        )
+        # Under threshold unmasking a state may lie at several depths.
+        best = _merged(found, budget) if model.commit is not None else _top(found, budget)
+        limit = float(best.p[-1]) if len(best.p) == budget else 0.0
+        worth = children.p >= max(limit, _RARE)
+        if not worth.any() or depth == min(_DEPTH, room):
+            break
+        parent, choice, p = children.parent[worth], children.choice[worth], children.p[worth]
+        open_ = (choice < 0).any(1)
+        if not open_.any():
+            break
+        parent, choice, p = parent[open_], choice[open_], p[open_]
+        states = states.filled(outlook, model, parent, choice)
+    return best.choice, best.p
+
+
+def _top(children: _Children, budget: int) -> _Children:
+    best = np.argsort(-children.p, kind="stable")[:budget]
+    return _Children(children.parent[best], children.choice[best], children.p[best])
