@@ -36,8 +36,10 @@ def _list_models(wanted: bool) -> None:
         return
     from spiffy.runtime import ALIASES
 
-    for alias, source in ALIASES.items():
-        typer.echo(f"{alias:16} {source if source.count('/') == 1 else 'ships with the package'}")
+    width = max(map(len, ALIASES))
+    for alias, place in ALIASES.items():
+        shown = place if place.count("/") == 1 else "ships with the package"
+        typer.echo(f"{alias:{width}} {shown}")
     raise typer.Exit
 
 

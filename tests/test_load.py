@@ -3,72 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import PARITY, parity_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from spiffy.runtime import DiffusionLM, load_model
-from spiffy.runtime.models.base import Family
-from spiffy.runtime.models.dream import DREAM
+from spiffy.runtime import ALIASES, DiffusionLM, load_model
 from spiffy.runtime.models.llada import LLADA
-from spiffy.runtime.models.sdar import SDAR
 from spiffy.schemas import SpiffyError
 
 IDS = torch.tensor([[5, 9, 311, 311, 7, 42]])
 Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
-
-# The fields of the published configs that decide shapes (LLaDA-8B-Instruct, Dream-v0-Instruct-7B,
-# SDAR-4B-Chat).
-LLADA_8B = {
-    "model_type": "llada",
-    "d_model": 4096,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "n_layers": 32,
-    "mlp_hidden_size": 12288,
-    "vocab_size": 126464,
-    "embedding_size": 126464,
-    "max_sequence_length": 4096,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-05,
-    "weight_tying": False,
-}
-DREAM_7B = {
-    "model_type": "Dream",
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
-SDAR_4B = {
-    "model_type": "sdar",
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": False,
-    "vocab_size": 151936,
-}
 
 
 class Checkpoint:
@@ -114,14 +66,67 @@ def test_a_missing_directory_is_refused(name: str) -> None:
     assert "no such directory" in refusal(lambda: load_model(name))
 
 
-def test_a_hub_id_without_network_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder of the hub, and no network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    message = refusal(lambda: load_model("no-such-organisation/no-such-model"))
-    assert "no-such-organisation/no-such-model" in message
-    assert "nor reachable" in message
+    return tmp_path
+
+
+def cached_snapshot(hub_cache: Path, hub_id: str, commit: str = "c0ffee") -> Path:
+    """Where the hub's client keeps the files of a repository's main branch."""
+    repository = hub_cache / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [("no-such/model", "no-such/model"), ("sdar-8b-b32", "JetLM/SDAR-8B-Chat-b32")],
+)
+def test_a_hub_id_without_network_is_refused(hub_cache: Path, name: str, hub_id: str) -> None:
+    message = refusal(lambda: load_model(name))
+    assert f"model {hub_id!r} is neither in the cache folder {hub_cache} nor reachable" in message
+    assert "pass the directory of a local copy" in message
+
+
+def test_a_cached_config_without_weights_is_refused(hub_cache: Path) -> None:
+    snapshot = cached_snapshot(hub_cache, "some/model")
+    shutil.copy(PARITY / "llada-a" / "config.json", snapshot)
+    message = refusal(lambda: load_model("some/model", device="cpu"))
+    assert f"'some/model' is neither in the cache folder {hub_cache}" in message
+    assert "no weights in safetensors" in message
+
+
+def test_a_cached_model_loads_without_network(hub_cache: Path) -> None:
+    snapshot = cached_snapshot(hub_cache, "some/model-b32")
+    shard(Checkpoint(snapshot, "sdar-a"), files=3)
+    for name in ("some/model-b32", str(snapshot)):
+        model = load_model(name, device="cpu")
+        assert model.revision == "c0ffee"
+        assert model.default_block_length == 32  # the name's: config.json says 4
+        assert torch.equal(model.forward_logits(IDS, 4), parity_model("sdar-a").forward_logits(IDS))
+    mapped = load_model("some/model-b32", device_map="cpu", dtype="float32")
+    assert torch.equal(mapped.forward_logits(IDS, 4), parity_model("sdar-a").forward_logits(IDS))
+    (snapshot / "model-00002-of-00003.safetensors").unlink()
+    assert "nor reachable" in refusal(lambda: load_model("some/model-b32", device="cpu"))
+
+
+def test_all_files_are_of_the_commit_that_the_hub_names(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = "0" * 40, "1" * 40
+    Checkpoint(cached_snapshot(hub_cache, "some/model", old)).load()
+    (hub_cache / "models--some--model" / "snapshots" / new).mkdir()
+    Checkpoint(hub_cache / "models--some--model" / "snapshots" / new, "dream-a").load()
+    main = SimpleNamespace(sha=new)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: main)
+    model = load_model("some/model", device="cpu")
+    assert (model.revision, model.family.name) == (new, "dream")
 
 
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
@@ -257,7 +262,26 @@ def test_a_sharded_checkpoint_equals_the_single_file(tmp_path: Path, source: str
 def test_a_missing_shard_is_refused(checkpoint: Checkpoint) -> None:
     shard(checkpoint, files=3)
     (checkpoint.folder / "model-00002-of-00003.safetensors").unlink()
-    refusal(lambda: load_model(str(checkpoint.folder), device="cpu"))
+    message = refusal(lambda: load_model(str(checkpoint.folder), device="cpu"))
+    assert "has no model-00002-of-00003.safetensors" in message
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_of_shards_is_refused(checkpoint: Checkpoint, content: str) -> None:
+    shard(checkpoint, files=3)
+    (checkpoint.folder / "model.safetensors.index.json").write_text(content)
+    message = refusal(lambda: load_model(str(checkpoint.folder), device="cpu"))
+    assert "model.safetensors.index.json: " in message
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(checkpoint: Checkpoint) -> None:
+    """Weights are read, not mapped: mapped pages would count twice while others are converted."""
+    model = checkpoint.load()
+    before = model.forward_logits(IDS)
+    path = checkpoint.folder / "model.safetensors"
+    with path.open("r+b") as file:  # the same inode, as a mapping would see
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(model.forward_logits(IDS), before)
 
 
 @pytest.mark.parametrize("source", ["llada-a", "dream-a", "sdar-a"])
@@ -284,7 +308,11 @@ def test_a_tied_checkpoint_uses_its_embeddings_as_output_head(checkpoint: Checkp
     untied = checkpoint.load().forward_logits(IDS)
     checkpoint.config["weight_tying"] = True
     del checkpoint.weights["model.transformer.ff_out.weight"]
-    assert torch.equal(checkpoint.load().forward_logits(IDS), untied)
+    tied = checkpoint.load()
+    assert torch.equal(tied.forward_logits(IDS), untied)
+    parameters = tied.module.state_dict()
+    head, first = parameters["lm_head.weight"], parameters["model.embed_tokens.weight"]
+    assert head.data_ptr() == first.data_ptr()  # one copy in memory
 
 
 @pytest.mark.parametrize("stated", [None, 4, "absent"])
@@ -332,79 +360,55 @@ def test_eos_tokens_are_those_of_both_configs(tmp_path: Path) -> None:
     assert checkpoint.load().eos_token_ids == frozenset({280, 281, 300})
 
 
-# ---------------------------------------------------------------- real sizes, without weights
+def test_without_a_mask_token_in_the_config_it_is_the_tokenizers(tmp_path: Path) -> None:
+    shipped = load_model("tiny-sdar", device="cpu")
+    folder = Path(ALIASES["tiny-sdar"])
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    del config["mask_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_model(str(tmp_path), device="cpu")
+    assert model.mask_token_id == shipped.mask_token_id
+    assert model.fingerprint == shipped.fingerprint
 
 
-def on_meta(family: Family, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    architecture, module_config = family.architecture(config)
-    with torch.device("meta"):
-        module = architecture(module_config)
-    parameters: dict[str, Tensor] = module.state_dict()
-    return parameters
+# ---------------------------------------------------------------- device maps
+
+SPLIT = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "cpu",
+    "model.norm": "cpu",
+    "lm_head": "disk",
+}
 
 
-def renamed(family: Family, name: str) -> str:
-    for pattern, replacement in family.key_mapping.items():
-        name, count = re.subn(pattern, replacement, name)
-        if count:
-            return name
-    return name
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", SPLIT, {"": "disk"}])
+@pytest.mark.parametrize("source", ["dream-a", "sdar-a"])
+def test_a_device_map_places_layers_and_changes_no_logits(source: str, device_map: Any) -> None:
+    model = load_model(str(PARITY / source), dtype="float32", device_map=device_map)
+    placed = model.module.state_dict()["model.layers.1.mlp.up_proj.weight"].device.type
+    offloaded = isinstance(device_map, dict) and "disk" in device_map.values()
+    if offloaded or not torch.cuda.is_available():
+        assert placed == ("meta" if offloaded else "cpu")
+    gap = model.forward_logits(IDS).cpu() - parity_model(source).forward_logits(IDS)
+    assert gap.abs().max() < 1e-3
 
 
-def llada_names_and_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """What the official LLaDA code calls its parameters, and how large they are."""
-    d, mlp, vocab = config["d_model"], config["mlp_hidden_size"], config["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (vocab, d),
-        "ln_f.weight": (d,),
-        "ff_out.weight": (vocab, d),
-    }
-    for layer in range(config["n_layers"]):
-        block = f"blocks.{layer}."
-        for name in ("q_proj", "k_proj", "v_proj", "attn_out"):
-            shapes[f"{block}{name}.weight"] = (d, d)
-        shapes |= {f"{block}{name}.weight": (mlp, d) for name in ("ff_proj", "up_proj")}
-        shapes[f"{block}ff_out.weight"] = (d, mlp)
-        shapes |= {f"{block}{name}.weight": (d,) for name in ("attn_norm", "ff_norm")}
-    return {f"model.transformer.{name}": shape for name, shape in shapes.items()}
+def test_a_device_map_that_names_no_device_is_refused() -> None:
+    message = refusal(lambda: load_model(str(PARITY / "llada-a"), device_map="everywhere"))
+    assert "everywhere" in message
 
 
-def test_llada_8b_maps_one_to_one_and_has_the_published_size() -> None:
-    ours = on_meta(LLADA, LLADA_8B)
-    official = llada_names_and_shapes(LLADA_8B)
-    mapped = {renamed(LLADA, name): shape for name, shape in official.items()}
-    assert len(mapped) == len(official)
-    assert mapped == {name: tuple(value.shape) for name, value in ours.items()}
-    # Embeddings and head; per layer 4 square projections, 3 of the MLP, 2 norms; the last norm.
-    size = 2 * 126464 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096) + 4096
-    assert size == 8_015_581_184
-    assert sum(value.numel() for value in ours.values()) == size
+def test_a_device_map_without_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    message = refusal(lambda: load_model(str(PARITY / "llada-a"), device_map="auto"))
+    assert message == "device_map needs accelerate: pip install 'spiffy-dllm[large]'"
 
 
-def test_the_parity_checkpoint_has_the_official_llada_names() -> None:
-    config = json.loads((PARITY / "llada-a" / "config.json").read_text())
-    weights = load_file(PARITY / "llada-a" / "model.safetensors")
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    assert shapes == llada_names_and_shapes(config)
-
-
-def test_sdar_4b_has_the_published_parameter_names() -> None:
-    names = (Path(__file__).parent / "data" / "sdar-4b-chat.parameters.txt").read_text().split()
-    ours = on_meta(SDAR, SDAR_4B)
-    assert sorted(renamed(SDAR, name) for name in names) == sorted(ours)
-    d, mlp, q, kv = 2560, 9728, 32 * 128, 8 * 128
-    layer = 2 * d * q + 2 * d * kv + 3 * d * mlp + 2 * d + 2 * 128
-    assert sum(value.numel() for value in ours.values()) == 2 * 151936 * d + 36 * layer + d
-
-
-def test_dream_7b_has_qwen2s_size() -> None:
-    """Biases on q, k and v, four KV heads, an untied head: 7,615,616,512 parameters."""
-    ours = on_meta(DREAM, DREAM_7B)
-    d, mlp, kv = 3584, 18944, 4 * 128
-    layer = 2 * d * d + 2 * d * kv + d + 2 * kv + 3 * d * mlp + 2 * d
-    size = 2 * 152064 * d + 28 * layer + d
-    assert size == 7_615_616_512
-    assert sum(value.numel() for value in ours.values()) == size
+# ---------------------------------------------------------------- prompts
 
 
 def test_special_tokens_spelled_in_a_prompt_stay_text() -> None:

@@ -1,6 +1,7 @@
 """Model families: facts, loading, and the forward."""
 
 from spiffy.runtime.models.base import DiffusionLM, Family, KeyValues
-from spiffy.runtime.models.load import ALIASES, FAMILIES, load_model
+from spiffy.runtime.models.load import FAMILIES, load_model
+from spiffy.runtime.models.source import ALIASES
 
 __all__ = ["ALIASES", "FAMILIES", "DiffusionLM", "Family", "KeyValues", "load_model"]

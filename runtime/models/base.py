@@ -41,6 +41,9 @@ class Family:
         Threshold unmasking commits confidences > tau (SDAR) instead of >= tau (LLaDA, Dream).
     caches
         Cache kinds that the family can decode with; the first is the default.
+    merged
+        From `config.json` content to the names and shapes of stored parameters of which several
+        make one of the module's (experts); by default there are none.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Family:
     block_causal: bool
     threshold_strict: bool
     caches: tuple[CacheName, ...]
+    merged: Callable[[Mapping[str, Any]], Mapping[str, list[int]]] = lambda config: {}
 
 
 class KeyValues:
@@ -152,7 +156,10 @@ class DiffusionLM:
     @property
     def device(self) -> torch.device:
         """Where token ids are expected."""
-        return self.module.lm_head.weight.device  # type: ignore[union-attr, return-value]
+        head: Any = self.module.lm_head
+        if head.weight.is_meta:  # offloaded by a device map: accelerate brings it there and back
+            return torch.device(head._hf_hook.execution_device)
+        return head.weight.device  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,7 +174,8 @@ class DiffusionLM:
         """
         if not self.family.block_causal:
             return 32
-        variant = re.search(r"-b(\d+)$", self.name.rstrip("/"))
+        # A name may also be a folder of the hub's cache: .../models--...-b32/snapshots/<commit>
+        variant = re.search(r"-b(\d+)(/snapshots/[^/]+)?$", self.name.rstrip("/"))
         return int(variant[1]) if variant else int(self.config.get("block_size", 4))
 
     @torch.inference_mode()

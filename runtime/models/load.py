@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from spiffy.runtime.models.base import DiffusionLM, Family
 from spiffy.runtime.models.dream import DREAM
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.sdar import SDAR
+from spiffy.runtime.models.source import Source, read_json
 from spiffy.schemas import SpiffyError
 
 FAMILIES: tuple[Family, ...] = (LLADA, DREAM, SDAR)
-
-_SHIPPED = Path(__file__).parent.parent / "checkpoints"
-
-# Short names -> directories that ship with the package, or hub ids.
-ALIASES: Mapping[str, str] = {
-    "tiny-llada": str(_SHIPPED / "tiny-llada"),
-    "tiny-sdar": str(_SHIPPED / "tiny-sdar"),
-    "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
-    "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",
-    "llada-1.5": "GSAI-ML/LLaDA-1.5",
-    "dream-7b": "Dream-org/Dream-v0-Instruct-7B",
-    "dream-7b-base": "Dream-org/Dream-v0-Base-7B",
-    "dream-coder-7b": "Dream-org/Dream-Coder-v0-Instruct-7B",
-    "diffucoder-7b": "apple/DiffuCoder-7B-cpGRPO",
-    "sdar-1.7b": "JetLM/SDAR-1.7B-Chat",
-    "sdar-4b": "JetLM/SDAR-4B-Chat",
-    "sdar-8b": "JetLM/SDAR-8B-Chat",
-    "sdar-1.7b-b32": "JetLM/SDAR-1.7B-Chat-b32",
-    "sdar-8b-b32": "JetLM/SDAR-8B-Chat-b32",
-    "sdar-8b-b64": "JetLM/SDAR-8B-Chat-b64",
-    "sdar-30b-a3b": "JetLM/SDAR-30B-A3B-Chat",
-    "trado-4b": "Gen-Verse/TraDo-4B-Instruct",
-    "trado-8b": "Gen-Verse/TraDo-8B-Instruct",
-}
 
 _DTYPES = {
     "float32": torch.float32,
@@ -69,6 +47,9 @@ def load_model(
 ) -> DiffusionLM:
     """Load a diffusion language model.
 
+    Host memory peaks at the size of the weights in `dtype`, plus the largest tensor or, of a
+    mixture, one layer's experts.
+
     Parameters
     ----------
     name
@@ -87,15 +68,19 @@ def load_model(
     SpiffyError
         If the model cannot be found, is of no known family, or its parameters do not match.
     """
-    source = ALIASES.get(name, name)
-    config_file = _find(name, source, "config.json", revision)
-    config = _read_json(config_file)
+    if device_map is not None and find_spec("accelerate") is None:
+        raise SpiffyError("device_map needs accelerate: pip install 'spiffy-dllm[large]'")
+    source = Source.of(name, revision)
+    config_file = source.file("config.json")
+    config = read_json(config_file)
     family = _family(name, config)
     device = _device(device)
-    module = _module(name, source, family, config, revision, _dtype(dtype, device), device_map)
+    tokenizer, tokenizer_digest = _tokenizer(source)
+    if "mask_token_id" not in config and tokenizer is not None and tokenizer.mask_token is not None:
+        config["mask_token_id"] = tokenizer.mask_token_id  # as SDAR's own generation does
+    module = _module(name, source, family, config, _dtype(dtype, device), device_map)
     if device_map is None:
         module = module.to(device)
-    tokenizer, tokenizer_digest = _tokenizer(source, revision)
     return DiffusionLM(
         module,
         family,
@@ -104,52 +89,8 @@ def load_model(
         revision=_commit(config_file),
         fingerprint=_fingerprint(config, tokenizer_digest),
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(source, revision, config, tokenizer),
+        eos_token_ids=_eos_token_ids(source, config, tokenizer),
     )
-
-
-def _find(name: str, source: str, filename: str, revision: str | None) -> Path:
-    if source and Path(source).is_dir():
-        path = Path(source) / filename
-        if not path.is_file():
-            raise SpiffyError(f"{source} has no {filename}: is it a checkpoint directory?")
-        return path
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        known = ", ".join(ALIASES)
-        raise SpiffyError(
-            f"unknown model {name!r}: no such directory; give one, a hub id, or one of {known}"
-        )
-    try:
-        return Path(str(cached_file(source, filename, revision=revision)))
-    except OSError:
-        raise SpiffyError(
-            f"model {source!r} is neither in the cache folder {HF_HUB_CACHE} nor reachable: "
-            "download it on a machine with network, or pass the directory of a local copy"
-        ) from None
-
-
-def _optional_file(source: str, filename: str, revision: str | None) -> Path | None:
-    if Path(source).is_dir():
-        path = Path(source) / filename
-        return path if path.is_file() else None
-    found = cached_file(
-        source,
-        filename,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return Path(str(found)) if found else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpiffyError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise SpiffyError(f"{path}: expected a JSON object")
-    return content
 
 
 def _family(name: str, config: Mapping[str, Any]) -> Family:
@@ -188,10 +129,9 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 def _module(
     name: str,
-    source: str,
+    source: Source,
     family: Family,
     config: Mapping[str, Any],
-    revision: str | None,
     dtype: torch.dtype,
     device_map: str | Mapping[str, Any] | None,
 ) -> Any:
@@ -205,48 +145,113 @@ def _module(
     except (StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SpiffyError(f"{name}: config.json: {reason}") from None
-    _refuse_pickle(source)
-    with _quiet_transformers():
-        try:
-            module, report = architecture.from_pretrained(
-                source,
-                config=module_config,
-                key_mapping=dict(family.key_mapping),
-                dtype=dtype,
-                revision=revision or "main",
-                device_map=device_map,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-            )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise SpiffyError(f"{name}: weights cannot be loaded: {reason}") from None
+    files = source.weight_files()  # a download shows its progress: not below
+    with _loading(name):
+        stored = _stored_parameters(files)
+    _check_merged(name, family, config, stored)
+    # A device map may offload to disk, for which transformers has to know the files.
+    options: dict[str, Any] = {"device_map": device_map}
+    if device_map is None:
+        options = {"state_dict": stored}
+    if dtype == torch.float64 and family.merged(config):
+        options["experts_implementation"] = "eager"  # torch's grouped_mm knows no float64
+    with _loading(name):
+        module, report = architecture.from_pretrained(
+            None if device_map is None else files[0].parent,
+            config=module_config,
+            key_mapping=dict(family.key_mapping),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **options,
+        )
     # transformers only warns about these; a half-loaded model would decode nonsense.
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(problem):
-            first = sorted(str(key) for key in report[problem])[0]
-            kind = problem.split("_")[0]
-            raise SpiffyError(
-                f"{name}: {kind} parameter {first} "
-                f"({len(report[problem])} in all): not a {family.name} checkpoint?"
-            )
+    for problem in ("missing", "unexpected", "mismatched"):
+        _refuse(name, family, problem, report.get(f"{problem}_keys") or ())
     return module
 
 
-class _quiet_transformers:  # noqa: N801 (a context manager)
-    """transformers prints load reports and bars; we raise instead, in one line."""
+def _refuse(name: str, family: Family, problem: str, parameters: Iterable[object]) -> None:
+    """Raise if there are parameters with a problem; the first one is named."""
+    keys = sorted(map(str, parameters))
+    if keys:
+        raise SpiffyError(
+            f"{name}: {problem} parameter {keys[0]} ({len(keys)} in all): "
+            f"not a {family.name} checkpoint?"
+        )
 
-    def __enter__(self) -> None:
-        self.level = transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
 
-    def __exit__(self, *_: object) -> None:
-        transformers_logging.set_verbosity(self.level)
-        if self.bars:
+def _stored_parameters(files: Iterable[Path]) -> dict[str, Any]:
+    """Stored tensors by name, each read when transformers takes all of it (`[...]`).
+
+    Read, not mapped: the pages of a mapped file stay resident next to the weights that were
+    converted from them to another dtype, or merged, until the last shard is loaded.
+    """
+    stored: dict[str, Any] = {}
+    for file in files:
+        shard: Any = safe_open(file, framework="pt", backend="pread")
+        stored |= {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+    return stored
+
+
+def _check_merged(
+    name: str, family: Family, config: Mapping[str, Any], stored: Mapping[str, Any]
+) -> None:
+    """Check the names and shapes of parameters that transformers merges, such as experts.
+
+    It stacks what it finds in the order of their numbers: one missing and one too many would load
+    as another model.
+    """
+    expected = family.merged(config)
+    found = {key for key in stored if ".experts." in key}
+    wrong = {key for key in found & expected.keys() if stored[key].get_shape() != expected[key]}
+    _refuse(name, family, "missing", expected.keys() - found)
+    _refuse(name, family, "unexpected", found - expected.keys())
+    _refuse(name, family, "mismatched", wrong)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Read weights quietly, one tensor at a time, and turn what goes wrong into one line."""
+    with _quiet_transformers(), _one_tensor_at_a_time():
+        try:
+            yield
+        except (KeyError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise SpiffyError(f"{name}: weights cannot be loaded: {reason}") from None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No load reports, no bars: we raise instead, in one line."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """Without transformers' loader threads.
+
+    They run ahead of the merging of experts and would hold most of a mixture twice.
+    """
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
 def _check_token_ids(config: Mapping[str, Any], vocab_size: int) -> None:
@@ -263,21 +268,12 @@ def _check_token_ids(config: Mapping[str, Any], vocab_size: int) -> None:
         raise ValueError("rope_scaling is not supported")
 
 
-def _refuse_pickle(source: str) -> None:
-    folder = Path(source)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise SpiffyError(
-            f"{source} has no .safetensors file; pickled weights are refused because loading them "
-            "can run code: convert them to safetensors first"
-        )
-
-
-def _tokenizer(source: str, revision: str | None) -> tuple[Any, str]:
-    path = _optional_file(source, "tokenizer.json", revision)
+def _tokenizer(source: Source) -> tuple[Any, str]:
+    path = source.optional_file("tokenizer.json")
     if path is None:
-        return _qwen_tokenizer(source, revision)
-    settings_path = _optional_file(source, "tokenizer_config.json", revision)
-    settings = _read_json(settings_path) if settings_path else {}
+        return _qwen_tokenizer(source)
+    settings_path = source.optional_file("tokenizer_config.json")
+    settings = read_json(settings_path) if settings_path else {}
     special = {
         key: value["content"] if isinstance(value, dict) else value
         for key, value in settings.items()
@@ -285,30 +281,32 @@ def _tokenizer(source: str, revision: str | None) -> tuple[Any, str]:
     }
     template = settings.get("chat_template")
     if template is None:
-        template_path = _optional_file(source, "chat_template.jinja", revision)
+        template_path = source.optional_file("chat_template.jinja")
         template = template_path.read_text(encoding="utf-8") if template_path else None
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=template, **special)
     return tokenizer, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _qwen_tokenizer(source: str, revision: str | None) -> tuple[Any, str]:
+def _qwen_tokenizer(source: Source) -> tuple[Any, str]:
     """Dream's checkpoints ship Qwen2's two files, and a tokenizer class of their own as code."""
-    paths = [_optional_file(source, name, revision) for name in ("vocab.json", "merges.txt")]
+    paths = [source.optional_file(name) for name in ("vocab.json", "merges.txt")]
     if None in paths:
         return None, ""
     with _quiet_transformers():
-        tokenizer = Qwen2Tokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = Qwen2Tokenizer.from_pretrained(
+            source.place,
+            revision=source.revision or "main",
+            local_files_only=source.offline is not None,
+        )
     content = b"".join(path.read_bytes() for path in paths if path is not None)
     return tokenizer, hashlib.sha256(content).hexdigest()
 
 
-def _eos_token_ids(
-    source: str, revision: str | None, config: Mapping[str, Any], tokenizer: Any
-) -> frozenset[int]:
+def _eos_token_ids(source: Source, config: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
     """Every token that ends an answer: the configs', the tokenizer's, the chat turn's."""
-    path = _optional_file(source, "generation_config.json", revision)
+    path = source.optional_file("generation_config.json")
     ids: set[int] = set()
-    for holder in (config, _read_json(path) if path else {}):
+    for holder in (config, read_json(path) if path else {}):
         value = holder.get("eos_token_id")
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
     if tokenizer is not None:

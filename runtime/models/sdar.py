@@ -9,9 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from spiffy.runtime.models.base import Architecture, Family
 
-_MOE_FIELDS = (
-    "decoder_sparse_step",
-    "mlp_only_layers",
+_MIXTURE_FIELDS = (
     "moe_intermediate_size",
     "norm_topk_prob",
     "num_experts",
@@ -38,9 +36,34 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
         "attn_implementation": "sdpa",
     }
     if config["model_type"] == "sdar_moe":
-        fields |= {field: config[field] for field in _MOE_FIELDS if field in config}
+        fields |= {field: config[field] for field in _MIXTURE_FIELDS}
+        # Every layer is a mixture unless the config says otherwise.
+        fields["decoder_sparse_step"] = config.get("decoder_sparse_step", 1)
+        fields["mlp_only_layers"] = config.get("mlp_only_layers") or []
+        if fields["decoder_sparse_step"] < 1:
+            raise ValueError("decoder_sparse_step must be at least 1")
         return Qwen3MoeForCausalLM, Qwen3MoeConfig(**fields)
     return Qwen3ForCausalLM, Qwen3Config(**fields)
+
+
+def _experts(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of the experts' matrices, which checkpoints store one by one."""
+    if config["model_type"] != "sdar_moe":
+        return {}
+    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
+    shapes = {
+        "gate_proj": [width, hidden],
+        "up_proj": [width, hidden],
+        "down_proj": [hidden, width],
+    }
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    return {
+        f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight": shape
+        for layer in range(config["num_hidden_layers"])
+        if (layer + 1) % step == 0 and layer not in dense
+        for expert in range(config["num_experts"])
+        for matrix, shape in shapes.items()
+    }
 
 
 SDAR = Family(
@@ -52,4 +75,5 @@ SDAR = Family(
     block_causal=True,
     threshold_strict=True,
     caches=("block",),
+    merged=_experts,
 )
