@@ -18,6 +18,7 @@ _SHIPPED = Path(__file__).parent.parent / "checkpoints"
 # Short names -> directories that ship with the package, or hub ids.
 ALIASES: Mapping[str, str] = {
     "tiny-llada": str(_SHIPPED / "tiny-llada"),
+    "tiny-dream": str(_SHIPPED / "tiny-dream"),
     "tiny-sdar": str(_SHIPPED / "tiny-sdar"),
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
     "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",
