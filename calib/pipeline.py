@@ -10,6 +10,7 @@ from pathlib import Path
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, chains
 from spiffy.graphs import Chain, Fill, Prompt, count_chains, edges, grow, grow_paper, replay
+from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.decode import Task, run
 from spiffy.runtime.generate import make_task
 from spiffy.runtime.models.base import DiffusionLM
@@ -59,9 +60,15 @@ class Traces:
 
 
 def prepare(
-    model: DiffusionLM, prompts: PromptSet, settings: DecodingSettings, seed: int = 0
+    model: DiffusionLM,
+    prompts: PromptSet,
+    settings: DecodingSettings,
+    seed: int = 0,
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
 ) -> list[Task]:
     """Set up the recorded decode of every prompt that leaves room for an answer.
+
+    `edges` says what decoding with the graph will allow: chains hold no draft beyond it.
 
     Raises
     ------
@@ -73,7 +80,7 @@ def prepare(
     for text in prompts.texts:
         recorder = Recorder(model, settings)
         try:
-            tasks.append(make_task(model, text, settings, recorder, seed, sequence=len(tasks)))
+            tasks.append(make_task(model, text, settings, recorder, seed, len(tasks), edges))
         except SpiffyError as problem:
             last_problem = problem
     if not tasks:
