@@ -1,4 +1,6 @@
-"""Measure what each block edge is worth (docs/results.md): part of `make results`, 7 minutes on a CPU.
+"""Measure what each block edge is worth (docs/results.md): part of `make results`.
+
+It takes 7 minutes on one CPU core.
 
 Every switch of `BlockEdges` alone, all of them, and, where it says more, all but one, with a graph
 calibrated for just that at the same block length. Counts are exact and repeat; nothing is timed.
