@@ -1,8 +1,8 @@
-"""Measure what docs/results.md states: `make results`, about 15 minutes on 2 CPU cores.
+"""Measure what docs/results.md and docs/losslessness.md state: part of `make results`.
 
 Every tiny model is calibrated on generated problems and decodes others that neither training nor
 calibration saw: plainly, with its draft graph at several budgets, and with the paper's objective.
-Counts (NFE, positions, steps) and losslessness are exact and repeat; nothing here is timed.
+Counts (NFE, positions) and losslessness are exact and repeat; nothing here is timed.
 """
 
 from __future__ import annotations
@@ -28,25 +28,44 @@ from spiffy.schemas import CacheName, DecodingSettings, Objective, PolicyName
 
 OFF = BlockEdges(complete=False, first=False, fold=False)
 ON = BlockEdges()
+EDGES = {"off": OFF, "on": ON}
 POLICIES: tuple[PolicyName, ...] = ("static", "threshold")
 BUDGETS = (1, 8, 32)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of decoding all test prompts, next to plain decoding without block edges."""
+    """One way of decoding the test prompts, next to plain decoding without block edges.
+
+    Attributes
+    ----------
+    edges
+        "off" or "on"; "-" where the cache has nothing to gain at a block's edge.
+    objective
+        What the graph was grown for; "-" without drafts.
+    right
+        Answers that end in the problem's result.
+    differing, compared
+        Answers that are not plain decoding's, of all that were compared: more than the rest
+        counts where the layout is only near-lossless, because there the rate is the point.
+    """
 
     model: str
     cache: str
-    policy: str
+    policy: PolicyName
     edges: str
     objective: str
     budget: int
     nfe: int
     positions: int
-    steps: int
+    right: int
     differing: int
-    exact: int
+    compared: int
+
+    @property
+    def setting(self) -> tuple[str, str, str]:
+        """What has one plain decoding to be compared with."""
+        return self.model, self.cache, self.policy
 
 
 def decode_all(
@@ -67,31 +86,31 @@ def decode_all(
 
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
-    """All rows of one model, plain decoding first."""
+    """All rows of one model, of each setting plain decoding first."""
     model = load_model(name, device="cpu", dtype="float32")
-    unseen = list(islice(problems("test"), args.samples))
-    questions = [problem.question for problem in unseen]
-    answers = [final_answer(problem.answer) for problem in unseen]
+    unseen = list(islice(problems("test"), max(args.samples, args.near_samples)))
+    answers = [final_answer(problem.answer) for problem in unseen[: args.samples]]
     prompts = load_prompts("synthetic", args.calibrate)
 
     def row(
         settings: DecodingSettings, outputs: list[Output], plain: list[Output], **of: object
     ) -> Row:
+        counted = outputs[: args.samples]
         return Row(
             model=name,
             cache=settings.cache,
             policy=settings.policy,
-            nfe=sum(output.stats.nfe for output in outputs),
-            positions=sum(output.stats.positions_computed for output in outputs),
-            steps=sum(output.stats.steps for output in outputs),
+            nfe=sum(output.stats.nfe for output in counted),
+            positions=sum(output.stats.positions_computed for output in counted),
+            right=sum(
+                final_answer(output.text) == answer
+                for output, answer in zip(counted, answers, strict=True)
+            ),
             differing=sum(
                 ours.token_ids != theirs.token_ids
                 for ours, theirs in zip(outputs, plain, strict=True)
             ),
-            exact=sum(
-                final_answer(output.text) == answer
-                for output, answer in zip(outputs, answers, strict=True)
-            ),
+            compared=len(outputs),
             **of,  # type: ignore[arg-type]
         )
 
@@ -101,63 +120,78 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
             settings = decoding_settings(
                 model, gen_length=args.gen_length, cache=cache, policy=policy
             )
+            samples = args.samples if settings.exact else len(unseen)
+            questions = [problem.question for problem in unseen[:samples]]
             traces = record(model, prepare(model, prompts, settings))
             plain = decode_all(model, settings, questions, None, OFF)
-            yield row(settings, plain, plain, edges="off", objective="-", budget=0)
+            labels = ["off", "on"] if cache in ("none", "block") else ["-"]
+            yield row(settings, plain, plain, edges=labels[0], objective="-", budget=0)
             if cache == "block":
                 folded = decode_all(model, settings, questions, None, ON)
                 yield row(settings, folded, plain, edges="on", objective="-", budget=0)
-            # Only these layouts have something to gain at a block's edge.
-            variants = [("off", OFF), ("on", ON)] if cache in ("none", "block") else [("off", OFF)]
-            graphs: dict[Objective, list[tuple[str, BlockEdges]]] = {
-                "expected-steps": variants,
-                "paper": variants[-1:],
-            }
+            graphs: dict[Objective, list[str]] = {"expected-steps": labels, "paper": labels[-1:]}
             for objective, tried in graphs.items():
                 graph = build_graph(model, prompts, settings, traces, 32, objective=objective)
                 for budget in BUDGETS:
                     drafter = graph_drafter(model, graph, settings, budget)
-                    for label, edges in tried:
+                    for label in tried:
+                        edges = EDGES.get(label, ON)
                         outputs = decode_all(model, settings, questions, drafter, edges)
                         of = {"edges": label, "objective": objective, "budget": budget}
                         yield row(settings, outputs, plain, **of)
 
 
 def table(rows: Sequence[Row], samples: int) -> str:
-    """Markdown: one line per way of decoding, ratios against the plain line of its group."""
+    """Markdown: one line per graph and edges, one column per budget.
+
+    A cell is "NFE (times fewer) / positions (times as many)", against the setting's first row.
+    """
+    heads = ["plain", *(f"{budget} draft{'s' * (budget > 1)}" for budget in BUDGETS)]
     lines = [
-        "| model | cache | policy | block edges | graph | drafts | NFE | fewer | positions | ratio "
-        "| steps per forward | prompts that differ | exact answers |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| model | cache | policy | edges | graph | {' | '.join(heads)} | right answers |",
+        "| --- | --- | --- | --- | --- |" + " --- |" * (len(heads) + 1),
     ]
-    plain = rows[0]
-    for row in rows:
-        if row.budget == 0 and row.edges == "off":
-            plain = row
-        lines.append(
-            f"| {row.model} | {row.cache} | {row.policy} | {row.edges} | {row.objective} "
-            f"| {row.budget} | {row.nfe} | {plain.nfe / row.nfe:.2f}x | {row.positions} "
-            f"| {row.positions / plain.positions:.2f}x | {row.steps / row.nfe:.2f} "
-            f"| {row.differing} of {samples} | {row.exact} of {samples} |"
-        )
+    for setting in dict.fromkeys(row.setting for row in rows):
+        group = [row for row in rows if row.setting == setting]
+        base = group[0]
+        for edges, objective in dict.fromkeys((r.edges, r.objective) for r in group if r.budget):
+            ours = {row.budget: row for row in group if row.edges == edges and not row.budget}
+            ours |= {r.budget: r for r in group if (r.edges, r.objective) == (edges, objective)}
+            cells = []
+            for budget in (0, *BUDGETS):
+                row = ours.get(budget, base)  # without drafts only folding differs
+                fewer = f" ({base.nfe / row.nfe:.2f}x)" if row is not base else ""
+                more = f" ({row.positions / base.positions:.2f}x)" if row is not base else ""
+                cells.append(f"{row.nfe}{fewer} / {row.positions}{more}")
+            right = " to ".join(map(str, sorted({row.right for row in ours.values()})))
+            lines.append(
+                f"| {' | '.join((*setting, edges, objective, *cells))} | {right} of {samples} |"
+            )
     return "\n".join(lines)
 
 
-def losslessness(rows: Sequence[Row], samples: int) -> str:
+def losslessness(rows: Sequence[Row]) -> str:
     """Markdown: what was compared with plain decoding, and how many answers differed."""
+    heads = ["no drafts", *(f"{budget} draft{'s' * (budget > 1)}" for budget in BUDGETS)]
     lines = [
-        "| model | cache | policy | compared | answers that differ | claim |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| model | cache | policy | edges | {' | '.join(heads)} | answers that differ | claim |",
+        "| --- | --- | --- | --- |" + " --- |" * (len(heads) + 2),
     ]
-    for key in dict.fromkeys((row.model, row.cache, row.policy) for row in rows):
-        group = [row for row in rows if (row.model, row.cache, row.policy) == key]
-        compared = group[1:]  # the first is plain decoding itself
-        total, differing = len(compared) * samples, sum(row.differing for row in compared)
-        claim = "near-lossless" if key[1] == "prefix" else "exact"
-        lines.append(
-            f"| {' | '.join(key)} | {total} answers | {differing} ({differing / total:.1%}) "
-            f"| {claim} |"
-        )
+    for setting in dict.fromkeys(row.setting for row in rows):
+        reference, *compared = (row for row in rows if row.setting == setting)
+        for edges in dict.fromkeys((reference.edges, *(row.edges for row in compared))):
+            ours = [row for row in compared if row.edges == edges]
+            cells = []
+            for budget in (0, *BUDGETS):
+                some = [row for row in ours if row.budget == budget]
+                wrong, total = sum(r.differing for r in some), sum(r.compared for r in some)
+                cells.append(f"{wrong} of {total}" if some else "-")
+            wrong, total = sum(r.differing for r in ours), sum(r.compared for r in ours)
+            claim = "near-lossless" if setting[1] == "prefix" else "exact"
+            lines.append(
+                f"| {' | '.join((*setting, edges, *cells))} "
+                f"| {wrong} of {total} ({wrong / total:.1%}) | {claim} |"
+            )
     return "\n".join(lines)
 
 
@@ -166,6 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-sdar"])
     parser.add_argument("--samples", type=int, default=12, help="test problems")
+    parser.add_argument(
+        "--near-samples", type=int, default=60, help="test problems compared with cache prefix"
+    )
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
@@ -173,20 +210,24 @@ def main() -> None:
     rows: list[Row] = []
     for name in args.models:
         rows += track(measure(name, args), description=name, total=None)
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}, float32, CPU"
     command = f"python benchmarks/results.py --models {' '.join(args.models)}"
     note = (
-        f"`{command} --samples {args.samples} --calibrate {args.calibrate} --gen-length "
-        f"{args.gen_length}` ({versions})"
+        f"`{command} --samples {args.samples} --near-samples {args.near_samples} --calibrate "
+        f"{args.calibrate} --gen-length {args.gen_length}` ({versions()})"
     )
     blocks = {
         "results": f"{note}\n\n{table(rows, args.samples)}",
-        "losslessness": f"{note}\n\n{losslessness(rows, args.samples)}",
+        "losslessness": f"{note}\n\n{losslessness(rows)}",
     }
     for key, block in blocks.items():
         print(f"\n{block}")
         for path in args.into:
             fill(path, key, block)
+
+
+def versions() -> str:
+    """What the counts depend on besides the command."""
+    return f"torch {torch.__version__}, Python {platform.python_version()}, float32, CPU"
 
 
 def fill(path: Path, key: str, block: str) -> None:

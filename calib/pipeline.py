@@ -13,6 +13,7 @@ from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, Trace
 from spiffy.calib.replay import replay_drafter
 from spiffy.graphs import Chain, Fill, Prompt, count_chains, edges, grow, grow_paper, replay
+from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.decode import Task, run
 from spiffy.runtime.draft import AcceptanceDrafter
 from spiffy.runtime.generate import acceptance_weights, make_task
@@ -66,9 +67,15 @@ class Traces:
 
 
 def prepare(
-    model: DiffusionLM, prompts: PromptSet, settings: DecodingSettings, seed: int = 0
+    model: DiffusionLM,
+    prompts: PromptSet,
+    settings: DecodingSettings,
+    seed: int = 0,
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
 ) -> list[Task]:
     """Set up the recorded decode of every prompt that leaves room for an answer.
+
+    `edges` says what decoding with the graph will allow: chains hold no draft beyond it.
 
     Raises
     ------
@@ -80,7 +87,7 @@ def prepare(
     for text in prompts.texts:
         recorder = Recorder()
         try:
-            tasks.append(make_task(model, text, settings, recorder, seed, sequence=len(tasks)))
+            tasks.append(make_task(model, text, settings, recorder, seed, len(tasks), edges))
         except SpiffyError as problem:
             last_problem = problem
     if not tasks:

@@ -12,6 +12,8 @@ from spiffy.cli.common import (
     VERSION_OPTION,
     DeviceOption,
     DtypeOption,
+    EdgesOption,
+    block_edges,
     console,
     log,
     note_if_inexact,
@@ -90,6 +92,7 @@ def calibrate(
         ),
     ] = "expected-steps",
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
+    edges: EdgesOption = "all",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     out: Annotated[
@@ -132,6 +135,7 @@ def calibrate(
         from spiffy.calib.pipeline import build_graph, prepare, record
         from spiffy.runtime import decoding_settings, load_model
 
+        switches = block_edges(edges)
         lm = load_model(model, device=device, dtype=dtype)
         settings = decoding_settings(
             lm,
@@ -143,7 +147,7 @@ def calibrate(
             cache=cache,
             temperature=temperature,
         )
-        tasks = prepare(lm, prompts, settings, seed)
+        tasks = prepare(lm, prompts, settings, seed, switches)
     if len(tasks) < len(prompts.texts):
         log.print(
             f"{len(prompts.texts) - len(tasks)} of {len(prompts.texts)} prompts cannot be decoded "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,6 +20,9 @@ from rich.progress import (
 )
 
 from spiffy.schemas import DecodingSettings, SpiffyError
+
+if TYPE_CHECKING:
+    from spiffy.runtime import BlockEdges
 
 #: Results go to standard output, everything else to standard error.
 console = Console(markup=False, emoji=False)
@@ -50,6 +54,37 @@ VERSION_OPTION = typer.Option(
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")]
+EdgesOption = Annotated[
+    str,
+    typer.Option(
+        help="What may happen where a block ends; changes the cost, never the tokens: all, none, "
+        "or a list such as fold,first. complete: drafts may complete a block. first: a block's "
+        "first forward may carry drafts. fold: it stores the block before (cache block)."
+    ),
+]
+
+
+def block_edges(words: str) -> BlockEdges:
+    """Read what `--edges` allows.
+
+    Raises
+    ------
+    SpiffyError
+        If a word is unknown.
+    """
+    from spiffy.runtime import BlockEdges
+
+    known = [switch.name for switch in fields(BlockEdges)]
+    allowed = [word.strip() for word in words.split(",")]
+    if allowed == ["all"] or allowed == ["none"]:
+        allowed = known if allowed == ["all"] else []
+    for word in allowed:
+        if word not in known:
+            raise SpiffyError(
+                f"--edges {words!r}: {word!r} does not belong there: give all, none, or a list of "
+                f"{', '.join(known)}"
+            )
+    return BlockEdges(**{name: name in allowed for name in known})
 
 
 def note_if_inexact(settings: DecodingSettings) -> None:

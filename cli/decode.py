@@ -16,6 +16,8 @@ from spiffy.cli.common import (
     VERSION_OPTION,
     DeviceOption,
     DtypeOption,
+    EdgesOption,
+    block_edges,
     console,
     log,
     note_if_inexact,
@@ -27,6 +29,7 @@ from spiffy.schemas import DraftGraph, SpiffyError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from spiffy.runtime import BlockEdges
     from spiffy.runtime.draft import Drafter
     from spiffy.runtime.generate import Output
     from spiffy.runtime.models import DiffusionLM
@@ -81,6 +84,7 @@ def decode(
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Default: the graph's.")] = None,
     seed: Annotated[int, typer.Option(help="Noise if the temperature is above 0; sampling.")] = 0,
+    edges: EdgesOption = "all",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     version: Annotated[bool, VERSION_OPTION] = False,
@@ -110,6 +114,7 @@ def decode(
     with log.status("loading"):
         from spiffy.runtime import decoding_settings, load_model
 
+        switches = block_edges(edges)
         if model is None and artifact is not None:
             lm = _model_of(artifact, graph, device, dtype)
         else:
@@ -125,7 +130,7 @@ def decode(
             cache=cache,
             temperature=temperature,
         )
-        runs = _Runs(lm, settings, seed, _decodable(lm, settings, texts))
+        runs = _Runs(lm, settings, seed, switches, _decodable(lm, settings, texts))
         runs.drafters = _drafters(runs, artifact, budgets)
 
     out = log if json_lines else console
@@ -237,7 +242,7 @@ def _drafters(
     drafters: dict[str, Drafter | None] = {}
     for budget in budgets:
         if budget == "auto":
-            task = make_task(runs.lm, runs.prompts[0][1], runs.settings)
+            task = make_task(runs.lm, runs.prompts[0][1], runs.settings, edges=runs.edges)
             number = best_budget(artifact, measure_cost(task, artifact.budget))
             drafter = graph_drafter(runs.lm, artifact, runs.settings, number) if number else None
             drafters[f"auto: {number} drafts"] = drafter
@@ -254,6 +259,7 @@ class _Runs:
     lm: DiffusionLM
     settings: DecodingSettings
     seed: int
+    edges: BlockEdges
     prompts: list[tuple[int, str]]
     drafters: dict[str, Drafter | None] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
@@ -274,7 +280,8 @@ class _Runs:
         from spiffy.runtime.generate import answer_ids, collect, make_task
 
         sequence, text = prompt
-        task = make_task(self.lm, text, self.settings, self.drafters[name], self.seed, sequence)
+        drafter = self.drafters[name]
+        task = make_task(self.lm, text, self.settings, drafter, self.seed, sequence, self.edges)
         printed, block = "", 0
         for _ in run(self.lm, [task]):
             cursor = task.path[-1] if task.path else None

@@ -30,7 +30,9 @@ class BlockEdges:
     complete
         Drafts may complete their block, where a forward can then also tell about the next one.
     first
-        A block's first forward may carry drafts, where something is known about the block.
+        A block's first forward may carry drafts, where something is known about the block: with
+        `NoCache` always but at the very start, with `BlockCache` from a rejected draft that
+        completed the block before (so it needs `complete` there), with the others never.
     fold
         Finished blocks (and the prompt's) are stored by the next denoising forward instead of one
         of their own, as the official loop does. Only `BlockCache` stores blocks.

@@ -133,7 +133,7 @@ def _candidates(
 
     That is the distribution that produced the root. It does not reach into a new block, except
     where the forward did; then a draft that completed the old block, though it was rejected, may
-    have seen nearly the right thing.
+    have seen nearly the right thing. The last two are what `BlockEdges.first` switches.
     """
     masked = task.canvas.masked(root, task.model.mask_token_id)
     origin = None

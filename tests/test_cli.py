@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import PARITY
@@ -135,6 +136,36 @@ def test_verify_notices_a_differing_token(
     assert "no (1 prompts differ)" in printed
 
 
+def test_edges_change_the_cost_of_decoding_and_not_the_answer(call: Call, artifact: Path) -> None:
+    def decoded(edges: str, *arguments: object) -> dict[str, Any]:
+        arguments = (*arguments, "--prompt", PROMPT, "--json", "--edges", edges)
+        code, printed, _ = call("decode", *arguments)
+        assert code == 0
+        row: dict[str, Any] = json.loads(printed)
+        return row
+
+    sdar = ("--model", "tiny-sdar", "--gen-length", 32)
+    stored, folded = decoded("none", *sdar), decoded("fold", *sdar)
+    assert stored["token_ids"] == folded["token_ids"]
+    assert stored["nfe"] > folded["nfe"] == folded["steps"]
+    assert decoded("complete, first", *sdar)["nfe"] == stored["nfe"]  # nothing is drafted
+    graph = ("--graph", artifact, "--block-length", 8)
+    within, across = decoded("none", *graph), decoded("all", *graph)
+    assert within["token_ids"] == across["token_ids"]
+    assert within["nfe"] > across["nfe"]
+
+
+def test_a_graph_can_be_calibrated_for_some_edges(call: Call, tmp_path: Path) -> None:
+    roots = {}
+    for edges in ("all", "none"):
+        out = tmp_path / f"{edges}.json"
+        arguments = (*QUICK, "--block-length", 8, "--edges", edges, "--out", out)
+        assert call("calibrate", "--model", TINY, *arguments)[0] == 0
+        roots[edges] = json.loads(out.read_text())["calibration"]["roots"]
+    # A block's first forward has no drafts, nor has one before a block's last step.
+    assert roots["none"] < roots["all"]
+
+
 def test_auto_budget_decodes(call: Call, artifact: Path) -> None:
     arguments = ("--prompt", PROMPT, "--budget", "auto", "--verify")
     assert call("decode", "--graph", artifact, *arguments)[0] == 0
@@ -197,6 +228,7 @@ BAD_CALIBRATE = {
     "too long": (["--model", TINY, "--gen-length", "4096"], "exceeds the"),
     "device": (["--model", TINY, "--device", "abacus"], "unknown device 'abacus'"),
     "dtype": (["--model", TINY, "--dtype", "int3"], "unknown dtype 'int3'"),
+    "edges": (["--model", TINY, "--edges", "all,fold"], "'all' does not belong there"),
 }
 
 
@@ -244,6 +276,8 @@ BAD_DECODE = {
         ["--graph", "GRAPH", "--prompt", "x", "--block-length", "7"],
         "block_length 7 does not divide",
     ),
+    "edges": (["--graph", "GRAPH", "--prompt", "x", "--edges", "fold,frist"], "'frist' does not"),
+    "no edges": (["--graph", "GRAPH", "--prompt", "x", "--edges", ""], "give all, none, or a list"),
     "json stream": (["--graph", "GRAPH", "--prompt", "x", "--json", "--stream"], "drop --json"),
     "nothing to verify": (["--model", TINY, "--prompt", "x", "--verify"], "give --graph"),
 }
