@@ -1,7 +1,8 @@
 """Measure what docs/results.md and docs/losslessness.md state: part of `make results`.
 
 Every tiny model is calibrated on generated problems and decodes others that neither training nor
-calibration saw: plainly, with its draft graph at several budgets, and with the paper's objective.
+calibration saw: plainly, with drafts chosen at run time at several budgets, with the static draft
+graph, and with the paper's.
 Counts (NFE, positions) and losslessness are exact and repeat; nothing here is timed.
 """
 
@@ -23,8 +24,8 @@ from spiffy.calib.synthetic import final_answer, problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import run
 from spiffy.runtime.draft import Drafter
-from spiffy.runtime.generate import Output, collect, graph_drafter, make_task
-from spiffy.schemas import CacheName, DecodingSettings, Objective, PolicyName
+from spiffy.runtime.generate import Output, Selection, collect, graph_drafter, make_task
+from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName
 
 OFF = BlockEdges(complete=False, first=False, fold=False)
 ON = BlockEdges()
@@ -41,8 +42,9 @@ class Row:
     ----------
     edges
         "off" or "on"; "-" where the cache has nothing to gain at a block's edge.
-    objective
-        What the graph was grown for; "-" without drafts.
+    drafts_by
+        "model": the artifact's acceptance model chooses at run time; "graph": its nodes in order;
+        "paper": nodes by the paper's objective; "-" without drafts.
     right
         Answers that end in the problem's result.
     differing, compared
@@ -54,7 +56,7 @@ class Row:
     cache: str
     policy: PolicyName
     edges: str
-    objective: str
+    drafts_by: str
     budget: int
     nfe: int
     positions: int
@@ -125,19 +127,26 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
             traces = record(model, prepare(model, prompts, settings))
             plain = decode_all(model, settings, questions, None, OFF)
             labels = ["off", "on"] if cache in ("none", "block") else ["-"]
-            yield row(settings, plain, plain, edges=labels[0], objective="-", budget=0)
+            yield row(settings, plain, plain, edges=labels[0], drafts_by="-", budget=0)
             if cache == "block":
                 folded = decode_all(model, settings, questions, None, ON)
-                yield row(settings, folded, plain, edges="on", objective="-", budget=0)
-            graphs: dict[Objective, list[str]] = {"expected-steps": labels, "paper": labels[-1:]}
-            for objective, tried in graphs.items():
-                graph = build_graph(model, prompts, settings, traces, 32, objective=objective)
+                yield row(settings, folded, plain, edges="on", drafts_by="-", budget=0)
+            ours = build_graph(model, prompts, settings, traces, 32)
+            paper = build_graph(model, prompts, settings, traces, 32, objective="paper")
+            ways: dict[str, tuple[DraftGraph, Selection, list[str]]] = {
+                "model": (ours, "model", labels),
+                "graph": (ours, "graph", labels[-1:]),
+                "paper": (paper, "graph", labels[-1:]),
+            }
+            if not settings.exact:  # many prompts, and the rate is what matters
+                ways = {"model": ways["model"]}
+            for way, (graph, selection, tried) in ways.items():
                 for budget in BUDGETS:
-                    drafter = graph_drafter(model, graph, settings, budget)
+                    drafter = graph_drafter(model, graph, settings, budget, selection)
                     for label in tried:
                         edges = EDGES.get(label, ON)
                         outputs = decode_all(model, settings, questions, drafter, edges)
-                        of = {"edges": label, "objective": objective, "budget": budget}
+                        of = {"edges": label, "drafts_by": way, "budget": budget}
                         yield row(settings, outputs, plain, **of)
 
 
@@ -148,15 +157,15 @@ def table(rows: Sequence[Row], samples: int) -> str:
     """
     heads = ["plain", *(f"{budget} draft{'s' * (budget > 1)}" for budget in BUDGETS)]
     lines = [
-        f"| model | cache | policy | edges | graph | {' | '.join(heads)} | right answers |",
+        f"| model | cache | policy | edges | drafts by | {' | '.join(heads)} | right answers |",
         "| --- | --- | --- | --- | --- |" + " --- |" * (len(heads) + 1),
     ]
     for setting in dict.fromkeys(row.setting for row in rows):
         group = [row for row in rows if row.setting == setting]
         base = group[0]
-        for edges, objective in dict.fromkeys((r.edges, r.objective) for r in group if r.budget):
+        for edges, drafts_by in dict.fromkeys((r.edges, r.drafts_by) for r in group if r.budget):
             ours = {row.budget: row for row in group if row.edges == edges and not row.budget}
-            ours |= {r.budget: r for r in group if (r.edges, r.objective) == (edges, objective)}
+            ours |= {r.budget: r for r in group if (r.edges, r.drafts_by) == (edges, drafts_by)}
             cells = []
             for budget in (0, *BUDGETS):
                 row = ours.get(budget, base)  # without drafts only folding differs
@@ -165,7 +174,7 @@ def table(rows: Sequence[Row], samples: int) -> str:
                 cells.append(f"{row.nfe}{fewer} / {row.positions}{more}")
             right = " to ".join(map(str, sorted({row.right for row in ours.values()})))
             lines.append(
-                f"| {' | '.join((*setting, edges, objective, *cells))} | {right} of {samples} |"
+                f"| {' | '.join((*setting, edges, drafts_by, *cells))} | {right} of {samples} |"
             )
     return "\n".join(lines)
 
@@ -198,10 +207,10 @@ def losslessness(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Print the tables, or put them into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-sdar"])
+    parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-dream", "tiny-sdar"])
     parser.add_argument("--samples", type=int, default=12, help="test problems")
     parser.add_argument(
-        "--near-samples", type=int, default=60, help="test problems compared with cache prefix"
+        "--near-samples", type=int, default=48, help="test problems compared with cache prefix"
     )
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)

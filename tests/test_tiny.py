@@ -16,6 +16,7 @@ from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import final_answer, problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, run
+from spiffy.runtime.draft import AcceptanceDrafter
 from spiffy.runtime.generate import collect, graph_drafter, make_task
 from spiffy.schemas import DraftGraph
 
@@ -23,6 +24,7 @@ GEN_LENGTH = 64
 OFF = BlockEdges(complete=False, first=False, fold=False)
 EXACT_CACHES = {
     "tiny-llada": ("none", "dual"),
+    "tiny-dream": ("none", "dual"),
     "tiny-sdar": ("block",),
 }
 PROMPTS = 20
@@ -49,10 +51,10 @@ def model(name: str) -> DiffusionLM:
 
 
 @cache
-def graph(name: str) -> DraftGraph:
+def graph(name: str, policy: str) -> DraftGraph:
     lm = model(name)
     prompts = load_prompts("synthetic", 8)
-    settings = decoding_settings(lm, gen_length=GEN_LENGTH)
+    settings = decoding_settings(lm, gen_length=GEN_LENGTH, policy=policy)
     traces = record(lm, prepare(lm, prompts, settings))
     return build_graph(lm, prompts, settings, traces, budget=32)
 
@@ -72,8 +74,11 @@ def decoded(
     options = {"policy": policy, "cache": kind, "temperature": temperature}
     if temperature:  # two short blocks, for time's sake
         options |= {"gen_length": 32, "block_length": min(16, lm.default_block_length)}
-    settings = decoding_settings(lm, graph(name), **options)
-    drafter = graph_drafter(lm, graph(name), settings, budget) if budget else None
+    artifact = graph(name, policy)
+    settings = decoding_settings(lm, artifact, **options)
+    drafter = graph_drafter(lm, artifact, settings, budget) if budget else None
+    if drafter is not None:
+        assert isinstance(drafter, AcceptanceDrafter)
     texts = load_prompts("synthetic", PROMPTS, split="test").texts[:prompts]
     tasks = [make_task(lm, text, settings, drafter, 1, k, edges) for k, text in enumerate(texts)]
     for _ in run(lm, tasks):
