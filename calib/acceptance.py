@@ -187,7 +187,7 @@ def _fit_positions(
         weights = folds[example.prompt % FOLDS]
         states = States.of(example.outlook, weights, example.choice, example.depth)
         features, masked = position_features(example.outlook, states)
-        rows.append(features[masked])
+        rows.append(features[:, masked].T)
         chosen.append(example.following[masked])
         sizes.append(masked.sum(1))
         single.append(example.following.sum(1) == 1)

@@ -436,7 +436,7 @@ def _logit(log_p: Floats) -> Floats:
 
 
 def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
-    """Features [n, M, F] of every position, and which of them are masked, bool [n, M]."""
+    """Features [F, n, M] of every position, and which of them are masked, bool [n, M]."""
     choice = states.choice
     drafted = choice >= 0
     masked = ~drafted
@@ -455,8 +455,7 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     left_drafted, right_drafted = _beside(drafted, outlook.left), _beside(drafted, outlook.right)
     left_logit = np.where(left_masked, _beside(logit, outlook.left), 0.0)
     right_logit = np.where(right_masked, _beside(logit, outlook.right), 0.0)
-    left_new = np.broadcast_to(outlook.left_fresh, masked.shape)
-    right_new = np.broadcast_to(outlook.right_fresh, masked.shape)
+    left_new, right_new = outlook.left_fresh, outlook.right_fresh
     leftmost = np.zeros_like(masked)
     first = masked.argmax(1)
     leftmost[np.arange(len(masked)), first] = True
@@ -468,14 +467,14 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     moved = logit - origin
     second_left = _beside(left_drafted, outlook.left)
     second_right = _beside(right_drafted, outlook.right)
-    eos = np.broadcast_to(outlook.eos, masked.shape)
+    eos, depth = outlook.eos, states.depth[:, None]
     columns = (
         logit,
         log_p,
         gap,
         np.log1p(rank),
         rank == 0,
-        np.broadcast_to(np.log1p(outlook.rank), masked.shape),
+        np.log1p(outlook.rank),
         logit - best,
         (logit - best) * share,
         logit * share,
@@ -513,20 +512,20 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
         eos * logit,
         eos & leftmost,
         eos * distance,
-        states.depth[:, None] * logit,
-        states.depth[:, None] * eos,
+        depth * logit,
+        depth * eos,
         np.exp(log_p),
-        np.broadcast_to(origin, masked.shape),
-        np.broadcast_to(origin_gap, masked.shape),
+        origin,
+        origin_gap,
         second_left & left_masked,
         second_right & right_masked,
         second_left & left_drafted,
         second_right & right_drafted,
-        np.broadcast_to(states.depth[:, None], masked.shape),
+        depth,
     )
-    features = np.empty((*masked.shape, len(columns)))
-    for k, column in enumerate(columns):
-        features[:, :, k] = column
+    features = np.empty((len(columns), *masked.shape))
+    for row, column in zip(features, columns, strict=True):
+        row[:] = column
     return features, masked
 
 
@@ -559,7 +558,7 @@ def _one_step(model: AcceptanceWeights, outlook: Outlook, states: States, p: Flo
               budget: int) -> _Children:  # fmt: skip
     """Children by static unmasking with one token per step."""
     features, masked = position_features(outlook, states)
-    where = _softmax(np.where(masked, features @ model.position, _NEVER)) * masked
+    where = _softmax(np.where(masked, np.tensordot(model.position, features, 1), _NEVER)) * masked
     joint = p[:, None, None] * where[:, :, None] * np.exp(states.log_p)
     flat = joint.ravel()
     # Several paths may add up to one state, so look at more of them than states are wanted.
@@ -584,7 +583,7 @@ def _one_set(
     assert model.commit is not None  # fitted for threshold unmasking
     features, masked = position_features(outlook, states)
     n, count = masked.shape
-    odds = np.where(masked, features @ model.commit[:-1] + model.commit[-1], _NEVER)
+    odds = np.where(masked, np.tensordot(model.commit[:-1], features, 1) + model.commit[-1], _NEVER)
     odds = np.clip(odds, -14, 14)
     likely = (odds > 0) & masked
     # log P(exactly the likely ones), and what flipping a position costs.
@@ -600,7 +599,7 @@ def _one_set(
     sets[rows, columns, uncertain[:, None, :]] ^= flips[None]
     log_p = np.where(sets.any(-1), log_p, -np.inf)
     # None above the threshold: the most confident one is committed all the same.
-    score = np.where(masked, features @ model.position, _NEVER)
+    score = np.where(masked, np.tensordot(model.position, features, 1), _NEVER)
     none = -np.where(masked, np.log1p(np.exp(odds)), 0).sum(1)
     forced = np.argsort(-score, axis=1)[:, : min(_FORCED, count)]
     single = np.zeros((n, forced.shape[1], count), dtype=np.bool_)
@@ -626,11 +625,12 @@ def _one_set(
     for nth, token in _OTHER_TOKENS:
         if nth >= count or token >= top.shape[-1]:
             continue
-        m = weakest[:, nth]
-        other = choice.copy()
-        other[lines, m] = by_rank[parent, m, token]
-        change = np.exp(top[parent, m, token] - top[parent, m, 0]) * chosen[lines, m]
-        found.append((parent, other, probability * change))
+        k = np.flatnonzero(chosen[lines, weakest[:, nth]])
+        m = weakest[k, nth]
+        other = choice[k]
+        other[np.arange(len(k)), m] = by_rank[parent[k], m, token]
+        change = np.exp(top[parent[k], m, token] - top[parent[k], m, 0])
+        found.append((parent[k], other, probability[k] * change))
     parents, choices, probabilities = zip(*found, strict=True)
     return _Children(
         np.concatenate(parents), np.concatenate(choices), np.concatenate(probabilities)

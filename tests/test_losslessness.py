@@ -12,6 +12,7 @@ from functools import cache
 from itertools import accumulate, product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Oracle, decode, fold, parity_model, random_prompt, states, with_eos
@@ -19,10 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spiffy.runtime.acceptance import (
+    POSITION_FEATURES,
+    TOKEN_FEATURES,
+    AcceptanceWeights,
+    Bigrams,
+)
 from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task, run
-from spiffy.runtime.draft import Candidates, Drafter, GraphDrafter
+from spiffy.runtime.draft import AcceptanceDrafter, Candidates, Drafter, GraphDrafter
 from spiffy.runtime.generate import answer_ids, make_task
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.policy import gumbel_noise
@@ -187,6 +194,31 @@ def test_any_drafts_leave_every_state_as_it_was(layout: str, policy: str) -> Non
         assert_lossless(
             decode(model, plainly.prompt, setting, drafter, seed, edges=plainly.edges), plainly
         )
+
+    check()
+
+
+@pytest.mark.parametrize(("layout", "policy"), COMBINATIONS)
+def test_any_acceptance_model_leaves_every_state_as_it_was(layout: str, policy: str) -> None:
+    """Coefficients that mean nothing: bad drafts, and still the same tokens."""
+
+    @settings(max_examples=3)
+    @given(seed=st.integers(0, 99), budget=st.integers(1, 12), sets=st.booleans())
+    def check(seed: int, budget: int, sets: bool) -> None:
+        temperature = TEMPERATURES[seed % 3]
+        model, setting = setting_of(layout, policy, temperature)
+        plainly = plain(layout, policy, temperature, 11, 0)
+        draw = np.random.default_rng(seed).normal
+        weights = AcceptanceWeights(
+            draw(0, 1, len(POSITION_FEATURES)),
+            draw(0, 1, len(POSITION_FEATURES) + 1) if sets else None,
+            draw(0, 1, len(TOKEN_FEATURES)),
+            Bigrams([(1, 2, 3), (2, 319, 1)], model.vocab_size),
+        )
+        drafter = AcceptanceDrafter(weights, budget, model, setting)
+        ours = decode(model, plainly.prompt, setting, drafter, edges=plainly.edges)
+        assert_lossless(ours, plainly)
+        assert 0 < ours.stats.drafted <= budget * ours.stats.nfe
 
     check()
 

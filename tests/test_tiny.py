@@ -53,7 +53,8 @@ def model(name: str) -> DiffusionLM:
 @cache
 def graph(name: str, policy: str) -> DraftGraph:
     lm = model(name)
-    prompts = load_prompts("synthetic", 8)
+    # Threshold unmasking makes few steps per prompt, and a fit wants a few hundred of them.
+    prompts = load_prompts("synthetic", 8 if policy == "static" else 40)
     settings = decoding_settings(lm, gen_length=GEN_LENGTH, policy=policy)
     traces = record(lm, prepare(lm, prompts, settings))
     return build_graph(lm, prompts, settings, traces, budget=32)

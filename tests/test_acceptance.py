@@ -1,0 +1,249 @@
+"""The acceptance model: features by hand, expansion by enumeration, fits against known laws."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spiffy.calib.acceptance import _fit_logistic, _fit_softmax, can_fit
+from spiffy.runtime.acceptance import (
+    POSITION_FEATURES,
+    TOKEN_FEATURES,
+    AcceptanceWeights,
+    Bigrams,
+    Counts,
+    Outlook,
+    States,
+    expand,
+    position_features,
+    token_features,
+)
+from spiffy.schemas import DecodingSettings
+
+MASK, EOS, VOCAB = 9, 8, 10
+
+
+def outlook(
+    ids: list[int], tokens: dict[int, list[int]], log_p: dict[int, list[float]], fresh: list[int]
+) -> Outlook:
+    """`tokens` and `log_p` by masked position, best position first."""
+    positions = list(tokens)
+    return Outlook.at(
+        np.array(ids),
+        np.array(positions),
+        np.array([tokens[k] for k in positions]),
+        np.array([log_p[k] for k in positions]),
+        np.array(fresh, dtype=np.int64),
+        block_length=8,
+        mask_token_id=MASK,
+        eos_token_ids=[EOS],
+        vocab=VOCAB,
+    )
+
+
+def random_weights(seed: int, sets: bool) -> AcceptanceWeights:
+    draw = np.random.default_rng(seed).normal
+    return AcceptanceWeights(
+        position=draw(0, 0.3, len(POSITION_FEATURES)),
+        commit=draw(0, 0.3, len(POSITION_FEATURES) + 1) if sets else None,
+        token=np.append([1.0], draw(0, 0.3, len(TOKEN_FEATURES) - 1)),
+        bigrams=Bigrams([(1, 2, 5), (2, 3, 4), (3, 3, 1), (0, 1, 1)], VOCAB),
+    )
+
+
+@st.composite
+def roots(draw: st.DrawFn) -> Outlook:
+    ids = draw(st.lists(st.sampled_from([0, 1, 2, 3, MASK]), min_size=4, max_size=8))
+    masked = [k for k, token in enumerate(ids) if token == MASK][:4]
+    if not masked:
+        ids[2], masked = MASK, [2]
+    ids = [0 if token == MASK and k not in masked else token for k, token in enumerate(ids)]
+    order = draw(st.permutations(masked))
+    tokens = {k: draw(st.permutations([1, 2, 3, EOS]))[:2] for k in order}
+    top = {k: draw(st.floats(0.3, 0.9)) for k in order}
+    log_p = {k: [float(np.log(p)), float(np.log(0.9 - p * 0.9 + 0.05))] for k, p in top.items()}
+    fresh = [k for k, token in enumerate(ids) if token != MASK and draw(st.booleans())]
+    return outlook(ids, tokens, log_p, fresh)
+
+
+def next_positions(weights: AcceptanceWeights, at: Outlook, choice: tuple[int, ...]):  # type: ignore[no-untyped-def]
+    """Score of every position and log-probability of every token at one state, from scratch."""
+    depth = np.array([sum(j >= 0 for j in choice)])
+    states = States.of(at, weights, np.array([choice]), depth)
+    features, masked = position_features(at, states)
+    return np.tensordot(weights.position, features, 1)[0], masked[0], states.log_p[0]
+
+
+def enumerated(weights: AcceptanceWeights, at: Outlook, room: int) -> dict[tuple[int, ...], float]:
+    """Probability of reaching every state, one token per step, path by path."""
+    count = len(at.positions)
+    reached = {(-1,) * count: 1.0}
+    total: dict[tuple[int, ...], float] = {}
+    for _ in range(room):
+        following: dict[tuple[int, ...], float] = {}
+        for state, p in reached.items():
+            score, masked, log_p = next_positions(weights, at, state)
+            weight = np.exp(score - score[masked].max()) * masked
+            for m, j in product(np.flatnonzero(masked), range(log_p.shape[1])):
+                child = (*state[:m], j, *state[m + 1 :])
+                step = weight[m] / weight.sum() * np.exp(log_p[m, j])
+                following[child] = following.get(child, 0.0) + p * step
+        total |= following
+        reached = {state: p for state, p in following.items() if min(state) < 0}
+    return total
+
+
+@given(roots(), st.integers(0, 5), st.integers(1, 4))
+def test_expansion_finds_every_state_with_its_probability(
+    at: Outlook, seed: int, room: int
+) -> None:
+    weights = random_weights(seed, sets=False)
+    expected = enumerated(weights, at, min(room, len(at.positions)))
+    choice, p = expand(weights, at, budget=1000, room=room)
+    found = dict(zip(map(tuple, choice.tolist()), p.tolist(), strict=True))
+    assert len(found) == len(choice)  # no state twice
+    for state, probability in expected.items():
+        if probability > 1e-4:  # states that rare are not followed up
+            assert found[state] == pytest.approx(probability, rel=1e-2, abs=2e-4)
+    assert set(found) <= set(expected)
+    assert (np.diff(p) <= 0).all()
+
+
+@given(roots(), st.integers(0, 5), st.integers(1, 6), st.booleans())
+def test_drafts_keep_to_budget_and_room(at: Outlook, seed: int, budget: int, sets: bool) -> None:
+    weights = random_weights(seed, sets)
+    for room in range(1, len(at.positions) + 1):
+        choice, p = expand(weights, at, budget, room)
+        filled = (choice >= 0).sum(1)
+        assert len(choice) == len(p) <= budget
+        assert ((filled >= 1) & (filled <= room)).all()
+        assert len({tuple(row) for row in choice.tolist()}) == len(choice)
+        assert (choice < at.tokens.shape[1]).all()
+
+
+@given(roots(), st.integers(0, 5))
+def test_one_threshold_step_is_a_law_over_sets(at: Outlook, seed: int) -> None:
+    """Independent positions, or the best one where none is committed: at depth one, by hand."""
+    weights = random_weights(seed, sets=True)
+    assert weights.commit is not None
+    count = len(at.positions)
+    start = States.of(at, weights, np.full((1, count), -1), np.zeros(1, dtype=np.int64))
+    features, _ = position_features(at, start)
+    odds = np.tensordot(weights.commit[:-1], features, 1)[0] + weights.commit[-1]
+    chance = 1 / (1 + np.exp(-np.clip(odds, -14, 14)))
+    score = np.tensordot(weights.position, features, 1)[0]
+    single = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
+    none = np.prod(1 - chance)
+    choice, p = expand(weights, at, budget=10_000, room=count)
+    found = dict(zip(map(tuple, choice.tolist()), p.tolist(), strict=True))
+    for size in range(1, count + 1):
+        for chosen in combinations(range(count), size):
+            inside = np.isin(np.arange(count), chosen)
+            law = np.prod(np.where(inside, chance, 1 - chance)) + none * single[inside].sum() * (
+                size == 1
+            )
+            state = np.where(inside, start.log_p[0].argmax(-1), -1)
+            law *= np.exp(start.log_p[0].max(-1)[inside].sum())
+            if law > 1e-3 and size <= 4:
+                # Later steps may lead to the same state: never less than its first step.
+                assert found[tuple(state.tolist())] >= law * (1 - 1e-6)
+
+
+def test_features_by_hand() -> None:
+    # Prompt 0 1, then a block: position 2 committed just now, 3 and 4 masked, 5 known, 6 masked.
+    at = outlook(
+        [0, 1, 2, MASK, MASK, 1, MASK],
+        tokens={4: [3, 1], 3: [2, 3], 6: [EOS, 1]},
+        log_p={4: [-0.1, -3.0], 3: [-0.5, -1.0], 6: [-0.7, -2.0]},
+        fresh=[2],
+    )
+    assert at.positions.tolist() == [3, 4, 6]
+    assert at.rank.tolist() == [1, 0, 2]
+    assert at.left.tolist() == [-1, 0, -1]
+    assert at.right.tolist() == [1, -1, -1]
+    assert at.left_token.tolist() == [2, -1, 1]
+    assert at.left_token_2.tolist() == [1, 2, -1]
+    assert at.right_token.tolist() == [-1, 1, -1]
+    assert at.left_fresh.tolist() == [True, False, False]
+    assert at.eos.tolist() == [False, False, True]
+    plain = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), VOCAB)
+    states = States.of(at, plain, np.array([[-1, -1, -1], [0, -1, -1]]), np.array([0, 1]))
+    features, masked = position_features(at, states)
+    value = {name: features[k] for k, name in enumerate(POSITION_FEATURES)}
+    assert masked.tolist() == [[True, True, True], [False, True, True]]
+    # Re-ranked by nothing but log p, the tokens keep their mass.
+    assert np.exp(states.log_p[0, 0]).sum() == pytest.approx(np.exp([-0.5, -1.0]).sum())
+    assert value["origin_logit"][0, 1] == pytest.approx(np.log(np.exp(-0.1) / (1 - np.exp(-0.1))))
+    assert value["first_rank"][0].tolist() == [0, 1, 0]
+    assert value["origin_log_rank"][0].tolist() == pytest.approx(np.log1p([1, 0, 2]))
+    assert value["left_committed"][0].tolist() == [1, 0, 0]
+    assert value["left_drafted"][1].tolist() == [0, 1, 0]
+    assert value["right_masked"][0].tolist() == [1, 0, 0]
+    assert value["leftmost"].tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert value["distance"][0].tolist() == pytest.approx(np.log1p([0, 1, 3]))
+    # One position from the new token at 2; from the draft at 3.
+    assert value["nearness"][0].tolist() == pytest.approx([1 / 2, 1 / 3, 1 / 5])
+    assert value["nearness"][1, 1:].tolist() == pytest.approx([1 / 2, 1 / 4])
+    assert value["below_best"][0, 1] == 0
+    assert value["eos"][0].tolist() == [0, 0, 1]
+
+
+def test_token_evidence_by_hand() -> None:
+    at = outlook(
+        [1, 3, 1, 3, MASK, 2, 1, MASK],
+        tokens={4: [2, 3], 7: [3, 2]},
+        log_p={4: [-0.3, -1.5], 7: [-0.3, -1.5]},
+        fresh=[3, 6],
+    )
+    bigrams = Bigrams([(1, 3, 6), (3, 2, 2)], VOCAB)
+    start = np.full((1, 2), -1)
+    rows = token_features(at, bigrams, start, np.array([0, 0]), np.array([0, 1]))
+    value = {name: rows[:, :, k] for k, name in enumerate(TOKEN_FEATURES)}
+    # Position 7 follows a new 1, which the text so far has continued with 3 twice.
+    assert value["left_in_text"][1].tolist() == pytest.approx(np.log1p([2, 0]))
+    assert value["left_two_in_text"][1].tolist() == [0, 0]  # "2 1" has no continuation yet
+    assert value["left_bigram"][1, 0] == pytest.approx(np.log((6 + 2 * (6 + 0.1) / 9) / (6 + 2)))
+    assert value["left_same"][0].tolist() == [0, 1]
+    assert value["right_bigram"].tolist() == [[0, 0], [0, 0]]  # nothing new on the right
+    assert value["first"].tolist() == [[1, 0], [1, 0]]
+
+
+def test_counts_look_up_whole_arrays() -> None:
+    counts = Counts.of(np.array([7, 3, 7, 7]))
+    assert counts[np.array([[3, 7], [5, 100]])].tolist() == [[1, 3], [0, 0]]
+    assert Counts.of(np.array([], dtype=np.int64))[np.array([1])].tolist() == [0]
+
+
+def test_a_softmax_regression_finds_the_law_it_was_drawn_from() -> None:
+    random = np.random.default_rng(0)
+    true = np.array([1.5, -0.7, 0.0])
+    x = random.normal(size=(4000, 5, 3))
+    noise = random.gumbel(size=(4000, 5))
+    targets = np.arange(4000) * 5 + (x @ true + noise).argmax(1)
+    found = _fit_softmax(x.reshape(-1, 3), np.arange(4000) * 5, targets, np.ones(4000))
+    assert found == pytest.approx(true, abs=0.1)
+
+
+def test_a_logistic_regression_finds_the_law_it_was_drawn_from() -> None:
+    random = np.random.default_rng(1)
+    x = random.normal(loc=(3.0, 0.0), size=(20_000, 2))
+    y = x @ [1.0, -0.5] - 2.5 + random.logistic(size=20_000) > 0
+    assert _fit_logistic(x, y, np.ones(20_000)) == pytest.approx([1.0, -0.5, -2.5], abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({}, True),
+        ({"policy": "threshold"}, True),
+        ({"policy": "sequential"}, False),
+        ({"tokens_per_step": 2}, False),
+        ({"steps_per_block": 8}, False),
+    ],
+)
+def test_only_policies_with_a_model_get_one(options: dict[str, object], fits: bool) -> None:
+    assert can_fit(DecodingSettings.parse(**options)) is fits
