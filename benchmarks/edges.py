@@ -93,7 +93,7 @@ def measure(model: DiffusionLM, settings: DecodingSettings, args: argparse.Names
         if key not in traces:
             traces[key] = record(model, prepare(model, prompts, settings, edges=edges))
         graph = build_graph(model, prompts, settings, traces[key], DRAFTS)
-        drafter = graph_drafter(model, graph, settings, DRAFTS)
+        drafter = graph_drafter(model, graph, settings, DRAFTS, selection="graph")
         outputs = decode_all(model, settings, questions, drafter, edges)
         drafting[name] = row(outputs, reference)
     return Group(

@@ -138,7 +138,7 @@ def _candidates(
     masked = task.canvas.masked(root, task.model.mask_token_id)
     origin = None
     if torch.isin(masked, distribution.positions).all():
-        origin, seen = distribution.restrict(masked), here
+        origin, seen = distribution, here
     elif root.block_step > 0 or task.edges.first:
         span = task.canvas.span(root.block)
         for seen in (here, *range(len(evaluation.windows))):
@@ -149,7 +149,7 @@ def _candidates(
         return None
     fresh = (states[seen] != root.ids).nonzero()[:, 0]
     ranks = task.drafter.token_ranks
-    return rank_candidates(origin, task.settings, task.model.mask_token_id, ranks, fresh)
+    return rank_candidates(origin, task.settings, task.model.mask_token_id, ranks, masked, fresh)
 
 
 def denoising_step(

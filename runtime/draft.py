@@ -54,22 +54,31 @@ def rank_candidates(
     settings: DecodingSettings,
     mask_token_id: int,
     token_ranks: int,
+    masked: Tensor | None = None,
     fresh: Tensor | None = None,
 ) -> Candidates:
-    """Rank positions by score and tokens by probability; ties to the lower position, lower id."""
+    """Rank positions by score and tokens by probability; ties to the lower position, lower id.
+
+    `masked` (int64 [M], default: all) are the positions that the root still masks; `fresh` those
+    whose tokens the distribution has not seen.
+    """
+    positions = distribution.positions
     _, score = choose(distribution, settings, mask_token_id)
     order = score.sort(descending=True, stable=True).indices
-    log_p = distribution.log_p[order]
-    log_p[:, mask_token_id] = -torch.inf
-    top = log_p.topk(min(token_ranks, log_p.shape[-1] - 1), dim=-1)
-    by_id = top.indices.sort(dim=-1)  # topk leaves the order of equals open
-    values = top.values.gather(-1, by_id.indices)
-    ranked = values.sort(dim=-1, descending=True, stable=True)
+    if masked is not None:
+        order = order[torch.isin(positions[order], masked)]
+    width = distribution.log_p.shape[-1]
+    # One more than asked for: the mask token may be among them, and is never drafted.
+    top = distribution.log_p.topk(min(token_ranks + 1, width), dim=-1)
+    values = top.values[order].masked_fill(top.indices[order] == mask_token_id, -torch.inf)
+    by_id = top.indices[order].sort(dim=-1)  # topk leaves the order of equals open
+    ranked = values.gather(-1, by_id.indices).sort(dim=-1, descending=True, stable=True)
+    kept = min(token_ranks, width - 1)
     return Candidates(
-        distribution.positions[order],
-        by_id.values.gather(-1, ranked.indices),
-        ranked.values,
-        distribution.positions[:0] if fresh is None else fresh,
+        positions[order],
+        by_id.values.gather(-1, ranked.indices)[:, :kept],
+        ranked.values[:, :kept],
+        positions[:0] if fresh is None else fresh,
     )
 
 

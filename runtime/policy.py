@@ -38,11 +38,6 @@ class Distribution:
         """Normalise logits [M, vocab] of any float dtype."""
         return cls(positions, logits.double().log_softmax(-1))
 
-    def restrict(self, positions: Tensor) -> Distribution:
-        """Keep the given positions (int64 [k], a subset)."""
-        keep = torch.isin(self.positions, positions)
-        return Distribution(self.positions[keep], self.log_p[keep])
-
 
 def choose(
     distribution: Distribution,
@@ -65,9 +60,13 @@ def choose(
     position masked and the block could not finish.
     """
     log_p = distribution.log_p
-    weights = log_p.clone() if noise is None else log_p + settings.temperature * noise
-    weights[:, mask_token_id] = -torch.inf
+    weights = log_p if noise is None else log_p + settings.temperature * noise
     tokens = weights.argmax(-1)
+    masking = tokens == mask_token_id
+    if masking.any():  # rare: spare the usual case a copy of rows as wide as the vocabulary
+        others = weights[masking]
+        others[:, mask_token_id] = -torch.inf
+        tokens[masking] = others.argmax(-1)
     if settings.policy == "sequential":
         return tokens, torch.zeros_like(log_p[:, 0])  # ties go to the lower position
     return tokens, _score(log_p, tokens, settings.score)
