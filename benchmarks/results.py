@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-dream", "tiny-sdar"])
     parser.add_argument("--samples", type=int, default=12, help="test problems")
     parser.add_argument(
-        "--near-samples", type=int, default=48, help="test problems compared with cache prefix"
+        "--near-samples", type=int, default=40, help="test problems compared with cache prefix"
     )
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)
