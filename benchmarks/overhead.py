@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
+from results import fill
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -143,6 +145,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--forwards", type=int, default=24, help="model calls to take apart")
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
     args = parser.parse_args()
     model = load_model("tiny-sdar", device="cpu", dtype="float32")
     settings = decoding_settings(model, gen_length=256)
@@ -150,14 +153,14 @@ def main() -> None:
     traces = record(model, prepare(model, prompts, settings))
     acceptance = build_graph(model, prompts, settings, traces, 32).acceptance
     assert acceptance is not None  # 16 prompts are enough for one
-    print(
+    found = [
         "| model | drafts | steps per call | transformer, ms | head, ms | drafting, ms "
         "| rest, ms | added per step, ms | added, of the transformer |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    )
+    ]
     prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
     for line in lines("tiny-sdar", model, settings, prompt, acceptance, args.forwards):
-        print(line, flush=True)
+        found.append(line)
     large = random_model()
     settings = decoding_settings(large, gen_length=256, block_length=8, stop_at_eos=False)
     prompt = torch.arange(1, 129)
@@ -166,7 +169,13 @@ def main() -> None:
         sized = settings.model_copy(update={"block_length": block})
         name = f"{large.name}, block {block}"
         for line in lines(name, large, sized, prompt, without, args.forwards):
-            print(line, flush=True)
+            found.append(line)
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32"
+    table = "\n".join(found)
+    note = f"`python benchmarks/overhead.py --forwards {args.forwards}` ({machine})"
+    print(table)
+    for path in args.into:
+        fill(path, "overhead", f"{note}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -180,6 +180,8 @@ class Outlook:
         [M, J] most likely tokens and their log-probabilities, by rank.
     rank
         [M] rank of the position by the policy's score.
+    adjacent
+        bool [M - 1], whether a position and the next one in the list are neighbours.
     left, right
         [M] index (into this list) of the position beside it if that is masked too, else -1.
     left_token, right_token
@@ -200,6 +202,7 @@ class Outlook:
     tokens: Ints
     log_p: Floats
     rank: Ints
+    adjacent: Bools
     left: Ints
     right: Ints
     left_token: Ints
@@ -258,6 +261,7 @@ class Outlook:
             tokens=tokens[order],
             log_p=np.maximum(log_p[order], -30.0),
             rank=order,
+            adjacent=np.diff(where) == 1,
             left=index[where],
             right=index[where + 2],
             left_token=known[where + 1],
@@ -302,7 +306,7 @@ class States:
     ) -> States:
         """Children (int64 [k, M]) of the states `parents` (int64 [k])."""
         new = (choice >= 0) & (self.choice[parents] < 0)
-        beside = (_beside(new, outlook.left) | _beside(new, outlook.right)) & (choice < 0)
+        beside = (_left_of(new, outlook) | _right_of(new, outlook)) & (choice < 0)
         log_p = self.log_p[parents]
         log_p = _reranked(outlook, model, choice, log_p, beside)
         return States(choice, log_p, self.depth[parents] + 1)
@@ -352,17 +356,25 @@ def _vector(coefficients: Mapping[str, float], names: Sequence[str]) -> Floats:
     return np.array([coefficients.get(name, 0.0) for name in names])
 
 
-def _beside(values: NDArray[_Scalar], neighbour: Ints) -> NDArray[_Scalar]:
-    """`values` [n, M] of each position's neighbour; 0 where that is not in the list."""
-    padded = np.concatenate((values, np.zeros((len(values), 1), values.dtype)), 1)
-    return padded[:, neighbour]
+def _left_of(values: NDArray[_Scalar], outlook: Outlook) -> NDArray[_Scalar]:
+    """`values` [n, M] of the position to the left; 0 where that is not in the list."""
+    shifted = np.zeros_like(values)
+    np.multiply(values[:, :-1], outlook.adjacent, out=shifted[:, 1:], casting="unsafe")
+    return shifted
+
+
+def _right_of(values: NDArray[_Scalar], outlook: Outlook) -> NDArray[_Scalar]:
+    """`values` [n, M] of the position to the right; 0 where that is not in the list."""
+    shifted = np.zeros_like(values)
+    np.multiply(values[:, 1:], outlook.adjacent, out=shifted[:, :-1], casting="unsafe")
+    return shifted
 
 
 def changed_beside(outlook: Outlook, choice: Ints) -> Bools:
     """Masked positions [n, M] beside a token that the distribution has not seen."""
     drafted = choice >= 0
-    left = outlook.left_fresh | _beside(drafted, outlook.left)
-    right = outlook.right_fresh | _beside(drafted, outlook.right)
+    left = outlook.left_fresh | _left_of(drafted, outlook)
+    right = outlook.right_fresh | _right_of(drafted, outlook)
     changed: Bools = (left | right) & ~drafted
     return changed
 
@@ -447,14 +459,13 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     shown = np.where(masked, logit, _NEVER)
     best = shown.max(1, keepdims=True)
     order = np.argsort(-shown, axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), 1)
+    rank = order.argsort(axis=1)
     share = masked.mean(1, keepdims=True) * outlook.share
 
-    left_masked, right_masked = _beside(masked, outlook.left), _beside(masked, outlook.right)
-    left_drafted, right_drafted = _beside(drafted, outlook.left), _beside(drafted, outlook.right)
-    left_logit = np.where(left_masked, _beside(logit, outlook.left), 0.0)
-    right_logit = np.where(right_masked, _beside(logit, outlook.right), 0.0)
+    left_masked, right_masked = _left_of(masked, outlook), _right_of(masked, outlook)
+    left_drafted, right_drafted = _left_of(drafted, outlook), _right_of(drafted, outlook)
+    left_logit = np.where(left_masked, _left_of(logit, outlook), 0.0)
+    right_logit = np.where(right_masked, _right_of(logit, outlook), 0.0)
     left_new, right_new = outlook.left_fresh, outlook.right_fresh
     leftmost = np.zeros_like(masked)
     first = masked.argmax(1)
@@ -465,8 +476,8 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     origin = _logit(outlook.log_p[:, 0])
     origin_gap = np.minimum(outlook.log_p[:, 0] - outlook.log_p[:, 1 % outlook.log_p.shape[1]], 12)
     moved = logit - origin
-    second_left = _beside(left_drafted, outlook.left)
-    second_right = _beside(right_drafted, outlook.right)
+    second_left = _left_of(left_drafted, outlook)
+    second_right = _right_of(right_drafted, outlook)
     eos, depth = outlook.eos, states.depth[:, None]
     columns = (
         logit,
