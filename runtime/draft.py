@@ -13,14 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spiffy.runtime.acceptance import (
-    TOKEN_RANKS,
-    AcceptanceWeights,
-    Floats,
-    Outlook,
-    expand,
-)
+from spiffy.runtime.acceptance import TOKEN_RANKS, AcceptanceWeights, Floats, Outlook
 from spiffy.runtime.canvas import Cursor
+from spiffy.runtime.expand import expand
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.policy import Distribution, choose
 from spiffy.schemas import DecodingSettings

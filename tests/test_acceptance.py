@@ -18,10 +18,10 @@ from spiffy.runtime.acceptance import (
     Counts,
     Outlook,
     States,
-    expand,
     position_features,
     token_features,
 )
+from spiffy.runtime.expand import expand
 from spiffy.schemas import DecodingSettings
 
 MASK, EOS, VOCAB = 9, 8, 10
