@@ -8,8 +8,8 @@ produced the root (which has not seen the tokens committed since) and at a draft
   n-grams of the text so far);
 - the position model says which masked position the next denoising step commits.
 
-`spiffy.runtime.expand` turns them into drafts. What is drafted never changes a token. NumPy, because
-many small arrays per forward cost less there than anywhere else.
+`spiffy.runtime.expand` turns them into drafts. What is drafted never changes a token. NumPy,
+because many small arrays per forward cost less there than anywhere else.
 """
 
 from __future__ import annotations
