@@ -191,7 +191,7 @@ def build_graph(
             objective=objective,
             tool_version=version("spiffy-dllm"),
         ),
-        nodes=_nodes(fills, counts),
+        nodes=nodes_of(fills, counts),
         expected_steps=tuple(steps_per_forward([trace.chains for trace in measured], fills)),
         acceptance=acceptance,
     )
@@ -202,7 +202,8 @@ def _portable_id(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-def _nodes(fills: Sequence[Fill], counts: dict[Chain, int]) -> tuple[Node, ...]:
+def nodes_of(fills: Sequence[Fill], counts: dict[Chain, int]) -> tuple[Node, ...]:
+    """Artifact nodes: every fill with the observed parents that stand before it in the list."""
     before = edges(counts)
     numbers: dict[Fill, int] = {(): 0}
     nodes = []

@@ -87,8 +87,8 @@ def calibrate(
     objective: Annotated[
         Literal["expected-steps", "paper"],
         typer.Option(
-            help="expected-steps (steps per forward under real hops), or paper (degree-1 "
-            "accumulation)."
+            help="expected-steps (steps that drafts save), or paper (degree-1 accumulation, in the "
+            "reading that did best)."
         ),
     ] = "expected-steps",
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,

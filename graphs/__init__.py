@@ -4,8 +4,17 @@ A `Fill` is a draft state: (position rank, token rank) pairs, sorted. A `Chain` 
 of a root: the fills of the states that followed it, each containing the one before.
 """
 
+from spiffy.graphs.baselines import (
+    grow_by_all_parents,
+    grow_by_children,
+    grow_by_chosen_parents,
+    grow_by_count,
+    grow_by_edges,
+    grow_by_nodes_and_edges,
+    grow_paper,
+)
 from spiffy.graphs.chains import Chain, Fill, Prompt, count_chains, edges
-from spiffy.graphs.grow import grow, grow_paper
+from spiffy.graphs.grow import grow, grow_on_replay
 from spiffy.graphs.replay import Replay, replay
 
 __all__ = [
@@ -16,6 +25,13 @@ __all__ = [
     "count_chains",
     "edges",
     "grow",
+    "grow_by_all_parents",
+    "grow_by_children",
+    "grow_by_chosen_parents",
+    "grow_by_count",
+    "grow_by_edges",
+    "grow_by_nodes_and_edges",
+    "grow_on_replay",
     "grow_paper",
     "replay",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.expand import expand
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.policy import Distribution, choose
-from spiffy.schemas import DecodingSettings
+from spiffy.schemas import DecodingSettings, Node
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,76 @@ class GraphDrafter:
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """See `Drafter`; nodes that need ranks which do not exist here are left out."""
+        return self._states(root, candidates, self._active(candidates, room))
+
+    def _active(self, candidates: Candidates, room: int) -> Tensor:
+        """Nodes that exist here: int64 [k], in order."""
         masked, ranked = candidates.tokens.shape
-        if not len(self.sizes) or not masked:
-            return root.ids.new_empty((0, len(root.ids)))
         active = (
             (self.sizes <= room)
             & (self.position_ranks.amax(1) < masked)
             & (self.ranks_of_tokens.amax(1) < ranked)
         )
-        i, j = self.position_ranks[active], self.ranks_of_tokens[active]
-        states = root.ids.repeat(len(i), 1)
+        return active.nonzero()[:, 0]
+
+    def _states(self, root: Cursor, candidates: Candidates, nodes: Tensor) -> Tensor:
+        """The root with the tokens of each node (int64 [k]) filled in: int64 [k, length]."""
+        i, j = self.position_ranks[nodes], self.ranks_of_tokens[nodes]
+        states = root.ids.repeat(len(nodes), 1)
         return states.scatter_(1, candidates.positions[i], candidates.tokens[i, j])
+
+
+class GeometricMeanDrafter(GraphDrafter):
+    """Keeps the best-scored nodes of a larger graph: the paper's pruning (v4), as a baseline.
+
+    The score of a node is the geometric mean of its tokens' probabilities under the distribution
+    that produced the root. Nodes are kept by score alone (ties to the earlier one), whether or not
+    one that leads to them is kept.
+
+    Parameters
+    ----------
+    nodes
+        The larger graph.
+    budget
+        Most drafts per forward.
+    children
+        "mean" and "sum" score a node by the mean or sum over itself and those of its children that
+        exist at this root.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        model: DiffusionLM,
+        budget: int,
+        children: Literal["ignored", "mean", "sum"] = "ignored",
+    ) -> None:
+        super().__init__([node.fill for node in nodes], model)
+        self.budget = budget
+        self.mean = children == "mean"
+        steps = [
+            (parent - 1, child)  # number 0 is the root
+            for child, node in enumerate(nodes)
+            for parent in node.parents
+            if children != "ignored" and parent > 0
+        ]
+        self.parent, self.child = (
+            torch.tensor(steps, dtype=torch.long, device=model.device).reshape(-1, 2).unbind(-1)
+        )
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        """See `Drafter`."""
+        active = self._active(candidates, room)
+        i, j = self.position_ranks[active], self.ranks_of_tokens[active]
+        own = torch.arange(i.shape[1], device=i.device) < self.sizes[active, None]  # not padding
+        log_p = candidates.log_p[i, j].where(own, 0.0).sum(-1) / self.sizes[active]
+        score = log_p.new_zeros(len(self.sizes)).index_copy(0, active, log_p.exp())
+        exists = log_p.new_zeros(len(self.sizes)).index_fill(0, active, 1.0)
+        total = score.index_add(0, self.parent, score[self.child])[active]
+        if self.mean:
+            total /= exists.index_add(0, self.parent, exists[self.child])[active]
+        best = total.sort(descending=True, stable=True).indices[: self.budget]
+        return self._states(root, candidates, active[best])
 
 
 class AcceptanceDrafter:

@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable, Mapping
 from itertools import combinations
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiffy.graphs import Chain, Fill, count_chains, edges, grow, grow_paper, replay
+from spiffy.graphs import (
+    Chain,
+    Fill,
+    count_chains,
+    edges,
+    grow,
+    grow_by_all_parents,
+    grow_by_children,
+    grow_by_chosen_parents,
+    grow_by_count,
+    grow_by_edges,
+    grow_by_nodes_and_edges,
+    grow_on_replay,
+    grow_paper,
+    replay,
+)
+from spiffy.graphs.optimum import optimum
 from spiffy.graphs.replay import accepted_steps
+
+BASELINES = (
+    grow_by_count,
+    grow_by_all_parents,
+    grow_by_chosen_parents,
+    grow_by_nodes_and_edges,
+    grow_by_edges,
+    grow_by_children,
+)
+
+Growth = Callable[[Mapping[Chain, int], int], list[Fill]]
 
 A: Fill = ((0, 0),)
 B: Fill = ((1, 0),)
 C: Fill = ((2, 0),)
+AC: Fill = ((0, 0), (2, 0))
 AB: Fill = ((0, 0), (1, 0))
 ABC: Fill = ((0, 0), (1, 0), (2, 0))
 
@@ -102,9 +132,19 @@ def test_swapping_finds_what_greedy_growth_misses() -> None:
 
 @given(chain_counts(), st.integers(1, 8))
 def test_every_prefix_is_connected(counts: Counter[Chain], budget: int) -> None:
-    for fills in (grow(counts, budget), grow_paper(counts, budget)):
+    prompts = [[chain] for chain in counts.elements()]
+    grown = [growth(counts, budget) for growth in (grow, *BASELINES)]
+    for fills in (*grown, grow_on_replay(prompts, budget)):
         assert len(fills) == len(set(fills)) <= budget
         assert is_connected(fills, counts)
+
+
+@pytest.mark.parametrize("growth", BASELINES)
+@given(chain_counts(), st.integers(1, 8))
+def test_a_baseline_adds_to_what_it_chose_for_a_smaller_budget(
+    growth: Growth, counts: Counter[Chain], budget: int
+) -> None:
+    assert growth(counts, budget) == growth(counts, budget + 1)[:budget]
 
 
 @given(chain_counts(), st.integers(1, 6))
@@ -114,10 +154,10 @@ def test_a_bigger_budget_never_accepts_less(counts: Counter[Chain], budget: int)
 
 
 @given(chain_counts(), st.integers(1, 8))
-def test_growth_beats_the_papers_rule_on_its_own_data(counts: Counter[Chain], budget: int) -> None:
-    assert value(counts, set(grow(counts, budget))) >= value(
-        counts, set(grow_paper(counts, budget))
-    )
+def test_no_baseline_beats_the_optimum_on_its_own_data(counts: Counter[Chain], budget: int) -> None:
+    best = optimum(counts, budget).value
+    for growth in (grow, *BASELINES):
+        assert value(counts, set(growth(counts, budget))) <= best
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -134,14 +174,99 @@ def test_growth_is_close_to_the_best_of_all_graphs(seed: int) -> None:
     assert ours >= 0.9 * best
 
 
-def test_the_papers_rule_adds_the_counts_of_parents() -> None:
-    # AB has count 4 and parent A with count 5: score 9 beats B's count of 6 once A is in.
-    counts = Counter({(A, AB): 4, (A,): 1, (B,): 6})
-    assert grow_paper(counts, 3) == [B, A, AB]
-    assert grow_paper(Counter({(A, AB): 4, (A,): 3, (B,): 6}), 2) == [A, AB]
+@given(chain_counts(), st.integers(1, 3))
+@settings(max_examples=50)
+def test_the_optimum_is_the_best_of_all_graphs(counts: Counter[Chain], budget: int) -> None:
+    fills = sorted({fill for chain in counts for fill in chain})
+    graphs = combinations(fills, min(budget, len(fills)))
+    found = optimum(counts, budget)
+    assert found.value == found.bound == max(value(counts, set(graph)) for graph in graphs)
+    assert value(counts, set(found.fills)) == found.value
+    assert len(found.fills) <= budget
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_branch_and_bound_finds_what_swapping_misses(seed: int, monkeypatch: Any) -> None:
+    """The optimum must not lean on good growth: here it starts from an empty graph."""
+    monkeypatch.setattr("spiffy.graphs.optimum.grow", lambda chains, budget: [])
+    rng = random.Random(seed)
+    counts = Counter(
+        {
+            chain_of([(p, 0) for p in rng.sample(range(5), 4)], [1] * 4): rng.randint(1, 9)
+            for _ in range(8)
+        }
+    )
+    fills = sorted({fill for chain in counts for fill in chain})
+    best = max(value(counts, set(graph)) for graph in combinations(fills, 4))
+    found = optimum(counts, 4)
+    assert value(counts, set(found.fills)) == found.value == found.bound == best > 0
+
+
+def test_the_optimum_of_nothing_is_nothing() -> None:
+    found = optimum(Counter(), 3)
+    assert (found.fills, found.value, found.bound) == ((), 0, 0)
+
+
+def test_a_bound_holds_when_time_runs_out() -> None:
+    rng = random.Random(0)
+    counts = Counter(
+        chain_of([(p, 0) for p in rng.sample(range(8), 6)], [1] * 6) for _ in range(60)
+    )
+    hurried, patient = optimum(counts, 10, time_limit=0.0), optimum(counts, 10)
+    assert hurried.value <= patient.value == patient.bound <= hurried.bound
+    assert value(counts, set(hurried.fills)) == hurried.value
+
+
+def test_growth_on_replay_counts_only_the_roots_where_walks_end() -> None:
+    # B is right at state 2, which a walk over A never stops at: it ends at state 3.
+    prompt = [None, (A, AB), (B,), (), None]
+    counts = count_chains([prompt])
+    assert value(counts, {A, B}) == value(counts, {A, AB}) == 2
+    assert grow(counts, 2) == [A, B]
+    assert grow_on_replay([prompt], 2) == [A, AB]
+    assert replay([prompt], {A, AB}).forwards < replay([prompt], {A, B}).forwards
+
+
+# Counts: A 5 (4 before AB), B 6 (2 before AB), AB 6, C 3, AC 3 (always after C).
+READINGS = Counter({(A, AB): 4, (A,): 1, (B, AB): 2, (B,): 4, (C, AC): 3})
+
+
+@pytest.mark.parametrize(
+    ("growth", "order"),
+    [
+        (grow_by_count, [B, AB, A, C, AC]),
+        # AB: 6 + 5 + 6; AC: 3 + 3.
+        (grow_by_all_parents, [B, AB, A, C, AC]),
+        # AB follows B: 6 + 6.
+        (grow_by_chosen_parents, [B, AB, A, C, AC]),
+        # A: 5 + 5; AB after B: 6 + 2, after A too: 6 + 6.
+        (grow_by_nodes_and_edges, [B, A, AB, C, AC]),
+        # AB after B only: 2; after A too: 6.
+        (grow_by_edges, [B, A, AB, C, AC]),
+        # B: 6 + 6; A: 5 + 6; C: 3 + 3, which ties with AB, the larger fill.
+        (grow_by_children, [B, A, C, AB, AC]),
+    ],
+)
+def test_a_baseline_follows_its_reading(growth: Growth, order: list[Fill]) -> None:
+    assert growth(READINGS, 8) == order
+
+
+def test_a_parent_outside_the_graph_counts_in_one_reading_only() -> None:
+    # Once A (5) is in: AB has 2 + 5, and 4 more for its parent B; AC has 3 + 5.
+    counts = Counter({(A, AC): 3, (A, AB): 1, (A,): 1, (B, AB): 1, (B,): 3})
+    assert grow_by_all_parents(counts, 3) == [A, AB, AC]
+    assert grow_by_chosen_parents(counts, 3) == [A, AC, AB]
 
 
 def test_growth_stops_when_nothing_is_left_to_gain() -> None:
     assert grow(Counter({(A,): 2}), 32) == [A]
     assert grow(Counter(), 32) == []
-    assert grow_paper(Counter(), 32) == []
+    for growth in BASELINES:
+        assert growth(Counter(), 32) == []
+        assert growth(Counter({(A,): 2}), 32) == [A]
+    assert grow_on_replay([[None, (A,), ()]], 32) == [A]
+    assert grow_on_replay([], 32) == []
+
+
+def test_the_papers_rule_is_the_reading_that_measured_best() -> None:
+    assert grow_paper is grow_by_edges
