@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.policy import Distribution, choose
 from spiffy.schemas import DecodingSettings
+
+#: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
+Selection = Literal["model", "graph"]
 
 
 @dataclass(frozen=True)
