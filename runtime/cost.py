@@ -242,7 +242,7 @@ def conditions(task: Task) -> dict[str, Any]:
     kind = model.device.type
     outside = canvas.first if settings.cache == "block" else canvas.length - canvas.block_length
     return {
-        "device": _device_name(model.device),
+        "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads() if kind == "cpu" else None,
         "torch": torch.__version__,
@@ -254,9 +254,10 @@ def conditions(task: Task) -> dict[str, Any]:
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU or CPU model by its own name."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     if device.type != "cpu":
         return device.type
     try:

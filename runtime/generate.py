@@ -17,7 +17,7 @@ from spiffy.runtime.cost import cost_profile
 from spiffy.runtime.decode import Stats, Task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter, Selection
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.schemas import AcceptanceModel, DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas import AcceptanceModel, CostProfile, DecodingSettings, DraftGraph, SpiffyError
 
 
 @dataclass
@@ -157,12 +157,7 @@ def auto_drafter(
     model, settings = task.model, task.settings
     if graph.differences(settings) or not graph.nodes:
         return Plan(None, 0, 1.0, 0.0), None
-
-    def maker(who: Selection) -> Callable[[int], Drafter]:
-        return lambda drafts: graph_drafter(model, graph, settings, drafts, who)
-
-    makers: dict[str, Callable[[int], Drafter]] = {who: maker(who) for who in steps}
-    profile = cost_profile(task, graph.budget, makers, graph.cost_profiles, remeasure)
+    profile = auto_profile(task, graph, remeasure)
     plan = best_plan(steps, profile)
     if plan.selection is None:
         return plan, None
@@ -170,6 +165,16 @@ def auto_drafter(
     if isinstance(drafter, AcceptanceDrafter):
         drafter.pays = Pays(plan.rate, forward_seconds(profile, plan.drafts))
     return plan, drafter
+
+
+def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> CostProfile:
+    """Cost profile of drafting with a graph on this machine, measured unless it is known."""
+
+    def maker(who: Selection) -> Callable[[int], Drafter]:
+        return lambda drafts: graph_drafter(task.model, graph, task.settings, drafts, who)
+
+    makers: dict[str, Callable[[int], Drafter]] = {who: maker(who) for who in expected_steps(graph)}
+    return cost_profile(task, graph.budget, makers, graph.cost_profiles, remeasure)
 
 
 def _same_steps(graph: DraftGraph, settings: DecodingSettings) -> bool:

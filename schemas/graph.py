@@ -137,16 +137,16 @@ class CostProfile(_Record):
     device: str
     dtype: str
     points: Annotated[tuple[CostPoint, ...], Field(min_length=1)]
-    step_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    step_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     drafting: dict[str, tuple[CostPoint, ...]] = Field(default_factory=dict)
-    largest: int | None = Field(None, ge=0)
-    threads: int | None = Field(None, ge=1)
+    largest: int | None = Field(default=None, ge=0)
+    threads: int | None = Field(default=None, ge=1)
     torch: str | None = None
     model: str | None = None
-    block_length: int | None = Field(None, ge=1)
+    block_length: int | None = Field(default=None, ge=1)
     cache: CacheName | None = None
     policy: PolicyName | None = None
-    prefix_length: int | None = Field(None, ge=0)
+    prefix_length: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> CostProfile:
