@@ -257,7 +257,7 @@ def conditions(task: Task) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """The GPU or CPU model by its own name."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     try:
