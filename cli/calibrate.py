@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,7 +27,8 @@ from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
-    from spiffy.schemas import DraftGraph, Objective
+    from spiffy.runtime.decode import Task
+    from spiffy.schemas import CostProfile, DraftGraph, Objective
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -95,6 +97,13 @@ def calibrate(
     edges: EdgesOption = "all",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Store this machine's forward times in the artifact (not part of its digest).",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -134,6 +143,7 @@ def calibrate(
 
         from spiffy.calib.pipeline import build_graph, prepare, record
         from spiffy.runtime import decoding_settings, load_model
+        from spiffy.runtime.generate import auto_profile
 
         switches = block_edges(edges)
         lm = load_model(model, device=device, dtype=dtype)
@@ -157,8 +167,17 @@ def calibrate(
         line = bar.add_task("decoding prompts", total=len(tasks))
         traces = record(lm, tasks, batch_size, lambda done: bar.update(line, completed=done))
     graph = build_graph(lm, prompts, settings, traces, budget, seed, objective)
+    with log.status("timing forwards"):
+        tasks.sort(key=lambda task: len(task.prompt))
+        task = replace(tasks[len(tasks) // 2], drafter=None, path=[])
+        measured = auto_profile(task, graph) if graph.nodes else None
+    if profile and measured is not None:
+        graph = graph.model_copy(update={"cost_profiles": (measured,)})
     graph.save(path)
-    _summarise(graph, traces, path)
+    _summarise(graph, traces)
+    if measured is not None:
+        _predict(graph, measured, task)
+    log.print(f"wrote {path}", soft_wrap=True)
 
 
 def _default_path(model: str) -> Path:
@@ -167,7 +186,7 @@ def _default_path(model: str) -> Path:
     return Path(model.rsplit("/", 1)[-1].lower() + ".json")
 
 
-def _summarise(graph: DraftGraph, traces: Traces, path: Path) -> None:
+def _summarise(graph: DraftGraph, traces: Traces) -> None:
     from spiffy.calib.pipeline import chain_counts, grow_by, steps_per_forward
 
     record, settings = graph.calibration, graph.decoding
@@ -202,7 +221,42 @@ def _summarise(graph: DraftGraph, traces: Traces, path: Path) -> None:
         f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "
         f"{traces.nfe} forwards, {traces.positions_computed} positions"
     )
-    log.print(f"wrote {path}", soft_wrap=True)
+
+
+def _predict(graph: DraftGraph, measured: CostProfile, task: Task) -> None:
+    """Print how many drafts pay, here and on named accelerators, and what they should bring."""
+    from spiffy.runtime.auto import best_plan, expected_steps
+    from spiffy.runtime.roofline import ACCELERATORS, predicted_profile
+
+    budgets = [point.drafts for point in measured.points]
+    profiles = {f"this machine ({measured.dtype})": ("measured", measured)}
+    for accelerator in ACCELERATORS:
+        predicted = predicted_profile(
+            task.model, accelerator, task.canvas, task.settings.cache, budgets, measured.drafting
+        )
+        profiles[f"{accelerator.name} (bfloat16)"] = ("roofline", predicted)
+    table = Table(title="Predicted speedup over plain decoding")
+    for heading in ("device", "forward times"):
+        table.add_column(heading)
+    for heading in ("plain forward", "drafts", "chosen by", "speedup"):
+        table.add_column(heading, justify="right")
+    for device, (source, profile) in profiles.items():
+        plan = best_plan(expected_steps(graph), profile)
+        table.add_row(
+            device,
+            source,
+            f"{1000 * profile.points[0].seconds:.3g} ms",
+            str(plan.drafts),
+            plan.selection or "-",
+            f"{plan.speedup:.2f}x",
+        )
+    console.print(table)
+    log.print(
+        "predictions: held-out steps per forward, over seconds of forward and drafting. Roofline: "
+        "bandwidth and peak of the data sheet, without kernel launches (which decide on models of "
+        "millions of parameters), drafting as timed on this machine",
+        soft_wrap=True,
+    )
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from spiffy.runtime import BlockEdges
+    from spiffy.runtime.auto import Plan
     from spiffy.runtime.draft import Drafter
     from spiffy.runtime.generate import Output
     from spiffy.runtime.models import DiffusionLM
@@ -59,6 +60,12 @@ def decode(
             "machine. With --verify also several, such as 1,8,32."
         ),
     ] = None,
+    remeasure: Annotated[
+        bool,
+        typer.Option(
+            "--remeasure", help="With --budget auto: time this machine again, forget earlier times."
+        ),
+    ] = False,
     speculation: Annotated[
         bool, typer.Option("--speculation/--no-speculation", help="Draft, or decode plainly.")
     ] = True,
@@ -107,6 +114,8 @@ def decode(
             "--no-speculation"
         )
     budgets = _budgets(budget, artifact if speculation else None)
+    if remeasure and "auto" not in budgets:
+        raise SpiffyError("--remeasure times this machine for --budget auto: give that too")
     if len(budgets) > 1 and not verify:
         raise SpiffyError(f"--budget {budget}: several budgets need --verify, to compare them")
     texts = _texts(prompt, prompts, samples, seed)
@@ -131,7 +140,9 @@ def decode(
             temperature=temperature,
         )
         runs = _Runs(lm, settings, seed, switches, _decodable(lm, settings, texts))
-        runs.drafters = _drafters(runs, artifact, budgets)
+        if artifact is not None and budgets:
+            _warn_of_differences(artifact, settings)
+        runs.drafters = _drafters(runs, artifact, budgets, remeasure)
 
     out = log if json_lines else console
     if verify:
@@ -231,25 +242,47 @@ def _decodable(
     return prompts
 
 
+def _warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> None:
+    """Say for which settings the graph's expected steps were not measured."""
+    if different := artifact.differences(settings):
+        log.print(
+            f"other settings than the graph's: {', '.join(different)}; its expected steps do not "
+            "hold, --budget auto will not draft: calibrate with these",
+            soft_wrap=True,
+        )
+
+
 def _drafters(
-    runs: _Runs, artifact: DraftGraph | None, budgets: list[int | Literal["auto"]]
+    runs: _Runs,
+    artifact: DraftGraph | None,
+    budgets: list[int | Literal["auto"]],
+    remeasure: bool,
 ) -> dict[str, Drafter | None]:
-    from spiffy.runtime.cost import best_budget, measure_cost
-    from spiffy.runtime.generate import graph_drafter, make_task
+    from spiffy.runtime.generate import auto_drafter, graph_drafter, make_task
 
     if artifact is None or not budgets:
         return {"plain": None}
     drafters: dict[str, Drafter | None] = {}
     for budget in budgets:
         if budget == "auto":
-            task = make_task(runs.lm, runs.prompts[0][1], runs.settings, edges=runs.edges)
-            number = best_budget(artifact, measure_cost(task, artifact.budget))
-            drafter = graph_drafter(runs.lm, artifact, runs.settings, number) if number else None
-            drafters[f"auto: {number} drafts"] = drafter
+            tasks = [
+                make_task(runs.lm, text, runs.settings, edges=runs.edges)
+                for _, text in runs.prompts
+            ]
+            tasks.sort(key=lambda task: len(task.prompt))
+            plan, drafter = auto_drafter(tasks[len(tasks) // 2], artifact, remeasure=remeasure)
+            log.print(f"budget auto: {_describe(plan)}")
+            drafters[f"auto: {plan.drafts} drafts"] = drafter
         else:
-            drafter = graph_drafter(runs.lm, artifact, runs.settings, budget)
-            drafters[f"{budget} drafts"] = drafter
+            drafters[f"{budget} drafts"] = graph_drafter(runs.lm, artifact, runs.settings, budget)
     return drafters
+
+
+def _describe(plan: Plan) -> str:
+    if plan.selection is None:
+        return "no drafts, plain decoding is fastest here"
+    chosen = "acceptance model" if plan.selection == "model" else "graph"
+    return f"up to {plan.drafts} drafts by the {chosen}, predicted {plan.speedup:.2f}x plain"
 
 
 @dataclass

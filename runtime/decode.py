@@ -107,7 +107,7 @@ def denoise(task: Task) -> Decoding:
             cursor = denoising_step(task, cursor, distribution, evaluation.first_only)
             task.path.append(cursor)
             stats.steps += 1
-            verified = _find(states, cursor.ids)
+            verified = find(states, cursor.ids)
             if verified is None or cursor.finished:
                 break
             if not evaluation.windows[verified].covers(canvas.span(cursor.block)):
@@ -178,7 +178,7 @@ def denoising_step(
     return Cursor(ids, cursor.block + 1, 0, step, finished)
 
 
-def _find(states: Tensor, ids: Tensor) -> int | None:
+def find(states: Tensor, ids: Tensor) -> int | None:
     """Row of `states` (int64 [n, length]) that equals `ids`, if any."""
     found = (states == ids).all(-1).nonzero()
     return int(found[0, 0]) if len(found) else None

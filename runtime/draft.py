@@ -20,6 +20,9 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.policy import Distribution, choose
 from spiffy.schemas import DecodingSettings, Node
 
+#: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
+Selection = Literal["model", "graph"]
+
 
 @dataclass(frozen=True)
 class Candidates:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.acceptance import AcceptanceWeights
+from spiffy.runtime.auto import Pays, Plan, best_plan, expected_steps, forward_seconds
 from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.canvas import Canvas
+from spiffy.runtime.cost import cost_profile
 from spiffy.runtime.decode import Stats, Task, run
-from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter
+from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter, Selection
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.schemas import AcceptanceModel, DecodingSettings, DraftGraph, SpiffyError
-
-#: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
-Selection = Literal["model", "graph"]
+from spiffy.schemas import AcceptanceModel, CostProfile, DecodingSettings, DraftGraph, SpiffyError
 
 
 @dataclass
@@ -135,6 +134,49 @@ def graph_drafter(
     return GraphDrafter([node.fill for node in graph.nodes[:budget]], model)
 
 
+def auto_drafter(
+    task: Task, graph: DraftGraph, selection: Selection = "model", remeasure: bool = False
+) -> tuple[Plan, Drafter | None]:
+    """What pays on this machine for tasks like this one; no drafter where plain decoding is best.
+
+    Costs are measured with the task's model, settings and prompt, or taken from an earlier
+    measurement (`cost_profile`); expected steps are the artifact's. Where it was calibrated with
+    other settings they do not hold, and there are no drafts. With `selection="model"` the graph's
+    nodes compete too: choosing by the acceptance model takes time.
+
+    Raises
+    ------
+    SpiffyError
+        If the artifact states no expected steps.
+    """
+    steps = expected_steps(graph)
+    if selection == "graph":
+        steps.pop("model", None)
+    if not steps:
+        raise SpiffyError("budget auto: the graph has no expected_steps; calibrate again")
+    model, settings = task.model, task.settings
+    if graph.differences(settings) or not graph.nodes:
+        return Plan(None, 0, 1.0, 0.0), None
+    profile = auto_profile(task, graph, remeasure)
+    plan = best_plan(steps, profile)
+    if plan.selection is None:
+        return plan, None
+    drafter = graph_drafter(model, graph, settings, plan.drafts, plan.selection)
+    if isinstance(drafter, AcceptanceDrafter):
+        drafter.pays = Pays(plan.rate, forward_seconds(profile, plan.drafts))
+    return plan, drafter
+
+
+def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> CostProfile:
+    """Cost profile of drafting with a graph on this machine, measured unless it is known."""
+
+    def maker(who: Selection) -> Callable[[int], Drafter]:
+        return lambda drafts: graph_drafter(task.model, graph, task.settings, drafts, who)
+
+    makers: dict[str, Callable[[int], Drafter]] = {who: maker(who) for who in expected_steps(graph)}
+    return cost_profile(task, graph.budget, makers, graph.cost_profiles, remeasure)
+
+
 def _same_steps(graph: DraftGraph, settings: DecodingSettings) -> bool:
     """Whether a denoising step commits what it did when the graph was calibrated."""
     calibrated = graph.decoding
@@ -150,7 +192,7 @@ def generate(
     prompt: str | Tensor,
     *,
     graph: DraftGraph | None = None,
-    budget: int | None = None,
+    budget: int | Literal["auto"] | None = None,
     selection: Selection = "model",
     seed: int = 0,
     sequence: int = 0,
@@ -167,7 +209,8 @@ def generate(
     graph
         Draft graph of this model, also the source of options not given; None decodes plainly.
     budget
-        Drafts per forward, the root not counted; the graph's size by default.
+        Drafts per forward, the root not counted; the graph's size by default. "auto": as many as
+        pay on this machine, measured in the first few seconds and remembered (`auto_drafter`).
     selection
         "model" lets the artifact's acceptance model choose the drafts, where it has one; "graph"
         takes its nodes in order.
@@ -188,8 +231,12 @@ def generate(
     if graph is None and budget is not None:
         raise SpiffyError(f"budget {budget} counts drafts: give a graph")
     settings = decoding_settings(model, graph, **options)
-    drafter = None if graph is None else graph_drafter(model, graph, settings, budget, selection)
-    task = make_task(model, prompt, settings, drafter, seed, sequence, edges)
+    task = make_task(model, prompt, settings, None, seed, sequence, edges)
+    if graph is not None:
+        if budget == "auto":
+            _, task.drafter = auto_drafter(task, graph, selection)
+        else:
+            task.drafter = graph_drafter(model, graph, settings, budget, selection)
     for _ in run(model, [task]):
         pass
     return collect(task, trace)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spiffy.schemas.decoding import DecodingSettings, first_problem
+from spiffy.schemas.decoding import CacheName, DecodingSettings, PolicyName, first_problem
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
@@ -115,11 +115,48 @@ class CostPoint(_Record):
 
 
 class CostProfile(_Record):
-    """What verification costs on a device; not part of the digest."""
+    """What verification costs on a device, and what it was measured for; not part of the digest.
+
+    Attributes
+    ----------
+    points
+        Seconds of a forward over the root and that many drafts, from 0 drafts up.
+    step_seconds
+        What one denoising step costs besides the forward: output head, softmax, unmasking policy.
+        The same number of steps is made with and without drafts.
+    drafting
+        Seconds spent on choosing at most that many drafts, by who chooses them.
+    largest
+        Number of drafts that was asked for; the points end earlier where no draft can pay, or where
+        measuring took too long.
+    threads, torch, model, block_length, cache, policy, prefix_length
+        Conditions: threads of a CPU, torch's version, fingerprint of config and tokenizer, decoding
+        settings, and positions outside the block that its queries attend to.
+    """
 
     device: str
     dtype: str
-    points: tuple[CostPoint, ...]
+    points: Annotated[tuple[CostPoint, ...], Field(min_length=1)]
+    step_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    drafting: dict[str, tuple[CostPoint, ...]] = Field(default_factory=dict)
+    largest: int | None = Field(default=None, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+    torch: str | None = None
+    model: str | None = None
+    block_length: int | None = Field(default=None, ge=1)
+    cache: CacheName | None = None
+    policy: PolicyName | None = None
+    prefix_length: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> CostProfile:
+        if self.points[0].drafts != 0:
+            raise ValueError("points: must start at 0 drafts")
+        for name, points in {"points": self.points, **self.drafting}.items():
+            drafts = [point.drafts for point in points]
+            if not drafts or drafts != sorted(set(drafts)):
+                raise ValueError(f"{name}: numbers of drafts must ascend")
+        return self
 
 
 class DraftGraph(_Record):
@@ -182,6 +219,21 @@ class DraftGraph(_Record):
     def budget(self) -> int:
         """Number of drafts, the root not counted."""
         return len(self.nodes)
+
+    def differences(self, settings: DecodingSettings) -> tuple[str, ...]:
+        """Settings, in words, for which the graph's expected steps do not hold.
+
+        Those that decide what a denoising step commits or knows; not how long an answer may be.
+        """
+        fields = ["policy", "block_length", "cache", "temperature", "score"]
+        if settings.steps_per_block is None:
+            fields += ["tokens_per_step", "steps_per_block"]
+        else:
+            fields += ["steps_per_block", "schedule"]
+        if settings.policy == "threshold":
+            fields.append("threshold")
+        pairs = [(f, getattr(settings, f), getattr(self.decoding, f)) for f in fields]
+        return tuple(f"{name} {ours} ({theirs})" for name, ours, theirs in pairs if ours != theirs)
 
     def digest(self) -> str:
         """SHA-256 over the canonical JSON of everything but the cost profiles."""

@@ -1,0 +1,128 @@
+"""How many drafts pay: expected denoising steps on one side, seconds on the other.
+
+Decoding S steps with n drafts per forward takes S * step + S / E(n) * (forward(n) + drafting(n))
+seconds, where E(n) is the expected number of steps per forward. The steps themselves cost the same
+with and without drafts, so the best n is the one with most steps per second of forward and
+drafting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spiffy.runtime.acceptance import Floats
+from spiffy.runtime.draft import Selection
+from spiffy.schemas import CostPoint, CostProfile, DraftGraph, ExpectedSteps
+
+#: Drafts must promise this much over plain decoding, or there are none: a promise may be wrong.
+MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What pays on a device.
+
+    Attributes
+    ----------
+    selection
+        Who chooses the drafts; None: nobody, decode plainly.
+    drafts
+        Most drafts per forward.
+    speedup
+        Predicted, over plain decoding.
+    rate
+        Denoising steps per second of forwards and drafting.
+    """
+
+    selection: Selection | None
+    drafts: int
+    speedup: float
+    rate: float
+
+
+def expected_steps(graph: DraftGraph) -> dict[Selection, tuple[ExpectedSteps, ...]]:
+    """Expected steps per forward, by who chooses the drafts and by how many there may be."""
+    steps: dict[Selection, tuple[ExpectedSteps, ...]] = {}
+    if graph.expected_steps:
+        steps["graph"] = tuple(
+            ExpectedSteps(drafts=n, steps=max(s, 1.0)) for n, s in enumerate(graph.expected_steps)
+        )
+    if graph.acceptance is not None and graph.acceptance.expected_steps:
+        steps["model"] = graph.acceptance.expected_steps
+    return steps
+
+
+def best_plan(
+    steps: Mapping[Selection, Sequence[ExpectedSteps]],
+    profile: CostProfile,
+    margin: float = MARGIN,
+) -> Plan:
+    """The way of drafting with most steps per second; plain unless it promises `margin` more.
+
+    Only numbers of drafts that were measured are considered; of equals the fewest drafts win.
+    """
+    seconds = forward_seconds(profile, profile.points[-1].drafts)
+    plain = Plan(None, 0, 1.0, 1 / float(seconds[0]))
+    best = plain
+    for selection, points in steps.items():
+        drafting = profile.drafting.get(selection, ())
+        for cost in profile.points[1:]:
+            n = cost.drafts
+            if n > points[-1].drafts:
+                break
+            per_forward = interpolated([(p.drafts, p.steps) for p in points], n)
+            spent = float(seconds[n]) + (interpolated(_pairs(drafting), n) if drafting else 0.0)
+            step = profile.step_seconds
+            speedup = (float(seconds[0]) + step) / (spent / per_forward + step)
+            if speedup > best.speedup:
+                best = Plan(selection, n, speedup, per_forward / spent)
+    return best if best.speedup >= 1 + margin else plain
+
+
+def interpolated(points: Sequence[tuple[int, float]], at: int) -> float:
+    """Piecewise linear through (drafts, value) points, constant beyond the ends."""
+    x, y = zip(*points, strict=True)
+    return float(np.interp(at, x, y))
+
+
+def _pairs(points: Sequence[CostPoint]) -> list[tuple[int, float]]:
+    return [(point.drafts, point.seconds) for point in points]
+
+
+def forward_seconds(profile: CostProfile, drafts: int) -> Floats:
+    """Seconds of a forward with 0, 1, ... `drafts` drafts, float64 [drafts + 1].
+
+    Interpolated, and never falling: where more drafts were measured to cost less, that was noise.
+    """
+    x, y = zip(*_pairs(profile.points), strict=True)
+    seconds: Floats = np.interp(np.arange(drafts + 1), x, np.maximum.accumulate(y))
+    return seconds
+
+
+@dataclass(frozen=True)
+class Pays:
+    """How many of a root's drafts are worth verifying.
+
+    A draft with acceptance probability p gains p steps, which would otherwise take p / rate
+    seconds, and makes the forward longer.
+
+    Attributes
+    ----------
+    rate
+        Steps per second of forwards and drafting that decoding achieves anyway.
+    seconds
+        float64 [n + 1], seconds of a forward with 0, 1, ... n drafts, not falling.
+    """
+
+    rate: float
+    seconds: Floats
+
+    def __call__(self, p: Floats) -> int:
+        """From acceptance probabilities [k], descending, to how many drafts to keep."""
+        n = min(len(p), len(self.seconds) - 1)
+        gain = np.concatenate(([0.0], np.cumsum(p[:n])))
+        worth = gain - self.rate * (self.seconds[: n + 1] - self.seconds[0])
+        return int(worth.argmax())  # the fewest of equals
