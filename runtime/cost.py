@@ -105,10 +105,11 @@ class _Stage:
         task, root = self.task, site.root
         masked = task.canvas.masked(root, task.model.mask_token_id)
         candidates = rank_candidates(
-            site.known.restrict(masked),
+            site.known,
             task.settings,
             task.model.mask_token_id,
             drafter.token_ranks,
+            masked,
             site.fresh,
         )
         may_complete = self.cache.crosses and root.block + 1 < task.canvas.blocks
