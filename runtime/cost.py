@@ -212,20 +212,19 @@ def measure_cost(
         timings.time("step", 0, at, partial(stage.step, site, states, evaluation))
 
     middle = stage.sites[len(stage.sites) // 2]
-    promising = len(budgets)
-    for count, n in enumerate(budgets):  # warms up, and finds out how far to go
+    timed, promising = [], []
+    for n in budgets:  # warms up, and finds out how far to go
         if n > 1 and late():
-            budgets = budgets[:count]
             break
-        promising = count + 1
         plain_turn(n, middle, warm=False)
         for who in made if n else ():
             turn(who, n, middle, warm=False)
+        timed.append(n)
         if timings.of("forward", n) > _HOPELESS * timings.of("forward", 0):
-            budgets, promising = budgets[: count + 1], count
             break
+        promising.append(n)
     for _ in range(_ROUNDS):
-        for n in budgets[:promising]:
+        for n in promising:
             if late():
                 break
             plain_turn(n, middle, warm=False)
@@ -237,7 +236,7 @@ def measure_cost(
                     turn(who, n, site, warm=True)
 
     def points(of: Callable[[int], float], least: int = 1) -> tuple[CostPoint, ...]:
-        return tuple(CostPoint(drafts=n, seconds=of(n)) for n in budgets if n >= least)
+        return tuple(CostPoint(drafts=n, seconds=of(n)) for n in timed if n >= least)
 
     def whole_turn(who: str, n: int) -> float:
         return timings.of(who, n) + timings.of(f"forward after {who}", n)
