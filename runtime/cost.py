@@ -27,9 +27,9 @@ from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
 _BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _ROUNDS = 20
-_SITES = 4
+_SITES = 3
 #: A forward this many times the price of a plain one never pays: walks are not that long.
-_HOPELESS = 8.0
+_HOPELESS = 6.0
 
 #: Fields of `CostProfile` that say what it was measured for.
 _CONDITIONS = (
@@ -82,7 +82,7 @@ class _Stage:
         while True:
             evaluation = _run(task, cache.evaluate(cursor, cursor.ids[None]))
             known = evaluation.distribution(0, canvas.masked(cursor, model.mask_token_id))
-            if not passed:  # better than nothing, where one step completes a block
+            if not passed:  # what is known before a block's first forward is known less well
                 passed.append(_Site(cursor, known, known.positions[:0]))
             following = denoising_step(task, cursor, known, evaluation.first_only)
             if following.block > cursor.block or following.finished:
@@ -92,7 +92,8 @@ class _Stage:
             if perf_counter() - started > limit:
                 break
             cursor = following
-        passed = passed[1:] or passed
+        if not cache.crosses:  # a block's first forward has no drafts
+            passed = passed[1:] or passed
         count = min(len(passed), _SITES)
         return cls(
             task,
@@ -167,10 +168,6 @@ class _Timings:
         medians = {site: median(values) for site, values in self.seconds[what, n].items()}
         return fmean([v for site, v in medians.items() if site is not None] or medians.values())
 
-    def points(self, what: str) -> tuple[CostPoint, ...]:
-        drafts = sorted(n for name, n in self.seconds if name == what)
-        return tuple(CostPoint(drafts=n, seconds=self.of(what, n)) for n in drafts)
-
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
@@ -202,36 +199,54 @@ def measure_cost(
     def late() -> bool:
         return perf_counter() - started > limit
 
-    def turn(who: str | None, n: int, site: _Site, warm: bool) -> None:
+    def plain_turn(n: int, site: _Site, warm: bool) -> None:
         at, states = site if warm else None, site.root.ids.repeat(1 + n, 1)
-        if who is not None:
-            states = timings.time(who, n, at, partial(stage.draft, site, made[who][n]))
         evaluation = timings.time("forward", n, at, partial(stage.forward, site, states))
         timings.time("step", 0, at, partial(stage.step, site, states, evaluation))
 
-    def drafters_of(n: int) -> list[str | None]:
-        return list(made) or [None] if n else [None]
+    def turn(who: str, n: int, site: _Site, warm: bool) -> None:
+        at = site if warm else None
+        states = timings.time(who, n, at, partial(stage.draft, site, made[who][n]))
+        # Choosing drafts also chills the processor's caches for the forward behind it.
+        after = f"forward after {who}"
+        evaluation = timings.time(after, n, at, partial(stage.forward, site, states))
+        timings.time("step", 0, at, partial(stage.step, site, states, evaluation))
 
-    for count, n in enumerate(budgets):  # warms up, and finds out how far to go
+    middle = stage.sites[len(stage.sites) // 2]
+    timed, promising = [], []
+    for n in budgets:  # warms up, and finds out how far to go
         if n > 1 and late():
-            budgets = budgets[:count]
             break
-        for who in drafters_of(n):
-            turn(who, n, stage.sites[0], warm=False)
+        plain_turn(n, middle, warm=False)
+        for who in made if n else ():
+            turn(who, n, middle, warm=False)
+        timed.append(n)
         if timings.of("forward", n) > _HOPELESS * timings.of("forward", 0):
-            budgets = budgets[: count + 1]
             break
+        promising.append(n)
     for _ in range(_ROUNDS):
-        for n in budgets:
-            for who in drafters_of(n):
-                if not late():
-                    turn(who, n, stage.sites[-1], warm=False)
-                    for site in stage.sites:
-                        turn(who, n, site, warm=True)
+        for n in promising:
+            if late():
+                break
+            plain_turn(n, middle, warm=False)
+            for site in [middle] if n else 2 * stage.sites:  # everything is compared with 0 drafts
+                plain_turn(n, site, warm=True)
+            for who in made if n else ():
+                turn(who, n, stage.sites[-1], warm=False)
+                for site in stage.sites:
+                    turn(who, n, site, warm=True)
+
+    def points(of: Callable[[int], float], least: int = 1) -> tuple[CostPoint, ...]:
+        return tuple(CostPoint(drafts=n, seconds=of(n)) for n in timed if n >= least)
+
+    def whole_turn(who: str, n: int) -> float:
+        return timings.of(who, n) + timings.of(f"forward after {who}", n)
+
     return CostProfile(
-        points=timings.points("forward"),
+        points=points(partial(timings.of, "forward"), least=0),
         step_seconds=timings.of("step", 0),
-        drafting={who: timings.points(who) for who in made},
+        drafting={who: points(partial(timings.of, who)) for who in made},
+        turns={who: points(partial(whole_turn, who)) for who in made},
         largest=largest,
         **conditions(task),
     )
@@ -313,7 +328,7 @@ _remembered: dict[str, CostProfile] = {}  # by key, for machines where nothing c
 def _serves(profile: CostProfile, key: str, largest: int, drafters: set[str]) -> bool:
     theirs = profile.model_dump(include=set(_CONDITIONS))
     enough = profile.largest is not None and profile.largest >= largest
-    return _key(theirs) == key and enough and drafters <= set(profile.drafting)
+    return _key(theirs) == key and enough and drafters <= set(profile.turns)
 
 
 def cache_folder() -> Path | None:

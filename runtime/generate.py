@@ -163,7 +163,9 @@ def auto_drafter(
         return plan, None
     drafter = graph_drafter(model, graph, settings, plan.drafts, plan.selection)
     if isinstance(drafter, AcceptanceDrafter):
-        drafter.pays = Pays(plan.rate, forward_seconds(profile, plan.drafts))
+        # The plan holds on average; where much is likely, twice as many may pay.
+        drafter.budget = min(2 * plan.drafts, profile.points[-1].drafts, graph.budget)
+        drafter.pays = Pays(plan.rate, forward_seconds(profile, drafter.budget))
     return plan, drafter
 
 

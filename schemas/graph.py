@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,6 +127,9 @@ class CostProfile(_Record):
         The same number of steps is made with and without drafts.
     drafting
         Seconds spent on choosing at most that many drafts, by who chooses them.
+    turns
+        Seconds of drafting and of the forward after it, averaged over roots, of which some have
+        fewer drafts; where missing, take `points` and `drafting` together.
     largest
         Number of drafts that was asked for; the points end earlier where no draft can pay, or where
         measuring took too long.
@@ -139,6 +143,7 @@ class CostProfile(_Record):
     points: Annotated[tuple[CostPoint, ...], Field(min_length=1)]
     step_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     drafting: dict[str, tuple[CostPoint, ...]] = Field(default_factory=dict)
+    turns: dict[str, tuple[CostPoint, ...]] = Field(default_factory=dict)
     largest: int | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
     torch: str | None = None
@@ -152,11 +157,17 @@ class CostProfile(_Record):
     def _is_a_curve(self) -> CostProfile:
         if self.points[0].drafts != 0:
             raise ValueError("points: must start at 0 drafts")
-        for name, points in {"points": self.points, **self.drafting}.items():
+        for name, points in self._curves():
             drafts = [point.drafts for point in points]
             if not drafts or drafts != sorted(set(drafts)):
                 raise ValueError(f"{name}: numbers of drafts must ascend")
         return self
+
+    def _curves(self) -> Iterator[tuple[str, tuple[CostPoint, ...]]]:
+        yield "points", self.points
+        for field, curves in (("drafting", self.drafting), ("turns", self.turns)):
+            for who, points in curves.items():
+                yield f"{field}.{who}", points
 
 
 class DraftGraph(_Record):

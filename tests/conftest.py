@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,14 @@ torch.set_num_threads(1)
 
 settings.register_profile("spiffy", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("spiffy")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is measured on this machine out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPIFFY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,6 +12,7 @@ import pytest
 from helpers import PARITY
 
 from spiffy.cli import calibrate, decode, graph
+from spiffy.schemas import DraftGraph
 
 COMMANDS = {"calibrate": calibrate, "decode": decode, "graph": graph}
 TINY = "tiny-llada"
@@ -136,6 +137,7 @@ def test_verify_notices_a_differing_token(
     assert "no (1 prompts differ)" in printed
 
 
+<<<<<<< HEAD
 def test_edges_change_the_cost_of_decoding_and_not_the_answer(call: Call, artifact: Path) -> None:
     def decoded(edges: str, *arguments: object) -> dict[str, Any]:
         arguments = (*arguments, "--prompt", PROMPT, "--json", "--edges", edges)
@@ -169,6 +171,53 @@ def test_a_graph_can_be_calibrated_for_some_edges(call: Call, tmp_path: Path) ->
 def test_auto_budget_decodes(call: Call, artifact: Path) -> None:
     arguments = ("--prompt", PROMPT, "--budget", "auto", "--verify")
     assert call("decode", "--graph", artifact, *arguments)[0] == 0
+=======
+def test_auto_budget_decodes_with_and_without_an_acceptance_model(
+    call: Call, artifact: Path, tmp_path: Path
+) -> None:
+    stored = DraftGraph.load(artifact)
+    assert stored.acceptance is not None
+    static = tmp_path / "static.json"
+    stored.model_copy(update={"acceptance": None}).save(static)
+    for path in (artifact, static):
+        arguments = ("--graph", path, "--prompt", PROMPT, "--budget", "auto")
+        code, printed, log = call("decode", *arguments, "--verify")
+        assert code == 0
+        assert "tokens identical" in printed
+        assert "budget auto: " in log
+        assert "other settings" not in log
+    arguments = ("--graph", artifact, "--prompt", PROMPT)
+    plain = call("decode", *arguments, "--no-speculation")[1]
+    assert call("decode", *arguments, "--budget", "auto", "--remeasure")[:2] == (0, plain)
+    assert call("decode", *arguments, "--remeasure")[0] == 2
+
+
+def test_decoding_with_other_settings_than_the_graphs_says_so(call: Call, artifact: Path) -> None:
+    arguments = ("--graph", artifact, "--prompt", PROMPT, "--block-length", 16, "--budget")
+    for budget in ("2", "auto"):
+        code, _, log = call("decode", *arguments, budget)
+        assert code == 0
+        assert "block_length 16 (32)" in log.replace("\n", " ")
+    assert "no drafts" in log
+
+
+def test_calibrate_predicts_and_stores_costs_outside_the_digest(
+    call: Call, artifact: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "graph.json"
+    code, printed, log = call("calibrate", "--model", TINY, *QUICK, "--profile", "--out", out)
+    assert code == 0
+    assert "this machine" in printed
+    assert "roofline" in printed
+    assert "predictions" in log
+    ours, plain = DraftGraph.load(out), DraftGraph.load(artifact)
+    assert ours.digest() == plain.digest()
+    assert not plain.cost_profiles
+    (profile,) = ours.cost_profiles
+    assert profile.points[0].drafts == 0
+    assert (profile.cache, profile.block_length, profile.policy) == ("none", 32, "static")
+    assert set(profile.turns) == {"graph", "model"}
+>>>>>>> cost-4
 
 
 def test_graph_commands_describe_an_artifact(call: Call, artifact: Path) -> None:

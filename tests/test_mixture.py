@@ -261,7 +261,7 @@ def test_drafts_change_no_state(policy: dict[str, Any], temperature: float) -> N
         sorted({rng.randrange(6): rng.randrange(4) for _ in range(depth)}.items())
         for depth in (1, 1, 1, 2, 2, 3)
     ]
-    graphed = decode(model, prompt, settings, GraphDrafter(graph, settings, model))
+    graphed = decode(model, prompt, settings, GraphDrafter(graph, model))
     foreseen = decode(model, prompt, settings, Oracle(plain, depth=3))
     assert graphed.stats.drafted > 0
     assert foreseen.stats.accepted > 0

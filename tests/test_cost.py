@@ -1,0 +1,433 @@
+"""What pays: the decision on hand-made numbers, and where measurements are kept. Nothing timed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import decode, parity_model, random_prompt, states
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spiffy.calib.pipeline import Traces, build_graph
+from spiffy.calib.prompts import PromptSet
+from spiffy.calib.record import Recorder, Trace
+from spiffy.runtime import cost, decoding_settings, generate
+from spiffy.runtime.auto import Pays, best_plan, forward_seconds
+from spiffy.runtime.canvas import Canvas
+from spiffy.runtime.decode import Task
+from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
+from spiffy.runtime.generate import auto_drafter, make_task
+from spiffy.runtime.roofline import Accelerator, Shape, layout, predicted_profile
+from spiffy.runtime.roofline import forward_seconds as roofline_seconds
+from spiffy.schemas import (
+    AcceptanceModel,
+    CostPoint,
+    CostProfile,
+    DecodingSettings,
+    DraftGraph,
+    ExpectedSteps,
+    SpiffyError,
+)
+
+
+def curve(*pairs: tuple[int, float]) -> tuple[CostPoint, ...]:
+    return tuple(CostPoint(drafts=n, seconds=seconds) for n, seconds in pairs)
+
+
+def profile(*pairs: tuple[int, float], **more: object) -> CostProfile:
+    return CostProfile(**{"device": "any", "dtype": "float32", "points": curve(*pairs), **more})
+
+
+def steps(*pairs: tuple[int, float]) -> tuple[ExpectedSteps, ...]:
+    return tuple(ExpectedSteps(drafts=n, steps=value) for n, value in pairs)
+
+
+STEPS = steps((0, 1.0), (1, 1.6), (4, 2.4), (8, 2.8))
+FLAT = profile((0, 1.0), (1, 1.01), (4, 1.02), (8, 1.03))
+STEEP = profile((0, 1.0), (1, 2.0), (4, 5.0), (8, 9.0))
+
+
+# The decision
+
+
+def test_all_drafts_pay_where_they_are_free_and_none_where_they_cost_a_forward_each() -> None:
+    flat = best_plan({"graph": STEPS}, FLAT)
+    assert (flat.selection, flat.drafts) == ("graph", 8)
+    assert flat.speedup == pytest.approx(2.8 / 1.03)
+    steep = best_plan({"graph": STEPS}, STEEP)
+    assert (steep.selection, steep.drafts, steep.speedup) == (None, 0, 1.0)
+
+
+def test_between_the_extremes_the_most_steps_per_second_win() -> None:
+    # 1.6 / 1.2 = 1.33, 2.4 / 1.5 = 1.6, 2.8 / 2.0 = 1.4
+    plan = best_plan({"graph": STEPS}, profile((0, 1.0), (1, 1.2), (4, 1.5), (8, 2.0)))
+    assert plan.drafts == 4
+    assert plan.rate == pytest.approx(1.6)
+
+
+def test_steps_cost_the_same_either_way_and_dilute_the_gain() -> None:
+    # Per step: plain 1 + 0.5, with four drafts 1.5 / 2.4 + 0.5.
+    points = ((0, 1.0), (1, 1.2), (4, 1.5), (8, 2.0))
+    plan = best_plan({"graph": STEPS}, profile(*points, step_seconds=0.5))
+    assert plan.drafts == 4
+    assert plan.speedup == pytest.approx(1.5 / (1.5 / 2.4 + 0.5))
+
+
+def test_a_better_way_of_choosing_must_be_worth_its_time() -> None:
+    both = {"graph": STEPS, "model": steps((0, 1.0), (4, 2.6), (8, 3.2))}
+    assert best_plan(both, FLAT).selection == "model"
+    slow = {"graph": curve((1, 0.01)), "model": curve((1, 0.9), (8, 1.1))}
+    assert best_plan(both, profile(*pairs(FLAT), drafting=slow)).selection == "graph"
+    turns = {"graph": curve((1, 1.0), (8, 1.1)), "model": curve((1, 2.0), (8, 2.1))}
+    assert best_plan(both, profile(*pairs(FLAT), turns=turns)).selection == "graph"
+
+
+def pairs(measured: CostProfile) -> list[tuple[int, float]]:
+    return [(point.drafts, point.seconds) for point in measured.points]
+
+
+def test_a_small_promise_is_not_trusted() -> None:
+    promising = profile((0, 1.0), (1, 1.6 / 1.05))
+    assert best_plan({"graph": STEPS[:2]}, promising, margin=0.0).drafts == 1
+    assert best_plan({"graph": STEPS[:2]}, promising).selection is None
+
+
+def test_drafts_beyond_what_was_measured_or_calibrated_are_not_planned() -> None:
+    assert best_plan({"graph": STEPS}, profile((0, 1.0), (4, 1.0))).drafts == 4
+    assert best_plan({"graph": STEPS[:3]}, FLAT).drafts == 4
+
+
+def test_a_draft_is_kept_while_its_probability_exceeds_its_price() -> None:
+    # At 2 steps a second, a draft of 0.2 s must gain 0.4 steps.
+    pays = Pays(2.0, np.array([1.0, 1.2, 1.4, 1.6]))
+    assert pays(np.array([0.9, 0.5, 0.3])) == 2
+    assert pays(np.array([0.3, 0.3, 0.3])) == 0
+    assert pays(np.array([])) == 0
+    assert pays(np.array([0.9] * 9)) == 3  # no price is known beyond
+    # A step up that two drafts share: neither pays alone.
+    assert Pays(1.0, np.array([1.0, 1.9, 1.9]))(np.array([0.6, 0.5])) == 2
+
+
+probabilities = st.lists(st.floats(0, 1), max_size=12).map(lambda p: sorted(p, reverse=True))
+increments = st.lists(st.floats(0, 2), min_size=12, max_size=12)
+
+
+@given(probabilities, increments, st.floats(0.01, 10))
+def test_no_draft_is_chosen_whose_marginal_gain_is_negative(
+    p: list[float], more: list[float], rate: float
+) -> None:
+    seconds = np.concatenate(([1.0], 1.0 + np.cumsum(more)))
+    n = Pays(rate, seconds)(np.array(p))
+    assert 0 <= n <= len(p)
+    for fewer in range(n):  # dropping the last ones loses
+        assert sum(p[fewer:n]) > rate * (seconds[n] - seconds[fewer]) - 1e-9
+    for further in range(n + 1, len(p) + 1):  # and adding some gains nothing
+        assert sum(p[n:further]) <= rate * (seconds[further] - seconds[n]) + 1e-9
+
+
+@given(probabilities, increments, increments, st.floats(0.01, 10))
+def test_dearer_drafts_are_never_more(
+    p: list[float], more: list[float], extra: list[float], rate: float
+) -> None:
+    cheap = np.concatenate(([1.0], 1.0 + np.cumsum(more)))
+    dear = np.concatenate(([1.0], 1.0 + np.cumsum(np.add(more, extra))))
+    few, many = Pays(rate, dear)(np.array(p)), Pays(rate, cheap)(np.array(p))
+    # Sums round; equal worth may then go either way.
+    gain = sum(p[many:few]) - rate * (dear[few] - dear[many])
+    assert few <= many or gain < 1e-9
+
+
+def test_noise_in_measurements_makes_no_draft_cheaper_than_fewer() -> None:
+    noisy = profile((0, 1.0), (2, 1.4), (4, 1.2), (6, 1.6))
+    np.testing.assert_allclose(forward_seconds(noisy, 6), [1, 1.2, 1.4, 1.4, 1.4, 1.5, 1.6])
+
+
+# Drafting by it
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> tuple[Task, DraftGraph]:
+    """A plain decode, and a graph with an acceptance model made for it by hand."""
+    model = parity_model("sdar-a", "float64")
+    settings = decoding_settings(model, gen_length=24, block_length=8, stop_at_eos=False)
+    tasks = [decode(model, random_prompt(model, 5 + k), settings, Recorder()) for k in range(3)]
+    traces = Traces(tuple(Trace.of(task) for task in tasks), 0, 0)
+    graph = build_graph(model, PromptSet("random", ("-",) * 3), settings, traces, budget=8)
+    acceptance = AcceptanceModel(
+        position={"logit": 1.0},
+        token={"log_p": 1.0},
+        bigrams=(),
+        expected_steps=steps((0, 1.0), (8, 9.0)),
+    )
+    assert graph.expected_steps[8] > 1.1
+    return tasks[0], graph.model_copy(update={"acceptance": acceptance})
+
+
+def under(measured: CostProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this be what measuring finds."""
+    module = sys.modules["spiffy.runtime.generate"]  # the package exports a function of that name
+    monkeypatch.setattr(module, "cost_profile", lambda *_: measured)
+
+
+@pytest.mark.parametrize("selection", ["model", "graph"])
+def test_auto_drafts_all_under_a_flat_cost_and_nothing_under_a_steep_one(
+    calibrated: tuple[Task, DraftGraph], selection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, graph = calibrated
+    under(profile((0, 1.0), (8, 1.0)), monkeypatch)
+    plan, drafter = auto_drafter(plain, graph, selection)  # type: ignore[arg-type]
+    assert (plan.selection, plan.drafts) == (selection, 8)
+    assert isinstance(drafter, AcceptanceDrafter if selection == "model" else GraphDrafter)
+    ours = decode(plain.model, plain.prompt, plain.settings, drafter)
+    assert states(ours) == states(plain)
+    assert ours.stats.nfe < plain.stats.nfe
+
+    under(profile((0, 1.0), (8, 20.0)), monkeypatch)
+    assert auto_drafter(plain, graph, selection)[1] is None  # type: ignore[arg-type]
+    out = generate(plain.model, plain.prompt, graph=graph, budget="auto", trace=True)
+    assert out.states == states(plain)
+    assert out.stats.drafted == 0
+
+
+def test_auto_leaves_out_drafts_that_do_not_pay_at_a_root(
+    calibrated: tuple[Task, DraftGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, graph = calibrated
+    drafted = []
+    for dear in (1.0, 3.0):
+        under(profile((0, 1.0), (8, dear)), monkeypatch)
+        plan, drafter = auto_drafter(plain, graph)
+        assert plan.drafts == 8
+        ours = decode(plain.model, plain.prompt, plain.settings, drafter)
+        assert states(ours) == states(plain)
+        drafted.append(ours.stats.drafted / ours.stats.nfe)
+    assert 0 < drafted[1] < drafted[0]
+
+
+def test_expected_steps_of_other_settings_are_not_trusted(
+    calibrated: tuple[Task, DraftGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, graph = calibrated
+    under(profile((0, 1.0), (8, 1.0)), monkeypatch)
+    other = DecodingSettings.parse(**{**plain.settings.model_dump(), "policy": "threshold"})
+    assert graph.differences(other) == ("policy threshold (static)",)
+    task = make_task(plain.model, plain.prompt, other)
+    assert auto_drafter(task, graph)[1] is None
+    # How long an answer may be does not matter, nor a threshold that is not looked at.
+    assert not graph.differences(plain.settings.model_copy(update={"gen_length": 8}))
+    assert not graph.differences(plain.settings.model_copy(update={"threshold": 0.5}))
+
+
+def test_auto_needs_expected_steps(calibrated: tuple[Task, DraftGraph]) -> None:
+    plain, graph = calibrated
+    bare = graph.model_copy(update={"acceptance": None, "expected_steps": ()})
+    with pytest.raises(SpiffyError, match="calibrate again"):
+        auto_drafter(plain, bare)
+
+
+# Measuring, and keeping what was measured
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llada-a", "none"), ("llada-a", "prefix"), ("dream-a", "dual"), ("sdar-a", "block")],
+)
+@pytest.mark.parametrize("length", [5, 16])
+def test_measuring_covers_what_was_asked_for(name: str, kind: str, length: int) -> None:
+    model = parity_model(name)
+    settings = decoding_settings(model, gen_length=16, block_length=8, cache=kind)
+    task = make_task(model, random_prompt(model, length), settings)
+    makers = {"graph": lambda n: GraphDrafter([[(0, j)] for j in range(n)], model)}
+    measured = cost.measure_cost(task, 6, makers, limit=0.3)
+    drafts = [point.drafts for point in measured.points]
+    assert drafts == [0, 1, 2, 3, 4, 6][: len(drafts)]
+    assert len(drafts) > 1
+    assert [point.drafts for point in measured.turns["graph"]] == drafts[1:]
+    assert measured.step_seconds > 0
+    assert measured.largest == 6
+    assert (measured.cache, measured.block_length) == (kind, 8)
+    assert task.path == []
+    assert task.stats.nfe == 0
+
+
+def test_a_machine_too_slow_for_the_limit_still_tries_one_draft() -> None:
+    model = parity_model("llada-a")
+    task = make_task(model, random_prompt(model, 4), decoding_settings(model, gen_length=32))
+    measured = cost.measure_cost(task, 8, limit=0.0)
+    assert [point.drafts for point in measured.points] == [0, 1]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Count measurements instead of making them, in an empty cache."""
+    done: list[int] = []
+
+    def measure(task: Task, largest: int, drafters: object = None) -> CostProfile:
+        done.append(largest)
+        return profile((0, 1.0), (largest, 2.0), largest=largest, **cost.conditions(task))
+
+    monkeypatch.setattr(cost, "measure_cost", measure)
+    monkeypatch.setattr(cost, "_remembered", {})
+    monkeypatch.setenv("SPIFFY_CACHE", str(tmp_path / "cache"))
+    return done
+
+
+def task_of(length: int = 20, **options: object) -> Task:
+    model = parity_model("llada-a")
+    settings = decoding_settings(model, **{"gen_length": 32, "block_length": 8, **options})
+    return make_task(model, random_prompt(model, length), settings)
+
+
+def test_a_measurement_is_kept_across_processes_and_for_similar_prompts(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cost.cost_profile(task_of(), 8)
+    monkeypatch.setattr(cost, "_remembered", {})  # another process
+    assert cost.cost_profile(task_of(), 8) == first
+    assert cost.cost_profile(task_of(21), 4) == first  # 44 and 45 positions outside the block
+    assert counted == [8]
+    assert cost.cost_profile(task_of(), 8, remeasure=True) == first
+    assert counted == [8, 8]
+
+
+def test_other_conditions_are_measured_on_their_own(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [
+        task_of(),
+        task_of(block_length=16),
+        task_of(cache="dual"),
+        task_of(policy="threshold"),
+        task_of(60),
+    ]
+    for task in others:
+        cost.cost_profile(task, 8)
+    assert len(counted) == len(others)
+    monkeypatch.setattr(cost, "device_name", lambda device: "another")
+    cost.cost_profile(others[0], 8)
+    assert len(counted) == len(others) + 1
+    cost.cost_profile(others[0], 16)  # more drafts than were measured
+    assert len(counted) == len(others) + 2
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"points": [{"drafts": 0}]}', b"\xff\xfe", b'{"a": NaN}']
+)
+def test_a_damaged_file_is_measured_again(
+    counted: list[int], damage: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = cost.cost_profile(task_of(), 8)
+    (file,) = (tmp_path / "cache" / "cost").iterdir()
+    file.write_bytes(damage)
+    monkeypatch.setattr(cost, "_remembered", {})
+    assert cost.cost_profile(task_of(), 8) == expected
+    assert counted == [8, 8]
+    assert CostProfile.model_validate_json(file.read_text()) == expected
+
+
+def test_a_cache_that_cannot_be_written_costs_one_measurement(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SPIFFY_CACHE", str(tmp_path / "file"))
+    cost.cost_profile(task_of(), 8)
+    cost.cost_profile(task_of(), 8)
+    assert counted == [8]
+
+
+def test_a_profile_that_came_with_the_artifact_serves_where_it_was_measured(
+    counted: list[int],
+) -> None:
+    task = task_of()
+    ours = profile((0, 3.0), (8, 4.0), largest=8, **cost.conditions(task))
+    foreign = ours.model_copy(update={"device": "another"})
+    assert cost.cost_profile(task, 8, stored=(foreign, ours)) == ours
+    assert counted == []
+    assert cost.cost_profile(task, 8, stored=(foreign,)) != foreign
+    assert counted == [8]
+
+
+def test_the_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    monkeypatch.setenv("SPIFFY_CACHE", "/else")
+    assert cost.cache_folder() == Path("/else")
+    monkeypatch.delenv("SPIFFY_CACHE")
+    assert cost.cache_folder() == Path("/somewhere/spiffy")
+
+
+# Roofline
+
+
+SHAPE = Shape(
+    shared=1_000_000, experts=0, experts_share=1.0, layers=2, width=64, kv_width=32, head=50_000
+)
+CANVAS = Canvas.plan(40, 64, 16, block_causal=False)  # blocks at 40, 56, 72, 88
+SLOW_MEMORY = Accelerator("slow memory", bandwidth=1e6, peak=1e15)
+SLOW_COMPUTE = Accelerator("slow compute", bandwidth=1e15, peak=1e6)
+
+
+def test_layouts_of_a_middle_block() -> None:
+    # The third of four blocks: 72 positions before it, 16 after it.
+    assert layout(CANVAS, "none", 3) == (4, 104, 0)
+    assert layout(CANVAS, "dual", 3) == (1, 64, 88)
+    assert layout(CANVAS, "prefix", 3) == (1, 80, 72)
+    assert layout(CANVAS, "block", 3) == (1, 64, 72)
+
+
+def test_memory_bound_forwards_move_weights_once_and_keys_and_values() -> None:
+    # 2 bytes each: a million weights; keys and values of 2 layers, 32 wide, 88 + 4 * 16 positions.
+    moved = 2 * (1_000_000 + 2 * 2 * 32 * (88 + 64))
+    assert roofline_seconds(SHAPE, SLOW_MEMORY, CANVAS, "dual", 3) == pytest.approx(moved / 1e6)
+
+
+def test_compute_bound_forwards_pay_for_every_position() -> None:
+    # 2 FLOPs per weight and position; queries times keys and weights times values: 2 FLOPs each.
+    flops = 2 * 1_000_000 * 64 + 2 * (2 + 2) * 64 * 64 * (88 + 64)
+    assert roofline_seconds(SHAPE, SLOW_COMPUTE, CANVAS, "dual", 3) == pytest.approx(flops / 1e6)
+    # Without a cache, four sequences of 104 positions that see themselves only.
+    flops = 2 * 1_000_000 * 416 + 2 * (2 + 2) * 64 * 416 * 104
+    assert roofline_seconds(SHAPE, SLOW_COMPUTE, CANVAS, "none", 3) == pytest.approx(flops / 1e6)
+
+
+def test_few_positions_leave_experts_unread() -> None:
+    mixture = replace(SHAPE, experts=4_000_000, experts_share=0.25)
+    tiny = Canvas.plan(0, 2, 1, block_causal=False)
+    # One position reads a quarter of the experts, and computes with a quarter.
+    moved = 2 * (1_000_000 + 1_000_000 + 2 * 2 * 32 * 2)
+    assert roofline_seconds(mixture, SLOW_MEMORY, tiny, "dual", 0) == pytest.approx(moved / 1e6)
+    # Two positions miss one with probability 9/16.
+    moved = 2 * (1_000_000 + 4_000_000 * 7 / 16 + 2 * 2 * 32 * 3)
+    assert roofline_seconds(mixture, SLOW_MEMORY, tiny, "dual", 1) == pytest.approx(moved / 1e6)
+
+
+@pytest.mark.parametrize("name", ["llada-a", "dream-a", "sdar-a"])
+def test_the_shape_of_a_model_counts_its_parameters(name: str) -> None:
+    model = parity_model(name)
+    shape = Shape.of(model)
+    matrices = sum(
+        p.numel()
+        for key, p in model.module.state_dict().items()
+        if "embed_tokens" not in key and "lm_head" not in key
+    )
+    assert shape.shared == matrices
+    assert shape.head == model.vocab_size * model.module.config.hidden_size
+    layer = model.module.model.layers[0].self_attn
+    assert shape.width == layer.q_proj.out_features
+    assert shape.kv_width == layer.k_proj.out_features
+
+
+def test_drafts_pay_on_a_memory_bound_accelerator_only() -> None:
+    model = parity_model("llada-a")
+    canvas = Canvas.plan(8, 16, 8, block_causal=False)
+    plans = [
+        best_plan(
+            {"graph": STEPS}, predicted_profile(model, accelerator, canvas, "dual", (0, 1, 4, 8))
+        )
+        for accelerator in (SLOW_MEMORY, SLOW_COMPUTE)
+    ]
+    assert plans[0].drafts > 0
+    assert plans[1].drafts == 0
