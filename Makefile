@@ -10,7 +10,7 @@ READY := .venv/.installed
 help:
 	@echo "make demo          calibrate $(MODEL), decode with and without drafts, compare"
 	@echo "make test          run the whole test suite"
-	@echo "make results       measure the tables in docs/ again (half an hour)"
+	@echo "make results       measure the tables in docs/ again (about an hour)"
 	@echo "make lint types    ruff, and mypy --strict on the installed layout"
 
 $(READY): pyproject.toml constraints.txt
@@ -26,6 +26,7 @@ demo: $(READY)
 results: $(READY)
 	$(BIN)/python benchmarks/results.py --into docs/results.md docs/losslessness.md
 	$(BIN)/python benchmarks/edges.py --into docs/results.md
+	$(BIN)/python benchmarks/graphs.py --into docs/drafting.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup
