@@ -36,7 +36,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 # mypy cannot follow the import hook of an editable install: give it the installed layout as links.
-FOLDERS := calib cli graphs runtime schemas
+FOLDERS := bench calib cli graphs runtime schemas
 types: $(READY)
 	mkdir -p .work/types/spiffy
 	for folder in $(FOLDERS); do ln -sfn $(CURDIR)/$$folder .work/types/spiffy/$$folder; done

@@ -1,0 +1,1 @@
+"""Benchmarks: every way of drafting side by side, and reports."""

@@ -1,0 +1,352 @@
+"""What `spiffy-bench` writes: the summary of a run, its rows, and one decode to step through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spiffy.schemas.decoding import DecodingSettings, first_problem
+from spiffy.schemas.errors import SpiffyError
+from spiffy.schemas.graph import CostProfile, ModelRecord, Node
+from spiffy.schemas.io import canonical_json, read_json, write_atomically
+
+FORMAT = "spiffy.bench"
+VERSION = "1.0"
+
+MethodKind = Literal["plain", "chain", "paper", "graph", "model", "auto", "perfect"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, protected_namespaces=())
+
+
+class Interval(_Record):
+    """A value and the ends of its 95% bootstrap interval, prompts resampled."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Split(_Record):
+    """Where the seconds of decoding went.
+
+    Attributes
+    ----------
+    forward
+        The transformer.
+    draft
+        Ranking candidates and choosing drafts.
+    verify
+        Output head, softmax and unmasking policy at the states of the walk, and finding them among
+        the drafts. Plain decoding does the first three too, once a step.
+    rest
+        Packing, masks, caches.
+    """
+
+    forward: float
+    draft: float
+    verify: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return self.forward + self.draft + self.verify + self.rest
+
+
+class Tally(_Record):
+    """Drafts of one kind: how many were verified, and how many of them came true."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+class RankTally(Tally):
+    """Fills of one (position rank, token rank), over all drafts."""
+
+    position_rank: int
+    token_rank: int
+
+
+class Acceptance(_Record):
+    """Which drafts came true.
+
+    A draft is accepted if a walk passed through it.
+
+    Attributes
+    ----------
+    by_depth
+        Item d: drafts that fill in d + 1 positions.
+    by_place
+        Item p: fills of the p-th position of the block (of a drafted token: was it in an accepted
+        draft).
+    by_rank
+        Fills by draft coordinates.
+    walk_lengths
+        Item k: forwards that k drafts were hopped along after.
+    """
+
+    by_depth: tuple[Tally, ...] = ()
+    by_place: tuple[Tally, ...] = ()
+    by_rank: tuple[RankTally, ...] = ()
+    walk_lengths: tuple[int, ...] = ()
+
+
+class Result(_Record):
+    """One method over all prompts.
+
+    Attributes
+    ----------
+    name
+        Unique in the run, such as "model 8".
+    kind
+        "plain": no drafts. "chain": the most confident tokens, one more per draft (FreeDave, SSD).
+        "paper": the paper's graph. "graph": our static graph. "model": drafts chosen at run time.
+        "auto": what `--budget auto` chose. "perfect": drafts that all come true, a bound.
+    budget
+        Most drafts per forward, None where it does not apply.
+    note
+        What a reader should know, for example what auto chose.
+    nfe, positions_computed, steps, drafted, accepted, tokens
+        Sums over prompts; tokens up to and with EOS. They repeat exactly.
+    tokens_per_second
+        Median over repeats of (tokens of all prompts / seconds of all prompts).
+    speedup
+        Seconds of plain decoding of the same prompt over ours: median over prompts (of the medians
+        over repeats). Plain is `Bench.baseline`.
+    seconds
+        Medians over repeats, summed over prompts.
+    peak_bytes
+        Peak memory of the process (CPU: resident; GPU: allocated) while decoding this way.
+    compared, differing
+        Answers compared with plain decoding under the same settings, and those that differ; 0
+        compared where other tokens are to be expected (plain decoding by another policy).
+    scored, correct
+        Answers that could be scored, and that are right.
+    """
+
+    name: str
+    kind: MethodKind
+    budget: int | None = None
+    note: str = ""
+    nfe: int
+    positions_computed: int
+    steps: int
+    drafted: int
+    accepted: int
+    tokens: int
+    tokens_per_second: float
+    speedup: Interval
+    seconds: Split
+    peak_bytes: int | None = None
+    compared: int
+    differing: int
+    scored: int = 0
+    correct: int = 0
+    acceptance: Acceptance = Acceptance()
+
+    @property
+    def steps_per_forward(self) -> float:
+        """Denoising steps per model forward."""
+        return self.steps / self.nfe
+
+    @property
+    def accepted_per_forward(self) -> float:
+        """Drafts hopped to per model forward."""
+        return self.accepted / self.nfe
+
+
+class Draft(_Record):
+    """One verified draft of a forward.
+
+    Attributes
+    ----------
+    fill
+        (position in the sequence, token text) filled in beyond the root.
+    parents
+        Numbers of the drafts (from 1; 0 is the root) that it extends by the fewest tokens.
+    accepted
+        Whether the walk passed through it.
+    """
+
+    fill: tuple[tuple[int, str], ...]
+    parents: tuple[int, ...]
+    accepted: bool
+
+
+class Turn(_Record):
+    """One forward of a decode.
+
+    Attributes
+    ----------
+    block
+        Number of the block, from 0.
+    span
+        First position of the block in `Walkthrough.before`, and the one after its last.
+    drafts
+        What was verified beside the root.
+    steps
+        Denoising steps that the forward was worth; each lists (position, token text) committed.
+    seconds
+        Of this forward, drafting and verification included.
+    """
+
+    block: int
+    span: tuple[int, int]
+    drafts: tuple[Draft, ...]
+    steps: tuple[tuple[tuple[int, str], ...], ...]
+    seconds: float
+
+
+class Walkthrough(_Record):
+    """One decode, forward by forward.
+
+    Attributes
+    ----------
+    prompt
+        As given.
+    method
+        Name of the result it belongs to.
+    answer_start, length
+        Positions before `answer_start` are the prompt's tokens; all others start masked.
+    plain_nfe
+        Forwards of plain decoding for the same answer.
+    """
+
+    prompt: str
+    method: str
+    answer_start: int
+    length: int
+    turns: tuple[Turn, ...]
+    plain_nfe: int
+    text: str
+
+
+class Machine(_Record):
+    """Where it ran.
+
+    Attributes
+    ----------
+    load
+        Load averages (1 minute) at the start and at the end; None where the system has none.
+    versions
+        Of this tool and the libraries that decide speed, by name.
+    """
+
+    device: str
+    dtype: str
+    threads: int | None
+    system: str
+    load: tuple[float, float] | None
+    versions: dict[str, str]
+    git_revision: str | None = None
+
+
+class DataRecord(_Record):
+    """What was decoded.
+
+    Attributes
+    ----------
+    dataset, sha256, samples, seed
+        As for calibration.
+    left_out
+        Prompts that do not fit the model.
+    calibrated_on
+        Prompts that the artifact was calibrated on too; not 0 only where that was asked for.
+    warm_up
+        Decodes of each method that are not counted.
+    repeats
+        Counted decodes of each prompt by each method.
+    """
+
+    dataset: str
+    sha256: str
+    samples: int
+    left_out: int
+    seed: int
+    calibrated_on: int
+    warm_up: int
+    repeats: int
+
+
+class Bench(_Record):
+    """A whole run.
+
+    Attributes
+    ----------
+    command
+        The exact command line.
+    edges
+        What decoding allowed at the edges of blocks.
+    graph_digest, nodes
+        The artifact's.
+    baseline
+        Name of the result that the others are compared with: plain decoding by the same policy.
+    results
+        In the order in which they are shown.
+    profile
+        What a forward costs here by number of drafts, if it was measured.
+    """
+
+    command: str
+    machine: Machine
+    model: ModelRecord
+    decoding: DecodingSettings
+    edges: tuple[str, ...]
+    graph_digest: str
+    nodes: tuple[Node, ...]
+    roots: int
+    data: DataRecord
+    baseline: str
+    results: tuple[Result, ...] = Field(min_length=1)
+    profile: CostProfile | None = None
+    walkthrough: Walkthrough | None = None
+
+    def result(self, name: str) -> Result:
+        """The result of that name.
+
+        Raises
+        ------
+        SpiffyError
+            If there is none.
+        """
+        for result in self.results:
+            if result.name == name:
+                return result
+        raise SpiffyError(f"no method {name!r} in this run")
+
+    def save(self, path: Path) -> None:
+        """Write the summary as JSON, whole or not at all.
+
+        Raises
+        ------
+        SpiffyError
+            If the file cannot be written.
+        """
+        head = {"format": FORMAT, "version": VERSION}
+        write_atomically(path, canonical_json({**head, **self.model_dump(mode="json")}) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Bench:
+        """Read a summary.
+
+        Raises
+        ------
+        SpiffyError
+            If it is none, or damaged, or of a newer major version.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise SpiffyError(f'{path}: not a benchmark summary (no "format": "{FORMAT}")')
+        if str(content.get("version")).split(".")[0] != VERSION.split(".")[0]:
+            raise SpiffyError(
+                f"{path}: version {str(content.get('version'))[:20]} is not one that this program "
+                f"reads ({VERSION}): run the benchmark again"
+            )
+        try:
+            return cls.model_validate_json(canonical_json(content))
+        except ValidationError as error:
+            raise SpiffyError(f"{path}: {first_problem(error)}") from None
