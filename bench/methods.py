@@ -59,11 +59,15 @@ class PerfectDrafter:
         self.budget = budget
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
-        """See `spiffy.runtime.draft.Drafter`; ends where the root's block does."""
+        """See `spiffy.runtime.draft.Drafter`; ends with the root's block or the answer."""
         future = []
         for state in self.path[root.step : root.step + self.budget]:
             filled = (state.ids != root.ids).nonzero()[:, 0]
-            if len(filled) > room or not torch.isin(filled, candidates.positions).all():
+            if (
+                state.finished
+                or len(filled) > room
+                or not torch.isin(filled, candidates.positions).all()
+            ):
                 break
             future.append(state.ids)
         return torch.stack(future) if future else root.ids.new_empty((0, len(root.ids)))
