@@ -1,0 +1,241 @@
+"""The results in words and as tables: for pages, Markdown and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spiffy.schemas.bench import Bench, Interval, Result, Split
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Kinds that say what drafting brings: no bound, and no other way of plain decoding.
+DRAFTING = ("chain", "paper", "graph", "model", "auto")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of results.
+
+    Attributes
+    ----------
+    heading
+        With its unit.
+    meaning
+        One line for readers who meet it for the first time.
+    cell
+        Text of a result's cell; empty where it does not apply.
+    """
+
+    heading: str
+    meaning: str
+    cell: Callable[[Bench, Result], str]
+
+
+def interval(value: Interval) -> str:
+    """A ratio with the ends of its interval."""
+    return f"{value.value:.2f}x ({value.low:.2f}-{value.high:.2f})"
+
+
+def quantity(count: int) -> str:
+    """An exact count, in groups of three digits."""
+    return f"{count:,}"
+
+
+def memory(size: int | None) -> str:
+    """Bytes as MiB or GiB."""
+    if size is None:
+        return ""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def shares(seconds: Split) -> str:
+    """Where the time went, in percent of the whole."""
+    parts = (seconds.forward, seconds.draft, seconds.verify, seconds.rest)
+    total = seconds.total or 1.0
+    return " / ".join(f"{100 * part / total:.0f}" for part in parts)
+
+
+def identical(bench: Bench, result: Result) -> str:
+    """Whether the tokens are plain decoding's: yes, or how many answers are."""
+    if result.name == bench.baseline:
+        return "baseline"
+    if not result.compared:
+        return "other policy"
+    if not result.differing:
+        return "yes"
+    same = result.compared - result.differing
+    return f"no: {same} of {result.compared} ({same / result.compared:.0%})"
+
+
+def accuracy(result: Result) -> str:
+    """Share of the scored answers that are right."""
+    if not result.scored:
+        return ""
+    return f"{result.correct / result.scored:.1%} ({result.correct}/{result.scored})"
+
+
+def fewer_forwards(bench: Bench, result: Result) -> float:
+    """How many times fewer forwards than plain decoding."""
+    return bench.result(bench.baseline).nfe / result.nfe
+
+
+def more_positions(bench: Bench, result: Result) -> float:
+    """Positions computed, in those of plain decoding."""
+    return result.positions_computed / bench.result(bench.baseline).positions_computed
+
+
+def _nfe(bench: Bench, result: Result) -> str:
+    if result.name == bench.baseline:
+        return quantity(result.nfe)
+    return f"{quantity(result.nfe)} ({fewer_forwards(bench, result):.2f}x fewer)"
+
+
+def _positions(bench: Bench, result: Result) -> str:
+    if result.name == bench.baseline:
+        return quantity(result.positions_computed)
+    return f"{quantity(result.positions_computed)} ({more_positions(bench, result):.2f}x)"
+
+
+def _speedup(bench: Bench, result: Result) -> str:
+    return "1" if result.name == bench.baseline else interval(result.speedup)
+
+
+COLUMNS = (
+    Column("method", "How drafts were chosen, and at most how many per forward.", lambda b, r: r.name),
+    Column("NFE", "Model forwards, every one counted; how many times fewer than plain.", _nfe),
+    Column("positions computed", "Token positions in those forwards; in plain's.", _positions),
+    Column(
+        "steps per forward",
+        "Denoising steps that one forward was worth.",
+        lambda b, r: f"{r.steps_per_forward:.2f}",
+    ),
+    Column(
+        "accepted per forward",
+        "Drafts that came true, per forward.",
+        lambda b, r: f"{r.accepted_per_forward:.2f}" if r.drafted else "",
+    ),
+    Column(
+        "tokens/s", "Tokens per second, all prompts.", lambda b, r: f"{r.tokens_per_second:.1f}"
+    ),
+    Column(
+        "speed against plain",
+        "Seconds of plain decoding over seconds of this, median over prompts (95% interval).",
+        _speedup,
+    ),
+    Column(
+        "forward / draft / verify / rest, %",
+        "Where the time went: the transformer; choosing drafts; output head, softmax, policy and "
+        "comparing states; packing, masks, caches.",
+        lambda b, r: shares(r.seconds),
+    ),
+    Column("peak memory", "Of the process (CPU) or allocated (GPU).", lambda b, r: memory(r.peak_bytes)),
+    Column("tokens identical", "Answers that are plain decoding's, token for token.", identical),
+    Column("accuracy", "Answers that are right, of those that can be scored.", lambda b, r: accuracy(r)),
+)
+
+
+def columns(bench: Bench) -> tuple[Column, ...]:
+    """Columns that say something about this run."""
+    return tuple(c for c in COLUMNS if any(c.cell(bench, r) for r in bench.results))
+
+
+def markdown(bench: Bench) -> str:
+    """The table of results as Markdown, one line per method."""
+    return markdown_table(
+        [column.heading for column in columns(bench)],
+        [[column.cell(bench, result) for column in columns(bench)] for result in bench.results],
+    )
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "".join("| " + " | ".join(map(_markdown_cell, line)) + " |\n" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split()) or "-"
+
+
+#: What a terminal of 80 to 100 characters has room for.
+_TERMINAL = ("method", "NFE", "positions computed", "tokens/s", "speed against plain")
+
+
+def terminal_table(bench: Bench) -> Table:
+    """The columns that decide, for the terminal."""
+    from rich.table import Table
+
+    table = Table(title=describe(bench), caption=headline(bench).sentence, caption_justify="left")
+    shown = [c for c in columns(bench) if c.heading in (*_TERMINAL, "tokens identical", "accuracy")]
+    for column in shown:
+        table.add_column(column.heading, justify="left" if column is COLUMNS[0] else "right")
+    for result in bench.results:
+        table.add_row(*(column.cell(bench, result) for column in shown))
+    return table
+
+
+def describe(bench: Bench) -> str:
+    """Model and settings in one line."""
+    d = bench.decoding
+    return (
+        f"{bench.model.id}: {d.policy}, cache {d.cache}, block {d.block_length}, "
+        f"{bench.data.samples} prompts of {bench.data.dataset}, {bench.machine.device} "
+        f"{bench.machine.dtype}"
+    )
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a run says in one sentence.
+
+    Attributes
+    ----------
+    verdict
+        "pays": the best way of drafting is faster than plain decoding, its whole interval is.
+        "unclear": its interval holds 1. "slower": its whole interval lies below 1. "none": nothing
+        was drafted losslessly.
+    best
+        The fastest way of drafting whose tokens are plain decoding's; None with "none".
+    sentence
+        The same in words.
+    """
+
+    verdict: str
+    best: Result | None
+    sentence: str
+
+
+def headline(bench: Bench) -> Headline:
+    """Judge a run by the wall clock of what loses nothing."""
+    plain = bench.result(bench.baseline)
+    lossless = [r for r in drafting(bench) if r.compared and not r.differing]
+    if not lossless:
+        return Headline("none", None, "Nothing here drafts and gives plain decoding's tokens.")
+    best = max(lossless, key=lambda r: (r.speedup.value, -r.nfe))
+    if best.speedup.low > 1:
+        verdict, words = "pays", "is faster than plain decoding"
+    elif best.speedup.high < 1:
+        verdict, words = "slower", "is slower than plain decoding: nothing pays here"
+    else:
+        verdict, words = "unclear", "is as fast as plain decoding, as far as can be told"
+    sentence = (
+        f"The fastest lossless method, {best.name}, {words}: {interval(best.speedup)} its speed, "
+        f"with {fewer_forwards(bench, best):.2f}x fewer forwards ({best.nfe} for {plain.nfe}) over "
+        f"{more_positions(bench, best):.2f}x the positions."
+    )
+    fewest = min(lossless, key=lambda r: r.nfe)
+    if fewest.nfe < best.nfe:
+        sentence += (
+            f" Fewest forwards: {fewest.name}, {fewer_forwards(bench, fewest):.2f}x fewer over "
+            f"{more_positions(bench, fewest):.2f}x the positions, at "
+            f"{fewest.speedup.value:.2f}x the speed."
+        )
+    return Headline(verdict, best, sentence)
+
+
+def drafting(bench: Bench) -> list[Result]:
+    """Results that drafted anything, bounds left out."""
+    return [r for r in bench.results if r.kind in DRAFTING and r.drafted]
