@@ -104,7 +104,9 @@ def _speedup(bench: Bench, result: Result) -> str:
 
 
 COLUMNS = (
-    Column("method", "How drafts were chosen, and at most how many per forward.", lambda b, r: r.name),
+    Column(
+        "method", "How drafts were chosen, and at most how many per forward.", lambda b, r: r.name
+    ),
     Column("NFE", "Model forwards, every one counted; how many times fewer than plain.", _nfe),
     Column("positions computed", "Token positions in those forwards; in plain's.", _positions),
     Column(
@@ -131,9 +133,13 @@ COLUMNS = (
         "comparing states; packing, masks, caches.",
         lambda b, r: shares(r.seconds),
     ),
-    Column("peak memory", "Of the process (CPU) or allocated (GPU).", lambda b, r: memory(r.peak_bytes)),
+    Column(
+        "peak memory", "Of the process (CPU) or allocated (GPU).", lambda b, r: memory(r.peak_bytes)
+    ),
     Column("tokens identical", "Answers that are plain decoding's, token for token.", identical),
-    Column("accuracy", "Answers that are right, of those that can be scored.", lambda b, r: accuracy(r)),
+    Column(
+        "accuracy", "Answers that are right, of those that can be scored.", lambda b, r: accuracy(r)
+    ),
 )
 
 

@@ -184,6 +184,7 @@ def build_graph(
         calibration=CalibrationRecord(
             dataset=prompts.dataset,
             dataset_sha256=prompts.sha256,
+            prompt_digests=prompts.digests,
             samples=len(traces.growing),
             held_out_samples=len(traces.held_out),
             roots=counts.total(),

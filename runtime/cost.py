@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spiffy.runtime.cache import CACHES, Cache, Evaluation, Forwards
 from spiffy.runtime.canvas import Cursor
-from spiffy.runtime.decode import Task, denoising_step, find
+from spiffy.runtime.decode import Task, denoising_step, find, synchronize
 from spiffy.runtime.draft import Drafter, rank_candidates
 from spiffy.runtime.pack import forward
 from spiffy.runtime.policy import Distribution
@@ -155,10 +155,10 @@ class _Timings:
     seconds: dict[tuple[str, int], dict[_Site | None, list[float]]] = field(default_factory=dict)
 
     def time(self, what: str, n: int, site: _Site | None, action: Callable[[], _Result]) -> _Result:
-        _wait(self.device)
+        synchronize(self.device)
         started = perf_counter()
         result = action()
-        _wait(self.device)  # a launched kernel is not a finished one
+        synchronize(self.device)
         by_site = self.seconds.setdefault((what, n), {})
         by_site.setdefault(site, []).append(perf_counter() - started)
         return result
@@ -167,11 +167,6 @@ class _Timings:
         """Mean over the sites of their medians; what was not warmed up counts if all else lacks."""
         medians = {site: median(values) for site, values in self.seconds[what, n].items()}
         return fmean([v for site, v in medians.items() if site is not None] or medians.values())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure_cost(

@@ -39,6 +39,9 @@ class Stats:
     seconds
         Wall-clock time from prompt ids to answer ids; forwards shared by several sequences count
         in full for each.
+    forward_seconds, draft_seconds, verify_seconds
+        What of it went into the transformer; into ranking candidates and choosing drafts; into the
+        walk (output head, softmax, unmasking policy), which plain decoding makes step by step too.
     """
 
     nfe: int = 0
@@ -47,6 +50,9 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     seconds: float = 0.0
+    forward_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
 
 
 @dataclass
@@ -90,14 +96,17 @@ def denoise(task: Task) -> Decoding:
     root = canvas.start(task.prompt, task.model.mask_token_id)
     candidates: Candidates | None = None  # what is known about the root before its forward
     while not root.finished:
+        turned = perf_counter()
         states = root.ids[None]
         if task.drafter is not None and candidates is not None:
             may_complete = cache.crosses and root.block + 1 < canvas.blocks
             room = len(candidates.positions) - (not may_complete)
             states = torch.cat((states, task.drafter(root, candidates, room)))
+            stats.draft_seconds += perf_counter() - turned
         evaluation = yield from cache.evaluate(root, states)
         stats.drafted += len(states) - 1
 
+        arrived = perf_counter()
         here, cursor = 0, root
         while True:
             masked = canvas.masked(cursor, task.model.mask_token_id)
@@ -114,11 +123,14 @@ def denoise(task: Task) -> Decoding:
                 break
             stats.accepted += verified != here
             here = verified
+        walked = perf_counter()
+        stats.verify_seconds += walked - arrived
 
         cache.settle(here)
         root, candidates = cursor, None
         if task.drafter is not None and not root.finished and cache.takes_drafts(root):
             candidates = _candidates(task, root, states, evaluation, here, distribution)
+            stats.draft_seconds += perf_counter() - walked
 
 
 def _candidates(
@@ -184,6 +196,12 @@ def find(states: Tensor, ids: Tensor) -> int | None:
     return int(found[0, 0]) if len(found) else None
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the device: a launched kernel is not a finished one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Iterator[list[Task]]:
     """Decode tasks, up to `batch_size` at a time sharing their forwards.
 
@@ -200,10 +218,13 @@ def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Itera
             return
         started = perf_counter()
         outputs = forward(model, [row for _, _, rows in running for row in rows])
+        synchronize(model.device)  # the walk waits for the values anyway
+        forwarded = perf_counter() - started
         finished: list[Task] = []
         still: list[tuple[Task, Decoding, list[Row]]] = []
         for task, decoding, rows in running:
             task.stats.nfe += 1
+            task.stats.forward_seconds += forwarded
             task.stats.positions_computed += sum(len(row.ids) for row in rows)
             ours, outputs = outputs[: len(rows)], outputs[len(rows) :]
             try:

@@ -15,7 +15,7 @@ from spiffy.schemas.io import canonical_json, read_json, write_atomically
 FORMAT = "spiffy.bench"
 VERSION = "1.0"
 
-MethodKind = Literal["plain", "chain", "paper", "graph", "model", "auto", "perfect"]
+MethodKind = Literal["plain", "chain", "paper", "pruned", "graph", "model", "auto", "perfect"]
 
 
 class _Record(BaseModel):
@@ -104,8 +104,9 @@ class Result(_Record):
         Unique in the run, such as "model 8".
     kind
         "plain": no drafts. "chain": the most confident tokens, one more per draft (FreeDave, SSD).
-        "paper": the paper's graph. "graph": our static graph. "model": drafts chosen at run time.
-        "auto": what `--budget auto` chose. "perfect": drafts that all come true, a bound.
+        "paper": the paper's graph, its first nodes. "pruned": all of it, pruned at every root by
+        geometric mean. "graph": our static graph. "model": drafts chosen at run time. "auto": what
+        `--budget auto` chose. "perfect": drafts that all come true, a bound.
     budget
         Most drafts per forward, None where it does not apply.
     note

@@ -14,7 +14,7 @@ from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
 FORMAT = "spiffy.draft-graph"
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 MAX_NODES = 4096
 MAX_RANK = 1023
 
@@ -64,6 +64,9 @@ class CalibrationRecord(_Record):
 
     dataset: str
     dataset_sha256: str
+    prompt_digests: tuple[str, ...] = Field(
+        default=(), description="Of every prompt, the first 64 bits of its SHA-256, sorted."
+    )
     samples: int = Field(ge=0)
     held_out_samples: int = Field(ge=0, description="0: measured on the prompts it grew on.")
     roots: int = Field(ge=0)

@@ -1,0 +1,330 @@
+"""Decode the same prompts in every way, in turns, and sum up.
+
+Methods take turns prompt by prompt (A B C A B C), starting with another one every time, so that
+drift of the machine hits all alike. Every prompt's time is compared with plain decoding of the same
+prompt in the same repeat.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from spiffy.bench.methods import Method
+from spiffy.bench.score import score
+from spiffy.bench.watch import Forward, Watched, acceptance, decode, turn
+from spiffy.runtime import BlockEdges, DiffusionLM
+from spiffy.runtime.canvas import Canvas, Cursor
+from spiffy.runtime.cost import device_name
+from spiffy.runtime.decode import Task
+from spiffy.runtime.generate import collect, make_task
+from spiffy.schemas.bench import Interval, Machine, Result, Split, Walkthrough
+
+_LIBRARIES = ("spiffy-dllm", "torch", "transformers", "numpy")
+_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decode of one prompt by one method.
+
+    Attributes
+    ----------
+    differs
+        Whether the answer is not plain decoding's; None where it need not be the same.
+    correct
+        None where the dataset does not say what is right.
+    peak_bytes
+        None where the system does not tell.
+    """
+
+    method: str
+    prompt: int
+    repeat: int
+    nfe: int
+    positions_computed: int
+    steps: int
+    drafted: int
+    accepted: int
+    tokens: int
+    seconds: float
+    forward_seconds: float
+    draft_seconds: float
+    verify_seconds: float
+    peak_bytes: int | None
+    differs: bool | None
+    correct: bool | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a method's first decode of a prompt looked like from inside."""
+
+    canvas: Canvas
+    forwards: Sequence[Forward]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Rows in the order in which they were measured; `seen` by method and prompt."""
+
+    rows: tuple[Row, ...]
+    seen: Mapping[tuple[str, int], Seen]
+
+
+def measure(
+    model: DiffusionLM,
+    methods: Sequence[Method],
+    texts: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    repeats: int,
+    warm_up: int,
+    seed: int = 0,
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+    execute_code: bool = False,
+    on_decode: Callable[[], None] = lambda: None,
+) -> Measurements:
+    """Decode every prompt by every method, `repeats` times; the first method is the baseline.
+
+    Before that each method decodes the first prompt `warm_up` times, uncounted. `on_decode` is
+    called after every decode.
+    """
+    baseline = methods[0]
+    plain: dict[int, tuple[list[Cursor], list[int]]] = {}  # path and answer, by prompt
+
+    def prepared(method: Method, prompt: int) -> Task:
+        drafter = method.drafter(plain[prompt][0] if prompt in plain else ())
+        watched = None if drafter is None else Watched(drafter)
+        return make_task(model, texts[prompt], method.settings, watched, seed, prompt, edges)
+
+    for prompt in range(len(texts)):  # also warms up the baseline
+        task = prepared(baseline, prompt)
+        decode(task)
+        plain[prompt] = task.path, collect(task).token_ids
+        on_decode()
+    for _ in range(warm_up):
+        for method in methods[1:]:
+            decode(prepared(method, 0))
+            on_decode()
+
+    rows: list[Row] = []
+    seen: dict[tuple[str, int], Seen] = {}
+    judged: dict[tuple[int, str], bool | None] = {}  # running code twice tells nothing new
+    for repeat in range(repeats):
+        for prompt, record in enumerate(records):
+            first = (repeat * len(texts) + prompt) % len(methods)
+            for method in (*methods[first:], *methods[:first]):
+                task = prepared(method, prompt)
+                reset_peak(model.device)
+                forwards = decode(task)
+                peak = peak_bytes(model.device)
+                output, stats = collect(task), task.stats
+                if repeat == 0:
+                    seen[method.name, prompt] = Seen(task.canvas, forwards)
+                said = prompt, output.text
+                if said not in judged:
+                    judged[said] = score(output.text, record, execute_code)
+                same = method.settings == baseline.settings
+                rows.append(
+                    Row(
+                        method=method.name,
+                        prompt=prompt,
+                        repeat=repeat,
+                        tokens=len(output.token_ids),
+                        peak_bytes=peak,
+                        differs=output.token_ids != plain[prompt][1] if same else None,
+                        correct=judged[said],
+                        text=output.text,
+                        **asdict(stats),
+                    )
+                )
+                on_decode()
+    return Measurements(tuple(rows), seen)
+
+
+def results(methods: Sequence[Method], measured: Measurements) -> tuple[Result, ...]:
+    """Sum up the rows of every method."""
+    by_method: dict[str, list[Row]] = {method.name: [] for method in methods}
+    for row in measured.rows:
+        by_method[row.method].append(row)
+    base = by_method[methods[0].name]
+    return tuple(_result(method, by_method[method.name], base, measured.seen) for method in methods)
+
+
+def _result(
+    method: Method,
+    rows: Sequence[Row],
+    base: Sequence[Row],
+    seen: Mapping[tuple[str, int], Seen],
+) -> Result:
+    once = [row for row in rows if row.repeat == 0]
+    prompts = {row.prompt for row in once}
+    compared = [row for row in once if row.differs is not None]
+    scored = [row for row in once if row.correct is not None]
+    looks = [seen[method.name, prompt] for prompt in sorted(prompts)]
+
+    def total(field: str) -> int:
+        return sum(getattr(row, field) for row in once)
+
+    def seconds(field: str) -> float:
+        medians: list[float] = [
+            median(getattr(row, field) for row in rows if row.prompt == prompt)
+            for prompt in prompts
+        ]
+        return sum(medians)
+
+    forward, draft, verify = map(seconds, ("forward_seconds", "draft_seconds", "verify_seconds"))
+    rest = max(0.0, seconds("seconds") - forward - draft - verify)
+    peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
+    return Result(
+        name=method.name,
+        kind=method.kind,
+        budget=method.budget,
+        note=method.note,
+        nfe=total("nfe"),
+        positions_computed=total("positions_computed"),
+        steps=total("steps"),
+        drafted=total("drafted"),
+        accepted=total("accepted"),
+        tokens=total("tokens"),
+        tokens_per_second=_speed(rows),
+        speedup=speedup(rows, base),
+        seconds=Split(forward=forward, draft=draft, verify=verify, rest=rest),
+        peak_bytes=max(peaks, default=None),
+        compared=len(compared),
+        differing=sum(row.differs is True for row in compared),
+        scored=len(scored),
+        correct=sum(row.correct is True for row in scored),
+        acceptance=acceptance((look.canvas, look.forwards) for look in looks),
+    )
+
+
+def _speed(rows: Sequence[Row]) -> float:
+    repeats = {row.repeat for row in rows}
+    return median(
+        sum(row.tokens for row in rows if row.repeat == repeat)
+        / sum(row.seconds for row in rows if row.repeat == repeat)
+        for repeat in repeats
+    )
+
+
+def speedup(rows: Sequence[Row], base: Sequence[Row]) -> Interval:
+    """Seconds of plain decoding over ours: the median prompt, of medians over its repeats.
+
+    The interval resamples prompts: other prompts of this kind would give another median.
+    """
+    plain = {(row.prompt, row.repeat): row.seconds for row in base}
+    ratios: dict[int, list[float]] = {}
+    for row in rows:
+        ratios.setdefault(row.prompt, []).append(plain[row.prompt, row.repeat] / row.seconds)
+    values = [median(of) for of in ratios.values()]
+    generator = random.Random(0)
+    medians = sorted(median(generator.choices(values, k=len(values))) for _ in range(_DRAWS))
+    return Interval(
+        value=median(values), low=medians[_DRAWS // 40], high=medians[-1 - _DRAWS // 40]
+    )
+
+
+def walkthrough(
+    model: DiffusionLM,
+    method: Method,
+    baseline: Method,
+    texts: Sequence[str],
+    measured: Measurements,
+    prompt: int = 0,
+) -> Walkthrough:
+    """One decode, to be stepped through."""
+    look = measured.seen[method.name, prompt]
+    first = {row.method: row for row in measured.rows if (row.prompt, row.repeat) == (prompt, 0)}
+    return Walkthrough(
+        prompt=texts[prompt],
+        method=method.name,
+        answer_start=look.canvas.prompt_length,
+        length=look.canvas.length,
+        turns=tuple(turn(model, look.canvas, forward) for forward in look.forwards),
+        plain_nfe=first[baseline.name].nfe,
+        text=first[method.name].text,
+    )
+
+
+def machine(model: DiffusionLM, load_before: float | None) -> Machine:
+    """Where this runs."""
+    kind = model.device.type
+    after = load_average()
+    return Machine(
+        device=device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads() if kind == "cpu" else None,
+        system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        load=None if load_before is None or after is None else (load_before, after),
+        versions={name: version(name) for name in _LIBRARIES},
+        git_revision=git_revision(),
+    )
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run during the last minute, if the system counts them."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def git_revision() -> str | None:
+    """The commit that this source tree is at, with a "+" if files were changed since."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start to count peak memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak memory since `reset_peak`: allocated on a GPU, resident on Linux, else unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
+
+
+def overlap(digests: Iterable[str], calibrated: Iterable[str]) -> int:
+    """How many prompts were calibrated on."""
+    known = set(calibrated)
+    return sum(digest in known for digest in digests)

@@ -1,0 +1,173 @@
+"""Every way of decoding that is measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spiffy.runtime import BlockEdges, DiffusionLM
+from spiffy.runtime.canvas import Cursor
+from spiffy.runtime.decode import Task
+from spiffy.runtime.draft import Candidates, Drafter, GeometricMeanDrafter, GraphDrafter
+from spiffy.runtime.generate import auto_drafter, graph_drafter, make_task
+from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.bench import MethodKind
+
+KINDS: tuple[MethodKind, ...] = (
+    "plain",
+    "chain",
+    "paper",
+    "pruned",
+    "graph",
+    "model",
+    "auto",
+    "perfect",
+)
+
+#: From the path of plain decoding to a drafter: only "perfect" looks at it.
+MakeDrafter = Callable[[Sequence[Cursor]], Drafter | None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of decoding; see `spiffy.schemas.bench.Result` for the fields."""
+
+    name: str
+    kind: MethodKind
+    settings: DecodingSettings
+    drafter: MakeDrafter
+    budget: int | None = None
+    note: str = ""
+
+
+class PerfectDrafter:
+    """Drafts the next `budget` true states: what no drafting can beat.
+
+    Parameters
+    ----------
+    path
+        The states of plain decoding, one per denoising step.
+    """
+
+    token_ranks = 1
+
+    def __init__(self, path: Sequence[Cursor], budget: int) -> None:
+        self.path = path
+        self.budget = budget
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        """See `spiffy.runtime.draft.Drafter`; ends with the root's block or the answer."""
+        future = []
+        for state in self.path[root.step : root.step + self.budget]:
+            filled = (state.ids != root.ids).nonzero()[:, 0]
+            if (
+                state.finished
+                or len(filled) > room
+                or not torch.isin(filled, candidates.positions).all()
+            ):
+                break
+            future.append(state.ids)
+        return torch.stack(future) if future else root.ids.new_empty((0, len(root.ids)))
+
+
+def chain(length: int) -> list[list[tuple[int, int]]]:
+    """Fills of a confidence chain: the most confident position, the two most confident, ...
+
+    The lossless drafting of FreeDave and SSD, as a graph: all tokens are the most likely ones.
+    """
+    return [[(rank, 0) for rank in range(depth)] for depth in range(1, length + 1)]
+
+
+def methods(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    graph: DraftGraph,
+    kinds: Sequence[MethodKind],
+    budgets: Sequence[int],
+    paper: DraftGraph | None = None,
+    prompts: Sequence[str] = (),
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+) -> list[Method]:
+    """All methods of the given kinds, in the order in which they are shown.
+
+    The first is plain decoding under `settings`, the baseline; plain decoding by the other of the
+    two common policies follows for reference. Kinds that cannot be had are left out: "paper" and
+    "pruned" without a graph grown by the paper's rule, "model" without an acceptance model.
+
+    Parameters
+    ----------
+    prompts
+        Costs for "auto" are measured behind the one of median length.
+
+    Raises
+    ------
+    SpiffyError
+        If a budget exceeds the graph, or the paper's graph belongs to another model.
+    """
+    if over := [n for n in budgets if not 1 <= n <= graph.budget]:
+        raise SpiffyError(f"--budgets {over[0]}: the graph holds 1 to {graph.budget} drafts")
+    if paper is not None:
+        paper.check_fits(model.family.name, model.fingerprint, model.vocab_size)
+
+    def fixed(drafter: Drafter | None) -> MakeDrafter:
+        return lambda path: drafter
+
+    found = [Method(f"plain {settings.policy}", "plain", settings, fixed(None))]
+    if "plain" in kinds:
+        other = settings.model_copy(
+            update={"policy": "static" if settings.policy == "threshold" else "threshold"}
+        )
+        found.append(Method(f"plain {other.policy}", "plain", other, fixed(None)))
+
+    def add(kind: MethodKind, budget: int, drafter: MakeDrafter) -> None:
+        if kind in kinds:
+            found.append(Method(f"{kind} {budget}", kind, settings, drafter, budget))
+
+    for n in budgets:
+        add("chain", n, fixed(GraphDrafter(chain(n), model)))
+    if paper is not None:
+        for n in budgets:
+            nodes = [node.fill for node in paper.nodes[:n]]
+            add("paper", n, fixed(GraphDrafter(nodes, model)))
+        for n in budgets:
+            if n < paper.budget:
+                add("pruned", n, fixed(GeometricMeanDrafter(paper.nodes, model, n)))
+    for n in budgets:
+        add("graph", n, fixed(graph_drafter(model, graph, settings, n, "graph")))
+    if graph.acceptance is not None:
+        for n in budgets:
+            add("model", n, fixed(graph_drafter(model, graph, settings, n, "model")))
+    if "auto" in kinds and graph.expected_steps:
+        found.append(_auto(model, settings, graph, prompts, edges))
+    for n in budgets:
+        add("perfect", n, lambda path, n=n: PerfectDrafter(path, n))  # type: ignore[misc]
+    return found
+
+
+def _auto(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    graph: DraftGraph,
+    prompts: Sequence[str],
+    edges: BlockEdges,
+) -> Method:
+    plan, drafter = auto_drafter(median_task(model, settings, prompts, edges), graph)
+    chosen = (
+        "no drafts"
+        if plan.selection is None
+        else f"up to {plan.drafts} drafts by the {plan.selection}"
+    )
+    note = f"chose {chosen}, predicted {plan.speedup:.2f}x"
+    return Method("auto", "auto", settings, lambda path: drafter, plan.drafts, note)
+
+
+def median_task(
+    model: DiffusionLM, settings: DecodingSettings, prompts: Sequence[str], edges: BlockEdges
+) -> Task:
+    """The decoding of the prompt of median length."""
+    tasks = [make_task(model, text, settings, edges=edges) for text in prompts]
+    tasks.sort(key=lambda task: len(task.prompt))
+    return tasks[len(tasks) // 2]

@@ -1,0 +1,94 @@
+"""Whether an answer is right, where a dataset says what is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from spiffy.calib.synthetic import final_answer
+
+_BYTES = 1 << 30
+
+# Runs before the program: limits that it cannot lift. Files it writes land in a scratch folder.
+_LIMITS = f"""import resource
+resource.setrlimit(resource.RLIMIT_AS, ({_BYTES}, {_BYTES}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+"""
+
+
+def score(text: str, record: Mapping[str, Any], execute_code: bool = False) -> bool | None:
+    """Judge an answer by its prompt's record; None if it cannot be judged.
+
+    GSM8K's format (`synthetic` has it too): the number after the last "####" is compared. HumanEval
+    (`test` and `entry_point`): the tests are run, with `execute_code` only.
+    """
+    reference = record.get("answer")
+    if isinstance(reference, str) and (expected := final_answer(reference)) is not None:
+        return same_number(stated_answer(text), expected)
+    if execute_code and {"prompt", "test", "entry_point"} <= record.keys():
+        return passes(program(text, record))
+    return None
+
+
+def stated_answer(text: str) -> str | None:
+    """What an answer ends in: after "####", else its last number."""
+    if (found := final_answer(text)) is not None:
+        return found
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1] if numbers else None
+
+
+def same_number(ours: str | None, expected: str) -> bool:
+    """Whether two numbers as text are equal, whatever their commas, units and zeros."""
+    if ours is None:
+        return False
+    return _number(ours) == _number(expected)
+
+
+def _number(text: str) -> float | str:
+    found = re.search(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[0].replace(",", "")) if found else text.strip()
+
+
+def program(text: str, record: Mapping[str, Any]) -> str:
+    """A HumanEval program: the answer's code, completed by its prompt if it lacks the function."""
+    fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    code = fenced[1] if fenced else text
+    entry = record["entry_point"]
+    if not re.search(rf"^def {re.escape(entry)}\b", code, re.MULTILINE):
+        code = record["prompt"] + code
+    elif fenced is None:
+        code = code[code.index(f"def {entry}") :]
+    return f"{code}\n\n{record['test']}\n\ncheck({entry})\n"
+
+
+def passes(source: str, seconds: float = 10) -> bool:
+    """Run a program in a process of its own, with limits of time and memory.
+
+    That stops accidents, not attacks: run answers of a model that you do not trust in a sandbox.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-I",
+                    "-c",
+                    f"{_LIMITS}exec({source!r})",
+                ],
+                cwd=folder,
+                env={},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=seconds,
+                check=False,
+            )
+        except (subprocess.TimeoutExpired, ValueError):  # ValueError: a NUL in the source
+            return False
+    return done.returncode == 0

@@ -1,0 +1,171 @@
+"""Watch a decode from outside: which drafts each forward verified, and which of them held."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from time import perf_counter
+
+from torch import Tensor
+
+from spiffy.runtime.canvas import Canvas, Cursor
+from spiffy.runtime.decode import Task, run
+from spiffy.runtime.draft import Candidates, Drafter
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.schemas.bench import Acceptance, Draft, RankTally, Tally, Turn
+
+Fill = dict[int, int]  # positions to token ids
+
+
+class Watched:
+    """A drafter that remembers what it proposed."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self.token_ranks = drafter.token_ranks
+        self.calls: dict[int, tuple[Candidates, Tensor]] = {}  # by denoising steps made before
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        """See `spiffy.runtime.draft.Drafter`."""
+        states = self.drafter(root, candidates, room)
+        self.calls[root.step] = candidates, states
+        return states
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of a decode.
+
+    Attributes
+    ----------
+    root
+        The state that it started from.
+    candidates, states
+        What the drafter was told and proposed (int64 [n, length]); None without a drafter.
+    accepted
+        States that the walk hopped to, in order.
+    reached
+        States after every denoising step of the walk.
+    seconds
+        Drafting and verification included.
+    """
+
+    root: Cursor
+    candidates: Candidates | None
+    states: Tensor | None
+    accepted: tuple[Cursor, ...]
+    reached: tuple[Cursor, ...]
+    seconds: float
+
+
+def decode(task: Task) -> list[Forward]:
+    """Decode a task to its end; its drafter, if any, must be `Watched`."""
+    watched = task.drafter
+    calls = watched.calls if isinstance(watched, Watched) else {}
+    root = task.canvas.start(task.prompt, task.model.mask_token_id)
+    forwards = []
+    steps = accepted = 0
+    started = perf_counter()
+    for _ in run(task.model, [task]):
+        # A forward that only fills a cache makes no step; the root's drafts wait for the next.
+        reached = tuple(task.path[steps:])
+        candidates, states = calls.get(root.step, (None, None)) if reached else (None, None)
+        hops = task.stats.accepted - accepted
+        forwards.append(
+            Forward(root, candidates, states, reached[:hops], reached, perf_counter() - started)
+        )
+        steps, accepted, started = len(task.path), task.stats.accepted, perf_counter()
+        root = reached[-1] if reached else root
+    return forwards
+
+
+def filled(root: Cursor, ids: Tensor) -> Fill:
+    """What a state has that its root has not."""
+    at = (root.ids != ids).nonzero()[:, 0]
+    return dict(zip(at.tolist(), ids[at].tolist(), strict=True))
+
+
+def _drafts(forward: Forward) -> list[tuple[Fill, bool]]:
+    if forward.states is None:
+        return []
+    hopped = [cursor.ids.tolist() for cursor in forward.accepted]
+    return [(filled(forward.root, ids), ids.tolist() in hopped) for ids in forward.states]
+
+
+def acceptance(decodes: Iterable[tuple[Canvas, Sequence[Forward]]]) -> Acceptance:
+    """Count drafts by depth, place in the block, and draft coordinates."""
+    depth: defaultdict[int, Counter[bool]] = defaultdict(Counter)
+    place: defaultdict[int, Counter[bool]] = defaultdict(Counter)
+    rank: defaultdict[tuple[int, int], Counter[bool]] = defaultdict(Counter)
+    walks: Counter[int] = Counter()
+    for canvas, forwards in decodes:
+        for forward in forwards:
+            if forward.states is None or forward.candidates is None:
+                continue
+            walks[len(forward.accepted)] += 1
+            ranks = {p: i for i, p in enumerate(forward.candidates.positions.tolist())}
+            tokens = forward.candidates.tokens.tolist()
+            start = canvas.span(forward.root.block).start
+            for fill, held in _drafts(forward):
+                depth[len(fill) - 1][held] += 1
+                for position, token in fill.items():
+                    place[position - start][held] += 1
+                    i = ranks[position]
+                    if token in tokens[i]:  # perfect drafts know tokens of any rank
+                        rank[i, tokens[i].index(token)][held] += 1
+
+    def by_index(counts: dict[int, Counter[bool]]) -> tuple[Tally, ...]:
+        return tuple(
+            Tally(drafted=counts[k].total(), accepted=counts[k][True])
+            for k in range(max(counts, default=-1) + 1)
+        )
+
+    return Acceptance(
+        by_depth=by_index(depth),
+        by_place=by_index(place),
+        by_rank=tuple(
+            RankTally(position_rank=i, token_rank=j, drafted=count.total(), accepted=count[True])
+            for (i, j), count in sorted(rank.items())
+        ),
+        walk_lengths=tuple(walks[k] for k in range(max(walks, default=-1) + 1)),
+    )
+
+
+def turn(model: DiffusionLM, canvas: Canvas, forward: Forward) -> Turn:
+    """A forward in words, to be stepped through."""
+
+    def words(fill: Fill) -> tuple[tuple[int, str], ...]:
+        return tuple((position, token_text(model, token)) for position, token in fill.items())
+
+    drafts = _drafts(forward)
+    span = canvas.span(forward.root.block)
+    states = [forward.root, *forward.reached]
+    return Turn(
+        block=forward.root.block,
+        span=(span.start, span.stop),
+        drafts=tuple(
+            Draft(fill=words(fill), parents=_parents(drafts, k), accepted=held)
+            for k, (fill, held) in enumerate(drafts)
+        ),
+        steps=tuple(words(filled(before, after.ids)) for before, after in pairwise(states)),
+        seconds=forward.seconds,
+    )
+
+
+def token_text(model: DiffusionLM, token: int) -> str:
+    """A token as text, special tokens by name."""
+    return f"<{token}>" if model.tokenizer is None else str(model.tokenizer.decode([token]))
+
+
+def _parents(drafts: Sequence[tuple[Fill, bool]], k: int) -> tuple[int, ...]:
+    """Numbers of the largest drafts that draft k extends; the root (0) if there is none."""
+    own = drafts[k][0].items()
+    within = [
+        (len(fill), number)
+        for number, (fill, _) in enumerate(drafts, start=1)
+        if len(fill) < len(own) and fill.items() <= own
+    ]
+    largest = max(within, default=(0, 0))[0]
+    return tuple(number for size, number in within if size == largest) or (0,)

@@ -1,0 +1,345 @@
+"""Methods side by side: bounds, counts, scores, and what a run refuses."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from helpers import decode as decode_with
+from typer.testing import CliRunner
+
+from spiffy.bench.measure import Measurements, Row, measure, results, speedup, walkthrough
+from spiffy.bench.methods import KINDS, Method, PerfectDrafter, chain, methods
+from spiffy.bench.score import passes, program, same_number, score, stated_answer
+from spiffy.calib.pipeline import build_graph, prepare, record
+from spiffy.calib.prompts import load_prompts
+from spiffy.calib.synthetic import problems
+from spiffy.cli.bench import app
+from spiffy.runtime import DiffusionLM, decoding_settings, load_model
+from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.bench import Bench, Result
+
+PROMPTS = 2
+
+
+@cache
+def sdar() -> DiffusionLM:
+    return load_model("tiny-sdar", device="cpu", dtype="float32")
+
+
+@cache
+def graph(objective: str = "expected-steps") -> DraftGraph:
+    model = sdar()
+    settings = decoding_settings(model, gen_length=32)
+    prompts = load_prompts("synthetic", 10)
+    traces = record(model, prepare(model, prompts, settings))
+    return build_graph(model, prompts, settings, traces, 8, objective=objective)  # type: ignore[arg-type]
+
+
+@cache
+def run() -> tuple[list[Method], Measurements, tuple[Result, ...]]:
+    model, artifact = sdar(), graph()
+    settings = decoding_settings(model, artifact)
+    unseen = list(islice(problems("test"), PROMPTS))
+    texts = [problem.question for problem in unseen]
+    kinds = [kind for kind in KINDS if kind != "auto"]
+    found = methods(model, settings, artifact, kinds, [1, 4], graph("paper"), texts)
+    records = [{"answer": problem.answer} for problem in unseen]
+    measured = measure(model, found, texts, records, repeats=2, warm_up=0)
+    return found, measured, results(found, measured)
+
+
+def named(name: str) -> Result:
+    return next(result for result in run()[2] if result.name == name)
+
+
+def test_every_method_is_there_once_and_plain_comes_first() -> None:
+    found, _, _ = run()
+    names = [method.name for method in found]
+    assert names[:2] == ["plain static", "plain threshold"]
+    expected = [
+        f"{kind} {n}"
+        for kind in ("chain", "paper", "pruned", "graph", "model", "perfect")
+        for n in (1, 4)
+    ]
+    assert names[2:] == expected
+
+
+def test_methods_take_turns_prompt_by_prompt() -> None:
+    found, measured, _ = run()
+    n = len(found)
+    turns = [measured.rows[k : k + n] for k in range(0, len(measured.rows), n)]
+    assert len(turns) == 2 * PROMPTS
+    for turn in turns:
+        assert {row.method for row in turn} == {method.name for method in found}
+        assert len({(row.prompt, row.repeat) for row in turn}) == 1
+    assert len({turn[0].method for turn in turns}) == len(turns)  # nobody is always first
+
+
+def test_all_drafting_gives_the_tokens_of_plain_decoding() -> None:
+    for result in run()[2]:
+        if result.name == "plain threshold":
+            assert result.compared == 0  # other tokens are to be expected
+        else:
+            assert (result.compared, result.differing) == (PROMPTS, 0)
+
+
+def test_counts_are_sums_over_prompts_and_not_over_repeats() -> None:
+    model, artifact = sdar(), graph()
+    settings = decoding_settings(model, artifact)
+    nfe = sum(
+        decode_with(model, model.encode(problem.question), settings).stats.nfe
+        for problem in islice(problems("test"), PROMPTS)
+    )
+    assert named("plain static").nfe == nfe
+
+
+def test_perfect_drafts_all_come_true_and_nothing_takes_fewer_forwards() -> None:
+    for budget in (1, 4):
+        bound = named(f"perfect {budget}")
+        assert bound.accepted == bound.drafted > 0
+        others = [result for result in run()[2] if result.budget == budget]
+        assert bound.nfe == min(result.nfe for result in others)
+
+
+def test_perfect_drafts_stay_within_the_budget_and_the_block() -> None:
+    model, artifact = sdar(), graph()
+    settings = decoding_settings(model, artifact)
+    prompt = model.encode(next(problems("test")).question)
+    plain = decode_with(model, prompt, settings)
+    bound = decode_with(model, prompt, settings, PerfectDrafter(plain.path, 3))
+    assert [c.ids.tolist() for c in bound.path] == [c.ids.tolist() for c in plain.path]
+    assert bound.stats.drafted <= 3 * bound.stats.nfe
+
+
+def test_a_chain_adds_the_next_most_confident_token() -> None:
+    assert chain(3) == [[(0, 0)], [(0, 0), (1, 0)], [(0, 0), (1, 0), (2, 0)]]
+
+
+@pytest.mark.parametrize("name", ["model 4", "graph 4", "perfect 4", "chain 1"])
+def test_acceptance_agrees_with_what_decoding_counted(name: str) -> None:
+    result = named(name)
+    counted = result.acceptance
+    assert sum(tally.drafted for tally in counted.by_depth) == result.drafted
+    assert sum(tally.accepted for tally in counted.by_depth) == result.accepted
+    assert sum(k * n for k, n in enumerate(counted.walk_lengths)) == result.accepted
+    fills = sum(depth * tally.drafted for depth, tally in enumerate(counted.by_depth, start=1))
+    assert sum(tally.drafted for tally in counted.by_place) == fills
+    if not name.startswith("perfect"):  # its tokens may be of any rank
+        assert sum(tally.drafted for tally in counted.by_rank) == fills
+
+
+def test_the_parts_of_the_time_are_within_the_whole() -> None:
+    for row in run()[1].rows:
+        parts = row.forward_seconds + row.draft_seconds + row.verify_seconds
+        assert 0 < parts <= row.seconds
+        assert (row.draft_seconds > 0) == ("plain" not in row.method)
+
+
+def rows_of(seconds: dict[tuple[int, int], float], method: str = "ours") -> list[Row]:
+    blank = run()[1].rows[0]
+    return [
+        replace(blank, method=method, prompt=prompt, repeat=repeat, seconds=value)
+        for (prompt, repeat), value in seconds.items()
+    ]
+
+
+def test_speedup_is_the_median_prompt_and_pairs_what_ran_together() -> None:
+    # The machine was 10 times slower in the second repeat; that must not count.
+    plain = rows_of({(0, 0): 2.0, (0, 1): 20.0, (1, 0): 3.0, (1, 1): 30.0, (2, 0): 8.0, (2, 1): 80})
+    ours = rows_of({(0, 0): 1.0, (0, 1): 10.0, (1, 0): 1.0, (1, 1): 10.0, (2, 0): 1.0, (2, 1): 10})
+    found = speedup(ours, plain)
+    assert found.value == pytest.approx(3.0)
+    assert (found.low, found.high) == (pytest.approx(2.0), pytest.approx(8.0))
+    even = speedup(plain, plain)
+    assert (even.value, even.low, even.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_walkthrough_fills_in_the_answer_step_by_step() -> None:
+    found, measured, _ = run()
+    model = sdar()
+    method = next(m for m in found if m.name == "model 4")
+    questions = [problem.question for problem in islice(problems("test"), PROMPTS)]
+    told = walkthrough(model, method, found[0], questions, measured, prompt=1)
+    filled: dict[int, str] = {}
+    hops = 0
+    for turn in told.turns:
+        assert len(turn.steps) == 1 + sum(draft.accepted for draft in turn.drafts)
+        for step in turn.steps:
+            for position, token in step:
+                assert position not in filled
+                filled[position] = token
+        state = set(filled.items())
+        for draft in turn.drafts:
+            hops += draft.accepted
+            for parent in draft.parents:
+                assert parent == 0 or set(turn.drafts[parent - 1].fill) < set(draft.fill)
+            if draft.accepted:
+                assert set(draft.fill) <= state
+    row = next(r for r in measured.rows if (r.method, r.prompt) == ("model 4", 1))
+    assert hops == row.accepted
+    assert len(told.turns) == row.nfe
+    text = "".join(filled[position] for position in sorted(filled))
+    assert told.text.strip()
+    assert text.startswith(told.text.strip()[:20])
+
+
+def test_accuracy_is_judged_by_the_reference() -> None:
+    assert named("plain static").scored == PROMPTS
+    right = Counter(row.correct for row in run()[1].rows if row.method == "plain static")
+    assert named("plain static").correct * 2 == right[True]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "right"),
+    [
+        ("So it is 3.\n#### 1,200", "1200", True),
+        ("#### $18.00", "18", True),
+        ("#### 17", "18", False),
+        ("In the end 5 remain, so 18", "18", True),  # no marker: the last number
+        ("nothing", "18", False),
+        ("#### -4", "4", False),
+    ],
+)
+def test_answers_of_gsm8k_are_compared_as_numbers(said: str, expected: str, right: bool) -> None:
+    assert same_number(stated_answer(said), expected) is right
+    assert score(said, {"answer": f"work\n#### {expected}"}) is right
+
+
+HUMANEVAL = {
+    "prompt": 'def double(x):\n    """Twice x."""\n',
+    "entry_point": "double",
+    "test": "def check(f):\n    assert f(2) == 4\n    assert f(0) == 0\n",
+    "canonical_solution": "    return 2 * x\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("    return 2 * x\n", True),
+        ("```python\ndef double(x):\n    return x + x\n```\nThat doubles.", True),
+        ("def double(x):\n    return x + x\n", True),
+        ("    return x\n", False),
+        ("That is easy.", False),
+        ("    return 2 * x\x00", False),
+    ],
+)
+def test_code_is_right_if_its_tests_pass(text: str, right: bool) -> None:
+    assert score(text, HUMANEVAL, execute_code=True) is right
+
+
+def test_code_is_not_run_unless_that_was_asked_for() -> None:
+    assert score("    return 2 * x\n", HUMANEVAL) is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["while True: pass", "x = bytearray(1 << 33)", "open('f', 'wb').write(bytes(1 << 22))"],
+)
+def test_code_that_wants_too_much_fails(source: str) -> None:
+    assert passes("x = 1")
+    assert not passes(source, seconds=2)
+
+
+def test_code_is_completed_by_its_prompt_only_if_it_lacks_the_function() -> None:
+    assert program("    return 1", HUMANEVAL).count("def double") == 1
+    assert program("def double(x):\n  return 1", HUMANEVAL).count("def double") == 1
+
+
+def invoke(*words: str | Path) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if isinstance(done.exception, SpiffyError):  # run_app turns it into one line
+        return 2, done.stdout, str(done.exception)
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    path = tmp_path / "graph.json"
+    graph().save(path)
+    return path
+
+
+def test_the_command_writes_a_run_that_can_be_read_back(artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "run"
+    code, text, _ = invoke(
+        "--graph", artifact, "--out", out, "--samples", "1", "--repeats", "1", "--budgets", "1,4",
+        "--methods", "graph,model,auto", "--device", "cpu", "--warm-up", "0",
+    )  # fmt: skip
+    assert code == 0
+    summary = Bench.load(out / "bench.json")
+    names = [result.name for result in summary.results]
+    assert names == ["plain static", "graph 1", "graph 4", "model 1", "model 4", "auto"]
+    assert summary.walkthrough is not None
+    assert summary.walkthrough.method == "model 4"
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert [row["method"] for row in rows] == names
+    assert sum(row["nfe"] for row in rows) == sum(result.nfe for result in summary.results)
+    assert "model 4" in text
+    assert (out / "table.md").read_text("utf-8").strip() in text
+
+
+def test_prompts_that_were_calibrated_on_are_refused(artifact: Path, tmp_path: Path) -> None:
+    seen = load_prompts("synthetic", 10).texts
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"question": text}) + "\n" for text in seen[:2]]
+    data.write_text("".join(lines), encoding="utf-8")
+    options = (
+        "--graph", artifact, "--out", tmp_path / "run", "--dataset", data, "--samples", "2",
+        "--repeats", "1", "--budgets", "1", "--methods", "graph", "--device", "cpu",
+    )  # fmt: skip
+    code, _, error = invoke(*options)
+    assert code == 2
+    assert "calibrated on 2 of these 2 prompts" in error
+    code, _, _ = invoke(*options, "--allow-calibrated")
+    assert code == 0
+    assert Bench.load(tmp_path / "run" / "bench.json").data.calibrated_on == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--methods", "graph,magic"], "'magic'"),
+        (["--budgets", "9"], "'9'"),
+        (["--budgets", "x"], "'x'"),
+        (["--repeats", "0"], "--repeats 0"),
+        (["--warm-up", "-1"], "--warm-up -1"),
+    ],
+)
+def test_bad_options_are_refused(
+    artifact: Path, tmp_path: Path, options: list[str], reason: str
+) -> None:
+    code, _, error = invoke("--graph", artifact, "--out", tmp_path / "run", *options)
+    assert code == 2
+    assert reason in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, _, error = invoke("--graph", artifact, "--out", tmp_path / "file" / "run")
+    assert code == 2
+    assert "cannot be written" in error
+
+
+def test_a_summary_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(SpiffyError, match="not a benchmark summary"):
+        Bench.load(path)
+    path.write_text('{"format":"spiffy.bench","version":"2.0"}', encoding="utf-8")
+    with pytest.raises(SpiffyError, match=r"version 2\.0"):
+        Bench.load(path)
+
+
+def test_other_settings_are_not_compared_token_by_token() -> None:
+    found, _, _ = run()
+    other = next(method for method in found if method.name == "plain threshold")
+    assert isinstance(other.settings, DecodingSettings)
+    assert other.settings != found[0].settings
