@@ -24,19 +24,21 @@ COLOURS = {
     "plain": "#59646f",
     "chain": "#a36a00",
     "paper-graph": "#a1347c",
+    "pruned": "#5b4db3",
     "graph": "#00785a",
     "model": "#0066b0",
     "auto": "#c4430b",
     "perfect": "#6d7680",
 }
 
-STYLE: dict[str, Any] = {
+#: matplotlib's settings (Any: their type would list every one there is).
+STYLE: Any = {
     "figure.constrained_layout.use": True,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
-    "axes.labelsize": 8.5,
+    "axes.labelsize": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -52,14 +54,14 @@ STYLE: dict[str, Any] = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "text.color": INK,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8.5,
+    "font.size": 9,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
     "legend.labelcolor": INK,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
@@ -99,7 +101,7 @@ class Picture:
         """SVG element for a page, its colours left to the page's CSS."""
         return _inline(self)
 
-    def bytes(self, kind: str) -> bytes:
+    def file(self, kind: str) -> bytes:
         """Content of an svg or png file, on white."""
         buffer = io.BytesIO()
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
@@ -107,7 +109,7 @@ class Picture:
             self.figure.savefig(buffer, format=kind, dpi=200, facecolor=PAPER, metadata=metadata)
         return buffer.getvalue()
 
-    def _style(self) -> dict[str, Any]:
+    def _style(self) -> Any:
         # Without a salt, names of clip paths and markers are random; and they must differ between
         # the pictures of a page.
         return {**STYLE, "svg.hashsalt": f"spiffy-{self.name}"}

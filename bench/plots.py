@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from typing import ParamSpec
+from statistics import fmean
+from typing import Any, ParamSpec
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FormatStrFormatter, MaxNLocator, PercentFormatter
 
 from spiffy.bench.figures import (
     COLOURS,
@@ -24,14 +25,15 @@ from spiffy.bench.figures import (
     listed,
     new_figure,
 )
-from spiffy.bench.tables import fewer_forwards, headline, interval, memory, quantity
+from spiffy.bench.tables import fewer_forwards, interval, more_positions
 from spiffy.schemas import AcceptanceModel, CostPoint, CostProfile, Node
-from spiffy.schemas.bench import Acceptance, Bench, MethodKind, Result, Tally
+from spiffy.schemas.bench import Acceptance, Bench, Interval, MethodKind, Result, Tally
 
 WHO: dict[MethodKind, str] = {
     "plain": "plain",
     "chain": "confident chain",
     "paper": "paper's graph",
+    "pruned": "paper's, pruned",
     "graph": "our graph",
     "model": "acceptance model",
     "auto": "auto",
@@ -44,12 +46,13 @@ _MARKER: dict[MethodKind, str] = {
     "plain": "",
     "chain": "s",
     "paper": "D",
+    "pruned": "v",
     "graph": "o",
     "model": "^",
     "auto": "*",
     "perfect": "x",
 }
-_SIZE = (4.7, 3.3)
+_SIZE = (4.5, 3.2)
 
 P = ParamSpec("P")
 
@@ -81,8 +84,8 @@ def positions(bench: Bench) -> Picture | None:
         bench,
         "positions",
         "Positions computed",
-        "thousands of token positions, all prompts",
-        lambda r: r.positions_computed / 1000,
+        "token positions, all prompts",
+        lambda r: float(r.positions_computed),
     )
 
 
@@ -93,45 +96,125 @@ def tokens_per_second(bench: Bench) -> Picture | None:
     )
 
 
+def speed(bench: Bench) -> Picture | None:
+    """Speed against plain decoding by budget, with intervals."""
+    return _by_budget(
+        bench,
+        "speed",
+        "Speed against plain decoding",
+        "times as fast (95% interval)",
+        lambda r: r.speedup.value,
+        lambda r: r.speedup,
+    )
+
+
 @_styled
 def _by_budget(
-    bench: Bench, name: str, title: str, unit: str, value: Callable[[Result], float]
+    bench: Bench,
+    name: str,
+    title: str,
+    unit: str,
+    value: Callable[[Result], float],
+    spread: Callable[[Result], Interval] | None = None,
 ) -> Picture | None:
-    curves: defaultdict[MethodKind, list[Result]] = defaultdict(list)
-    for result in bench.results:
-        if result.budget and result.kind != "plain":
-            curves[result.kind].append(result)
+    curves = _curves(bench)
     if not curves:
         return None
     figure = new_figure(*_SIZE)
     axes = figure.add_subplot()
-    tips, words = {}, []
-    for kind, results in sorted(curves.items(), key=lambda item: list(WHO).index(item[0])):
-        results.sort(key=lambda r: (r.budget or 0, r.name))
-        x, y = [r.budget or 0 for r in results], [value(r) for r in results]
-        axes.plot(
-            x,
-            y,
-            color=_COLOUR[kind],
-            linestyle=":" if kind == "perfect" else "-",
-            marker=_MARKER[kind],
-            markersize=10 if kind == "auto" else 5,
-            label=WHO[kind],
-        )
-        tips |= _points(axes, x, y, [f"{r.name}: {value(r):.4g} {unit}" for r in results], name)
-        words.append(f"{WHO[kind]} ({listed([(r.budget, f'{value(r):.4g}') for r in results])})")
-    dashes = ((0, (5, 3)), (0, (1.5, 2)), (0, (6, 2, 1, 2)))
-    plains = [r for r in bench.results if r.kind == "plain"]
-    for result, dash in zip(plains, dashes, strict=False):
+    tips: dict[str, str] = {}
+    words: list[str] = []
+    for at, (kind, results) in enumerate(curves.items()):
+        # A little apart, or intervals would hide each other.
+        shift = 1.0 if spread is None else 1.035 ** (at - (len(curves) - 1) / 2)
+        x, y = [(r.budget or 0) * shift for r in results], [value(r) for r in results]
+        axes.plot(x, y, label=WHO[kind], **_look(kind))
+        if spread is not None:
+            low, high = ([getattr(spread(r), end) for r in results] for end in ("low", "high"))
+            axes.vlines(x, low, high, color=_COLOUR[kind], linewidth=1.2)
+        told = [f"{r.name}: {value(r):,.4g} {unit}" for r in results]
+        if spread is not None:
+            told = [f"{r.name}: {interval(spread(r))}" for r in results]
+        tips |= _points(axes, x, y, told, name)
+        words.append(f"{WHO[kind]} ({listed([(r.budget, f'{value(r):,.4g}') for r in results])})")
+    for result, dash in zip(_plains(bench), _DASHES, strict=False):
         axes.axhline(value(result), color=COLOURS["plain"], linestyle=dash, label=result.name)
-        words.append(f"{result.name} ({value(result):.4g})")
+        words.append(f"{result.name} ({value(result):,.4g})")
     budgets = sorted({r.budget or 0 for results in curves.values() for r in results})
-    _budget_axis(axes, budgets)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    axes.minorticks_off()
+    axes.margins(x=0.06, y=0.08)
+    axes.set_xlabel("most drafts per forward")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title(title)
     axes.set_ylabel(unit)
     legend_below(figure, 3)
     text = f"{title} ({unit}) by most drafts per forward. {'; '.join(words)}."
     return Picture(name, title, text, figure, tips)
+
+
+_DASHES = ((0, (5, 3)), (0, (1.5, 2)), (0, (6, 2, 1, 2)))
+
+
+def _plains(bench: Bench) -> list[Result]:
+    return [r for r in bench.results if r.kind == "plain"]
+
+
+def _look(kind: MethodKind) -> dict[str, Any]:
+    return {
+        "color": _COLOUR[kind],
+        "linestyle": ":" if kind == "perfect" else "-",
+        "marker": _MARKER[kind],
+        "markersize": 11 if kind == "auto" else 5,
+        "zorder": 3 if kind == "auto" else 2,
+    }
+
+
+def _curves(bench: Bench) -> dict[MethodKind, list[Result]]:
+    """Results with a budget, by kind and ascending."""
+    curves: dict[MethodKind, list[Result]] = {}
+    for kind in WHO:
+        results = [r for r in bench.results if r.kind == kind != "plain" and r.budget]
+        if results:
+            curves[kind] = sorted(results, key=lambda r: (r.budget or 0, r.name))
+    return curves
+
+
+@_styled
+def trade(bench: Bench) -> Picture | None:
+    """Forwards saved by positions computed: what memory-bound and compute-bound machines pay."""
+    curves = _curves(bench)
+    if not curves:
+        return None
+    figure = new_figure(*_SIZE)
+    axes = figure.add_subplot()
+    tips: dict[str, str] = {}
+    words: list[str] = []
+    for kind, results in curves.items():
+        x = [more_positions(bench, r) for r in results]
+        y = [fewer_forwards(bench, r) for r in results]
+        axes.plot(x, y, label=WHO[kind], **_look(kind))
+        told = [
+            f"{r.name}: {f:.2f}x fewer forwards over {p:.2f}x the positions"
+            for r, p, f in zip(results, x, y, strict=True)
+        ]
+        tips |= _points(axes, x, y, told, "trade")
+        pairs = [(r.budget, f"{f:.2f} for {p:.2f}") for r, p, f in zip(results, x, y, strict=True)]
+        words.append(f"{WHO[kind]} ({listed(pairs)})")
+    axes.plot([1], [1], "o", color=COLOURS["plain"], label=bench.baseline)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.08)
+    axes.set_xlabel("positions computed, in plain's")
+    axes.set_ylabel("times fewer forwards")
+    axes.set_title("What forwards are paid with")
+    legend_below(figure, 3)
+    text = f"Times fewer forwards for times the positions, by budget: {'; '.join(words)}."
+    return Picture("trade", "What forwards are paid with", text, figure, tips)
 
 
 def _points(
@@ -144,45 +227,6 @@ def _points(
         axes.plot([left], [up], "o", markersize=12, alpha=0.0, gid=gid)
         tips[gid] = text
     return tips
-
-
-def _budget_axis(axes: Axes, budgets: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, [str(budget) for budget in budgets])
-    axes.minorticks_off()
-    axes.margins(x=0.06)
-    axes.set_xlabel("most drafts per forward")
-    axes.set_ylim(bottom=0)
-
-
-@_styled
-def speed(bench: Bench) -> Picture | None:
-    """Speed against plain decoding with intervals, a line per method."""
-    results = [r for r in bench.results if r.name != bench.baseline]
-    if not results:
-        return None
-    figure = new_figure(_SIZE[0], 0.95 + 0.24 * len(results))
-    axes = figure.add_subplot()
-    axes.axvline(1, color=COLOURS["plain"], linestyle=(0, (5, 3)), linewidth=1.2)
-    tips = {}
-    for at, r in enumerate(results):
-        colour = _COLOUR[r.kind]
-        axes.plot([r.speedup.low, r.speedup.high], [at, at], color=colour, linewidth=2.2)
-        marker = _MARKER[r.kind] or "o"
-        size = 9 if r.kind == "auto" else 5.5
-        axes.plot([r.speedup.value], [at], marker=marker, markersize=size, color=colour)
-        tips |= _points(axes, [r.speedup.value], [at], [f"{r.name}: {interval(r.speedup)}"], "ratio")
-    axes.set_yticks(range(len(results)), [_short(r.name) for r in results])
-    axes.set_ylim(len(results) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("times as fast as plain decoding (median of prompts, 95% interval)")
-    axes.set_title("Speed against plain decoding")
-    text = listed([(r.name, interval(r.speedup)) for r in results])
-    return Picture(
-        "speed", "Speed against plain decoding", f"Ratios with 95% intervals. {text}.", figure, tips
-    )
 
 
 def _short(name: str) -> str:
@@ -201,9 +245,13 @@ _PART_COLOUR = {
 
 @_styled
 def time_split(bench: Bench) -> Picture | None:
-    """Where the seconds went, a bar per method."""
-    results = bench.results
-    figure = new_figure(_SIZE[0], 1.15 + 0.24 * len(results))
+    """Where the seconds went, a bar for plain decoding and each way of drafting at its fastest."""
+    curves = _curves(bench)
+    results = [
+        *_plains(bench),
+        *(max(curve, key=lambda r: r.speedup.value) for curve in curves.values()),
+    ]
+    figure = new_figure(_SIZE[0], max(_SIZE[1], 1.15 + 0.24 * len(results)))
     axes = figure.add_subplot()
     tips = {}
     for part in _PARTS:
@@ -237,14 +285,15 @@ def time_split(bench: Bench) -> Picture | None:
         f"{r.name} ({listed([(p, f'{getattr(r.seconds, p):.3g} s') for p in _PARTS])})"
         for r in results
     )
-    return Picture("time", "Where the time goes", f"Seconds by part. {text}.", figure, tips)
+    title, note = "Where the time goes", "Each way of drafting at the budget that was fastest."
+    return Picture("time", title, f"Seconds by part. {text}.", figure, tips, note=note)
 
 
 # -- which drafts come true -----------------------------------------------------------------------
 
 
 def acceptance(bench: Bench) -> list[Picture]:
-    """By depth, by place in the block, by walk, and by rank."""
+    """By depth, by place in the block, by length of the walk, and by rank."""
     shown = _representatives(bench)
     made = [
         _shares(
@@ -264,7 +313,7 @@ def acceptance(bench: Bench) -> list[Picture]:
             1,
         ),
         _walks(shown),
-        *(_ranks(result) for result in _two_largest(shown)),
+        _ranks(_two_largest(shown)),
     ]
     return [picture for picture in made if picture is not None]
 
@@ -298,7 +347,8 @@ def _shares(
 ) -> Picture | None:
     figure = new_figure(*_SIZE)
     axes = figure.add_subplot()
-    tips, words = {}, []
+    tips: dict[str, str] = {}
+    words: list[str] = []
     for result in results:
         points = [
             (at, tally.accepted / tally.drafted, tally)
@@ -331,7 +381,8 @@ def _walks(results: Sequence[Result]) -> Picture | None:
         return None
     figure = new_figure(*_SIZE)
     axes = figure.add_subplot()
-    tips, words = {}, []
+    tips: dict[str, str] = {}
+    words: list[str] = []
     for result in results:
         total = sum(result.acceptance.walk_lengths)
         y = [count / total for count in result.acceptance.walk_lengths]
@@ -355,74 +406,86 @@ _SHOWN_RANKS = 16
 
 
 @_styled
-def _ranks(result: Result) -> Picture | None:
-    cells = {
-        (tally.position_rank, tally.token_rank): tally
-        for tally in result.acceptance.by_rank
-        if tally.drafted and tally.position_rank < _SHOWN_RANKS
-    }
-    if not cells:
+def _ranks(results: Sequence[Result]) -> Picture | None:
+    maps = {}
+    for result in results:
+        cells = {
+            (tally.position_rank, tally.token_rank): tally
+            for tally in result.acceptance.by_rank
+            if tally.drafted and tally.position_rank < _SHOWN_RANKS
+        }
+        if cells:
+            maps[result.name] = (result, cells)
+    if not maps:
         return None
-    columns = 1 + max(i for i, _ in cells)
-    rows = 1 + max(j for _, j in cells)
-    figure = new_figure(_SIZE[0], 1.1 + 0.36 * rows)
-    axes = figure.add_subplot()
-    tips = {}
-    for (i, j), tally in sorted(cells.items()):
-        share = tally.accepted / tally.drafted
-        gid = f"rank-{result.kind}-{i}-{j}"
-        cell = Rectangle(
-            (i - 0.47, j - 0.46),
+    columns = 1 + max(i for _, cells in maps.values() for i, _ in cells)
+    rows = [1 + max(j for _, j in cells) for _, cells in maps.values()]
+    height = max(_SIZE[1], 0.4 + 0.62 * len(maps) + 0.3 * sum(rows))
+    figure = new_figure(_SIZE[0], height)
+    all_axes = figure.subplots(len(maps), 1, squeeze=False, height_ratios=rows)[:, 0]
+    tips: dict[str, str] = {}
+    words: list[str] = []
+    for axes, (name, (result, cells)), depth in zip(all_axes, maps.items(), rows, strict=True):
+        for (i, j), tally in sorted(cells.items()):
+            gid = f"rank-{result.kind}-{i}-{j}"
+            tips[gid] = _heat_cell(axes, i, j, tally, _COLOUR[result.kind], columns, gid)
+        axes.set_xlim(-0.5, columns - 0.5)
+        axes.set_ylim(depth - 0.5, -0.5)
+        axes.set_xticks(range(columns))
+        axes.set_yticks(range(depth))
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel("token rank")
+        axes.set_title(f"Accepted fills, %: {name}")
+        shares = [(key, f"{t.accepted / t.drafted:.0%}") for key, t in sorted(cells.items())]
+        words.append(f"{name} ({listed(shares)})")
+    all_axes[-1].set_xlabel("position rank (0: most confident)")
+    text = (
+        "Share of drafted fills that were in accepted drafts, by (position rank, token rank): "
+        f"{'; '.join(words)}."
+    )
+    return Picture("ranks", "Accepted fills by rank", text, figure, tips)
+
+
+def _heat_cell(
+    axes: Axes, i: int, j: int, tally: Tally, colour: str, columns: int, gid: str
+) -> str:
+    """Draw a cell, opaque by share, which works on light and dark pages; returns its tip."""
+    share = tally.accepted / tally.drafted
+    axes.add_patch(
+        Rectangle(
+            (i - 0.47, j - 0.45),
             0.94,
-            0.92,
-            facecolor=_COLOUR[result.kind],
+            0.9,
+            facecolor=colour,
             alpha=0.06 + 0.94 * share,
-            gid=gid,
             linewidth=0,
+            gid=gid,
         )
-        axes.add_patch(cell)
-        tips[gid] = (
-            f"position rank {i}, token rank {j}: {share:.1%} accepted of {tally.drafted} drafted"
-        )
-        axes.text(
-            i,
-            j,
-            f"{100 * share:.0f}" if share == 0 or share >= 0.005 else "<1",
-            ha="center",
-            va="center",
-            fontsize=8.5 if columns <= 10 else 6.5,
-            color=STRONG if share > 0.5 else INK,
-        )
-    axes.set_xlim(-0.5, columns - 0.5)
-    axes.set_ylim(rows - 0.5, -0.5)
-    axes.set_xticks(range(columns))
-    axes.set_yticks(range(rows))
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.set_xlabel("position rank (0: most confident)")
-    axes.set_ylabel("token rank")
-    axes.set_title(f"Accepted fills, % ({result.name})")
-    text = "Share of drafted fills in accepted drafts by (position rank, token rank): " + listed(
-        [(key, f"{t.accepted / t.drafted:.0%}") for key, t in sorted(cells.items())]
     )
-    return Picture(
-        f"ranks-{result.kind}", f"Accepted fills by rank, {result.name}", text + ".", figure, tips
+    axes.text(
+        i,
+        j,
+        "<1" if 0 < share < 0.005 else f"{100 * share:.0f}",
+        ha="center",
+        va="center",
+        fontsize=8.5 if columns <= 10 else 7,
+        color=STRONG if share > 0.5 else INK,
     )
+    return f"position rank {i}, token rank {j}: {share:.1%} accepted of {tally.drafted} drafted"
 
 
 # -- costs, graphs, acceptance models -------------------------------------------------------------
 
 
 @_styled
-def cost(
-    profile: CostProfile, chosen: int | None = None, name: str = "cost", where: str = ""
-) -> Picture | None:
+def cost(profile: CostProfile, chosen: int | None = None, name: str = "cost") -> Picture | None:
     """What a forward costs by number of drafts; `chosen` is what auto took."""
     figure = new_figure(*_SIZE)
     axes = figure.add_subplot()
-    tips, words = {}, []
+    tips: dict[str, str] = {}
+    words: list[str] = []
     styles = {"graph": (COLOURS["graph"], "o"), "model": (COLOURS["model"], "^")}
     curves: list[tuple[str, tuple[CostPoint, ...], str, str]] = [
         ("forward alone", profile.points, INK, "."),
@@ -434,8 +497,9 @@ def cost(
     for label, points, colour, marker in curves:
         x, y = [p.drafts for p in points], [1000 * p.seconds for p in points]
         axes.plot(x, y, color=colour, marker=marker, label=label, linewidth=1.4)
-        tips |= _points(axes, x, y, [f"{label}, {n}: {ms:.3g} ms" for n, ms in zip(x, y)], name)  # noqa: B905
-        words.append(f"{label} ({listed([(n, f'{ms:.3g}') for n, ms in zip(x, y)])})")  # noqa: B905
+        measured = list(zip(x, y, strict=True))
+        tips |= _points(axes, x, y, [f"{label}, {n}: {ms:.3g} ms" for n, ms in measured], name)
+        words.append(f"{label} ({listed([(n, f'{ms:.3g}') for n, ms in measured])})")
     if chosen is not None:
         axes.axvline(chosen, color=COLOURS["auto"], linestyle=(0, (5, 3)), linewidth=1.4)
         axes.annotate(
@@ -452,10 +516,15 @@ def cost(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("drafts in the forward")
     axes.set_ylabel("ms")
-    title = f"Cost of a forward c(n){where}"
+    title = "Cost of a forward, c(n)"
     axes.set_title(title)
     legend_below(figure, 3)
-    return Picture(name, title, f"Milliseconds by drafts: {'; '.join(words)}.", figure, tips)
+    threads = "" if profile.threads is None else f", threads: {profile.threads}"
+    note = f"{profile.device}, {profile.dtype}{threads}."
+    if profile.turns:
+        note += " With drafting: averaged over roots, of which some have fewer drafts."
+    text = f"Milliseconds by drafts: {'; '.join(words)}."
+    return Picture(name, title, text, figure, tips, note=note)
 
 
 @_styled
@@ -478,7 +547,8 @@ def expected(
         return None
     figure = new_figure(*_SIZE)
     axes = figure.add_subplot()
-    tips, words = {}, []
+    tips: dict[str, str] = {}
+    words: list[str] = []
     for who, (x, y, label, marker) in curves.items():
         axes.plot(x, y, color=COLOURS[who], marker=marker, label=label)
         told = [f"{label}, {n} drafts: {s:.3f} steps" for n, s in zip(x, y, strict=True)]
@@ -507,9 +577,7 @@ def coefficients(model: AcceptanceModel) -> Picture | None:
         "commit: is it committed next": (model.commit or {}, COLOURS["auto"]),
         "token: which one it becomes": (model.token, COLOURS["graph"]),
     }
-    parts = {
-        title: ({k: v for k, v in part.items() if v}, c) for title, (part, c) in parts.items()
-    }
+    parts = {title: ({k: v for k, v in part.items() if v}, c) for title, (part, c) in parts.items()}
     parts = {title: (part, colour) for title, (part, colour) in parts.items() if part}
     if not parts:
         return None
@@ -586,6 +654,8 @@ def draft_graph(nodes: Sequence[Node], roots: int) -> Picture | None:
                 textcoords="offset points",
                 ha="center",
                 fontsize=7.5,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4, "alpha": 0.8},
+                zorder=3,
             )
     axes.set_axis_off()
     axes.margins(x=0.06, y=0.14)
@@ -635,22 +705,28 @@ def _layout(nodes: Sequence[Node]) -> tuple[list[Point], list[tuple[int, int, bo
         columns[depth[number]].append(number)
     y = [0.0] * (len(nodes) + 1)
     for _, column in sorted(columns.items()):
-        wanted = {k: sum(y[p] for p in nodes[k - 1].parents) / len(nodes[k - 1].parents) for k in column}
+        wanted = {k: fmean(y[parent] for parent in nodes[k - 1].parents) for k in column}
         column.sort(key=lambda k: (wanted[k], k))
-        for at, number in enumerate(column):
-            y[number] = at - (len(column) - 1) / 2
-    tallest = max(len(column) for column in columns.values())
-    # Short columns spread over up to twice their height, so that edges do not run in bundles.
-    for column in columns.values():
-        stretch = min(2.0, (tallest - 1) / (len(column) - 1)) if len(column) > 1 else 1.0
-        for number in column:
-            y[number] *= stretch
+        for number, height in zip(column, _spaced([wanted[k] for k in column]), strict=True):
+            y[number] = height
     edges = [
         (parent, number, parent == node.parents[0])
         for number, node in enumerate(nodes, start=1)
         for parent in node.parents
     ]
     return [(float(depth[k]), -y[k]) for k in range(len(y))], edges
+
+
+def _spaced(wanted: Sequence[float]) -> list[float]:
+    """The heights nearest to ascending wanted ones that are at least 1 apart."""
+    groups: list[list[float]] = []  # what neighbours that had to be pushed apart want
+    for at, height in enumerate(wanted):
+        groups.append([height - at])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    levels = [fmean(group) for group in groups for _ in group]
+    return [level + at for at, level in enumerate(levels)]
 
 
 def pictures_of(bench: Bench) -> dict[str, list[Picture]]:
@@ -662,6 +738,7 @@ def pictures_of(bench: Bench) -> dict[str, list[Picture]]:
             tokens_per_second(bench),
             nfe(bench),
             positions(bench),
+            trade(bench),
             time_split(bench),
         ),
         "acceptance": acceptance(bench),

@@ -74,7 +74,7 @@ def write_calibration_report(graph: DraftGraph, path: Path) -> None:
     from spiffy.bench import plots
 
     costs = [
-        plots.cost(profile, _chosen(graph, k), f"cost-{k}", f", {profile.device} {profile.dtype}")
+        plots.cost(profile, _chosen(graph, k), f"cost-{k}")
         for k, profile in enumerate(graph.cost_profiles)
     ]
     steps = plots.expected(graph.expected_steps, graph.acceptance)
@@ -133,14 +133,14 @@ def _render(template: str, **content: Any) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(
         **content,
-        script=Markup(script),  # noqa: S704 (our own file)
+        script=Markup(script),
         script_hash=f"sha256-{digest}",
         t=tables,
     )
 
 
 def _figure(picture: Picture) -> Markup:
-    return Markup(picture.inline())  # noqa: S704 (serialised XML)
+    return Markup(picture.inline())
 
 
 #: Categories of characters that are invisible, or that reorder or end the text around them.
@@ -177,7 +177,7 @@ def safe_json(content: Any) -> Markup:
     text = json.dumps(content, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704 (escaped right above)
+    return Markup(text)
 
 
 def walkthrough_data(walkthrough: Walkthrough) -> dict[str, Any]:
@@ -284,8 +284,9 @@ def _conditions(bench: Bench) -> Pairs:
         ("Model fingerprint", model.fingerprint),
         (
             "Decoding",
-            f"{d.policy} by {d.score}, {per_step}; block {d.block_length}, {d.gen_length} positions; "
-            f"cache {d.cache}{'' if d.exact else ' (near-lossless)'}; temperature {d.temperature:g}",
+            f"{d.policy} by {d.score}, {per_step}; block {d.block_length}, {d.gen_length} "
+            f"positions; cache {d.cache}{'' if d.exact else ' (near-lossless)'}; temperature "
+            f"{d.temperature:g}",
         ),
         ("Block edges", ", ".join(bench.edges) or "none"),
         ("Draft graph", f"{len(bench.nodes)} nodes, digest {bench.graph_digest}"),
@@ -303,8 +304,8 @@ def _conditions(bench: Bench) -> Pairs:
         (
             "Ratios",
             f"against {bench.baseline}, prompt by prompt: medians over repeats, then over prompts, "
-            "with 95% bootstrap intervals (prompts resampled). Counts (NFE, positions, steps) repeat "
-            "exactly; seconds do not.",
+            "with 95% bootstrap intervals (prompts resampled). Counts (NFE, positions, steps) "
+            "repeat exactly; seconds do not.",
         ),
     ]
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 #: Kinds that say what drafting brings: no bound, and no other way of plain decoding.
-DRAFTING = ("chain", "paper", "graph", "model", "auto")
+DRAFTING = ("chain", "paper", "pruned", "graph", "model", "auto")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def more_positions(bench: Bench, result: Result) -> float:
 def _nfe(bench: Bench, result: Result) -> str:
     if result.name == bench.baseline:
         return quantity(result.nfe)
-    return f"{quantity(result.nfe)} ({fewer_forwards(bench, result):.2f}x fewer)"
+    return f"{quantity(result.nfe)} ({fewer_forwards(bench, result):.2f}x)"
 
 
 def _positions(bench: Bench, result: Result) -> str:
@@ -107,8 +107,12 @@ COLUMNS = (
     Column(
         "method", "How drafts were chosen, and at most how many per forward.", lambda b, r: r.name
     ),
-    Column("NFE", "Model forwards, every one counted; how many times fewer than plain.", _nfe),
-    Column("positions computed", "Token positions in those forwards; in plain's.", _positions),
+    Column(
+        "NFE (times fewer)",
+        "Model forwards, every one counted; how many times fewer than plain.",
+        _nfe,
+    ),
+    Column("positions (times plain's)", "Token positions computed in those forwards.", _positions),
     Column(
         "steps per forward",
         "Denoising steps that one forward was worth.",
@@ -167,7 +171,12 @@ def _markdown_cell(text: str) -> str:
 
 
 #: What a terminal of 80 to 100 characters has room for.
-_TERMINAL = ("method", "NFE", "positions computed", "tokens/s", "speed against plain")
+_TERMINAL = (
+    "method",
+    *(column.heading for column in COLUMNS[1:3]),
+    "tokens/s",
+    "speed against plain",
+)
 
 
 def terminal_table(bench: Bench) -> Table:
@@ -229,8 +238,8 @@ def headline(bench: Bench) -> Headline:
         verdict, words = "unclear", "is as fast as plain decoding, as far as can be told"
     sentence = (
         f"The fastest lossless method, {best.name}, {words}: {interval(best.speedup)} its speed, "
-        f"with {fewer_forwards(bench, best):.2f}x fewer forwards ({best.nfe} for {plain.nfe}) over "
-        f"{more_positions(bench, best):.2f}x the positions."
+        f"with {fewer_forwards(bench, best):.2f}x fewer forwards ({best.nfe:,} instead of "
+        f"{plain.nfe:,}) over {more_positions(bench, best):.2f}x the positions."
     )
     fewest = min(lossless, key=lambda r: r.nfe)
     if fewest.nfe < best.nfe:
