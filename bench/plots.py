@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from statistics import fmean
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -130,8 +129,8 @@ def _by_budget(
         x, y = [(r.budget or 0) * shift for r in results], [value(r) for r in results]
         axes.plot(x, y, label=WHO[kind], **_look(kind))
         if spread is not None:
-            low, high = ([getattr(spread(r), end) for r in results] for end in ("low", "high"))
-            axes.vlines(x, low, high, color=_COLOUR[kind], linewidth=1.2)
+            ends = ([getattr(spread(r), end) for r in results] for end in ("low", "high"))
+            axes.vlines(x, *ends, color=_COLOUR[kind], linewidth=1.2)
         told = [f"{r.name}: {value(r):,.4g} {unit}" for r in results]
         if spread is not None:
             told = [f"{r.name}: {interval(spread(r))}" for r in results]
@@ -146,8 +145,15 @@ def _by_budget(
     axes.minorticks_off()
     axes.margins(x=0.06, y=0.08)
     axes.set_xlabel("most drafts per forward")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if spread is None:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.set_yticks([tick for tick in _RATIOS if low <= tick <= high])
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.minorticks_off()
     axes.set_title(title)
     axes.set_ylabel(unit)
     legend_below(figure, 3)
@@ -155,6 +161,7 @@ def _by_budget(
     return Picture(name, title, text, figure, tips)
 
 
+_RATIOS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
 _DASHES = ((0, (5, 3)), (0, (1.5, 2)), (0, (6, 2, 1, 2)))
 
 
@@ -504,7 +511,7 @@ def cost(profile: CostProfile, chosen: int | None = None, name: str = "cost") ->
         axes.axvline(chosen, color=COLOURS["auto"], linestyle=(0, (5, 3)), linewidth=1.4)
         axes.annotate(
             f"auto: {chosen}",
-            (chosen, 0.02),
+            (chosen, 0.95),
             xycoords=("data", "axes fraction"),
             xytext=(4, 0),
             textcoords="offset points",
@@ -518,7 +525,7 @@ def cost(profile: CostProfile, chosen: int | None = None, name: str = "cost") ->
     axes.set_ylabel("ms")
     title = "Cost of a forward, c(n)"
     axes.set_title(title)
-    legend_below(figure, 3)
+    legend_below(figure, 2)
     threads = "" if profile.threads is None else f", threads: {profile.threads}"
     note = f"{profile.device}, {profile.dtype}{threads}."
     if profile.turns:
@@ -581,12 +588,12 @@ def coefficients(model: AcceptanceModel) -> Picture | None:
     parts = {title: (part, colour) for title, (part, colour) in parts.items() if part}
     if not parts:
         return None
-    sizes = [len(part) for part, _ in parts.values()]
+    sizes = [min(_LARGEST, len(part)) for part, _ in parts.values()]
     figure = new_figure(3.6 * len(parts), 0.8 + 0.155 * max(sizes))
     words = []
     for at, (title, (part, colour)) in enumerate(parts.items(), start=1):
         axes = figure.add_subplot(1, len(parts), at)
-        ordered = sorted(part.items(), key=lambda item: -abs(item[1]))
+        ordered = sorted(part.items(), key=lambda item: -abs(item[1]))[:_LARGEST]
         axes.barh(range(len(ordered)), [v for _, v in ordered], color=colour, height=0.7)
         axes.set_yticks(range(len(ordered)), [k for k, _ in ordered], fontsize=7.5)
         axes.set_ylim(max(sizes) - 0.4, -0.6)
@@ -597,7 +604,12 @@ def coefficients(model: AcceptanceModel) -> Picture | None:
         axes.set_xlabel("coefficient")
         words.append(f"{title} ({listed([(k, f'{v:.2g}') for k, v in ordered[:8]])} ...)")
     title = "Coefficients of the acceptance model"
-    return Picture("coefficients", title, f"{title}: {'; '.join(words)}.", figure, wide=True)
+    note = f"At most the {_LARGEST} largest of each."
+    text = f"{title}: {'; '.join(words)}."
+    return Picture("coefficients", title, text, figure, wide=True, note=note)
+
+
+_LARGEST = 24  # coefficients shown of each regression
 
 
 _LABELLED = 48  # nodes that get a label, the most often accepted first
@@ -696,7 +708,7 @@ Point = tuple[float, float]
 
 
 def _layout(nodes: Sequence[Node]) -> tuple[list[Point], list[tuple[int, int, bool]]]:
-    """Columns by steps from the root; in a column, near the parents, the frequent ones central."""
+    """Columns by steps from the root; a first child beside its parent, the others below."""
     depth = [0]
     for node in nodes:
         depth.append(1 + max(depth[parent] for parent in node.parents))
@@ -704,29 +716,22 @@ def _layout(nodes: Sequence[Node]) -> tuple[list[Point], list[tuple[int, int, bo
     for number in range(1, len(nodes) + 1):
         columns[depth[number]].append(number)
     y = [0.0] * (len(nodes) + 1)
+    siblings: Counter[int] = Counter()
     for _, column in sorted(columns.items()):
-        wanted = {k: fmean(y[parent] for parent in nodes[k - 1].parents) for k in column}
-        column.sort(key=lambda k: (wanted[k], k))
-        for number, height in zip(column, _spaced([wanted[k] for k in column]), strict=True):
-            y[number] = height
+        wanted = {}
+        for number in column:
+            parent = nodes[number - 1].parents[0]
+            wanted[number] = y[parent] + siblings[parent]
+            siblings[parent] += 1
+        above = -1.0
+        for number in sorted(column, key=lambda k: (wanted[k], k)):
+            above = y[number] = max(wanted[number], above + 1)
     edges = [
         (parent, number, parent == node.parents[0])
         for number, node in enumerate(nodes, start=1)
         for parent in node.parents
     ]
     return [(float(depth[k]), -y[k]) for k in range(len(y))], edges
-
-
-def _spaced(wanted: Sequence[float]) -> list[float]:
-    """The heights nearest to ascending wanted ones that are at least 1 apart."""
-    groups: list[list[float]] = []  # what neighbours that had to be pushed apart want
-    for at, height in enumerate(wanted):
-        groups.append([height - at])
-        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
-            last = groups.pop()
-            groups[-1] += last
-    levels = [fmean(group) for group in groups for _ in group]
-    return [level + at for at, level in enumerate(levels)]
 
 
 def pictures_of(bench: Bench) -> dict[str, list[Picture]]:

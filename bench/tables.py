@@ -248,6 +248,18 @@ def headline(bench: Bench) -> Headline:
             f"{more_positions(bench, fewest):.2f}x the positions, at "
             f"{fewest.speedup.value:.2f}x the speed."
         )
+    for other in bench.results:
+        if other.kind == "plain" and other.name != bench.baseline:
+            sentence += (
+                f" For reference, {other.name} gives other tokens at "
+                f"{other.speedup.value:.2f}x the speed"
+            )
+            if other.scored and plain.scored:
+                sentence += (
+                    f" ({other.correct}/{other.scored} right, {plain.name} "
+                    f"{plain.correct}/{plain.scored})"
+                )
+            sentence += "."
     return Headline(verdict, best, sentence)
 
 
