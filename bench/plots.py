@@ -231,7 +231,7 @@ def _points(
     tips = {}
     for at, (left, up, text) in enumerate(zip(x, y, texts, strict=True)):
         gid = f"{name}-{len(axes.lines)}-{at}"
-        axes.plot([left], [up], "o", markersize=12, alpha=0.0, gid=gid)
+        axes.plot([left], [up], "o", color=INK, markersize=12, alpha=0.0, gid=gid)
         tips[gid] = text
     return tips
 
