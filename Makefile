@@ -4,13 +4,14 @@ MODEL ?= tiny-llada
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help demo results test lint types clean
+.PHONY: help demo bench results test lint types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          calibrate $(MODEL), decode with and without drafts, compare"
 	@echo "make test          run the whole test suite"
-	@echo "make results       measure the tables in docs/ again (about an hour)"
+	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
+	@echo "make results       measure the other tables in docs/ again (about an hour)"
 	@echo "make lint types    ruff, and mypy --strict on the installed layout"
 
 $(READY): pyproject.toml constraints.txt
@@ -23,10 +24,16 @@ demo: $(READY)
 	$(BIN)/spiffy-calibrate --model $(MODEL) --budget 32 --out llada.json
 	$(BIN)/spiffy-decode --graph llada.json --prompts synthetic --samples 8 --verify --budget 1,8,32
 
+# GSM8K=FILE adds runs on that JSONL file: its hub is not always at hand.
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into docs/results.md README.md
+
 results: $(READY)
-	$(BIN)/python benchmarks/results.py --into docs/results.md docs/losslessness.md
+	$(BIN)/python benchmarks/losslessness.py --into docs/losslessness.md
 	$(BIN)/python benchmarks/edges.py --into docs/results.md
 	$(BIN)/python benchmarks/graphs.py --into docs/drafting.md
+	$(BIN)/python benchmarks/auto.py --into docs/drafting.md
+	$(BIN)/python benchmarks/overhead.py --into docs/drafting.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from results import POLICIES, fill
+from losslessness import POLICIES, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from results import OFF, ON, POLICIES, decode_all, fill, versions
+from losslessness import OFF, ON, POLICIES, decode_all, fill, versions
 from rich.progress import track
 
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record

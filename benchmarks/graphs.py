@@ -19,7 +19,7 @@ from math import exp, log
 from pathlib import Path
 
 import torch
-from results import fill as fill_markers
+from losslessness import fill as fill_markers
 from rich.progress import track
 
 from spiffy.calib.acceptance import fit_acceptance

@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from results import fill
+from losslessness import fill
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from spiffy.calib.pipeline import build_graph, prepare, record

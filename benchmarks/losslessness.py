@@ -1,9 +1,8 @@
-"""Measure what docs/results.md and docs/losslessness.md state: part of `make results`.
+"""Compare drafting with plain decoding, answer by answer (docs/losslessness.md): `make results`.
 
 Every tiny model is calibrated on generated problems and decodes others that neither training nor
 calibration saw: plainly, with drafts chosen at run time at several budgets, with the static draft
-graph, and with the paper's.
-Counts (NFE, positions) and losslessness are exact and repeat; nothing here is timed.
+graph, and with the paper's; with every cache, and with and without block edges.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
-from spiffy.calib.synthetic import final_answer, problems
+from spiffy.calib.synthetic import problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import run
 from spiffy.runtime.draft import Drafter
@@ -45,8 +44,6 @@ class Row:
     drafts_by
         "model": the artifact's acceptance model chooses at run time; "graph": its nodes in order;
         "paper": nodes by the paper's objective; "-" without drafts.
-    right
-        Answers that end in the problem's result.
     differing, compared
         Answers that are not plain decoding's, of all that were compared: more than the rest
         counts where the layout is only near-lossless, because there the rate is the point.
@@ -58,9 +55,6 @@ class Row:
     edges: str
     drafts_by: str
     budget: int
-    nfe: int
-    positions: int
-    right: int
     differing: int
     compared: int
 
@@ -91,23 +85,15 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
     """All rows of one model, of each setting plain decoding first."""
     model = load_model(name, device="cpu", dtype="float32")
     unseen = list(islice(problems("test"), max(args.samples, args.near_samples)))
-    answers = [final_answer(problem.answer) for problem in unseen[: args.samples]]
     prompts = load_prompts("synthetic", args.calibrate)
 
     def row(
         settings: DecodingSettings, outputs: list[Output], plain: list[Output], **of: object
     ) -> Row:
-        counted = outputs[: args.samples]
         return Row(
             model=name,
             cache=settings.cache,
             policy=settings.policy,
-            nfe=sum(output.stats.nfe for output in counted),
-            positions=sum(output.stats.positions_computed for output in counted),
-            right=sum(
-                final_answer(output.text) == answer
-                for output, answer in zip(counted, answers, strict=True)
-            ),
             differing=sum(
                 ours.token_ids != theirs.token_ids
                 for ours, theirs in zip(outputs, plain, strict=True)
@@ -150,35 +136,6 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
                         yield row(settings, outputs, plain, **of)
 
 
-def table(rows: Sequence[Row], samples: int) -> str:
-    """Markdown: one line per graph and edges, one column per budget.
-
-    A cell is "NFE (times fewer) / positions (times as many)", against the setting's first row.
-    """
-    heads = ["plain", *(f"{budget} draft{'s' * (budget > 1)}" for budget in BUDGETS)]
-    lines = [
-        f"| model | cache | policy | edges | drafts by | {' | '.join(heads)} | right answers |",
-        "| --- | --- | --- | --- | --- |" + " --- |" * (len(heads) + 1),
-    ]
-    for setting in dict.fromkeys(row.setting for row in rows):
-        group = [row for row in rows if row.setting == setting]
-        base = group[0]
-        for edges, drafts_by in dict.fromkeys((r.edges, r.drafts_by) for r in group if r.budget):
-            ours = {row.budget: row for row in group if row.edges == edges and not row.budget}
-            ours |= {r.budget: r for r in group if (r.edges, r.drafts_by) == (edges, drafts_by)}
-            cells = []
-            for budget in (0, *BUDGETS):
-                row = ours.get(budget, base)  # without drafts only folding differs
-                fewer = f" ({base.nfe / row.nfe:.2f}x)" if row is not base else ""
-                more = f" ({row.positions / base.positions:.2f}x)" if row is not base else ""
-                cells.append(f"{row.nfe}{fewer} / {row.positions}{more}")
-            right = " to ".join(map(str, sorted({row.right for row in ours.values()})))
-            lines.append(
-                f"| {' | '.join((*setting, edges, drafts_by, *cells))} | {right} of {samples} |"
-            )
-    return "\n".join(lines)
-
-
 def losslessness(rows: Sequence[Row]) -> str:
     """Markdown: what was compared with plain decoding, and how many answers differed."""
     heads = ["no drafts", *(f"{budget} draft{'s' * (budget > 1)}" for budget in BUDGETS)]
@@ -219,19 +176,15 @@ def main() -> None:
     rows: list[Row] = []
     for name in args.models:
         rows += track(measure(name, args), description=name, total=None)
-    command = f"python benchmarks/results.py --models {' '.join(args.models)}"
+    command = f"python benchmarks/losslessness.py --models {' '.join(args.models)}"
     note = (
         f"`{command} --samples {args.samples} --near-samples {args.near_samples} --calibrate "
         f"{args.calibrate} --gen-length {args.gen_length}` ({versions()})"
     )
-    blocks = {
-        "results": f"{note}\n\n{table(rows, args.samples)}",
-        "losslessness": f"{note}\n\n{losslessness(rows)}",
-    }
-    for key, block in blocks.items():
-        print(f"\n{block}")
-        for path in args.into:
-            fill(path, key, block)
+    block = f"{note}\n\n{losslessness(rows)}"
+    print(f"\n{block}")
+    for path in args.into:
+        fill(path, "losslessness", block)
 
 
 def versions() -> str:

@@ -1,0 +1,176 @@
+"""Calibrate and benchmark the tiny models: `make bench` fills docs/results.md and README.md.
+
+Runs the commands that a user would run, one after the other, and puts together what they measured.
+Run it on an idle machine: counts repeat anywhere, times do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from losslessness import fill
+
+from spiffy.bench.tables import markdown
+from spiffy.schemas.bench import Bench, Result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of spiffy-bench.
+
+    Attributes
+    ----------
+    budgets
+        Numbers of drafts.
+    samples, repeats
+        Prompts, and decodes of each by each method.
+    """
+
+    model: str
+    cache: str
+    policy: str
+    dataset: str
+    budgets: str = "1,2,4,8,16,32"
+    samples: int = 12
+    repeats: int = 3
+
+    @property
+    def name(self) -> str:
+        """Folder of the run."""
+        return "-".join((self.model, self.cache, self.policy, Path(self.dataset).stem))
+
+
+FEW = {"budgets": "1,8,32", "samples": 8, "repeats": 2}
+
+
+def cases(gsm8k: str | None) -> list[Case]:
+    """What is measured; without a file of GSM8K that is left out."""
+    found = []
+    for policy in ("static", "threshold"):
+        found.append(Case("tiny-sdar", "block", policy, "synthetic"))
+        for model in ("tiny-llada", "tiny-dream"):
+            found.append(Case(model, "dual", policy, "synthetic", samples=12, repeats=2))
+            found.append(Case(model, "none", policy, "synthetic", "1,8,32", samples=8, repeats=1))
+    for dataset in (gsm8k, "humaneval"):
+        if dataset is not None:
+            found.append(Case("tiny-sdar", "block", "static", dataset, **FEW))  # type: ignore[arg-type]
+            found.append(Case("tiny-llada", "dual", "static", dataset, **FEW))  # type: ignore[arg-type]
+    return found
+
+
+def run(*words: str) -> None:
+    """Run one of the project's commands."""
+    print("$", shlex.join(words), flush=True)
+    program = Path(sys.executable).with_name(words[0])
+    subprocess.run([program, *words[1:]], check=True)
+
+
+def measure(case: Case, out: Path, gen_length: int) -> Bench:
+    """Calibrate our graph and the paper's, and decode held-out prompts in every way."""
+    folder = out / case.name
+    folder.mkdir(parents=True, exist_ok=True)
+    graphs = {"expected-steps": folder / "graph.json", "paper": folder / "paper.json"}
+    for objective, path in graphs.items():
+        run(
+            "spiffy-calibrate",
+            *("--model", case.model, "--cache", case.cache, "--policy", case.policy),
+            *("--dataset", case.dataset, "--gen-length", str(gen_length)),
+            *("--objective", objective, "--out", str(path)),
+        )
+    run(
+        "spiffy-bench",
+        *("--graph", str(graphs["expected-steps"]), "--paper", str(graphs["paper"])),
+        *("--dataset", case.dataset, "--samples", str(case.samples)),
+        *("--repeats", str(case.repeats), "--budgets", case.budgets, "--out", str(folder)),
+    )
+    return Bench.load(folder / "bench.json")
+
+
+def describe(bench: Bench) -> str:
+    """Which run a table is of."""
+    data, machine = bench.data, bench.machine
+    return (
+        f"### {bench.model.id}, cache {bench.decoding.cache}, {bench.decoding.policy}, "
+        f"{data.dataset}\n\n"
+        f"{data.samples} prompts not calibrated on, {data.repeats} repeats; {machine.device}, "
+        f"{machine.threads} threads, {machine.dtype}, torch {machine.versions['torch']}."
+    )
+
+
+def shown(bench: Bench) -> Bench:
+    """Without the budgets in between, which the report's plots show."""
+    kept = [r for r in bench.results if r.budget in (None, 1, 8, 32) or r.kind == "auto"]
+    return bench.model_copy(update={"results": tuple(kept)})
+
+
+def best(bench: Bench, kind: str, budget: int) -> Result | None:
+    """The result of a kind at a budget, if it was measured."""
+    return next((r for r in bench.results if (r.kind, r.budget) == (kind, budget)), None)
+
+
+def headline(benches: Sequence[Bench]) -> str:
+    """The README's table: one line per run."""
+    lines = [
+        "| model | cache | policy | NFE plain | 8 drafts | 32 drafts | positions at 8, 32 "
+        "| tokens/s with `auto` | tokens identical |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for bench in benches:
+        plain = bench.result(bench.baseline)
+        eight, many = (best(bench, "model", n) or best(bench, "graph", n) for n in (8, 32))
+        auto = next((result for result in bench.results if result.kind == "auto"), None)
+        if eight is None or many is None or auto is None:
+            continue
+        differing = sum(result.differing for result in bench.results)
+        ratio = auto.speedup
+        lines.append(
+            f"| {bench.model.id} | {bench.decoding.cache} | {bench.decoding.policy} | {plain.nfe} "
+            f"| {eight.nfe} ({plain.nfe / eight.nfe:.2f}x fewer) "
+            f"| {many.nfe} ({plain.nfe / many.nfe:.2f}x fewer) "
+            f"| {eight.positions_computed / plain.positions_computed:.2f}x, "
+            f"{many.positions_computed / plain.positions_computed:.2f}x "
+            f"| {ratio.value:.2f}x ({ratio.low:.2f}-{ratio.high:.2f}) "
+            f"| {'yes' if not differing else f'no ({differing} differ)'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every case, print the tables, and put them into Markdown files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the runs")
+    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--gsm8k", help="JSONL file with GSM8K's train or test split")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--reuse", action="store_true", help="take the runs that are there")
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    args = parser.parse_args()
+    benches = []
+    for case in cases(args.gsm8k):
+        if args.only in case.name:
+            done = args.out / case.name / "bench.json"
+            reuse = args.reuse and done.is_file()
+            benches.append(Bench.load(done) if reuse else measure(case, args.out, args.gen_length))
+    command = "`make bench`" if not args.gsm8k else "`make bench GSM8K=FILE`"
+    tables = "\n\n".join(f"{describe(b)}\n\n{markdown(shown(b))}" for b in benches)
+    synthetic = [bench for bench in benches if bench.data.dataset == "synthetic"]
+    machine = benches[0].machine
+    note = (
+        f"{command}: generated word problems that neither training nor calibration saw; "
+        f"{machine.device}, {machine.threads} threads, {machine.dtype}"
+    )
+    blocks = {"bench": f"{command}\n\n{tables}", "headline": f"{note}\n\n{headline(synthetic)}"}
+    for key, block in blocks.items():
+        print(f"\n{block}")
+        for path in args.into:
+            fill(path, key, block)
+
+
+if __name__ == "__main__":
+    main()
