@@ -129,8 +129,9 @@ def _by_budget(
         x, y = [(r.budget or 0) * shift for r in results], [value(r) for r in results]
         axes.plot(x, y, label=WHO[kind], **_look(kind))
         if spread is not None:
-            ends = ([getattr(spread(r), end) for r in results] for end in ("low", "high"))
-            axes.vlines(x, *ends, color=_COLOUR[kind], linewidth=1.2)
+            intervals = [spread(r) for r in results]
+            low, high = [i.low for i in intervals], [i.high for i in intervals]
+            axes.vlines(x, low, high, color=_COLOUR[kind], linewidth=1.2)
         told = [f"{r.name}: {value(r):,.4g} {unit}" for r in results]
         if spread is not None:
             told = [f"{r.name}: {interval(spread(r))}" for r in results]
@@ -150,8 +151,8 @@ def _by_budget(
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     else:
         axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.set_yticks([tick for tick in _RATIOS if low <= tick <= high])
+        bottom, top = axes.get_ylim()
+        axes.set_yticks([tick for tick in _RATIOS if bottom <= tick <= top])
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.minorticks_off()
     axes.set_title(title)
@@ -718,14 +719,13 @@ def _layout(nodes: Sequence[Node]) -> tuple[list[Point], list[tuple[int, int, bo
     y = [0.0] * (len(nodes) + 1)
     siblings: Counter[int] = Counter()
     for _, column in sorted(columns.items()):
-        wanted = {}
+        # Parents from above to below, so that no two edges to first parents cross.
+        column.sort(key=lambda k: (y[nodes[k - 1].parents[0]], k))
+        above = -1.0
         for number in column:
             parent = nodes[number - 1].parents[0]
-            wanted[number] = y[parent] + siblings[parent]
+            above = y[number] = max(y[parent] + siblings[parent], above + 1)
             siblings[parent] += 1
-        above = -1.0
-        for number in sorted(column, key=lambda k: (wanted[k], k)):
-            above = y[number] = max(wanted[number], above + 1)
     edges = [
         (parent, number, parent == node.parents[0])
         for number, node in enumerate(nodes, start=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from spiffy.schemas.bench import Bench, Interval, Result, Split
 
@@ -186,7 +186,8 @@ def terminal_table(bench: Bench) -> Table:
     table = Table(title=describe(bench), caption=headline(bench).sentence, caption_justify="left")
     shown = [c for c in columns(bench) if c.heading in (*_TERMINAL, "tokens identical", "accuracy")]
     for column in shown:
-        table.add_column(column.heading, justify="left" if column is COLUMNS[0] else "right")
+        justify: Literal["left", "right"] = "left" if column is COLUMNS[0] else "right"
+        table.add_column(column.heading, justify=justify, no_wrap=column.cell is _speedup)
     for result in bench.results:
         table.add_row(*(column.cell(bench, result) for column in shown))
     return table
@@ -247,6 +248,11 @@ def headline(bench: Bench) -> Headline:
             f" Fewest forwards: {fewest.name}, {fewer_forwards(bench, fewest):.2f}x fewer over "
             f"{more_positions(bench, fewest):.2f}x the positions, at "
             f"{fewest.speedup.value:.2f}x the speed."
+        )
+    if (auto := next((r for r in bench.results if r.kind == "auto"), None)) and auto != best:
+        sentence += (
+            f" Chosen before decoding (auto): {interval(auto.speedup)}; the fastest is named after "
+            f"{len(lossless)} were measured."
         )
     for other in bench.results:
         if other.kind == "plain" and other.name != bench.baseline:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -441,6 +443,21 @@ def test_without_matplotlib_the_extra_is_named(
         assert not (tmp_path / out).exists()
     with pytest.raises(SpiffyError, match=r"spiffy-dllm\[report\]"):
         write_report(example_bench(), tmp_path / "report.html")
+
+
+def test_reports_need_no_torch(tmp_path: Path) -> None:
+    example_bench().save(tmp_path / "bench.json")
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        "from pathlib import Path; from spiffy.bench.report import write_report; "
+        "from spiffy.schemas.bench import Bench; "
+        "write_report(Bench.load(Path('bench.json')), Path('report.html'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_large_and_empty_graphs_can_be_drawn() -> None:
