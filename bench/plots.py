@@ -511,14 +511,14 @@ def cost(profile: CostProfile, chosen: int | None = None, name: str = "cost") ->
     if chosen is not None:
         axes.axvline(chosen, color=COLOURS["auto"], linestyle=(0, (5, 3)), linewidth=1.4)
         axes.annotate(
-            f"auto: {chosen}",
+            f"auto: {chosen or 'no drafts'}",
             (chosen, 0.95),
             xycoords=("data", "axes fraction"),
             xytext=(4, 0),
             textcoords="offset points",
             color=COLOURS["auto"],
         )
-        words.append(f"auto chose {chosen}")
+        words.append(f"auto chose {chosen} drafts")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.04)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -736,7 +736,7 @@ def _layout(nodes: Sequence[Node]) -> tuple[list[Point], list[tuple[int, int, bo
 
 def pictures_of(bench: Bench) -> dict[str, list[Picture]]:
     """All pictures of a run by section, those left out that have no data."""
-    chosen = next((r.budget for r in bench.results if r.kind == "auto" and r.budget), None)
+    chosen = next((r.budget for r in bench.results if r.kind == "auto"), None)
     sections: Mapping[str, Iterable[Picture | None]] = {
         "charts": (
             speed(bench),

@@ -109,11 +109,11 @@ def graph_picture(graph: DraftGraph) -> Picture:
     return picture
 
 
-def _chosen(graph: DraftGraph, profile: int) -> int | None:
-    """What `--budget auto` takes with a cost profile, if it drafts at all."""
+def _chosen(graph: DraftGraph, profile: int) -> int:
+    """Drafts that `--budget auto` takes with a cost profile; 0: none pays."""
     auto = import_module("spiffy.runtime.auto")  # imports torch, which no other report needs
     plan = auto.best_plan(auto.expected_steps(graph), graph.cost_profiles[profile])
-    return plan.drafts or None
+    return plan.drafts
 
 
 # -- pages ----------------------------------------------------------------------------------------

@@ -249,7 +249,10 @@ def headline(bench: Bench) -> Headline:
             f"{more_positions(bench, fewest):.2f}x the positions, at "
             f"{fewest.speedup.value:.2f}x the speed."
         )
-    if (auto := next((r for r in bench.results if r.kind == "auto"), None)) and auto != best:
+    auto = next((r for r in bench.results if r.kind == "auto"), None)
+    if auto is not None and not auto.drafted:
+        sentence += " Asked beforehand, auto decided not to draft."
+    elif auto is not None and auto.name != best.name:
         sentence += (
             f" Chosen before decoding (auto): {interval(auto.speedup)}; the fastest is named after "
             f"{len(lossless)} were measured."

@@ -324,6 +324,14 @@ def test_the_headline_never_praises_bounds_or_what_loses_tokens() -> None:
         assert best.name != name
 
 
+def test_the_headline_says_what_auto_chose() -> None:
+    bench = with_speed("graph 4", 1.5, 1.2, 1.8)
+    assert "Chosen before decoding (auto): 0.50x (0.40-0.60)" in tables.headline(bench).sentence
+    none = bench.results[-1].model_copy(update={"drafted": 0, "budget": 0})
+    bench = bench.model_copy(update={"results": (*bench.results[:-1], none)})
+    assert "auto decided not to draft" in tables.headline(bench).sentence
+
+
 def test_comparing_a_run_with_itself_finds_no_difference() -> None:
     bench = example_bench()
     text = compare(bench, bench)
