@@ -296,12 +296,36 @@ def steps_table(title: str, steps: Mapping[str, Sequence[float]]) -> str:
     return "\n".join(lines)
 
 
+def gain_table(measured: Sequence[tuple[Case, dict[str, list[float]]]]) -> str:
+    """Markdown: accepted drafts per forward, against the best static way of the same budget."""
+    bound = next(reversed(BOUNDS))
+    pruned = [name for name in measured[0][1] if name.startswith("geometric mean")]
+    lines = _head(
+        "accepted drafts per forward", "drafts", "best baseline", "our graph",
+        "acceptance model", "model / best baseline", "perfect drafts",
+    )  # fmt: skip
+    for case, steps in measured:
+        for drafts in (8, 32):
+            at = DRAFTS.index(drafts)
+            accepted = {name: row[at] - 1 for name, row in steps.items()}
+            best = max((*BASELINES, *pruned), key=lambda name: accepted[name])
+            cells = (
+                f"{accepted[best]:.2f} ({best})",
+                f"{accepted[GREEDY]:.2f}",
+                f"{accepted[MODEL]:.2f}",
+                f"{accepted[MODEL] / accepted[best]:.2f}x",
+                f"{accepted[bound]:.2f}",
+            )
+            lines.append(f"| {case.name} | {drafts} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def report(measured: Sequence[tuple[Case, dict[str, list[float]]]]) -> str:
     """All tables as Markdown."""
     lines = _head("calibration roots", "drafts", "greedy", "optimum", "proven", "gap")
     for case, _ in track(measured, description="optimum"):
         lines += optimality(case)
-    blocks = ["\n".join(lines)]
+    blocks = ["\n".join(lines), gain_table(measured)]
     blocks += [steps_table(case.name, steps) for case, steps in measured]
     together = {
         name: [_mean(column) for column in zip(*(s[name] for _, s in measured), strict=True)]
