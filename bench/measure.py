@@ -23,7 +23,7 @@ import torch
 
 from spiffy.bench.methods import Method
 from spiffy.bench.score import score
-from spiffy.bench.watch import Forward, Watched, acceptance, decode, turn
+from spiffy.bench.watch import Forward, Watched, acceptance, decode, token_text, turn
 from spiffy.runtime import BlockEdges, DiffusionLM
 from spiffy.runtime.canvas import Canvas, Cursor
 from spiffy.runtime.cost import device_name
@@ -256,6 +256,12 @@ def walkthrough(
         turns=tuple(turn(model, look.canvas, forward) for forward in look.forwards),
         plain_nfe=first[baseline.name].nfe,
         text=first[method.name].text,
+        prompt_tokens=tuple(
+            token_text(model, token)
+            for token in look.forwards[0]
+            .root.ids[look.canvas.first : look.canvas.prompt_length]
+            .tolist()
+        ),
     )
 
 

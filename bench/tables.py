@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from spiffy.schemas.bench import Bench, Interval, Result, Split
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 #: Kinds that say what drafting brings: no bound, and no other way of plain decoding.
-DRAFTING = ("chain", "paper", "graph", "model", "auto")
+DRAFTING = ("chain", "paper", "pruned", "graph", "model", "auto")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def more_positions(bench: Bench, result: Result) -> float:
 def _nfe(bench: Bench, result: Result) -> str:
     if result.name == bench.baseline:
         return quantity(result.nfe)
-    return f"{quantity(result.nfe)} ({fewer_forwards(bench, result):.2f}x fewer)"
+    return f"{quantity(result.nfe)} ({fewer_forwards(bench, result):.2f}x)"
 
 
 def _positions(bench: Bench, result: Result) -> str:
@@ -107,8 +107,12 @@ COLUMNS = (
     Column(
         "method", "How drafts were chosen, and at most how many per forward.", lambda b, r: r.name
     ),
-    Column("NFE", "Model forwards, every one counted; how many times fewer than plain.", _nfe),
-    Column("positions computed", "Token positions in those forwards; in plain's.", _positions),
+    Column(
+        "NFE (times fewer)",
+        "Model forwards, every one counted; how many times fewer than plain.",
+        _nfe,
+    ),
+    Column("positions (times plain's)", "Token positions computed in those forwards.", _positions),
     Column(
         "steps per forward",
         "Denoising steps that one forward was worth.",
@@ -167,7 +171,12 @@ def _markdown_cell(text: str) -> str:
 
 
 #: What a terminal of 80 to 100 characters has room for.
-_TERMINAL = ("method", "NFE", "positions computed", "tokens/s", "speed against plain")
+_TERMINAL = (
+    "method",
+    *(column.heading for column in COLUMNS[1:3]),
+    "tokens/s",
+    "speed against plain",
+)
 
 
 def terminal_table(bench: Bench) -> Table:
@@ -177,7 +186,8 @@ def terminal_table(bench: Bench) -> Table:
     table = Table(title=describe(bench), caption=headline(bench).sentence, caption_justify="left")
     shown = [c for c in columns(bench) if c.heading in (*_TERMINAL, "tokens identical", "accuracy")]
     for column in shown:
-        table.add_column(column.heading, justify="left" if column is COLUMNS[0] else "right")
+        justify: Literal["left", "right"] = "left" if column is COLUMNS[0] else "right"
+        table.add_column(column.heading, justify=justify, no_wrap=column.cell is _speedup)
     for result in bench.results:
         table.add_row(*(column.cell(bench, result) for column in shown))
     return table
@@ -229,8 +239,8 @@ def headline(bench: Bench) -> Headline:
         verdict, words = "unclear", "is as fast as plain decoding, as far as can be told"
     sentence = (
         f"The fastest lossless method, {best.name}, {words}: {interval(best.speedup)} its speed, "
-        f"with {fewer_forwards(bench, best):.2f}x fewer forwards ({best.nfe} for {plain.nfe}) over "
-        f"{more_positions(bench, best):.2f}x the positions."
+        f"with {fewer_forwards(bench, best):.2f}x fewer forwards ({best.nfe:,} instead of "
+        f"{plain.nfe:,}) over {more_positions(bench, best):.2f}x the positions."
     )
     fewest = min(lossless, key=lambda r: r.nfe)
     if fewest.nfe < best.nfe:
@@ -239,6 +249,26 @@ def headline(bench: Bench) -> Headline:
             f"{more_positions(bench, fewest):.2f}x the positions, at "
             f"{fewest.speedup.value:.2f}x the speed."
         )
+    auto = next((r for r in bench.results if r.kind == "auto"), None)
+    if auto is not None and not auto.drafted:
+        sentence += " Asked beforehand, auto decided not to draft."
+    elif auto is not None and auto.name != best.name:
+        sentence += (
+            f" Chosen before decoding (auto): {interval(auto.speedup)}; the fastest is named after "
+            f"{len(lossless)} were measured."
+        )
+    for other in bench.results:
+        if other.kind == "plain" and other.name != bench.baseline:
+            sentence += (
+                f" For reference, {other.name} gives other tokens at "
+                f"{other.speedup.value:.2f}x the speed"
+            )
+            if other.scored and plain.scored:
+                sentence += (
+                    f" ({other.correct}/{other.scored} right, {plain.name} "
+                    f"{plain.correct}/{plain.scored})"
+                )
+            sentence += "."
     return Headline(verdict, best, sentence)
 
 

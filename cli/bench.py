@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markdown import Markdown
 
 from spiffy.cli.common import (
     VERSION_OPTION,
@@ -45,7 +44,10 @@ def bench(
     graph: Annotated[Path, typer.Option(help="Draft graph, as written by spiffy-calibrate.")],
     out: Annotated[
         Path,
-        typer.Option(help="Folder to write: bench.json, table.md, rows.jsonl. Made if missing."),
+        typer.Option(
+            help="Folder to write, made if missing: bench.json, table.md, rows.jsonl and, with the "
+            'extra "report", report.html.'
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Alias, hub id or folder. Default: the graph's model.")
@@ -64,6 +66,10 @@ def bench(
         ),
     ] = "synthetic",
     samples: Annotated[int, typer.Option(help="Prompts to decode.")] = 12,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="bench.json of an earlier run: also write compare.md."),
+    ] = None,
     methods: Annotated[
         str, typer.Option(help=f"all, or a list of: {_KINDS}. Plain decoding is always there.")
     ] = "all",
@@ -114,6 +120,7 @@ def bench(
     """
     artifact = DraftGraph.load(graph)
     rival = None if paper is None else DraftGraph.load(paper)
+    earlier = None if against is None else Bench.load(against)
     kinds = _kinds(methods)
     numbers = _budgets(budgets, artifact)
     for name, value, least in (("--repeats", repeats, 1), ("--warm-up", warm_up, 0)):
@@ -203,10 +210,10 @@ def bench(
             profile=_profile(lm, artifact, settings, texts, switches),
             walkthrough=walkthrough(lm, shown, measured_by[0], texts, found),
         )
-        _write(out, summary, [asdict(row) for row in found.rows])
+        written = _write(out, summary, [asdict(row) for row in found.rows], earlier)
     note_if_inexact(settings)
     _print_table(summary)
-    log.print(f"wrote {out / 'table.md'}", soft_wrap=True)
+    log.print(f"wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
     if settings.exact and any(result.differing for result in summary.results):
         raise typer.Exit(1)
 
@@ -273,23 +280,39 @@ def _profile(
     return auto_profile(median_task(lm, settings, texts, edges), artifact)
 
 
-def _write(out: Path, summary: Bench, rows: Sequence[dict[str, Any]]) -> None:
+def _write(
+    out: Path, summary: Bench, rows: Sequence[dict[str, Any]], earlier: Bench | None
+) -> list[Path]:
+    """Write all files of a run; returns those that people read."""
+    from spiffy.bench.compare import compare
+    from spiffy.bench.report import require_matplotlib, write_report
     from spiffy.bench.tables import markdown
 
     summary.save(out / "bench.json")
-    write_atomically(out / "table.md", markdown(summary) + "\n")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(out / "rows.jsonl", lines)
+    write_atomically(out / "table.md", markdown(summary) + "\n")
+    written = [out / "table.md"]
+    if earlier is not None:
+        write_atomically(out / "compare.md", compare(earlier, summary))
+        written.append(out / "compare.md")
+    try:
+        require_matplotlib()
+    except SpiffyError as missing:
+        log.print(f"no report.html: {missing}", soft_wrap=True)
+    else:
+        write_report(summary, out / "report.html")
+        written.append(out / "report.html")
+    return written
 
 
 def _print_table(summary: Bench) -> None:
-    from spiffy.bench.tables import markdown
+    from spiffy.bench.tables import markdown, terminal_table
 
-    text = markdown(summary)
     if console.is_terminal:
-        console.print(Markdown(text))
+        console.print(terminal_table(summary))
     else:
-        typer.echo(text)
+        typer.echo(markdown(summary))
 
 
 def main() -> None:

@@ -111,6 +111,10 @@ def calibrate(
             "<alias>.json."
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help='Also write an HTML page about the artifact (extra "report").'),
+    ] = None,
     list_models: Annotated[
         bool,
         typer.Option(
@@ -135,6 +139,8 @@ def calibrate(
         raise SpiffyError(f"--batch-size {batch_size}: must be at least 1")
     path = out or _default_path(model)
     check_writable(path)
+    if report is not None:
+        _check_report(report, path)
 
     with log.status("loading"):
         from spiffy.calib.prompts import load_prompts
@@ -178,6 +184,22 @@ def calibrate(
     if measured is not None:
         _predict(graph, measured, task)
     log.print(f"wrote {path}", soft_wrap=True)
+    if report is not None:
+        from spiffy.bench.report import write_calibration_report
+
+        shown = {} if measured is None else {"cost_profiles": (measured,)}
+        write_calibration_report(graph.model_copy(update=shown), report)
+        log.print(f"wrote {report}", soft_wrap=True)
+
+
+def _check_report(report: Path, artifact: Path) -> None:
+    """Fail before hours of work, not after."""
+    from spiffy.bench.report import require_matplotlib
+
+    require_matplotlib()
+    check_writable(report)
+    if report.resolve() == artifact.resolve():
+        raise SpiffyError(f"--report {report}: would replace the artifact, give another name")
 
 
 def _default_path(model: str) -> Path:

@@ -10,8 +10,9 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from spiffy.cli.common import VERSION_OPTION, console, run_app
-from spiffy.schemas import DraftGraph
+from spiffy.cli.common import VERSION_OPTION, console, log, run_app
+from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
+from spiffy.schemas.io import check_writable, write_atomically
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__
@@ -21,15 +22,16 @@ File = Annotated[Path, typer.Argument(help="Draft graph, as written by spiffy-ca
 
 @app.callback()
 def _common(version: Annotated[bool, VERSION_OPTION] = False) -> None:
-    """Look into draft graphs: print, check, describe the format."""
+    """Look into draft graphs: print, compare, draw, check, describe the format."""
 
 
 @app.command()
 def show(file: File) -> None:
-    """Print where a graph comes from and its nodes as a tree.
+    """Print where a graph comes from, its nodes as a tree, its acceptance model and costs.
 
     A node is printed below its first parent, with what it fills in beyond it: "+2.0" is the best
-    token (rank 0) at the third most confident position (rank 2).
+    token (rank 0) at the third most confident position (rank 2). Then come its calibration roots,
+    what it adds to the expected steps per forward, and other nodes that lead to it.
     """
     graph = DraftGraph.load(file)
     record, settings = graph.calibration, graph.decoding
@@ -44,13 +46,95 @@ def show(file: File) -> None:
     )
     trees = [Tree(Text("root"))]
     for number, node in enumerate(graph.nodes, start=1):
-        parent = node.parents[0]
-        known = graph.nodes[parent - 1].fill if parent else ()
-        fill = " ".join(f"+{i}.{j}" for i, j in node.fill if (i, j) not in known)
-        share = f"{node.count / record.roots:.1%} of roots" if record.roots else ""
-        also = f", also from {', '.join(map(str, node.parents[1:]))}" if node.parents[1:] else ""
-        trees.append(trees[parent].add(Text(f"{number}: {fill}  ({share}{also})")))
+        trees.append(trees[node.parents[0]].add(Text(_node_line(graph, number))))
     console.print(trees[0])
+    shared = sum(len(node.parents) > 1 for node in graph.nodes)
+    lines = [f"{shared} of {graph.budget} nodes are shared: several nodes lead to them"]
+    if graph.expected_steps:
+        shown = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < graph.budget] + [graph.budget]
+        steps = ", ".join(f"{n}: {graph.expected_steps[n]:.2f}" for n in shown)
+        lines.append(f"expected steps per forward at drafts {steps}")
+    lines += [_acceptance_line(graph), *map(_profile_line, graph.cost_profiles)]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _node_line(graph: DraftGraph, number: int) -> str:
+    node = graph.nodes[number - 1]
+    parent = node.parents[0]
+    known = graph.nodes[parent - 1].fill if parent else ()
+    fill = " ".join(f"+{i}.{j}" for i, j in node.fill if (i, j) not in known)
+    facts = [f"{node.count} roots"]
+    if graph.calibration.roots:
+        facts = [f"{node.count} roots, {node.count / graph.calibration.roots:.1%}"]
+    if graph.expected_steps:
+        gain = graph.expected_steps[number] - graph.expected_steps[number - 1]
+        facts.append(f"{gain:+.3f} steps")
+    if node.parents[1:]:
+        facts.append(f"also from {', '.join(map(str, node.parents[1:]))}")
+    return f"{number}: {fill}  ({'; '.join(facts)})"
+
+
+def _acceptance_line(graph: DraftGraph) -> str:
+    model = graph.acceptance
+    if model is None:
+        return "acceptance model: none, the nodes are the drafts"
+    parts = {"position": model.position, "commit": model.commit or {}, "token": model.token}
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items() if part)
+    line = f"acceptance model: {sizes} coefficients; {len(model.bigrams)} bigrams"
+    if model.expected_steps:
+        steps = ", ".join(f"{p.drafts}: {p.steps:.2f}" for p in model.expected_steps if p.drafts)
+        line += f"; expected steps at drafts {steps}"
+    return line
+
+
+def _profile_line(profile: CostProfile) -> str:
+    first, last = profile.points[0], profile.points[-1]
+    threads = "" if profile.threads is None else f", threads {profile.threads}"
+    return (
+        f"cost profile: {profile.device}, {profile.dtype}{threads}: "
+        f"{1000 * first.seconds:.3g} ms plain, {1000 * last.seconds:.3g} ms with {last.drafts} "
+        "drafts"
+    )
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="Draft graph.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Say in words what changed from one artifact to another; exit code 1 if anything did.
+
+    Cost profiles are not compared: they belong to machines. A node counts as moved if its rank
+    among the common nodes changed.
+    """
+    from spiffy.graphs.diff import differences
+
+    lines = differences(DraftGraph.load(a), DraftGraph.load(b))
+    console.print("\n".join(lines or ["no differences"]), highlight=False, soft_wrap=True)
+    if lines:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    file: File,
+    out: Annotated[
+        Path, typer.Option(help="graph.svg or graph.png: the drawing; graph.html: a report.")
+    ],
+) -> None:
+    """Draw a graph, or write a report about the whole artifact (needs the extra "report")."""
+    kind = out.suffix.lower().lstrip(".")
+    if kind not in ("svg", "png", "html"):
+        raise SpiffyError(f"--out {out}: give a file name that ends in .svg, .png or .html")
+    graph = DraftGraph.load(file)
+    check_writable(out)
+    from spiffy.bench.report import graph_picture, write_calibration_report
+
+    if kind == "html":
+        write_calibration_report(graph, out)
+    else:
+        write_atomically(out, graph_picture(graph).file(kind))
+    log.print(f"wrote {out}", soft_wrap=True)
 
 
 @app.command()

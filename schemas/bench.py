@@ -186,7 +186,7 @@ class Turn(_Record):
     block
         Number of the block, from 0.
     span
-        First position of the block in `Walkthrough.before`, and the one after its last.
+        First position of the block in the sequence, and the one after its last.
     drafts
         What was verified beside the root.
     steps
@@ -215,6 +215,9 @@ class Walkthrough(_Record):
         Positions before `answer_start` are the prompt's tokens; all others start masked.
     plain_nfe
         Forwards of plain decoding for the same answer.
+    prompt_tokens
+        Texts of the prompt's last tokens, up to `answer_start`, or nothing: what of the prompt lies
+        in the first block is shown with it.
     """
 
     prompt: str
@@ -224,6 +227,7 @@ class Walkthrough(_Record):
     turns: tuple[Turn, ...]
     plain_nfe: int
     text: str
+    prompt_tokens: tuple[str, ...] = ()
 
 
 class Machine(_Record):

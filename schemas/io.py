@@ -71,8 +71,8 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole UTF-8 file or nothing: a sibling temporary file, then a rename.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file (text as UTF-8) or nothing: a sibling temporary file, then a rename.
 
     Raises
     ------
@@ -82,10 +82,10 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            "wb", dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
             temporary = file.name
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # NamedTemporaryFile makes them private

@@ -199,9 +199,12 @@ def test_decoding_with_other_settings_than_the_graphs_says_so(call: Call, artifa
 def test_calibrate_predicts_and_stores_costs_outside_the_digest(
     call: Call, artifact: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "graph.json"
-    code, printed, log = call("calibrate", "--model", TINY, *QUICK, "--profile", "--out", out)
+    out, page = tmp_path / "graph.json", tmp_path / "graph.html"
+    arguments = (*QUICK, "--profile", "--out", out, "--report", page)
+    code, printed, log = call("calibrate", "--model", TINY, *arguments)
     assert code == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert f"wrote {page}" in log
     assert "this machine" in printed
     assert "roofline" in printed
     assert "predictions" in log
@@ -271,6 +274,7 @@ BAD_CALIBRATE = {
     "too long": (["--model", TINY, "--gen-length", "4096"], "exceeds the"),
     "device": (["--model", TINY, "--device", "abacus"], "unknown device 'abacus'"),
     "dtype": (["--model", TINY, "--dtype", "int3"], "unknown dtype 'int3'"),
+    "report": (["--model", TINY, "--report", "no/such/page.html"], "folder no/such does not exist"),
     "edges": (["--model", TINY, "--edges", "all,fold"], "'all' does not belong there"),
 }
 

@@ -1,0 +1,147 @@
+"""What changed between two draft graphs, in words."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+
+from spiffy.schemas import AcceptanceModel, DraftGraph, Node
+from spiffy.schemas.graph import Fill
+
+_NAMED = 12  # nodes listed one by one
+_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def differences(a: DraftGraph, b: DraftGraph) -> list[str]:
+    """Sentences that say what `b` has otherwise than `a`; none if they draft the same.
+
+    Cost profiles are left out, like in the digest: they belong to machines.
+    """
+    return [
+        *_fields("model", a.model.model_dump(), b.model.model_dump()),
+        *_fields("decoding", a.decoding.model_dump(), b.decoding.model_dump()),
+        *_fields("calibration", a.calibration.model_dump(), b.calibration.model_dump()),
+        *_nodes(a.nodes, b.nodes, a.calibration.roots, b.calibration.roots),
+        *_expected(a, b),
+        *_acceptance(a.acceptance, b.acceptance),
+    ]
+
+
+def written(fill: Fill) -> str:
+    """A fill as "+position rank.token rank ..."."""
+    return " ".join(f"+{i}.{j}" for i, j in fill)
+
+
+def _fields(what: str, a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
+    return [f"{what}: {key} {_value(a[key])} -> {_value(b[key])}" for key in a if a[key] != b[key]]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"({len(value)} of them)"
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def _nodes(a: Sequence[Node], b: Sequence[Node], roots_a: int, roots_b: int) -> list[str]:
+    numbers_a = {node.fill: k for k, node in enumerate(a, start=1)}
+    numbers_b = {node.fill: k for k, node in enumerate(b, start=1)}
+    added = [f"{numbers_b[fill]}: {written(fill)}" for fill in numbers_b if fill not in numbers_a]
+    removed = [f"{numbers_a[fill]}: {written(fill)}" for fill in numbers_a if fill not in numbers_b]
+    common = [fill for fill in numbers_b if fill in numbers_a]
+    kept = _longest_ascending([numbers_a[fill] for fill in common])
+    moved = [
+        f"{written(fill)} from {numbers_a[fill]} to {numbers_b[fill]}"
+        for fill in common
+        if numbers_a[fill] not in kept
+    ]
+    lines = [
+        f"nodes: {len(list_)} {verb} ({_some(list_)})"
+        for verb, list_ in (("added", added), ("removed", removed), ("moved", moved))
+        if list_
+    ]
+    shifts = [
+        (abs(after - before), fill, before, after)
+        for fill in common
+        for before, after in [
+            (
+                a[numbers_a[fill] - 1].count / max(roots_a, 1),
+                b[numbers_b[fill] - 1].count / max(roots_b, 1),
+            )
+        ]
+    ]
+    if (largest := max(shifts, default=(0.0, (), 0.0, 0.0))) and largest[0] > 0:
+        _, fill, before, after = largest
+        lines.append(
+            f"acceptance of common nodes: changed most at {written(fill)}, "
+            f"{before:.1%} -> {after:.1%} of roots"
+        )
+    rewired = sum(
+        {a[k - 1].fill if k else () for k in a[numbers_a[fill] - 1].parents}
+        != {b[k - 1].fill if k else () for k in b[numbers_b[fill] - 1].parents}
+        for fill in common
+    )
+    if rewired:
+        lines.append(f"nodes: {rewired} follow other nodes than before")
+    return lines
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f", and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return ", ".join(items[:_NAMED]) + more
+
+
+def _longest_ascending(numbers: Sequence[int]) -> set[int]:
+    """Members of a longest ascending subsequence of distinct numbers: what did not move."""
+    tails: list[int] = []  # smallest last member of an ascending subsequence, by length
+    before: dict[int, int | None] = {}
+    for number in numbers:
+        at = bisect_left(tails, number)
+        before[number] = tails[at - 1] if at else None
+        tails[at : at + 1] = [number]
+    kept: set[int] = set()
+    last = tails[-1] if tails else None
+    while last is not None:
+        kept.add(last)
+        last = before[last]
+    return kept
+
+
+def _expected(a: DraftGraph, b: DraftGraph) -> list[str]:
+    if a.expected_steps == b.expected_steps:
+        return []
+    if not a.expected_steps or not b.expected_steps:
+        return ["expected steps: only one of them states any"]
+    budgets = [n for n in _BUDGETS if n <= min(a.budget, b.budget)]
+    pairs = [f"{n}: {a.expected_steps[n]:.3f} -> {b.expected_steps[n]:.3f}" for n in budgets]
+    return [f"expected steps per forward at drafts {', '.join(pairs)}"] if pairs else []
+
+
+def _acceptance(a: AcceptanceModel | None, b: AcceptanceModel | None) -> list[str]:
+    if a == b:
+        return []
+    if a is None or b is None:
+        return [f"acceptance model: {'added' if a is None else 'removed'}"]
+    lines = []
+    for part in ("position", "commit", "token"):
+        before, after = getattr(a, part) or {}, getattr(b, part) or {}
+        names = sorted({*before, *after})
+        changed = [(abs(after.get(k, 0.0) - before.get(k, 0.0)), k) for k in names]
+        if (most := max(changed, default=(0.0, ""))) and most[0] > 0:
+            count, name = sum(change > 0 for change, _ in changed), most[1]
+            lines.append(
+                f"acceptance model: {count} of {len(names)} {part} coefficients changed, most "
+                f"{name} {before.get(name, 0.0):.3g} -> {after.get(name, 0.0):.3g}"
+            )
+    if a.bigrams != b.bigrams:
+        pairs_a, pairs_b = ({(x, y) for x, y, _ in model.bigrams} for model in (a, b))
+        lines.append(
+            f"acceptance model: bigrams {len(pairs_a)} -> {len(pairs_b)}, "
+            f"{len(pairs_a & pairs_b)} in both"
+        )
+    steps_a, steps_b = ({p.drafts: p.steps for p in m.expected_steps} for m in (a, b))
+    if steps_a != steps_b:
+        common = sorted(steps_a.keys() & steps_b.keys() - {0})
+        pairs = [f"{n}: {steps_a[n]:.3f} -> {steps_b[n]:.3f}" for n in common]
+        lines.append(f"acceptance model: expected steps at drafts {', '.join(pairs)}")
+    return lines

@@ -1,0 +1,659 @@
+"""Reports: well-formed, self-contained, escaped, honest about what is missing; and comparisons."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_bench import example_bench, example_graph
+from typer.testing import CliRunner
+
+from spiffy.bench import report, tables
+from spiffy.bench.compare import compare
+from spiffy.bench.report import visible, write_calibration_report, write_report
+from spiffy.cli.graph import app as graph_app
+from spiffy.graphs.diff import differences
+from spiffy.schemas import DraftGraph, Node, SpiffyError
+from spiffy.schemas.bench import Acceptance, Bench, Draft, Interval, Turn
+
+ROOT = Path(__file__).parent.parent
+VOID = {"meta", "link", "input", "br", "hr", "img"}
+HOSTILE = "</script><script>alert(1)</script><!-- \"'&amp; \u2028 \u202e \U0001f600 \x00 {{ 7*7 }}"
+
+
+class Page(HTMLParser):
+    """What a page holds, parsed strictly: every element must be closed where it belongs."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[tuple[str, ...], str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"{tag}: {names}"
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((tuple(self.open), data))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def ids(self) -> list[str]:
+        return [str(a["id"]) for _, a in self.elements if "id" in a]
+
+    def within(self, tag: str) -> list[str]:
+        return [text for path, text in self.texts if tag in path]
+
+
+def html_of(bench: Bench, folder: Path) -> str:
+    write_report(bench, folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return html_of(example_bench(), tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def hostile_html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return html_of(hostile(), tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def calibration_html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "calibration.html"
+    write_calibration_report(example_graph(), path)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("fixture", ["html", "calibration_html"])
+def test_pages_are_well_formed_and_refer_to_nothing_outside(
+    request: pytest.FixtureRequest, fixture: str
+) -> None:
+    text = request.getfixturevalue(fixture)
+    page = Page(text)
+    ids = page.ids()
+    assert len(ids) == len(set(ids))
+    targets = [a[key] for _, a in page.elements for key in ("href", "src") if a.get(key)]
+    for target in targets:
+        assert str(target).startswith(("#", "data:")), target
+        assert str(target)[1:] in ids or target == "data:,"
+    for used in re.findall(r"url\(([^)]*)\)", text):
+        assert used.strip("\"'").removeprefix("#") in ids
+    for _, attributes in page.elements:
+        for key in ("aria-labelledby", "aria-describedby"):
+            assert set((attributes.get(key) or "").split()) <= set(ids)
+    assert "default-src 'none'" in text
+
+
+@pytest.mark.parametrize("fixture", ["html", "calibration_html"])
+def test_every_picture_has_a_text_alternative_and_headings_do_not_skip(
+    request: pytest.FixtureRequest, fixture: str
+) -> None:
+    page = Page(request.getfixturevalue(fixture))
+    pictures = page.all("svg") + page.all("img")
+    assert len(pictures) >= 4
+    for picture in pictures:
+        assert picture["role"] == "img"
+        assert picture["aria-labelledby"]
+    descriptions = page.within("desc")
+    assert len(descriptions) == len(page.all("svg"))
+    assert all(len(text) > 40 and any(map(str.isdigit, text)) for text in descriptions)
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+
+
+def test_the_same_run_gives_the_same_bytes(html: str, tmp_path: Path) -> None:
+    example_bench().save(tmp_path / "bench.json")
+    again = html_of(Bench.load(tmp_path / "bench.json"), tmp_path)
+    assert again == html
+
+
+def test_colours_are_left_to_the_theme(html: str) -> None:
+    inside = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert not re.findall(r"#[0-9a-f]{6}\b", inside)
+    used = set(re.findall(r"var\(--([a-z-]+)\)", inside))
+    style = html.split("<style>")[1].split("</style>")[0]
+    dark = style.split("prefers-color-scheme: dark")[1].split("}")[0]
+    for name in used:
+        assert f"--{name}:" in style.split("}")[0]
+        assert f"--{name}:" in dark
+
+
+def hostile() -> Bench:
+    bench = example_bench()
+    walk = bench.walkthrough
+    assert walk is not None
+    start = walk.answer_start
+    draft = Draft(fill=((start, HOSTILE),), parents=(0,), accepted=True)
+    turn = Turn(
+        block=0,
+        span=walk.turns[0].span,
+        drafts=(draft,),
+        steps=(((start, HOSTILE),), ((start + 1, " \n"),)),
+        seconds=0.1,
+    )
+    walk = walk.model_copy(
+        update={"prompt": HOSTILE, "text": HOSTILE, "turns": (turn,), "prompt_tokens": (HOSTILE,)}
+    )
+    rows = (*bench.results[:-1], bench.results[-1].model_copy(update={"note": HOSTILE}))
+    return bench.model_copy(update={"walkthrough": walk, "results": rows, "command": HOSTILE})
+
+
+def test_nothing_in_a_run_becomes_markup_or_script(html: str, hostile_html: str) -> None:
+    text = hostile_html
+    page = Page(text)
+    assert len(page.all("script")) == len(Page(html).all("script")) == 2
+    assert "alert(1)</script>" not in text
+    assert "\x00" not in text
+    assert "\u202e" not in text
+    assert "{{ 7*7 }}" in text  # shown, not evaluated
+    data = next(d for path, d in page.texts if path[-1] == "script" and d.startswith("{"))
+    assert not set("<>&\u2028") & set(data)
+    turn = json.loads(data)["turns"][0]
+    assert turn["steps"][1] == [[turn["steps"][0][0][0] + 1, "·↵"]]
+    assert turn["steps"][0][0][1] == visible(HOSTILE)
+
+
+def test_blanks_and_control_characters_are_visible() -> None:
+    assert visible(" a\n\t") == "·a↵⇥"
+    assert visible("") == "∅"
+    assert visible("\u202e\u00a0\x1b") == "\\u202e\\u00a0\\u001b"
+    assert visible("né🙂") == "né🙂"
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
+    bench = example_bench()
+    plain = [r.model_copy(update={"scored": 0, "peak_bytes": None}) for r in bench.results[:1]]
+    bare = bench.model_copy(
+        update={"profile": None, "walkthrough": None, "nodes": (), "results": tuple(plain)}
+    )
+    page = Page(html_of(bare, tmp_path))
+    ids = page.ids()
+    assert {"results", "conditions"} <= set(ids)
+    assert not {"cost", "walkthrough", "graph", "acceptance", "player"} & set(ids)
+    headings = page.within("thead")
+    assert "accuracy" not in headings
+    assert "peak memory" not in headings
+    links = [a["href"] for a in page.all("a")]
+    assert all(str(link)[1:] in ids for link in links)
+    assert page.all("script") == []
+    assert "Nothing here drafts" in " ".join(page.within("header"))
+
+
+def test_conditions_are_stated(html: str) -> None:
+    bench = example_bench()
+    stated = " ".join(Page(html).within("dd"))
+    for fact in (
+        bench.command,
+        bench.machine.device,
+        bench.machine.system,
+        bench.graph_digest,
+        bench.data.sha256,
+        *(f"{name} {version}" for name, version in bench.machine.versions.items()),
+        "2 prompts of synthetic",
+        "bootstrap",
+        "0.50 at the start",
+        "0 not counted (warm-up)",
+    ):
+        assert fact in stated
+
+
+def test_the_list_of_forwards_needs_no_script(html: str) -> None:
+    walk = example_bench().walkthrough
+    assert walk is not None
+    table = html.split('<table class="forwards">')[1].split("</table>")[0]
+    rows = re.findall(r"<tr><td>.*?</tr>", table)
+    assert len(rows) == len(walk.turns)
+    for row, turn in zip(rows, walk.turns, strict=True):
+        cells = re.findall(r"<td>(.*?)</td>", row)
+        accepted = sum(draft.accepted for draft in turn.drafts)
+        assert cells[2:5] == [str(len(turn.drafts)), str(accepted), str(len(turn.steps))]
+    assert "<details open" in html
+
+
+# -- words and tables -----------------------------------------------------------------------------
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(n) for n in re.findall(r"\d+(?:\.\d+)?", cell.replace(",", ""))]
+
+
+def test_the_markdown_table_is_the_data() -> None:
+    bench = example_bench()
+    lines = tables.markdown(bench).splitlines()
+    headings, rule, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines)
+    assert len({len(row) for row in (headings, rule, *rows)}) == 1
+    assert len(rows) == len(bench.results)
+    base = bench.results[0]
+    for row, result in zip(rows, bench.results, strict=True):
+        cells = dict(zip(headings, row, strict=True))
+        assert cells["method"] == result.name
+        nfe = numbers(cells["NFE (times fewer)"])
+        assert nfe[0] == result.nfe
+        if result is not base:
+            assert nfe[1] == pytest.approx(base.nfe / result.nfe, abs=0.005)
+            ratio = result.speedup
+            assert numbers(cells["speed against plain"]) == pytest.approx(
+                [ratio.value, ratio.low, ratio.high], abs=0.005
+            )
+        assert numbers(cells["positions (times plain's)"])[0] == result.positions_computed
+        assert float(cells["steps per forward"]) == pytest.approx(
+            result.steps / result.nfe, abs=0.005
+        )
+        parts = numbers(cells["forward / draft / verify / rest, %"])
+        assert sum(parts) == pytest.approx(100, abs=2)
+        assert parts[0] == pytest.approx(
+            100 * result.seconds.forward / result.seconds.total, abs=0.5
+        )
+        assert numbers(cells["accuracy"])[1:] == [result.correct, result.scored]
+    identical = {row[0]: dict(zip(headings, row, strict=True))["tokens identical"] for row in rows}
+    assert identical[base.name] == "baseline"
+    assert identical["plain threshold"] == "other policy"
+    assert identical["model 4"] == "yes"
+
+
+def test_a_markdown_cell_cannot_end_its_column() -> None:
+    table = tables.markdown_table(["a|b", "c"], [["x\ny", "1 | 2"], ["", ""]])
+    assert table.splitlines()[0] == "| a\\|b | c |"
+    assert table.splitlines()[2:] == ["| x y | 1 \\| 2 |", "| - | - |"]
+
+
+def with_speed(name: str, value: float, low: float, high: float, **changed: Any) -> Bench:
+    bench = example_bench()
+    speedup = Interval(value=value, low=low, high=high)
+    slow = Interval(value=0.5, low=0.4, high=0.6)
+    rows = [
+        r.model_copy(update={"speedup": speedup, **changed})
+        if r.name == name
+        else r.model_copy(update={"speedup": slow})
+        for r in bench.results
+    ]
+    return bench.model_copy(update={"results": tuple(rows)})
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [((1.5, 1.2, 1.8), "pays"), ((1.1, 0.9, 1.3), "unclear"), ((0.8, 0.7, 0.9), "slower")],
+)
+def test_the_headline_says_whether_drafts_pay(
+    interval: tuple[float, float, float], verdict: str
+) -> None:
+    told = tables.headline(with_speed("graph 4", *interval))
+    assert told.verdict == verdict
+    assert told.best is not None
+    assert told.best.name == "graph 4"
+    assert f"{interval[0]:.2f}x" in told.sentence
+    assert ("nothing pays" in told.sentence) == (verdict == "slower")
+
+
+def test_the_headline_never_praises_bounds_or_what_loses_tokens() -> None:
+    for name, changed in (("perfect 4", {}), ("graph 4", {"differing": 1})):
+        best = tables.headline(with_speed(name, 9.0, 8.0, 10.0, **changed)).best
+        assert best is not None
+        assert best.name != name
+
+
+def test_the_headline_says_what_auto_chose() -> None:
+    bench = with_speed("graph 4", 1.5, 1.2, 1.8)
+    assert "Chosen before decoding (auto): 0.50x (0.40-0.60)" in tables.headline(bench).sentence
+    none = bench.results[-1].model_copy(update={"drafted": 0, "budget": 0})
+    bench = bench.model_copy(update={"results": (*bench.results[:-1], none)})
+    assert "auto decided not to draft" in tables.headline(bench).sentence
+
+
+def test_comparing_a_run_with_itself_finds_no_difference() -> None:
+    bench = example_bench()
+    text = compare(bench, bench)
+    assert "Nothing but the load" in text
+    assert "cannot be compared" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| graph 4"))
+    assert f"{bench.result('graph 4').nfe} (same)" in row
+
+
+def test_comparisons_say_which_numbers_mean_nothing() -> None:
+    a = example_bench()
+    machine = a.machine.model_copy(update={"device": "another core"})
+    rows = tuple(r.model_copy(update={"nfe": 2 * r.nfe}) for r in a.results[:-1])
+    b = a.model_copy(update={"machine": machine, "results": rows})
+    text = compare(a, b)
+    assert "| device |" in text
+    assert "tokens/s cannot be compared: different device" in text
+    assert "counts (NFE" not in text
+    assert "(2.00x)" in next(line for line in text.splitlines() if line.startswith("| graph 4"))
+    assert "only in the first run: auto" in text
+
+    data = a.data.model_copy(update={"sha256": "f" * 64})
+    text = compare(a, b.model_copy(update={"data": data}))
+    assert "counts (NFE, positions, steps) and accuracy cannot be compared" in text
+    assert "(2.00x)" not in text
+
+
+# -- draft graphs ---------------------------------------------------------------------------------
+
+
+def run_graph(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(graph_app, [str(a) for a in arguments])
+    if isinstance(done.exception, SpiffyError):
+        return 2, str(done.exception)
+    return done.exit_code, done.output
+
+
+def test_show_prints_counts_gains_and_shared_nodes(tmp_path: Path) -> None:
+    graph = example_graph()
+    graph.save(tmp_path / "graph.json")
+    code, printed = run_graph("show", tmp_path / "graph.json")
+    assert code == 0
+    gain = graph.expected_steps[1] - graph.expected_steps[0]
+    share = graph.nodes[0].count / graph.calibration.roots
+    assert f"1: +0.0  ({graph.nodes[0].count} roots, {share:.1%}; {gain:+.3f} steps" in printed
+    assert printed.count("also from") == sum(len(node.parents) > 1 for node in graph.nodes)
+    assert graph.acceptance is not None
+    assert f"{len(graph.acceptance.position)} position" in printed
+    assert f"{len(graph.acceptance.bigrams)} bigrams" in printed
+    assert "an invented core" in printed
+
+
+def fills(*nodes: tuple[tuple[tuple[int, int], ...], int]) -> tuple[Node, ...]:
+    return tuple(Node(fill=fill, parents=(0,), count=count) for fill, count in nodes)
+
+
+def test_diff_says_what_was_added_removed_and_moved() -> None:
+    a, b, c, d = ((0, 0),), ((1, 0),), ((2, 0),), ((3, 0),)
+    graph = example_graph().model_copy(update={"expected_steps": (), "acceptance": None})
+    roots = graph.calibration.roots
+    before = graph.model_copy(update={"nodes": fills((a, 9), (b, 5), (c, 4))})
+    after = graph.model_copy(update={"nodes": fills((d, 9), (a, 9), (c, 4), (b, 5))})
+    lines = differences(before, after)
+    assert "nodes: 1 added (1: +3.0)" in lines
+    moved = [line for line in lines if "moved" in line]  # one of the two that changed places
+    assert moved in (["nodes: 1 moved (+1.0 from 2 to 4)"], ["nodes: 1 moved (+2.0 from 3 to 3)"])
+    assert [line for line in differences(after, before) if "removed" in line] == [
+        "nodes: 1 removed (1: +3.0)"
+    ]
+    counted = graph.model_copy(update={"nodes": fills((a, 9), (b, 2), (c, 4))})
+    assert differences(before, counted) == [
+        f"acceptance of common nodes: changed most at +1.0, {5 / roots:.1%} -> {2 / roots:.1%} of "
+        "roots"
+    ]
+    assert differences(graph, graph) == []
+
+
+def test_diff_names_settings_steps_and_the_acceptance_model(tmp_path: Path) -> None:
+    ours, theirs = example_graph(), example_graph("paper")
+    ours.save(tmp_path / "ours.json")
+    theirs.save(tmp_path / "theirs.json")
+    code, printed = run_graph("diff", tmp_path / "ours.json", tmp_path / "theirs.json")
+    assert code == 1
+    assert "calibration: objective expected-steps -> paper" in printed
+    assert "acceptance model: removed" in printed
+    assert run_graph("diff", tmp_path / "ours.json", tmp_path / "ours.json") == (
+        0,
+        "no differences\n",
+    )
+
+
+def test_plot_writes_what_the_suffix_says(tmp_path: Path) -> None:
+    graph = example_graph().model_copy(update={"cost_profiles": ()})
+    graph.save(tmp_path / "graph.json")
+    starts = {"svg": b"<?xml", "png": b"\x89PNG", "html": b"<!DOCTYPE html>"}
+    for suffix, start in starts.items():
+        out = tmp_path / f"graph.{suffix}"
+        assert run_graph("plot", tmp_path / "graph.json", "--out", out)[0] == 0
+        assert out.read_bytes().startswith(start)
+    again = tmp_path / "again.svg"
+    run_graph("plot", tmp_path / "graph.json", "--out", again)
+    assert again.read_bytes() == (tmp_path / "graph.svg").read_bytes()
+    code, said = run_graph("plot", tmp_path / "graph.json", "--out", tmp_path / "graph.gif")
+    assert (code, said.count("\n")) == (2, 0)
+    assert ".svg, .png or .html" in said
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example_graph().save(tmp_path / "graph.json")
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    for out in ("graph.svg", "graph.html"):
+        code, said = run_graph("plot", tmp_path / "graph.json", "--out", tmp_path / out)
+        assert code == 2
+        assert "pip install 'spiffy-dllm[report]'" in said
+        assert not (tmp_path / out).exists()
+    with pytest.raises(SpiffyError, match=r"spiffy-dllm\[report\]"):
+        write_report(example_bench(), tmp_path / "report.html")
+
+
+def test_reports_need_no_torch(tmp_path: Path) -> None:
+    example_bench().save(tmp_path / "bench.json")
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        "from pathlib import Path; from spiffy.bench.report import write_report; "
+        "from spiffy.schemas.bench import Bench; "
+        "write_report(Bench.load(Path('bench.json')), Path('report.html'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_large_and_empty_graphs_can_be_drawn() -> None:
+    from spiffy.bench.plots import draft_graph
+
+    nodes = [Node(fill=((0, 0),), parents=(0,), count=300)]
+    nodes += [Node(fill=((0, 0), (k, 0)), parents=(1,), count=300 - k) for k in range(1, 300)]
+    picture = draft_graph(nodes, 300)
+    assert picture is not None
+    assert picture.inline().count('class="tip"') == 300
+    assert draft_graph([], 0) is None
+
+
+def test_templates_ship_with_the_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["spiffy.bench"]
+    shipped = {file for pattern in patterns for file in (ROOT / "bench").glob(pattern)}
+    assert {*(ROOT / "bench" / "templates").iterdir()} <= shipped
+
+
+# -- in a browser ---------------------------------------------------------------------------------
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+CHROMEDRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER),
+    reason="no Chromium with chromedriver (Debian: apt-get install chromium chromium-driver)",
+)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+class Browser:
+    """Chromium on one page, with what it logged."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, path: Path, width: int, height: int = 900) -> None:
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
+        )
+        self.driver.get(path.as_uri())
+
+    def js(self, expression: str) -> Any:
+        return self.driver.execute_script(f"return {expression}")
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, "key": key})
+
+    def requests(self) -> list[str]:
+        events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
+        return [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
+
+    def errors(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    @property
+    def forward(self) -> int:
+        return int(self.js("document.getElementById('player-slider').value"))
+
+    @property
+    def status(self) -> str:
+        return str(self.js("document.getElementById('player-status').textContent"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    service = pytest.importorskip("selenium.webdriver.chrome.service")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in (*FLAGS, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        driver = webdriver.Chrome(options=options, service=service.Service(CHROMEDRIVER))
+        try:
+            yield Browser(driver)
+        finally:
+            driver.quit()
+
+
+@needs_browser
+@pytest.mark.parametrize("fixture", ["html", "hostile_html", "calibration_html"])
+def test_a_page_renders_on_phone_and_desktop_without_errors_or_requests(
+    browser: Browser, tmp_path: Path, request: pytest.FixtureRequest, fixture: str
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(request.getfixturevalue(fixture), encoding="utf-8")
+    browser.open(path, 390)
+    browser.requests()  # what starting the browser asked for
+    for width in (390, 1280):
+        browser.open(path, width)
+        assert browser.js("document.documentElement.scrollWidth") <= width
+        narrow = "[...document.querySelectorAll('svg.plot')].filter(s => s.clientWidth < 200)"
+        assert browser.js(f"{narrow}.length") == 0
+    assert browser.errors() == []
+    requests = browser.requests()
+    assert path.as_uri() in requests
+    assert [url for url in requests if not url.startswith((path.as_uri(), "data:"))] == []
+
+
+@needs_browser
+def test_the_step_through_obeys_slider_buttons_and_keys(
+    browser: Browser, tmp_path: Path, html: str
+) -> None:
+    walk = example_bench().walkthrough
+    assert walk is not None
+    path = tmp_path / "report.html"
+    path.write_text(html, encoding="utf-8")
+    browser.open(path, 1280)
+    count = len(walk.turns)
+    assert browser.forward == 1
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    assert browser.forward == 3
+    browser.press("ArrowLeft")
+    assert browser.forward == 2
+    assert browser.status.startswith(f"Forward 2 of {count}, block ")
+    browser.js("document.getElementById('player-next').click()")
+    assert browser.forward == 3
+    shown = "document.getElementById('player-slider')"
+    browser.driver.execute_script(
+        f"{shown}.value = {count}; {shown}.dispatchEvent(new Event('input'))"
+    )
+    steps = sum(len(turn.steps) for turn in walk.turns)
+    assert f"So far {steps} steps in {count} forwards" in browser.status
+    cells = "document.querySelectorAll('#player-answer .tok:not(.given)')"
+    texts = browser.js(f"[...{cells}].map(e => e.firstChild.textContent)")
+    committed = {p: visible(t) for turn in walk.turns for step in turn.steps for p, t in step}
+    last = max(turn.span[1] for turn in walk.turns)
+    assert texts == [committed.get(p, "_") for p in range(walk.answer_start, last)]
+    # The forward with most accepted drafts: its lines say so.
+    best = max(range(count), key=lambda k: sum(d.accepted for d in walk.turns[k].drafts))
+    browser.driver.execute_script(
+        f"{shown}.value = {best + 1}; {shown}.dispatchEvent(new Event('input'))"
+    )
+    turn = walk.turns[best]
+    rows = "#player-drafts tbody tr"
+    assert browser.js(f"document.querySelectorAll('{rows}').length") == len(turn.drafts) + 2
+    accepted = browser.js(f"document.querySelectorAll('{rows}.accepted').length")
+    assert accepted == sum(draft.accepted for draft in turn.drafts) > 0
+    assert browser.errors() == []
+
+
+@needs_browser
+def test_printing_shows_all_forwards(browser: Browser, tmp_path: Path, html: str) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(html, encoding="utf-8")
+    browser.open(path, 1280)
+    assert not browser.js("document.getElementById('player-list').open")
+    pdf = browser.driver.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})
+    assert len(pdf["data"]) > 10_000
+    assert browser.js("document.getElementById('player-list').open")
+
+
+def test_a_walkthrough_without_drafts_or_prompt_tokens_is_fine(tmp_path: Path) -> None:
+    bench = example_bench()
+    walk = bench.walkthrough
+    assert walk is not None
+    turns = tuple(turn.model_copy(update={"drafts": ()}) for turn in walk.turns)
+    walk = walk.model_copy(update={"turns": turns, "prompt_tokens": ()})
+    rows = tuple(r.model_copy(update={"acceptance": Acceptance()}) for r in bench.results)
+    bare = bench.model_copy(update={"walkthrough": walk, "results": rows})
+    page = Page(html_of(bare, tmp_path))
+    assert "player" in page.ids()
+    assert "acceptance" not in page.ids()
+
+
+def test_a_loaded_graph_gives_the_same_page(calibration_html: str, tmp_path: Path) -> None:
+    example_graph().save(tmp_path / "graph.json")
+    write_calibration_report(DraftGraph.load(tmp_path / "graph.json"), tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == calibration_html
