@@ -39,6 +39,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _KINDS = "plain, chain, paper, pruned, graph, model, auto, perfect"
 
 
+def _compare(files: tuple[Path, Path] | None) -> None:
+    if files is None:
+        return
+    from spiffy.bench.compare import compare
+
+    typer.echo(compare(Bench.load(files[0]), Bench.load(files[1])))
+    raise typer.Exit
+
+
 @app.command()
 def bench(
     graph: Annotated[Path, typer.Option(help="Draft graph, as written by spiffy-calibrate.")],
@@ -66,10 +75,6 @@ def bench(
         ),
     ] = "synthetic",
     samples: Annotated[int, typer.Option(help="Prompts to decode.")] = 12,
-    against: Annotated[
-        Path | None,
-        typer.Option(help="bench.json of an earlier run: also write compare.md."),
-    ] = None,
     methods: Annotated[
         str, typer.Option(help=f"all, or a list of: {_KINDS}. Plain decoding is always there.")
     ] = "all",
@@ -109,6 +114,15 @@ def bench(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            callback=_compare,
+            is_eager=True,
+            metavar="A.json B.json",
+            help="Compare two runs (their bench.json) instead of measuring.",
+        ),
+    ] = None,
     version: Annotated[bool, VERSION_OPTION] = False,
 ) -> None:
     """Measure every way of drafting against plain decoding: same prompts, same run.
@@ -120,7 +134,6 @@ def bench(
     """
     artifact = DraftGraph.load(graph)
     rival = None if paper is None else DraftGraph.load(paper)
-    earlier = None if against is None else Bench.load(against)
     kinds = _kinds(methods)
     numbers = _budgets(budgets, artifact)
     for name, value, least in (("--repeats", repeats, 1), ("--warm-up", warm_up, 0)):
@@ -210,7 +223,7 @@ def bench(
             profile=_profile(lm, artifact, settings, texts, switches),
             walkthrough=walkthrough(lm, shown, measured_by[0], texts, found),
         )
-        written = _write(out, summary, [asdict(row) for row in found.rows], earlier)
+        written = _write(out, summary, [asdict(row) for row in found.rows])
     note_if_inexact(settings)
     _print_table(summary)
     log.print(f"wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
@@ -280,11 +293,8 @@ def _profile(
     return auto_profile(median_task(lm, settings, texts, edges), artifact)
 
 
-def _write(
-    out: Path, summary: Bench, rows: Sequence[dict[str, Any]], earlier: Bench | None
-) -> list[Path]:
+def _write(out: Path, summary: Bench, rows: Sequence[dict[str, Any]]) -> list[Path]:
     """Write all files of a run; returns those that people read."""
-    from spiffy.bench.compare import compare
     from spiffy.bench.report import require_matplotlib, write_report
     from spiffy.bench.tables import markdown
 
@@ -293,9 +303,6 @@ def _write(
     write_atomically(out / "rows.jsonl", lines)
     write_atomically(out / "table.md", markdown(summary) + "\n")
     written = [out / "table.md"]
-    if earlier is not None:
-        write_atomically(out / "compare.md", compare(earlier, summary))
-        written.append(out / "compare.md")
     try:
         require_matplotlib()
     except SpiffyError as missing:

@@ -283,6 +283,9 @@ def test_the_command_writes_a_run_that_can_be_read_back(artifact: Path, tmp_path
     assert sum(row["nfe"] for row in rows) == sum(result.nfe for result in summary.results)
     assert "model 4" in text
     assert (out / "table.md").read_text("utf-8").strip() in text
+    code, text, _ = invoke("--compare", out / "bench.json", out / "bench.json")
+    assert code == 0
+    assert "model 4" in text
 
 
 def test_prompts_that_were_calibrated_on_are_refused(artifact: Path, tmp_path: Path) -> None:
