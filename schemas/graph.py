@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
@@ -29,7 +28,8 @@ MAX_RANK = 1023
 _MAX_COUNT = (1 << 53) - 1  # what JSON readers agree on
 _MAX_TEXT = 1000
 _MAX_PROFILES = 64
-_MAX_FEATURES = 1024  # also of a dict whose every entry is wrong: each would be a message
+_MAX_FEATURES = 1024
+_MAX_PAIRS = 1 << 23  # in the fills of all nodes' parents together: what checking them takes
 
 
 def _is_plain(text: str) -> str:
@@ -37,12 +37,6 @@ def _is_plain(text: str) -> str:
     if not text.isprintable():
         raise ValueError("holds characters that cannot be printed")
     return text
-
-
-def _not_huge(content: Any) -> Any:
-    if isinstance(content, dict) and len(content) > _MAX_FEATURES:
-        raise ValueError(f"{len(content)} entries, more than {_MAX_FEATURES}")
-    return content
 
 
 Text = Annotated[str, Field(max_length=_MAX_TEXT), AfterValidator(_is_plain)]
@@ -129,14 +123,14 @@ class Provenance(_Record):
         Command line, without the folders of local files and without where the output went.
     """
 
-    versions: Annotated[dict[Text, Text], BeforeValidator(_not_huge)] = Field(default_factory=dict)
+    versions: dict[Text, Text] = Field(default_factory=dict, max_length=_MAX_PROFILES)
     git: Text | None = None
     command: tuple[Text, ...] = Field(default=(), max_length=256)
 
 
 Coefficients = Annotated[
     dict[Text, Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]],
-    BeforeValidator(_not_huge),
+    Field(max_length=_MAX_FEATURES),
 ]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Pair = tuple[Token, Token, Annotated[int, Field(ge=1, le=_MAX_COUNT >> 16)]]  # their sum: exact
@@ -189,7 +183,7 @@ class CostPoint(_Record):
 
 
 Curve = Annotated[tuple[CostPoint, ...], Field(min_length=1, max_length=MAX_NODES + 1), FailFast()]
-Curves = Annotated[dict[Text, Curve], BeforeValidator(_not_huge)]
+Curves = Annotated[dict[Text, Curve], Field(max_length=_MAX_PROFILES)]
 
 
 class CostProfile(_Record):
@@ -282,6 +276,7 @@ class DraftGraph(_Record):
             raise ValueError(f"exact: {self.exact} contradicts cache {self.decoding.cache!r}")
         fills: list[frozenset[int]] = [frozenset()]
         seen = {fills[0]}
+        work = 0
         for number, node in enumerate(self.nodes, start=1):
             fill = frozenset(i << 10 | j for i, j in node.fill)  # quick to compare
             ranks = [i for i, _ in node.fill]
@@ -297,6 +292,9 @@ class DraftGraph(_Record):
                         f"node {number}: parent {parent} does not come before it, so a prefix of "
                         "the list is not connected"
                     )
+                work += len(fills[parent])
+                if work > _MAX_PAIRS:
+                    raise ValueError(f"node {number}: too many parents in all to check")
                 if not fills[parent] < fill:
                     raise ValueError(f"node {number}: does not extend its parent {parent}")
             fills.append(fill)

@@ -15,6 +15,7 @@ from spiffy.schemas.errors import SpiffyError
 # A graph of 4096 nodes with all its bigrams is about 3 MB; anything far beyond is not an artifact of
 # ours. The worst JSON of this size takes some 300 MB and a few seconds to read and refuse.
 MAX_BYTES = 8 * 1024 * 1024
+_MAX_KEYS = 1 << 16  # if every entry is wrong, each costs a message before the first is shown
 
 
 def canonical_json(content: Any) -> str:
@@ -25,6 +26,8 @@ def canonical_json(content: Any) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_KEYS:
+        raise ValueError(f"an object of {len(pairs)} entries, more than {_MAX_KEYS}")
     content = dict(pairs)
     if len(content) != len(pairs):
         repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
