@@ -9,6 +9,7 @@ graph or refused with one line; anything else is a bug and is printed with its s
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import resource
@@ -87,13 +88,51 @@ class Raw(str):
 HOSTILE: tuple[Json, ...] = (
     *(None, True, False, 0, 1, -1, 2, 4096, 4097, 1023, 1024, 2**31, 2**53, 2**63, 2**64, -(2**63)),
     *(10**18, 10**400, 10**4200, 0.0, -0.5, 1.5, 1e-320, 1e308, -1e308, 1e6, 1000001.0),
-    *("", "x", "0", "1.0", "\n", "a\nb", "\x1b[2J", "\u2028", "\ud800", "\0", "x" * 1001, "é" * 9999),
+    *(
+        "",
+        "x",
+        "0",
+        "1.0",
+        "\n",
+        "a\nb",
+        "\x1b[2J",
+        "\u2028",
+        "\ud800",
+        "\0",
+        "x" * 1001,
+        "é" * 9999,
+    ),
     *([], {}, [[]], [0], [[0, 0]], [[0, 0]] * 3, [0] * 5000, {"": 0}, {"a\nb": 1}, [[], {}] * 20),
     *(Raw("NaN"), Raw("-Infinity"), Raw("1e400"), Raw("-1e400"), Raw("1" * 5000), Raw("1E+99999")),
-    *(Raw("[" * 300 + "]" * 300), Raw("[" * 20000 + "]" * 20000), Raw('{"a":' * 500 + "1" + "}" * 500)),
+    *(
+        Raw("[" * 300 + "]" * 300),
+        Raw("[" * 20000 + "]" * 20000),
+        Raw('{"a":' * 500 + "1" + "}" * 500),
+    ),
     *(Raw("[1,]"), Raw("'x'"), Raw("\\"), Raw("01"), Raw("+1"), Raw('{"a":1,"a":2}'), Raw('"\\x"')),
 )
-VERSIONS = ("0.9", "1.0", "1.1", "1.2", "1.3", "1.99", "1.999999", "2.0", "17.1", "1", "", "1.x", "01.2")
+
+
+def hostile(rng: random.Random) -> Json:
+    """One of `HOSTILE`, to be changed further."""
+    return copy.deepcopy(rng.choice(HOSTILE))
+
+
+VERSIONS = (
+    "0.9",
+    "1.0",
+    "1.1",
+    "1.2",
+    "1.3",
+    "1.99",
+    "1.999999",
+    "2.0",
+    "17.1",
+    "1",
+    "",
+    "1.x",
+    "01.2",
+)
 
 
 def places(content: Json) -> list[tuple[Json, Any]]:
@@ -133,7 +172,7 @@ Tree = Callable[[random.Random, Json], None]
 
 def _replace(rng: random.Random, content: Json) -> None:
     holder, key = rng.choice(places(content))
-    holder[key] = rng.choice(HOSTILE)
+    holder[key] = hostile(rng)
 
 
 def _delete(rng: random.Random, content: Json) -> None:
@@ -145,7 +184,9 @@ def _nudge(rng: random.Random, content: Json) -> None:
     numbers = [(h, k) for h, k in places(content) if type(h[k]) in (int, float)]
     if numbers:
         holder, key = rng.choice(numbers)
-        holder[key] = rng.choice((holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 1000))
+        holder[key] = rng.choice(
+            (holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 1000)
+        )
 
 
 def _swap(rng: random.Random, content: Json) -> None:
@@ -170,7 +211,7 @@ def _shuffle(rng: random.Random, content: Json) -> None:
 
 def _unknown(rng: random.Random, content: Json) -> None:
     dicts = [content, *(h[k] for h, k in places(content) if isinstance(h[k], dict))]
-    rng.choice(dicts)[rng.choice(("new", "gain", "\n", "x" * 5000))] = rng.choice(HOSTILE)
+    rng.choice(dicts)[rng.choice(("new", "gain", "\n", "x" * 5000))] = hostile(rng)
 
 
 def _version(rng: random.Random, content: Json) -> None:
@@ -206,14 +247,24 @@ TREE: dict[str, Tree] = {
 
 def _bytes(rng: random.Random, raw: bytes) -> bytes:
     at, end = sorted((rng.randrange(len(raw)), rng.randrange(len(raw))))
-    some = rng.choice((b"\x00", b"\xff", b"\xed\xa0\x80", b"{", b"}", b"[", b"]", b",", b'"', b"9" * 40))
-    return rng.choice((raw[:at] + some + raw[at + 1 :], raw[:at] + raw[end:], raw[:at] + some + raw[at:]))
+    some = rng.choice(
+        (b"\x00", b"\xff", b"\xed\xa0\x80", b"{", b"}", b"[", b"]", b",", b'"', b"9" * 40)
+    )
+    return rng.choice(
+        (raw[:at] + some + raw[at + 1 :], raw[:at] + raw[end:], raw[:at] + some + raw[at:])
+    )
 
 
 def _encoding(rng: random.Random, raw: bytes) -> bytes:
     text = raw.decode()
     return rng.choice(
-        (b"\xef\xbb\xbf" + raw, text.encode("utf-16"), text.encode("utf-32"), raw + b"\x00", raw * 2)
+        (
+            b"\xef\xbb\xbf" + raw,
+            text.encode("utf-16"),
+            text.encode("utf-32"),
+            raw + b"\x00",
+            raw * 2,
+        )
     )
 
 
@@ -354,7 +405,9 @@ def main() -> None:
     for kind in sorted({kind for kind, _ in counts}):
         row = [counts[kind, what] for what in ("accepted", "refused", "bugs")]
         print(f"{kind:14} {row[0]:9} {row[1]:9} {row[2]:5}")
-    total = [sum(n for (_, w), n in counts.items() if w == what) for what in ("accepted", "refused")]
+    total = [
+        sum(n for (_, w), n in counts.items() if w == what) for what in ("accepted", "refused")
+    ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"{counts.total()} cases: {total[0]} accepted, {total[1]} refused, {len(bugs)} bugs; "

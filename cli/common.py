@@ -100,8 +100,10 @@ def run_app(app: Callable[[], None]) -> None:
     except SpiffyError as error:
         log.print(f"error: {error}", soft_wrap=True)
         sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
+    except (RuntimeError, MemoryError) as error:
+        # torch's, which is not imported here; its allocator on CPUs has no error of its own
+        named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+        if not named and "DefaultCPUAllocator" not in str(error):
             raise
         log.print("error: out of memory: lower --budget, or use a cache (--cache dual)")
         sys.exit(2)

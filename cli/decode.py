@@ -296,6 +296,7 @@ class _Runs:
     prompts: list[tuple[int, str]]
     drafters: dict[str, Drafter | None] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
+    fitting: dict[str, int] = field(default_factory=dict)  # drafts that memory allows
 
     @property
     def shown(self) -> str:
@@ -315,6 +316,7 @@ class _Runs:
         sequence, text = prompt
         drafter = self.drafters[name]
         task = make_task(self.lm, text, self.settings, drafter, self.seed, sequence, self.edges)
+        task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
         printed, block = "", 0
         for _ in run(self.lm, [task]):
             cursor = task.path[-1] if task.path else None
@@ -325,6 +327,13 @@ class _Runs:
                 full = full if cursor.finished else full.rstrip("\ufffd")
                 yield full[len(printed) :]
                 printed = full
+        if task.stats.halvings:
+            self.fitting[name] = task.most_drafts
+            log.print(
+                f"out of memory: going on with at most {task.most_drafts} drafts per forward, "
+                "the tokens stay the same",
+                soft_wrap=True,
+            )
         self.outputs.setdefault(name, []).append(collect(task))
 
 

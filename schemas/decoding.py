@@ -30,7 +30,9 @@ class DecodingSettings(BaseModel):
         description="Unmasking policy: the most confident positions (static), all above the "
         "threshold (threshold), or left to right (sequential).",
     )
-    tokens_per_step: int = Field(1, ge=1, le=MAX_POSITIONS, description="Tokens a static step commits.")
+    tokens_per_step: int = Field(
+        1, ge=1, le=MAX_POSITIONS, description="Tokens a static step commits."
+    )
     steps_per_block: int | None = Field(
         None,
         ge=1,
@@ -45,9 +47,7 @@ class DecodingSettings(BaseModel):
         description="How steps_per_block splits a block: evenly (LLaDA, SDAR) or by Dream's "
         "timesteps.",
     )
-    block_length: int = Field(
-        32, ge=1, le=MAX_POSITIONS, description="Positions decoded together."
-    )
+    block_length: int = Field(32, ge=1, le=MAX_POSITIONS, description="Positions decoded together.")
     gen_length: int = Field(
         256, ge=1, le=MAX_POSITIONS, description="Positions reserved for the answer."
     )

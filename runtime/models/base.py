@@ -252,6 +252,11 @@ class DiffusionLM:
         hidden, _ = self.hidden_states(ids, positions.expand_as(ids), mask)
         return self.head(hidden[:, self.rows_of(positions)]).float()
 
+    def broken_weights(self) -> str | None:
+        """Name of the first parameter with a value that is not finite, if any."""
+        parameters = self.module.named_parameters()
+        return next((name for name, value in parameters if not value.isfinite().all()), None)
+
     def rows_of(self, positions: Tensor, first: int = 0) -> Tensor:
         """Rows of a window starting at position `first` that predict the tokens at `positions`.
 
