@@ -411,8 +411,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"{counts.total()} cases: {total[0]} accepted, {total[1]} refused, {len(bugs)} bugs; "
-        f"{seconds:.0f} s, slowest {slowest[0]:.2f} s ({slowest[1]}); peak memory {small / 1024:.0f} "
-        f"MB, {peak / 1024:.0f} MB with the giants"
+        f"{seconds:.0f} s, slowest {slowest[0]:.2f} s ({slowest[1]}); peak memory "
+        f"{small / 1024:.0f} MB, {peak / 1024:.0f} MB with the giants"
     )
     print("\n".join(bugs[:20]))
     sys.exit(bool(bugs))

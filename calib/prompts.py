@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from spiffy.calib.synthetic import problems
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import printable
 from spiffy.schemas.io import canonical_json, is_unicode
 
 
@@ -46,6 +47,7 @@ class PromptSet:
 
     dataset: str
     texts: tuple[str, ...]
+    skipped: int = 0  # broken lines of a file, with `skip_bad`
 
     @property
     def sha256(self) -> str:
@@ -58,6 +60,7 @@ def load_prompts(
     samples: int | None = None,
     seed: int = 0,
     split: Literal["calibration", "test"] = "calibration",
+    skip_bad: bool = False,
 ) -> PromptSet:
     """Draw `samples` prompts (None: all) from a named dataset or a JSONL file.
 
@@ -73,6 +76,8 @@ def load_prompts(
         Of `synthetic`, whose splits never share a question. Of other datasets, calibration and test
         draw from opposite ends of one shuffled deck: they share prompts only if they ask for more
         than there are.
+    skip_bad
+        Leave out the broken lines of a file, and count them.
 
     Raises
     ------
@@ -84,24 +89,26 @@ def load_prompts(
     if dataset == "synthetic":
         drawn = islice(problems(split, seed), samples or 50)
         return PromptSet(dataset, tuple(problem.question for problem in drawn))
+    skipped: list[str] | None = [] if skip_bad else None
     if dataset == "humaneval" and (texts := _packaged_humaneval()):
         pass
     elif dataset in HUB_DATASETS:
         texts = _from_hub(dataset, HUB_DATASETS[dataset])
     else:
-        texts = _from_file(dataset)
+        texts = _from_file(dataset, skipped)
     if not texts:
-        raise SpiffyError(f"{dataset}: holds no prompts")
-    name = dataset if dataset in DATASETS else Path(dataset).name
+        why = f": {skipped[0]}" if skipped else ""
+        raise SpiffyError(f"{dataset}: holds no prompts{why}")
+    name = dataset if dataset in DATASETS else printable(Path(dataset).name)
     if samples is None:
-        return PromptSet(name, tuple(texts))
+        return PromptSet(name, tuple(texts), len(skipped or ()))
     # Calibration draws from one end of a shuffled deck and tests from the other.
     order = random.Random(seed).sample(range(len(texts)), len(texts))
     chosen = (order if split == "calibration" else order[::-1])[:samples]
-    return PromptSet(name, tuple(texts[k] for k in chosen))
+    return PromptSet(name, tuple(texts[k] for k in chosen), len(skipped or ()))
 
 
-def _from_file(name: str) -> list[str]:
+def _from_file(name: str, skipped: list[str] | None = None) -> list[str]:
     path = Path(name)
     if not path.is_file():
         raise SpiffyError(
@@ -109,31 +116,41 @@ def _from_file(name: str) -> list[str]:
         )
     try:
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            return _prompts_of(name, file)
-    except UnicodeDecodeError:
-        raise SpiffyError(f"{name}: not UTF-8 text") from None
+        with opener(path, "rb") as file:
+            return _prompts_of(name, file, skipped)
     except (OSError, EOFError, zlib.error) as error:
         raise SpiffyError(f"{name}: cannot be read ({error})") from None
 
 
-def _prompts_of(name: str, lines: Iterable[str]) -> list[str]:
+def _prompts_of(name: str, lines: Iterable[bytes], skipped: list[str] | None) -> list[str]:
+    """Prompts of all lines that have one; what is wrong with the others goes into `skipped`."""
     texts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SpiffyError(f"{name}, line {number}: not valid JSON ({error})") from None
-        text = _prompt_field(record)
-        if text is None or not text.strip():
-            fields = " or ".join(repr(field) for field in _FIELDS)
-            raise SpiffyError(f"{name}, line {number}: needs a non-empty text field {fields}")
-        if not is_unicode(text):
-            raise SpiffyError(f"{name}, line {number}: holds half a character (lone surrogate)")
-        texts.append(text)
+            texts.append(_prompt_of(line))
+        except SpiffyError as problem:
+            if skipped is None:
+                raise SpiffyError(f"{name}, line {number}: {problem}") from None
+            skipped.append(f"line {number}: {problem}")
     return texts
+
+
+def _prompt_of(line: bytes) -> str:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise SpiffyError("not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise SpiffyError(f"not valid JSON ({error})") from None
+    text = _prompt_field(record)
+    if text is None or not text.strip():
+        fields = " or ".join(repr(field) for field in _FIELDS)
+        raise SpiffyError(f"needs a non-empty text field {fields}")
+    if not is_unicode(text):
+        raise SpiffyError("holds half a character (lone surrogate)")
+    return text
 
 
 def _prompt_field(record: Any) -> str | None:

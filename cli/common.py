@@ -54,6 +54,10 @@ VERSION_OPTION = typer.Option(
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")]
+SkipBadOption = Annotated[
+    bool,
+    typer.Option("--skip-bad", help="Leave out broken lines of a JSONL file, and say how many."),
+]
 EdgesOption = Annotated[
     str,
     typer.Option(
@@ -91,6 +95,12 @@ def note_if_inexact(settings: DecodingSettings) -> None:
     """Say so wherever the one cache shows up that is not exact."""
     if not settings.exact:
         log.print("cache prefix is near-lossless: drafts see the root's suffix, not their own")
+
+
+def note_skipped(lines: int, dataset: str) -> None:
+    """Say how many lines of a file were left out."""
+    if lines:
+        log.print(f"{lines} broken lines of {dataset} left out", soft_wrap=True)
 
 
 def run_app(app: Callable[[], None]) -> None:
