@@ -137,6 +137,8 @@ def calibrate(
         raise SpiffyError(f"--budget {budget}: must be between 1 and {MAX_NODES} drafts")
     if batch_size < 1:
         raise SpiffyError(f"--batch-size {batch_size}: must be at least 1")
+    if abs(seed) >= 1 << 53:
+        raise SpiffyError(f"--seed {seed}: must be between -2^53 and 2^53")
     path = out or _default_path(model)
     check_writable(path)
 
