@@ -301,8 +301,9 @@ def case(seed: int, stored: str) -> tuple[str, bytes]:
     return kind, write(content).encode("utf-8", "surrogatepass")
 
 
-def giants() -> Iterator[tuple[str, bytes]]:
-    """Cases that try to take long or much memory, a few seconds each at worst."""
+def giants(scale: float = 1.0) -> Iterator[tuple[str, bytes]]:
+    """Cases that try to take long or much memory; with a scale of 1 about as large as may be."""
+    size = int(scale * (MAX_BYTES - 4000))
     head = json.loads(base_graph().to_json())
     del head["digest"]
 
@@ -310,28 +311,28 @@ def giants() -> Iterator[tuple[str, bytes]]:
         return write({**head, "expected_steps": [], "nodes": Raw(nodes)}).encode()
 
     node = '{"fill":[[0,0]],"parents":[0],"count":1}'
-    yield "a million nodes", with_nodes("[" + ",".join([node] * 10**6) + "]")
-    yield "too many nodes", with_nodes("[" + ",".join([node] * 150_000) + "]")
-    yield "lists", with_nodes("[" + "[]," * ((MAX_BYTES - 4000) // 3) + "[]]")
-    yield "objects", with_nodes("[" + "{}," * ((MAX_BYTES - 4000) // 3) + "{}]")
-    yield "unknown objects", write({**head, "x": Raw("[" + "{}," * 2_700_000 + "{}]")}).encode()
-    yield "depth", with_nodes("[" * 3_000_000 + "]" * 3_000_000)
-    yield "digits", with_nodes("[" + ("9" * 4299 + ",") * 1800 + "1]")
-    yield "more digits", with_nodes("9" * (MAX_BYTES - 4000))
-    yield "long text", write({**head, "model": {**head["model"], "id": "x" * 8_000_000}}).encode()
-    keys = ",".join(f'"k{n}":1e9' for n in range(500_000))
+    yield "a million nodes", with_nodes("[" + ",".join([node] * (size // 8)) + "]")
+    yield "too many nodes", with_nodes("[" + ",".join([node] * (size // 56)) + "]")
+    yield "lists", with_nodes("[" + "[]," * (size // 3) + "[]]")
+    yield "objects", with_nodes("[" + "{}," * (size // 3) + "{}]")
+    yield "unknown objects", write({**head, "x": Raw("[" + "{}," * (size // 3) + "{}]")}).encode()
+    yield "depth", with_nodes("[" * (size // 3) + "]" * (size // 3))
+    yield "digits", with_nodes("[" + ("9" * 4299 + ",") * (size // 4400) + "1]")
+    yield "more digits", with_nodes("9" * size)
+    yield "long text", write({**head, "model": {**head["model"], "id": "x" * size}}).encode()
+    keys = ",".join(f'"k{n}":1e9' for n in range(size // 16))
     wrong = {**head["acceptance"], "position": Raw("{" + keys + "}")}
     yield "coefficients", write({**head, "acceptance": wrong}).encode()
-    wrong = {**head["acceptance"], "bigrams": Raw("[" + "[0,0,-1]," * 800_000 + "[1,1,1]]")}
+    wrong = {**head["acceptance"], "bigrams": Raw("[" + "[0,0,-1]," * (size // 10) + "[1,1,1]]")}
     yield "bigrams", write({**head, "acceptance": wrong}).encode()
-    keys = ",".join(f'"k{n}":1' for n in range(600_000))
+    keys = ",".join(f'"k{n}":1' for n in range(size // 14))
     yield "one key twice", write({**head, "x": Raw("{" + keys + ',"k0":1}')}).encode()
     deep, nodes = "", []  # every node extends all before it that are among its parents
     for number in range(1, 1024):
         deep += f"{',' if deep else ''}[{number - 1},0]"
         parents = ",".join(map(str, range(number)))
         nodes.append(f'{{"fill":[{deep}],"parents":[{parents}],"count":1}}')
-        if sum(map(len, nodes)) > MAX_BYTES - 20_000:
+        if sum(map(len, nodes)) > size - 20_000:
             break
     yield "a thousand parents each", with_nodes("[" + ",".join(nodes) + "]")
 
