@@ -11,10 +11,8 @@ import os
 import platform
 import random
 import re
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 from spiffy.bench.methods import Method
 from spiffy.bench.score import score
 from spiffy.bench.watch import Forward, Watched, acceptance, decode, token_text, turn
+from spiffy.calib.provenance import provenance
 from spiffy.runtime import BlockEdges, DiffusionLM
 from spiffy.runtime.canvas import Canvas, Cursor
 from spiffy.runtime.cost import device_name
@@ -31,7 +30,6 @@ from spiffy.runtime.decode import Task
 from spiffy.runtime.generate import collect, make_task
 from spiffy.schemas.bench import Interval, Machine, Result, Split, Walkthrough
 
-_LIBRARIES = ("spiffy-dllm", "torch", "transformers", "numpy")
 _DRAWS = 2000
 
 
@@ -269,14 +267,15 @@ def machine(model: DiffusionLM, load_before: float | None) -> Machine:
     """Where this runs."""
     kind = model.device.type
     after = load_average()
+    made_by = provenance()
     return Machine(
         device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads() if kind == "cpu" else None,
-        system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        system=f"{platform.system()} {platform.machine()}",
         load=None if load_before is None or after is None else (load_before, after),
-        versions={name: version(name) for name in _LIBRARIES},
-        git_revision=git_revision(),
+        versions=made_by.versions,
+        git_revision=made_by.git,
     )
 
 
@@ -285,25 +284,6 @@ def load_average() -> float | None:
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
-        return None
-
-
-def git_revision() -> str | None:
-    """The commit that this source tree is at, with a "+" if files were changed since."""
-    folder = Path(__file__).resolve().parents[1]
-    if not (folder / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
         return None
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from spiffy.calib.acceptance import fit_acceptance
 from spiffy.calib.prompts import PromptSet
+from spiffy.calib.provenance import provenance
 from spiffy.calib.record import Recorder, Trace
 from spiffy.calib.replay import replay_drafter
 from spiffy.graphs import Chain, Fill, Prompt, count_chains, edges, grow, grow_paper, replay
@@ -29,6 +30,7 @@ from spiffy.schemas import (
     Objective,
     SpiffyError,
 )
+from spiffy.schemas.errors import printable
 
 _MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # budgets
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
@@ -160,8 +162,14 @@ def build_graph(
     budget: int,
     seed: int = 0,
     objective: Objective = "expected-steps",
+    switches: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+    command: Sequence[str] = (),
 ) -> DraftGraph:
-    """Grow a graph of up to `budget` nodes and put it into an artifact."""
+    """Grow a graph of up to `budget` nodes and put it into an artifact.
+
+    `switches` are the block edges that the traces were recorded with; `command` is the command line
+    to put on record, if there is one.
+    """
     counts = chain_counts(traces)
     fills = grow_by(objective, counts, budget)
     measured = traces.held_out or traces.growing
@@ -191,16 +199,19 @@ def build_graph(
             seed=seed,
             objective=objective,
             tool_version=version("spiffy-dllm"),
+            prompts=len(prompts.texts),
+            edges=tuple(name for name, allowed in asdict(switches).items() if allowed),
         ),
         nodes=nodes_of(fills, counts),
         expected_steps=tuple(steps_per_forward([trace.chains for trace in measured], fills)),
         acceptance=acceptance,
+        provenance=provenance(command),
     )
 
 
 def _portable_id(name: str) -> str:
     """A local folder's own name: where it lies on this machine is nobody else's business."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return printable(Path(name).resolve().name) if Path(name).is_dir() else name
 
 
 def nodes_of(fills: Sequence[Fill], counts: dict[Chain, int]) -> tuple[Node, ...]:

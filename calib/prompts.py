@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from spiffy.calib.synthetic import problems
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import printable
 from spiffy.schemas.io import canonical_json, is_unicode
 
 
@@ -53,6 +54,7 @@ class PromptSet:
     dataset: str
     texts: tuple[str, ...]
     records: tuple[Mapping[str, Any], ...] = ()
+    skipped: int = 0  # broken lines of a file, with `skip_bad`
 
     @property
     def sha256(self) -> str:
@@ -75,6 +77,7 @@ def load_prompts(
     samples: int | None = None,
     seed: int = 0,
     split: Literal["calibration", "test"] = "calibration",
+    skip_bad: bool = False,
 ) -> PromptSet:
     """Draw `samples` prompts (None: all) from a named dataset or a JSONL file.
 
@@ -90,6 +93,8 @@ def load_prompts(
         Of `synthetic`, whose splits never share a question. Of other datasets, calibration and test
         draw from opposite ends of one shuffled deck: they share prompts only if they ask for more
         than there are.
+    skip_bad
+        Leave out the broken lines of a file, and count them.
 
     Raises
     ------
@@ -103,28 +108,30 @@ def load_prompts(
         return PromptSet(
             dataset, tuple(problem.question for problem in drawn), tuple(map(asdict, drawn))
         )
+    skipped: list[str] | None = [] if skip_bad else None
     if dataset == "humaneval" and (found := _packaged_humaneval()):
         pass
     elif dataset in HUB_DATASETS:
         found = _from_hub(dataset, HUB_DATASETS[dataset])
     else:
-        found = _from_file(dataset)
+        found = _from_file(dataset, skipped)
     if not found:
-        raise SpiffyError(f"{dataset}: holds no prompts")
-    name = dataset if dataset in DATASETS else Path(dataset).name
+        why = f": {skipped[0]}" if skipped else ""
+        raise SpiffyError(f"{dataset}: holds no prompts{why}")
+    name = dataset if dataset in DATASETS else printable(Path(dataset).name)
     if samples is not None:
         # Calibration draws from one end of a shuffled deck and tests from the other.
         order = random.Random(seed).sample(range(len(found)), len(found))
         chosen = (order if split == "calibration" else order[::-1])[:samples]
         found = [found[k] for k in chosen]
     texts, records = zip(*found, strict=True)
-    return PromptSet(name, texts, records)
+    return PromptSet(name, texts, records, len(skipped or ()))
 
 
 _Found = list[tuple[str, Mapping[str, Any]]]  # prompts and their records
 
 
-def _from_file(name: str) -> _Found:
+def _from_file(name: str, skipped: list[str] | None = None) -> _Found:
     path = Path(name)
     if not path.is_file():
         raise SpiffyError(
@@ -132,31 +139,41 @@ def _from_file(name: str) -> _Found:
         )
     try:
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            return _prompts_of(name, file)
-    except UnicodeDecodeError:
-        raise SpiffyError(f"{name}: not UTF-8 text") from None
+        with opener(path, "rb") as file:
+            return _prompts_of(name, file, skipped)
     except (OSError, EOFError, zlib.error) as error:
         raise SpiffyError(f"{name}: cannot be read ({error})") from None
 
 
-def _prompts_of(name: str, lines: Iterable[str]) -> _Found:
+def _prompts_of(name: str, lines: Iterable[bytes], skipped: list[str] | None) -> _Found:
+    """Prompts and records of all lines that have one; what is wrong with others: `skipped`."""
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SpiffyError(f"{name}, line {number}: not valid JSON ({error})") from None
-        text = _prompt_field(record)
-        if text is None or not text.strip():
-            fields = " or ".join(repr(field) for field in _FIELDS)
-            raise SpiffyError(f"{name}, line {number}: needs a non-empty text field {fields}")
-        if not is_unicode(text):
-            raise SpiffyError(f"{name}, line {number}: holds half a character (lone surrogate)")
-        found.append((text, record))
+            found.append(_prompt_of(line))
+        except SpiffyError as problem:
+            if skipped is None:
+                raise SpiffyError(f"{name}, line {number}: {problem}") from None
+            skipped.append(f"line {number}: {problem}")
     return found
+
+
+def _prompt_of(line: bytes) -> tuple[str, Mapping[str, Any]]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise SpiffyError("not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise SpiffyError(f"not valid JSON ({error})") from None
+    text = _prompt_field(record)
+    if text is None or not text.strip():
+        fields = " or ".join(repr(field) for field in _FIELDS)
+        raise SpiffyError(f"needs a non-empty text field {fields}")
+    if not is_unicode(text):
+        raise SpiffyError("holds half a character (lone surrogate)")
+    return text, record
 
 
 def _prompt_field(record: Any) -> str | None:

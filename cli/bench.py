@@ -170,7 +170,7 @@ def bench(
         warn_of_differences(artifact, settings)
         chosen = decodable(lm, settings, list(prompts.texts))
         texts = [text for _, text in chosen]
-        known = overlap(map(prompt_digest, texts), artifact.calibration.prompt_digests)
+        known = overlap(map(prompt_digest, texts), artifact.calibration.prompt_digests or ())
         if known and not allow_calibrated:
             raise SpiffyError(
                 f"{dataset}: the graph was calibrated on {known} of these {len(texts)} prompts, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,10 +15,12 @@ from spiffy.cli.common import (
     DeviceOption,
     DtypeOption,
     EdgesOption,
+    SkipBadOption,
     block_edges,
     console,
     log,
     note_if_inexact,
+    note_skipped,
     progress_bar,
     run_app,
 )
@@ -95,6 +98,7 @@ def calibrate(
     ] = "expected-steps",
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
     edges: EdgesOption = "all",
+    skip_bad: SkipBadOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     profile: Annotated[
@@ -137,6 +141,8 @@ def calibrate(
         raise SpiffyError(f"--budget {budget}: must be between 1 and {MAX_NODES} drafts")
     if batch_size < 1:
         raise SpiffyError(f"--batch-size {batch_size}: must be at least 1")
+    if abs(seed) >= 1 << 53:
+        raise SpiffyError(f"--seed {seed}: must be between -2^53 and 2^53")
     path = out or _default_path(model)
     check_writable(path)
     if report is not None:
@@ -145,7 +151,9 @@ def calibrate(
     with log.status("loading"):
         from spiffy.calib.prompts import load_prompts
 
-        prompts = load_prompts(dataset, samples, seed)  # cheap to refuse, before torch is imported
+        prompts = load_prompts(
+            dataset, samples, seed, skip_bad=skip_bad
+        )  # cheap to refuse, before torch is imported
 
         from spiffy.calib.pipeline import build_graph, prepare, record
         from spiffy.runtime import decoding_settings, load_model
@@ -164,6 +172,7 @@ def calibrate(
             temperature=temperature,
         )
         tasks = prepare(lm, prompts, settings, seed, switches)
+    note_skipped(prompts.skipped, dataset)
     if len(tasks) < len(prompts.texts):
         log.print(
             f"{len(prompts.texts) - len(tasks)} of {len(prompts.texts)} prompts cannot be decoded "
@@ -172,7 +181,8 @@ def calibrate(
     with progress_bar() as bar:
         line = bar.add_task("decoding prompts", total=len(tasks))
         traces = record(lm, tasks, batch_size, lambda done: bar.update(line, completed=done))
-    graph = build_graph(lm, prompts, settings, traces, budget, seed, objective)
+    command = ("spiffy-calibrate", *sys.argv[1:])
+    graph = build_graph(lm, prompts, settings, traces, budget, seed, objective, switches, command)
     with log.status("timing forwards"):
         tasks.sort(key=lambda task: len(task.prompt))
         task = replace(tasks[len(tasks) // 2], drafter=None, path=[])

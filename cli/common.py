@@ -54,6 +54,10 @@ VERSION_OPTION = typer.Option(
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")]
+SkipBadOption = Annotated[
+    bool,
+    typer.Option("--skip-bad", help="Leave out broken lines of a JSONL file, and say how many."),
+]
 EdgesOption = Annotated[
     str,
     typer.Option(
@@ -93,6 +97,12 @@ def note_if_inexact(settings: DecodingSettings) -> None:
         log.print("cache prefix is near-lossless: drafts see the root's suffix, not their own")
 
 
+def note_skipped(lines: int, dataset: str) -> None:
+    """Say how many lines of a file were left out."""
+    if lines:
+        log.print(f"{lines} broken lines of {dataset} left out", soft_wrap=True)
+
+
 def run_app(app: Callable[[], None]) -> None:
     """Run a typer app; bad input ends in one line and exit code 2."""
     try:
@@ -100,8 +110,10 @@ def run_app(app: Callable[[], None]) -> None:
     except SpiffyError as error:
         log.print(f"error: {error}", soft_wrap=True)
         sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
+    except (RuntimeError, MemoryError) as error:
+        # torch's, which is not imported here; its allocator on CPUs has no error of its own
+        named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+        if not named and "DefaultCPUAllocator" not in str(error):
             raise
         log.print("error: out of memory: lower --budget, or use a cache (--cache dual)")
         sys.exit(2)

@@ -17,10 +17,12 @@ from spiffy.cli.common import (
     DeviceOption,
     DtypeOption,
     EdgesOption,
+    SkipBadOption,
     block_edges,
     console,
     log,
     note_if_inexact,
+    note_skipped,
     progress_bar,
     run_app,
 )
@@ -92,6 +94,7 @@ def decode(
     temperature: Annotated[float | None, typer.Option(help="Default: the graph's.")] = None,
     seed: Annotated[int, typer.Option(help="Noise if the temperature is above 0; sampling.")] = 0,
     edges: EdgesOption = "all",
+    skip_bad: SkipBadOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     version: Annotated[bool, VERSION_OPTION] = False,
@@ -118,7 +121,9 @@ def decode(
         raise SpiffyError("--remeasure times this machine for --budget auto: give that too")
     if len(budgets) > 1 and not verify:
         raise SpiffyError(f"--budget {budget}: several budgets need --verify, to compare them")
-    texts = _texts(prompt, prompts, samples, seed)
+    if skip_bad and prompts is None:
+        raise SpiffyError("--skip-bad leaves out lines of --prompts: give a file")
+    texts = _texts(prompt, prompts, samples, seed, skip_bad)
 
     with log.status("loading"):
         from spiffy.runtime import decoding_settings, load_model
@@ -172,13 +177,17 @@ def decode(
     _report(runs)
 
 
-def _texts(prompt: str | None, prompts: str | None, samples: int | None, seed: int) -> list[str]:
+def _texts(
+    prompt: str | None, prompts: str | None, samples: int | None, seed: int, skip_bad: bool
+) -> list[str]:
     if prompt is not None and prompts is not None:
         raise SpiffyError("--prompt and --prompts exclude each other")
     if prompts is not None:
         from spiffy.calib.prompts import load_prompts
 
-        return list(load_prompts(prompts, samples, seed, split="test").texts)
+        drawn = load_prompts(prompts, samples, seed, split="test", skip_bad=skip_bad)
+        note_skipped(drawn.skipped, prompts)
+        return list(drawn.texts)
     if samples is not None:
         raise SpiffyError("--samples draws from --prompts: give a file or a dataset")
     if prompt is None:
@@ -296,6 +305,7 @@ class _Runs:
     prompts: list[tuple[int, str]]
     drafters: dict[str, Drafter | None] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
+    fitting: dict[str, int] = field(default_factory=dict)  # drafts that memory allows
 
     @property
     def shown(self) -> str:
@@ -315,6 +325,7 @@ class _Runs:
         sequence, text = prompt
         drafter = self.drafters[name]
         task = make_task(self.lm, text, self.settings, drafter, self.seed, sequence, self.edges)
+        task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
         printed, block = "", 0
         for _ in run(self.lm, [task]):
             cursor = task.path[-1] if task.path else None
@@ -325,6 +336,13 @@ class _Runs:
                 full = full if cursor.finished else full.rstrip("\ufffd")
                 yield full[len(printed) :]
                 printed = full
+        if task.stats.halvings:
+            self.fitting[name] = task.most_drafts
+            log.print(
+                f"out of memory: going on with at most {task.most_drafts} drafts per forward, "
+                "the tokens stay the same",
+                soft_wrap=True,
+            )
         self.outputs.setdefault(name, []).append(collect(task))
 
 

@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from spiffy.cli.common import VERSION_OPTION, console, log, run_app
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
-from spiffy.schemas.io import check_writable, write_atomically
+from spiffy.schemas.io import check_writable, read_json, write_atomically
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__
@@ -138,10 +138,42 @@ def plot(
 
 
 @app.command()
-def validate(file: File) -> None:
+def validate(
+    file: File,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Also recompute what can be, and say what cannot.")
+    ] = False,
+    dataset: Annotated[
+        str | None, typer.Option(help="With --strict: where its prompts can be drawn from.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --strict: model that it should belong to.")
+    ] = None,
+) -> None:
     """Check an artifact completely; exit code 2 and one line if anything is wrong with it."""
     graph = DraftGraph.load(file)
+    if (dataset is not None or model is not None) and not strict:
+        raise SpiffyError("--dataset and --model are compared by --strict: give that too")
+    if strict:
+        _audit(file, graph, dataset, model)
     console.print(f"{file}: valid, {graph.budget} drafts, digest {graph.digest()}", soft_wrap=True)
+
+
+def _audit(file: Path, graph: DraftGraph, dataset: str | None, model: str | None) -> None:
+    from spiffy.calib.audit import audit
+
+    lm = None
+    if model is not None:
+        from spiffy.runtime import load_model
+
+        lm = load_model(model, device="cpu")
+    found = audit(graph, read_json(file).get("digest"), dataset, lm)
+    if found.wrong:
+        more = f" (and {len(found.wrong) - 1} more)" if found.wrong[1:] else ""
+        raise SpiffyError(f"{file}: {found.wrong[0]}{more}")
+    console.print(f"checked: {', '.join(found.checked)}", highlight=False, soft_wrap=True)
+    for line in found.unchecked:
+        console.print(f"not checked: {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from spiffy.runtime.canvas import Canvas, Cursor
 from spiffy.runtime.models.base import DiffusionLM, KeyValues
 from spiffy.runtime.pack import Row, RowOutput, Segment, pack
 from spiffy.runtime.policy import Distribution
-from spiffy.schemas import CacheName
+from spiffy.schemas import CacheName, DecodingSettings
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,18 @@ class BlockCache:
 def _causal(blocks: int) -> list[list[int]]:
     """Each block sees itself and those before it."""
     return [list(range(block + 1)) for block in range(blocks)]
+
+
+# Beyond these many positions per forward drafts never pay, and memory may end (docs/trust.md).
+_MOST_STACKED = 1 << 17  # rows of whole sequences
+_MOST_PACKED = 1 << 13  # in one row: the attention mask has the square of it
+
+
+def most_drafts(settings: DecodingSettings, canvas: Canvas) -> int:
+    """Drafts that a forward may carry, however many a graph holds; at least one."""
+    if settings.cache == "none":
+        return max(1, _MOST_STACKED // canvas.length)
+    return max(1, _MOST_PACKED // canvas.block_length)
 
 
 CACHES: dict[CacheName, type[NoCache] | type[DualCache] | type[BlockCache]] = {

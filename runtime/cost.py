@@ -18,14 +18,20 @@ from torch import Tensor
 
 from spiffy.runtime.cache import CACHES, Cache, Evaluation, Forwards
 from spiffy.runtime.canvas import Cursor
-from spiffy.runtime.decode import Task, denoising_step, find, synchronize
+from spiffy.runtime.decode import (
+    Task,
+    denoising_step,
+    find,
+    is_out_of_memory,
+    synchronize,
+)
 from spiffy.runtime.draft import Drafter, rank_candidates
 from spiffy.runtime.pack import forward
 from spiffy.runtime.policy import Distribution
 from spiffy.schemas import CostPoint, CostProfile, SpiffyError
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
-_BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 _ROUNDS = 20
 _SITES = 3
 #: A forward this many times the price of a plain one never pays: walks are not that long.
@@ -212,9 +218,14 @@ def measure_cost(
     for n in budgets:  # warms up, and finds out how far to go
         if n > 1 and late():
             break
-        plain_turn(n, middle, warm=False)
-        for who in made if n else ():
-            turn(who, n, middle, warm=False)
+        try:
+            plain_turn(n, middle, warm=False)
+            for who in made if n else ():
+                turn(who, n, middle, warm=False)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not n:
+                raise
+            break
         timed.append(n)
         if timings.of("forward", n) > _HOPELESS * timings.of("forward", 0):
             break
@@ -302,6 +313,7 @@ def cost_profile(
     remeasure
         Measure in any case, and replace what was kept.
     """
+    largest = min(largest, task.most_drafts)
     here = conditions(task)
     key = _key(here)
     path = _profile_path(key)

@@ -12,13 +12,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from spiffy.runtime.cache import CACHES, BlockEdges, Evaluation
+from spiffy.runtime.cache import CACHES, BlockEdges, Cache, Evaluation
 from spiffy.runtime.canvas import Canvas, Cursor
 from spiffy.runtime.draft import Candidates, Drafter, rank_candidates
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.pack import Row, RowOutput, forward
 from spiffy.runtime.policy import Distribution, choose, gumbel_noise, select, step_quota
-from spiffy.schemas import DecodingSettings
+from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas.graph import MAX_NODES
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Stats:
         nothing (Dream's timesteps).
     drafted, accepted
         Draft states evaluated, and steps gained by hopping to one.
+    halvings
+        Times that a forward did not fit into memory and its drafts were halved.
     seconds
         Wall-clock time from prompt ids to answer ids; forwards shared by several sequences count
         in full for each.
@@ -49,6 +52,7 @@ class Stats:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    halvings: int = 0
     seconds: float = 0.0
     forward_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -65,6 +69,8 @@ class Task:
         int64 [prompt], on the model's device.
     seed, sequence
         The noise of a denoising step is a function of these and of the step alone.
+    most_drafts
+        Drafts per forward that memory allows: a forward that does not fit halves it.
     path
         The state after every denoising step made so far.
     """
@@ -77,6 +83,7 @@ class Task:
     sequence: int = 0
     drafter: Drafter | None = None
     edges: BlockEdges = field(default_factory=BlockEdges)
+    most_drafts: int = MAX_NODES
     path: list[Cursor] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
 
@@ -101,9 +108,10 @@ def denoise(task: Task) -> Decoding:
         if task.drafter is not None and candidates is not None:
             may_complete = cache.crosses and root.block + 1 < canvas.blocks
             room = len(candidates.positions) - (not may_complete)
-            states = torch.cat((states, task.drafter(root, candidates, room)))
+            drafts = task.drafter(root, candidates, room)[: task.most_drafts]
+            states = torch.cat((states, drafts))
             stats.draft_seconds += perf_counter() - turned
-        evaluation = yield from cache.evaluate(root, states)
+        states, evaluation = yield from _evaluated(task, cache, root, states)
         stats.drafted += len(states) - 1
 
         arrived = perf_counter()
@@ -131,6 +139,30 @@ def denoise(task: Task) -> Decoding:
         if task.drafter is not None and not root.finished and cache.takes_drafts(root):
             candidates = _candidates(task, root, states, evaluation, here, distribution)
             stats.draft_seconds += perf_counter() - walked
+
+
+class _TooLargeError(Exception):
+    """Thrown into a decode in place of outputs: its rows did not fit into memory."""
+
+
+def _evaluated(
+    task: Task, cache: Cache, root: Cursor, states: Tensor
+) -> Generator[list[Row], list[RowOutput], tuple[Tensor, Evaluation]]:
+    """Evaluate the root and as many of its drafts as memory allows; returns those states.
+
+    A cache changes only after the outputs of a forward have come, so one that failed can be asked
+    for again with fewer drafts. Drafts are no matter of tokens.
+    """
+    while True:
+        try:
+            evaluation = yield from cache.evaluate(root, states)
+        except _TooLargeError:
+            if len(states) > 1:
+                task.most_drafts = (len(states) - 1) // 2
+                task.stats.halvings += 1
+                states = states[: 1 + task.most_drafts]
+        else:
+            return states, evaluation
 
 
 def _candidates(
@@ -170,6 +202,8 @@ def denoising_step(
     """The next true state: the unmasking policy applied to what the model says at this one."""
     settings, model, canvas = task.settings, task.model, task.canvas
     positions, span = distribution.positions, canvas.span(cursor.block)
+    if not distribution.is_number:
+        raise _no_number(task, cursor)
     noise = None
     if settings.temperature > 0:
         drawn = gumbel_noise(
@@ -190,6 +224,21 @@ def denoising_step(
     return Cursor(ids, cursor.block + 1, 0, step, finished)
 
 
+def _no_number(task: Task, cursor: Cursor) -> SpiffyError:
+    """What to say about logits that are NaN: whose fault it is, as far as that can be told."""
+    model = task.model
+    dtype = str(model.dtype).removeprefix("torch.")
+    broken = model.broken_weights()
+    if broken is not None:
+        cause = f"its weights hold NaN or infinity ({broken}): get an intact checkpoint"
+    else:
+        cause = f"its weights are finite, so the forward overflows in {dtype}: try another dtype"
+    return SpiffyError(
+        f"{model.name} computed NaN at block {cursor.block}, step {cursor.step} "
+        f"(sequence {task.sequence}); {cause}"
+    )
+
+
 def find(states: Tensor, ids: Tensor) -> int | None:
     """Row of `states` (int64 [n, length]) that equals `ids`, if any."""
     found = (states == ids).all(-1).nonzero()
@@ -202,6 +251,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+_Running = tuple[Task, Decoding, list[Row]]
+
+
 def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Iterator[list[Task]]:
     """Decode tasks, up to `batch_size` at a time sharing their forwards.
 
@@ -209,19 +261,23 @@ def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Itera
     are up to date at any time.
     """
     waiting = iter(tasks)
-    running: list[tuple[Task, Decoding, list[Row]]] = []
+    running: list[_Running] = []
+    most = MAX_NODES  # drafts that fitted
     while True:
         while len(running) < batch_size and (task := next(waiting, None)) is not None:
+            task.most_drafts = min(task.most_drafts, most)
             decoding = denoise(task)
             running.append((task, decoding, next(decoding)))
         if not running:
             return
         started = perf_counter()
-        outputs = forward(model, [row for _, _, rows in running for row in rows])
+        while (outputs := _forward(model, running)) is None:
+            running = _with_fewer_drafts(running)
+            most = min(most, *(task.most_drafts for task, _, _ in running))
         synchronize(model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
         finished: list[Task] = []
-        still: list[tuple[Task, Decoding, list[Row]]] = []
+        still: list[_Running] = []
         for task, decoding, rows in running:
             task.stats.nfe += 1
             task.stats.forward_seconds += forwarded
@@ -235,3 +291,35 @@ def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Itera
             task.stats.seconds += perf_counter() - started
         running = still
         yield finished
+
+
+def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput] | None:
+    """Outputs of all rows; None if they do not fit into memory."""
+    try:
+        return forward(model, [row for _, _, rows in running for row in rows])
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None  # outside of the handler, which keeps the failed forward's tensors alive
+
+
+def _with_fewer_drafts(running: Sequence[_Running]) -> list[_Running]:
+    """The same decodes with half the drafts.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If there are no drafts to do without: plain decoding does not fit either.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    before = sum(task.stats.halvings for task, _, _ in running)
+    smaller = [(task, decoding, decoding.throw(_TooLargeError())) for task, decoding, _ in running]
+    if sum(task.stats.halvings for task, _, _ in running) == before:
+        raise torch.OutOfMemoryError("a forward without drafts does not fit into memory")
+    return smaller
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator failed; that of CPUs has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -20,6 +20,7 @@ from spiffy.runtime.acceptance import (
 )
 
 _DEPTH = 16  # steps that drafts look ahead
+_MOST = 1 << 16  # positions of all states of a level: some 30 MB of features
 _RARE = 1e-5  # probability below which a state is not expanded
 
 
@@ -157,6 +158,7 @@ def expand(
     k <= `budget`, most probable first; no state fills more than `room` positions.
     """
     count = outlook.tokens.shape[0]
+    budget = min(budget, max(1, _MOST // count))
     nothing = np.full((1, count), -1, dtype=np.int64)
     states = States.of(outlook, model, nothing, np.zeros(1, dtype=np.int64))
     p = np.ones(1)

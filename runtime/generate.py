@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spiffy.runtime.acceptance import AcceptanceWeights
 from spiffy.runtime.auto import Pays, Plan, best_plan, expected_steps, forward_seconds
-from spiffy.runtime.cache import BlockEdges
+from spiffy.runtime.cache import BlockEdges, most_drafts
 from spiffy.runtime.canvas import Canvas
 from spiffy.runtime.cost import cost_profile
 from spiffy.runtime.decode import Stats, Task, run
@@ -98,7 +98,15 @@ def make_task(
             f"{model.max_length} positions of {model.name}: shorten the prompt or gen_length"
         )
     return Task(
-        model, settings, canvas, ids.to(model.device, torch.long), seed, sequence, drafter, edges
+        model,
+        settings,
+        canvas,
+        ids.to(model.device, torch.long),
+        seed,
+        sequence,
+        drafter,
+        edges,
+        most_drafts(settings, canvas),
     )
 
 

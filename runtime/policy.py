@@ -38,6 +38,11 @@ class Distribution:
         """Normalise logits [M, vocab] of any float dtype."""
         return cls(positions, logits.double().log_softmax(-1))
 
+    @property
+    def is_number(self) -> bool:
+        """Whether no logit was NaN or +inf: either makes its whole row NaN, so one column tells."""
+        return not bool(self.log_p[:, 0].isnan().any())
+
 
 def choose(
     distribution: Distribution,

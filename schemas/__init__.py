@@ -18,6 +18,7 @@ from spiffy.schemas.graph import (
     ModelRecord,
     Node,
     Objective,
+    Provenance,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Node",
     "Objective",
     "PolicyName",
+    "Provenance",
     "ScheduleName",
     "ScoreName",
     "SpiffyError",

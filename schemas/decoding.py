@@ -13,6 +13,9 @@ ScoreName = Literal["confidence", "margin", "entropy"]
 ScheduleName = Literal["even", "timestep"]
 CacheName = Literal["none", "prefix", "dual", "block"]
 
+#: More than any model was trained for: settings come from artifacts, too.
+MAX_POSITIONS = 1 << 20
+
 
 class DecodingSettings(BaseModel):
     """Everything besides the model, the prompt and the noise seed that decides the tokens.
@@ -27,9 +30,15 @@ class DecodingSettings(BaseModel):
         description="Unmasking policy: the most confident positions (static), all above the "
         "threshold (threshold), or left to right (sequential).",
     )
-    tokens_per_step: int = Field(1, ge=1, description="Tokens a static step commits.")
+    tokens_per_step: int = Field(
+        1, ge=1, le=MAX_POSITIONS, description="Tokens a static step commits."
+    )
     steps_per_block: int | None = Field(
-        None, ge=1, description="Denoising steps per block; replaces tokens_per_step if given."
+        None,
+        ge=1,
+        le=MAX_POSITIONS,
+        description="Denoising steps per block, at most 16 per position; replaces tokens_per_step "
+        "if given.",
     )
     threshold: float = Field(0.9, ge=0.0, le=1.0, description="Confidence to commit at once.")
     score: ScoreName = Field("confidence", description="What ranks the masked positions.")
@@ -38,10 +47,14 @@ class DecodingSettings(BaseModel):
         description="How steps_per_block splits a block: evenly (LLaDA, SDAR) or by Dream's "
         "timesteps.",
     )
-    block_length: int = Field(32, ge=1, description="Positions decoded together.")
-    gen_length: int = Field(256, ge=1, description="Positions reserved for the answer.")
+    block_length: int = Field(32, ge=1, le=MAX_POSITIONS, description="Positions decoded together.")
+    gen_length: int = Field(
+        256, ge=1, le=MAX_POSITIONS, description="Positions reserved for the answer."
+    )
     cache: CacheName = Field("none", description="Which keys and values are frozen in a block.")
-    temperature: float = Field(0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy.")
+    temperature: float = Field(
+        0.0, ge=0.0, le=1000.0, allow_inf_nan=False, description="0 is greedy."
+    )
     stop_at_eos: bool = Field(True, description="End after the first block with an EOS token.")
 
     @model_validator(mode="after")
@@ -49,6 +62,11 @@ class DecodingSettings(BaseModel):
         if self.cache != "block" and self.gen_length % self.block_length:
             raise ValueError(
                 f"block_length {self.block_length} does not divide gen_length {self.gen_length}"
+            )
+        if self.steps_per_block is not None and self.steps_per_block > 16 * self.block_length:
+            raise ValueError(
+                f"steps_per_block {self.steps_per_block} is more than 16 steps for each of "
+                f"{self.block_length} positions"
             )
         if self.schedule == "timestep" and self.steps_per_block is None:
             raise ValueError("schedule 'timestep' needs steps_per_block")

@@ -1,8 +1,27 @@
 """The one exception that users see."""
 
+MAX_MESSAGE = 1000
+
 
 class SpiffyError(ValueError):
     """Bad input: says in one line what was wrong, where, and what to do.
 
-    The commands print its message and exit with code 2; nothing has been written.
+    The commands print its message and exit with code 2; nothing has been written. Messages quote
+    what others wrote (names, keys, paths), so control characters are escaped, for the line to stay
+    one line and a terminal to stay as it is, and what is far too long is cut in the middle.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_shortened(printable(message)))
+
+
+def printable(text: str) -> str:
+    """The text with everything that is not printable, such as line ends, escaped as in Python."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _shortened(text: str) -> str:
+    half = (MAX_MESSAGE - 5) // 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} ... {text[-half:]}"

@@ -7,19 +7,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from spiffy.schemas.decoding import CacheName, DecodingSettings, PolicyName, first_problem
 from spiffy.schemas.errors import SpiffyError
-from spiffy.schemas.io import canonical_json, read_json, write_atomically
+from spiffy.schemas.io import MAX_BYTES, canonical_json, is_unicode, read_json, write_atomically
 
 FORMAT = "spiffy.draft-graph"
 MAJOR, MINOR = 1, 2
 MAX_NODES = 4096
 MAX_RANK = 1023
+_MAX_COUNT = (1 << 53) - 1  # what JSON readers agree on
+_MAX_TEXT = 1000
+_MAX_PROFILES = 64
+_MAX_FEATURES = 1024
+_MAX_PAIRS = 1 << 23  # in the fills of all nodes' parents together: what checking them takes
 
+
+def _is_plain(text: str) -> str:
+    """Names are printed: no line ends, no escape sequences of a terminal."""
+    if not text.isprintable():
+        raise ValueError("holds characters that cannot be printed")
+    return text
+
+
+Text = Annotated[str, Field(max_length=_MAX_TEXT), AfterValidator(_is_plain)]
+Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 Rank = Annotated[int, Field(ge=0, le=MAX_RANK)]
-Fill = tuple[tuple[Rank, Rank], ...]
+Fill = Annotated[tuple[tuple[Rank, Rank], ...], Field(min_length=1, max_length=1024), FailFast()]
+Number = Annotated[int, Field(ge=-MAX_NODES, le=MAX_NODES)]  # of a node; the graph checks which
+Drafts = Annotated[int, Field(ge=0, le=MAX_NODES)]
+Seconds = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
+Steps = Annotated[float, Field(ge=1, le=MAX_NODES + 1, allow_inf_nan=False)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 Objective = Literal["expected-steps", "paper"]
 
 
@@ -44,46 +72,80 @@ class Node(_Record):
         Roots of the calibration data whose true future passed through this state.
     """
 
-    fill: Annotated[Fill, Field(min_length=1)]
-    parents: Annotated[tuple[int, ...], Field(min_length=1)]
-    count: int = Field(ge=0)
+    fill: Fill
+    parents: Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_NODES), FailFast()]
+    count: Count
 
 
 class ModelRecord(_Record):
     """Which model a graph belongs to."""
 
-    family: str
-    id: str
-    revision: str | None = None
-    fingerprint: str
-    vocab_size: int = Field(ge=1)
+    family: Text
+    id: Text
+    revision: Text | None = None
+    fingerprint: Text
+    vocab_size: int = Field(ge=1, le=1 << 31)
 
 
 class CalibrationRecord(_Record):
-    """Where a graph comes from."""
+    """Where a graph comes from.
 
-    dataset: str
-    dataset_sha256: str
-    prompt_digests: tuple[str, ...] = Field(
-        default=(), description="Of every prompt, the first 64 bits of its SHA-256, sorted."
-    )
-    samples: int = Field(ge=0)
-    held_out_samples: int = Field(ge=0, description="0: measured on the prompts it grew on.")
-    roots: int = Field(ge=0)
-    seed: int
-    objective: str
-    tool_version: str
+    Attributes
+    ----------
+    prompts
+        How many were drawn; of these, `samples` and `held_out_samples` could be decoded.
+    prompt_digests
+        Of every prompt, the first 64 bits of its SHA-256 in hex, sorted: says whether a prompt was
+        calibrated on.
+    edges
+        What may happen where a block ends (`BlockEdges`), by name.
+    """
+
+    dataset: Text
+    dataset_sha256: Text
+    samples: Count
+    held_out_samples: Count = Field(description="0: measured on the prompts it grew on.")
+    roots: Count
+    seed: int = Field(ge=-_MAX_COUNT, le=_MAX_COUNT)
+    objective: Text
+    tool_version: Text
+    prompts: Count | None = None  # since 1.2, like the next two
+    prompt_digests: tuple[Digest, ...] | None = Field(default=None, max_length=1 << 16)
+    edges: tuple[Text, ...] | None = Field(default=None, max_length=16)
 
 
-Coefficients = dict[str, Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]]
-Token = Annotated[int, Field(ge=0)]
+class Provenance(_Record):
+    """What made an artifact; not part of the digest, because it may differ for equal graphs.
+
+    Attributes
+    ----------
+    versions
+        By name: spiffy-dllm, python, torch, transformers.
+    git
+        Commit of the tool's source tree, with "-dirty" behind it if that was changed; null if the
+        tool was installed from a package.
+    command
+        Command line, without the folders of local files and without where the output went.
+    """
+
+    versions: dict[Text, Text] = Field(default_factory=dict, max_length=_MAX_PROFILES)
+    git: Text | None = None
+    command: tuple[Text, ...] = Field(default=(), max_length=256)
+
+
+Coefficients = Annotated[
+    dict[Text, Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]],
+    Field(max_length=_MAX_FEATURES),
+]
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Pair = tuple[Token, Token, Annotated[int, Field(ge=1, le=_MAX_COUNT >> 16)]]  # their sum: exact
 
 
 class ExpectedSteps(_Record):
     """Denoising steps per forward with at most `drafts` drafts."""
 
-    drafts: int = Field(ge=0)
-    steps: float = Field(ge=1, allow_inf_nan=False)
+    drafts: Drafts
+    steps: Steps
 
 
 class AcceptanceModel(_Record):
@@ -107,15 +169,26 @@ class AcceptanceModel(_Record):
     position: Coefficients
     commit: Coefficients | None = None
     token: Coefficients
-    bigrams: tuple[tuple[Token, Token, Annotated[int, Field(ge=1)]], ...] = Field(max_length=65536)
-    expected_steps: tuple[ExpectedSteps, ...] = ()
+    bigrams: Annotated[tuple[Pair, ...], Field(max_length=65536), FailFast()]
+    expected_steps: Annotated[tuple[ExpectedSteps, ...], Field(max_length=256), FailFast()] = ()
+
+    @model_validator(mode="after")
+    def _ascends(self) -> AcceptanceModel:
+        drafts = [point.drafts for point in self.expected_steps]
+        if drafts != sorted(set(drafts)):
+            raise ValueError("expected_steps: numbers of drafts must ascend")
+        return self
 
 
 class CostPoint(_Record):
     """Seconds of one packed forward over the root and `drafts` drafts, on one device."""
 
-    drafts: int = Field(ge=0)
-    seconds: float = Field(gt=0, allow_inf_nan=False)
+    drafts: Drafts
+    seconds: Seconds
+
+
+Curve = Annotated[tuple[CostPoint, ...], Field(min_length=1, max_length=MAX_NODES + 1), FailFast()]
+Curves = Annotated[dict[Text, Curve], Field(max_length=_MAX_PROFILES)]
 
 
 class CostProfile(_Record):
@@ -141,20 +214,20 @@ class CostProfile(_Record):
         settings, and positions outside the block that its queries attend to.
     """
 
-    device: str
-    dtype: str
-    points: Annotated[tuple[CostPoint, ...], Field(min_length=1)]
-    step_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    drafting: dict[str, tuple[CostPoint, ...]] = Field(default_factory=dict)
-    turns: dict[str, tuple[CostPoint, ...]] = Field(default_factory=dict)
-    largest: int | None = Field(default=None, ge=0)
-    threads: int | None = Field(default=None, ge=1)
-    torch: str | None = None
-    model: str | None = None
-    block_length: int | None = Field(default=None, ge=1)
+    device: Text
+    dtype: Text
+    points: Curve
+    step_seconds: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
+    drafting: Curves = Field(default_factory=dict)
+    turns: Curves = Field(default_factory=dict)
+    largest: Drafts | None = None
+    threads: int | None = Field(default=None, ge=1, le=1 << 20)
+    torch: Text | None = None
+    model: Text | None = None
+    block_length: Count | None = Field(default=None, ge=1)
     cache: CacheName | None = None
     policy: PolicyName | None = None
-    prefix_length: int | None = Field(default=None, ge=0)
+    prefix_length: Count | None = None
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> CostProfile:
@@ -194,30 +267,39 @@ class DraftGraph(_Record):
     decoding: DecodingSettings
     calibration: CalibrationRecord
     exact: bool
-    nodes: tuple[Node, ...] = Field(max_length=MAX_NODES)
-    expected_steps: tuple[float, ...] = ()
+    nodes: Annotated[tuple[Node, ...], Field(max_length=MAX_NODES), FailFast()]
+    expected_steps: Annotated[tuple[Steps, ...], Field(max_length=MAX_NODES + 1), FailFast()] = ()
     acceptance: AcceptanceModel | None = None
-    cost_profiles: tuple[CostProfile, ...] = ()
+    cost_profiles: Annotated[
+        tuple[CostProfile, ...], Field(max_length=_MAX_PROFILES), FailFast()
+    ] = ()
+    provenance: Provenance | None = None
 
     @model_validator(mode="after")
     def _is_a_graph(self) -> DraftGraph:
         if self.exact != self.decoding.exact:
             raise ValueError(f"exact: {self.exact} contradicts cache {self.decoding.cache!r}")
-        fills: list[frozenset[tuple[int, int]]] = [frozenset()]
+        fills: list[frozenset[int]] = [frozenset()]
         seen = {fills[0]}
+        work = 0
         for number, node in enumerate(self.nodes, start=1):
-            fill = frozenset(node.fill)
+            fill = frozenset(i << 10 | j for i, j in node.fill)  # quick to compare
             ranks = [i for i, _ in node.fill]
             if list(node.fill) != sorted(node.fill) or len(set(ranks)) != len(ranks):
                 raise ValueError(f"node {number}: position ranks are not distinct and sorted")
             if fill in seen:
                 raise ValueError(f"node {number}: the same fill occurs twice")
+            if len(set(node.parents)) != len(node.parents):
+                raise ValueError(f"node {number}: names a parent twice")
             for parent in node.parents:
                 if not 0 <= parent < number:
                     raise ValueError(
                         f"node {number}: parent {parent} does not come before it, so a prefix of "
                         "the list is not connected"
                     )
+                work += len(fills[parent])
+                if work > _MAX_PAIRS:
+                    raise ValueError(f"node {number}: too many parents in all to check")
                 if not fills[parent] < fill:
                     raise ValueError(f"node {number}: does not extend its parent {parent}")
             fills.append(fill)
@@ -250,8 +332,15 @@ class DraftGraph(_Record):
         return tuple(f"{name} {ours} ({theirs})" for name, ours, theirs in pairs if ours != theirs)
 
     def digest(self) -> str:
-        """SHA-256 over the canonical JSON of everything but the cost profiles."""
-        content = self.model_dump(mode="json", exclude={"cost_profiles"})
+        """SHA-256 over the canonical JSON of everything but cost profiles and provenance.
+
+        What only newer minor versions know is left out where it is not given, so that the digests
+        of older files stay what they were.
+        """
+        content = self.model_dump(mode="json", exclude={"cost_profiles", "provenance"})
+        for field in ("prompts", "prompt_digests", "edges"):
+            if content["calibration"][field] is None:
+                del content["calibration"][field]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -270,9 +359,15 @@ class DraftGraph(_Record):
         Raises
         ------
         SpiffyError
-            If the file cannot be written.
+            If the file cannot be written, or would be larger than one that can be read.
         """
-        write_atomically(Path(path), self.to_json())
+        text = self.to_json()
+        if len(text.encode()) > MAX_BYTES:
+            raise SpiffyError(
+                f"{path}: the graph takes more than the {MAX_BYTES} bytes an artifact may be: give "
+                "it fewer nodes"
+            )
+        write_atomically(Path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> DraftGraph:
@@ -288,19 +383,25 @@ class DraftGraph(_Record):
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise SpiffyError(f'{path}: not a draft graph (no "format": "{FORMAT}")')
-        _check_version(path, content.get("version"))
+        minor = _minor_version(path, content.get("version"))
         if isinstance(content.get("decoding"), dict):  # a newer minor version may know more
             known = DecodingSettings.model_fields
             content["decoding"] = {k: v for k, v in content["decoding"].items() if k in known}
+        stated = content.get("digest")
         try:
-            # pydantic's JSON mode stays strict and still takes arrays for tuples.
-            graph = cls.model_validate_json(canonical_json(content))
-        except ValidationError as error:
-            raise SpiffyError(f"{path}: {first_problem(error)}") from None
+            text = canonical_json({key: content[key] for key in content if key in cls.model_fields})
+        except RecursionError:
+            raise SpiffyError(f"{path}: nested too deeply") from None
         except ValueError:
             raise SpiffyError(f"{path}: holds a number that is not finite") from None
-        stated = content.get("digest")
-        if content["version"] == f"{MAJOR}.{MINOR}" and stated not in (None, graph.digest()):
+        if not is_unicode(text):
+            raise SpiffyError(f"{path}: holds half a character (lone surrogate)")
+        try:
+            # pydantic's JSON mode stays strict and still takes arrays for tuples.
+            graph = cls.model_validate_json(text)
+        except ValidationError as error:
+            raise SpiffyError(f"{path}: {first_problem(error)}") from None
+        if 1 <= minor <= MINOR and stated not in (None, graph.digest()):
             raise SpiffyError(
                 f"{path}: content and digest disagree: the file was edited or damaged; calibrate "
                 "again, or remove the digest if you edited it on purpose"
@@ -361,7 +462,7 @@ class DraftGraph(_Record):
                 )
 
 
-def _check_version(path: Path, version: Any) -> None:
+def _minor_version(path: Path, version: Any) -> int:
     parts = version.split(".") if isinstance(version, str) else []
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise SpiffyError(f'{path}: "version" must look like "{MAJOR}.{MINOR}", got {version!r}')
@@ -373,3 +474,5 @@ def _check_version(path: Path, version: Any) -> None:
         )
     if int(major or 0) < MAJOR:
         raise SpiffyError(f"{path}: format version {version[:20]} was never published")
+    minor = parts[1].lstrip("0")
+    return int(minor or 0) if len(minor) <= 3 else 1000

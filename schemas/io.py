@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from spiffy.schemas.errors import SpiffyError
 
-# A graph of 4096 nodes is about 1 MB; anything far beyond is not an artifact of ours.
-MAX_BYTES = 64 * 1024 * 1024
+# A graph of 4096 nodes with all its bigrams is about 3 MB; anything far beyond is not an artifact
+# of ours. The worst JSON of this size takes some 300 MB and a few seconds to read and refuse.
+MAX_BYTES = 8 * 1024 * 1024
+_MAX_KEYS = 1 << 16  # if every entry is wrong, each costs a message before the first is shown
 
 
 def canonical_json(content: Any) -> str:
@@ -22,10 +26,11 @@ def canonical_json(content: Any) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_KEYS:
+        raise ValueError(f"an object of {len(pairs)} entries, more than {_MAX_KEYS}")
     content = dict(pairs)
     if len(content) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"key {repeated!r} occurs twice")
     return content
 
@@ -43,10 +48,15 @@ def read_json(path: Path) -> Any:
         If the file is missing, unreadable, larger than `MAX_BYTES`, or not strict JSON.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise SpiffyError(f"{path}: {size} bytes, more than the {MAX_BYTES} an artifact may be")
-        text = path.read_bytes().decode("utf-8")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a device or a pipe may never end
+            raise SpiffyError(f"{path}: cannot be read (not a regular file)")
+        if status.st_size > MAX_BYTES:
+            raise SpiffyError(
+                f"{path}: {status.st_size} bytes, more than the {MAX_BYTES} an artifact may be"
+            )
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except SpiffyError:
         raise

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -252,6 +255,11 @@ class DiffusionLM:
         hidden, _ = self.hidden_states(ids, positions.expand_as(ids), mask)
         return self.head(hidden[:, self.rows_of(positions)]).float()
 
+    def broken_weights(self) -> str | None:
+        """Name of the first parameter with a value that is not finite, if any."""
+        parameters = self.module.named_parameters()
+        return next((name for name, value in parameters if not value.isfinite().all()), None)
+
     def rows_of(self, positions: Tensor, first: int = 0) -> Tensor:
         """Rows of a window starting at position `first` that predict the tokens at `positions`.
 
@@ -266,7 +274,8 @@ class DiffusionLM:
         Raises
         ------
         SpiffyError
-            If the checkpoint has no tokenizer, or the prompt is empty or not Unicode.
+            If the checkpoint has no tokenizer, its chat template is broken, or the prompt is empty
+            or not Unicode.
         """
         if self.tokenizer is None:
             raise SpiffyError(f"{self.name} ships no tokenizer: pass token ids instead of text")
@@ -275,31 +284,62 @@ class DiffusionLM:
         if not prompt.strip():
             raise SpiffyError("the prompt is empty: give it at least one word")
         before, after = self._turn(prompt)
-        specials = self.tokenizer.all_special_tokens
-        if not any(token in prompt for token in specials):
-            ids = self._tokens(before + prompt + after)
-        else:  # spelled in the text they are text: never a mask, never the end of the turn
-            content = self._tokens(prompt, split_special_tokens=True)
+        ids = self._tokens(before + prompt + after)
+        special, least = self._special_ids, self._tokens(before + after)
+        if sum(k in special for k in ids) != sum(k in special for k in least):
+            # Spelled in the text they are text: never a mask, never the end of the turn.
+            content: list[int] = self._plain_tokenizer.encode(prompt, add_special_tokens=False).ids
+            if not special.isdisjoint(content):
+                raise SpiffyError(
+                    f"the prompt spells a special token in a way that the tokenizer of {self.name} "
+                    "cannot take as plain text: remove it"
+                )
             ids = [*self._tokens(before), *content, *self._tokens(after)]
+            if not before and not after:
+                ids = self._around(content)
         return torch.tensor(ids, dtype=torch.long)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Tokens that text must not turn into, however the checkpoint declares them."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        declared = {token_id for token_id, token in added if token.special}
+        return frozenset(
+            {self.mask_token_id, *self.eos_token_ids, *declared, *self.tokenizer.all_special_ids}
+        )
+
+    @cached_property
+    def _plain_tokenizer(self) -> Any:
+        """The tokenizer without added tokens, special or not: everything is plain text to it."""
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+
+    def _around(self, content: list[int]) -> list[int]:
+        """Put what the tokenizer puts around any text, such as a first token, around `content`."""
+        bare: list[int] = self.tokenizer("x", add_special_tokens=False)["input_ids"]
+        whole = self._tokens("x")
+        start = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+        return [*whole[:start], *content, *whole[start + len(bare) :]]
 
     def _turn(self, prompt: str) -> tuple[str, str]:
         """What the chat template puts before and after a user's message."""
         if not self.tokenizer.chat_template:
             return "", ""
         placeholder = "\ue000message\ue000"  # private-use characters: in no template, no prompt
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": placeholder}], add_generation_prompt=True, tokenize=False
-        )
-        before, _, after = text.partition(placeholder)
+        message = [{"role": "user", "content": placeholder}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is a program that came with the checkpoint
+            raise SpiffyError(f"{self.name}: its chat template fails: {error}") from None
+        before, found, after = text.partition(placeholder)
+        if not found:
+            raise SpiffyError(f"{self.name}: its chat template leaves the message out")
         return before, after
 
-    def _tokens(self, text: str, split_special_tokens: bool = False) -> list[int]:
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=not self.tokenizer.chat_template,
-            split_special_tokens=split_special_tokens,
-        )
+    def _tokens(self, text: str) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)
         return list(encoded["input_ids"])
 
     def decode_text(self, token_ids: list[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -136,19 +136,21 @@ def _module(
     device_map: str | Mapping[str, Any] | None,
 ) -> Any:
     try:
+        _check_sizes(config)
         architecture, module_config = family.architecture(config)
         _check_token_ids(config, module_config.vocab_size)
     except KeyError as error:
         raise SpiffyError(f"{name}: config.json lacks {error.args[0]!r}") from None
     except SpiffyError:
         raise
-    except (StrictDataclassError, TypeError, ValueError) as error:
+    except Exception as error:  # transformers' checks of absurd values raise many kinds
         reason = " ".join(str(error).split())
         raise SpiffyError(f"{name}: config.json: {reason}") from None
     files = source.weight_files()  # a download shows its progress: not below
     with _loading(name):
         stored = _stored_parameters(files)
     _check_merged(name, family, config, stored)
+    _check_amount(name, architecture, module_config, stored)
     # A device map may offload to disk, for which transformers has to know the files.
     options: dict[str, Any] = {"device_map": device_map}
     if device_map is None:
@@ -195,6 +197,46 @@ def _stored_parameters(files: Iterable[Path]) -> dict[str, Any]:
     return stored
 
 
+# Entries of the families' configs that decide how much is built, and the most they may be.
+_SIZES = {
+    **dict.fromkeys(("n_layers", "num_hidden_layers"), 1 << 10),
+    **dict.fromkeys(
+        ("n_heads", "n_kv_heads", "num_attention_heads", "num_key_value_heads"), 1 << 12
+    ),
+    **dict.fromkeys(("num_experts", "num_experts_per_tok"), 1 << 12),
+    **dict.fromkeys(("d_model", "hidden_size", "head_dim", "moe_intermediate_size"), 1 << 20),
+    **dict.fromkeys(("mlp_hidden_size", "intermediate_size"), 1 << 20),
+    **dict.fromkeys(("vocab_size", "embedding_size"), 1 << 24),
+    **dict.fromkeys(("max_sequence_length", "max_position_embeddings"), 1 << 30),
+}
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    for field, most in _SIZES.items():
+        value = config.get(field)
+        if value is None:
+            continue
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{field} {value!r} must be a whole number from 1 to {most}")
+    for field in ("rope_theta", "rms_norm_eps"):
+        value = config.get(field, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{field} {value!r} must be a positive number")
+
+
+def _check_amount(name: str, architecture: Any, config: Any, stored: Mapping[str, Any]) -> None:
+    """Refuse a config of another scale than the weights, before memory is taken for it."""
+    with _loading(name), torch.device("meta"):
+        module = architecture(config)
+    described = sum(parameter.numel() for parameter in module.parameters())
+    held = sum(math.prod(part.get_shape()) for part in stored.values())
+    if described > 4 * held:
+        raise SpiffyError(
+            f"{name}: config.json describes {described} parameters, the weights hold {held}: one "
+            "of them belongs to another model"
+        )
+
+
 def _check_merged(
     name: str, family: Family, config: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> None:
@@ -217,7 +259,9 @@ def _loading(name: str) -> Iterator[None]:
     with _quiet_transformers(), _one_tensor_at_a_time():
         try:
             yield
-        except (KeyError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except SpiffyError:
+            raise
+        except Exception as error:  # what safetensors and transformers raise has no end
             reason = " ".join(str(error).split())
             raise SpiffyError(f"{name}: weights cannot be loaded: {reason}") from None
 
@@ -256,7 +300,7 @@ def _one_tensor_at_a_time() -> Iterator[None]:
 
 def _check_token_ids(config: Mapping[str, Any], vocab_size: int) -> None:
     mask = config["mask_token_id"]
-    if not isinstance(mask, int) or not 0 <= mask < vocab_size:
+    if type(mask) is not int or not 0 <= mask < vocab_size:
         raise ValueError(f"mask_token_id {mask!r} is not a token of {vocab_size}")
     eos = config.get("eos_token_id")
     if not all(isinstance(k, int) for k in (eos if isinstance(eos, list) else [eos or 0])):
@@ -269,6 +313,16 @@ def _check_token_ids(config: Mapping[str, Any], vocab_size: int) -> None:
 
 
 def _tokenizer(source: Source) -> tuple[Any, str]:
+    try:
+        return _read_tokenizer(source)
+    except SpiffyError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
+        reason = " ".join(str(error).split())
+        raise SpiffyError(f"{source.place}: its tokenizer cannot be read: {reason}") from None
+
+
+def _read_tokenizer(source: Source) -> tuple[Any, str]:
     path = source.optional_file("tokenizer.json")
     if path is None:
         return _qwen_tokenizer(source)
@@ -308,7 +362,12 @@ def _eos_token_ids(source: Source, config: Mapping[str, Any], tokenizer: Any) ->
     ids: set[int] = set()
     for holder in (config, read_json(path) if path else {}):
         value = holder.get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int for token_id in listed):
+            raise SpiffyError(
+                f"{source.place}: eos_token_id {value!r} is neither a token id nor a list of them"
+            )
+        ids.update(listed)
     if tokenizer is not None:
         ids.update(
             tokenizer.convert_tokens_to_ids(token)

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 from spiffy.schemas import SpiffyError
 
+_MAX_BYTES = 64 * 1024 * 1024  # indices of shards have a line per parameter
 _SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
 # Short names -> directories that ship with the package, or hub ids.
@@ -180,7 +181,13 @@ def read_json(path: Path) -> dict[str, Any]:
         If it does not.
     """
     try:
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise SpiffyError(f"{path}: {size} bytes are more than a checkpoint's JSON may have")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except SpiffyError:
+        raise
+    except RecursionError:
+        raise SpiffyError(f"{path}: nested too deeply") from None
     except (OSError, ValueError) as error:
         raise SpiffyError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
@@ -195,4 +202,10 @@ def _shards(index: Path) -> list[str]:
         raise SpiffyError(f"{index}: expected a weight_map from parameters to files")
     if not where:
         raise SpiffyError(f"{index}: the weight_map is empty")
+    for name in where.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise SpiffyError(
+                f"{index}: {name!r} is not the name of a safetensors file beside it; other weights "
+                "are refused because loading them can run code"
+            )
     return sorted(set(where.values()))
