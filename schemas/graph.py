@@ -26,8 +26,8 @@ MAJOR, MINOR = 1, 2
 MAX_NODES = 4096
 MAX_RANK = 1023
 
-#: Drafts per forward that nobody asked for by number: a graph that holds more may be hostile, and
-#: no forward was measured where more paid.
+#: Drafts per forward where nobody asked for a number: a graph that holds more may be hostile, and
+#: would make every forward that much longer.
 MOST_UNASKED = 128
 
 _MAX_COUNT = (1 << 53) - 1  # what JSON readers agree on
