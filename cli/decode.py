@@ -27,6 +27,7 @@ from spiffy.cli.common import (
     run_app,
 )
 from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.graph import MOST_UNASKED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,8 +59,8 @@ def decode(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Drafts per forward. Default: all of the graph's. auto: as many as pay on this "
-            "machine. With --verify also several, such as 1,8,32."
+            help="Drafts per forward. Default: all of the graph's, at most 128. auto: as many as "
+            "pay on this machine. With --verify also several, such as 1,8,32."
         ),
     ] = None,
     remeasure: Annotated[
@@ -204,14 +205,14 @@ def _budgets(budget: str | None, artifact: DraftGraph | None) -> list[int | Lite
             raise SpiffyError("--budget counts drafts: give --graph, and drop --no-speculation")
         return []
     if budget is None:
-        return [artifact.budget]
+        return [min(artifact.budget, MOST_UNASKED)]
     budgets: list[int | Literal["auto"]] = []
     for word in map(str.strip, budget.split(",")):
         if word == "auto":
             if not artifact.expected_steps:
                 raise SpiffyError("--budget auto: the graph has no expected_steps; calibrate again")
             budgets.append("auto")
-        elif word.removeprefix("-").isdecimal():
+        elif word.removeprefix("-").isdecimal() and len(word) < 10:
             if int(word) < 1:
                 raise SpiffyError(f"--budget {word}: must be at least 1 draft")
             budgets.append(min(int(word), artifact.budget))

@@ -16,6 +16,7 @@ import numpy as np
 from spiffy.runtime.acceptance import Floats
 from spiffy.runtime.draft import Selection
 from spiffy.schemas import CostPoint, CostProfile, DraftGraph, ExpectedSteps
+from spiffy.schemas.graph import MOST_UNASKED
 
 #: Drafts must promise this much over plain decoding, or there are none: measured on a machine that
 #: does other things too, a promise was wrong by up to a tenth.
@@ -71,7 +72,7 @@ def best_plan(
     for selection, points in steps.items():
         for cost in profile.points[1:]:
             n = cost.drafts
-            if n > points[-1].drafts:
+            if n > min(points[-1].drafts, MOST_UNASKED):
                 break
             per_forward = interpolated([(p.drafts, p.steps) for p in points], n)
             spent = turn_seconds(profile, selection, n)

@@ -31,7 +31,7 @@ from spiffy.runtime.policy import Distribution
 from spiffy.schemas import CostPoint, CostProfile, SpiffyError
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
-_BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
+_BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _ROUNDS = 20
 _SITES = 3
 #: A forward this many times the price of a plain one never pays: walks are not that long.

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.acceptance import AcceptanceWeights
-from spiffy.runtime.auto import Pays, Plan, best_plan, expected_steps, forward_seconds
+from spiffy.runtime.auto import (
+    Pays,
+    Plan,
+    best_plan,
+    expected_steps,
+    forward_seconds,
+)
 from spiffy.runtime.cache import BlockEdges, most_drafts
 from spiffy.runtime.canvas import Canvas
 from spiffy.runtime.cost import cost_profile
@@ -18,6 +24,7 @@ from spiffy.runtime.decode import Stats, Task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter, Selection
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import AcceptanceModel, CostProfile, DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.graph import MOST_UNASKED
 
 
 @dataclass
@@ -124,7 +131,7 @@ def graph_drafter(
     budget: int | None = None,
     selection: Selection = "model",
 ) -> Drafter:
-    """An artifact as a drafter of up to `budget` drafts per forward (default: its nodes).
+    """An artifact as a drafter of up to `budget` drafts per forward (default: its nodes, or 128).
 
     With `selection="model"` the artifact's acceptance model chooses the drafts at run time, where
     it has one for this unmasking policy; otherwise, and with "graph", they are the first nodes.
@@ -136,9 +143,10 @@ def graph_drafter(
     """
     if budget is not None and budget < 1:
         raise SpiffyError(f"budget {budget}: must be at least 1; to draft nothing, use no graph")
+    budget = budget or min(graph.budget, MOST_UNASKED)
     if selection == "model" and graph.acceptance is not None and _same_steps(graph, settings):
         weights = acceptance_weights(graph.acceptance, model.vocab_size)
-        return AcceptanceDrafter(weights, budget or graph.budget, model, settings)
+        return AcceptanceDrafter(weights, budget, model, settings)
     return GraphDrafter([node.fill for node in graph.nodes[:budget]], model)
 
 
@@ -172,7 +180,7 @@ def auto_drafter(
     drafter = graph_drafter(model, graph, settings, plan.drafts, plan.selection)
     if isinstance(drafter, AcceptanceDrafter):
         # The plan holds on average; where much is likely, twice as many may pay.
-        drafter.budget = min(2 * plan.drafts, profile.points[-1].drafts, graph.budget)
+        drafter.budget = min(2 * plan.drafts, profile.points[-1].drafts, graph.budget, MOST_UNASKED)
         drafter.pays = Pays(plan.rate, forward_seconds(profile, drafter.budget))
     return plan, drafter
 
@@ -184,7 +192,8 @@ def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> Cost
         return lambda drafts: graph_drafter(task.model, graph, task.settings, drafts, who)
 
     makers: dict[str, Callable[[int], Drafter]] = {who: maker(who) for who in expected_steps(graph)}
-    return cost_profile(task, graph.budget, makers, graph.cost_profiles, remeasure)
+    largest = min(graph.budget, MOST_UNASKED)
+    return cost_profile(task, largest, makers, graph.cost_profiles, remeasure)
 
 
 def _same_steps(graph: DraftGraph, settings: DecodingSettings) -> bool:
@@ -219,8 +228,9 @@ def generate(
     graph
         Draft graph of this model, also the source of options not given; None decodes plainly.
     budget
-        Drafts per forward, the root not counted; the graph's size by default. "auto": as many as
-        pay on this machine, measured in the first few seconds and remembered (`auto_drafter`).
+        Drafts per forward, the root not counted; by default the graph's size, 128 at most.
+        "auto": as many as pay on this machine, measured in the first few seconds and remembered
+        (`auto_drafter`).
     selection
         "model" lets the artifact's acceptance model choose the drafts, where it has one; "graph"
         takes its nodes in order.

@@ -25,6 +25,11 @@ FORMAT = "spiffy.draft-graph"
 MAJOR, MINOR = 1, 2
 MAX_NODES = 4096
 MAX_RANK = 1023
+
+#: Drafts per forward where nobody asked for a number: a graph that holds more may be hostile, and
+#: would make every forward that much longer.
+MOST_UNASKED = 128
+
 _MAX_COUNT = (1 << 53) - 1  # what JSON readers agree on
 _MAX_TEXT = 1000
 _MAX_PROFILES = 64

@@ -13,7 +13,7 @@ from typing import Any
 from spiffy.schemas.errors import SpiffyError
 
 # A graph of 4096 nodes with all its bigrams is about 3 MB; anything far beyond is not an artifact
-# of ours. The worst JSON of this size takes some 300 MB and a few seconds to read and refuse.
+# of ours. The worst JSON of this size takes some 450 MB and a few seconds to read and refuse.
 MAX_BYTES = 8 * 1024 * 1024
 _MAX_KEYS = 1 << 16  # if every entry is wrong, each costs a message before the first is shown
 

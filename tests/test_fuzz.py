@@ -188,10 +188,12 @@ def artifact(model: DiffusionLM, setting: DecodingSettings, **fields: Any) -> Dr
     return DraftGraph.model_validate_json(json.dumps(content))
 
 
-def lossless(graph: DraftGraph, layout: str, policy: int, selection: Any = "model") -> Task:
+def lossless(
+    graph: DraftGraph, layout: str, policy: int, selection: Any = "model", budget: int | None = None
+) -> Task:
     model, setting = setting_of(layout, policy)
     plainly = plain(layout, policy)
-    drafter = graph_drafter(model, graph, setting, selection=selection)
+    drafter = graph_drafter(model, graph, setting, budget, selection=selection)
     ours = decode(model, plainly.prompt, setting, drafter)
     assert states(ours) == states(plainly)
     return ours
@@ -291,7 +293,9 @@ def test_the_largest_graphs_change_no_token_and_forwards_stay_bounded(
     monkeypatch.setattr(caches, "_MOST_PACKED", 64 * 8)
     model, setting = setting_of(layout, 0)
     graph = artifact(model, setting, nodes=largest_nodes(shape), expected_steps=())
-    ours = lossless(graph, layout, 0, "graph")
+    unasked = lossless(graph, layout, 0, "graph")
+    assert unasked.stats.drafted <= 128 * unasked.stats.nfe
+    ours = lossless(graph, layout, 0, "graph", MAX_NODES)
     assert ours.most_drafts == 64 or layout == "sdar-block"
     assert 0 < ours.stats.drafted <= ours.most_drafts * ours.stats.nfe
-    lossless(graph, layout, 0, "model")  # as many drafts, chosen by the acceptance model
+    lossless(graph, layout, 0, "model", MAX_NODES)  # as many drafts, chosen by the acceptance model
