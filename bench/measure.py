@@ -61,7 +61,8 @@ class Row:
     draft_seconds: float
     verify_seconds: float
     peak_bytes: int | None
-    differs: bool | None
+    verify_seconds: float
+    halvings: int
     correct: bool | None
     text: str
 
