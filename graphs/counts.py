@@ -137,10 +137,11 @@ class ChainCounts:
             number = np.where(hashes[found] == fill, found + 1, -1)
             known = number > 0
             passed += np.bincount(number[known], walk.counts[ended[known]], len(fills) + 1)
-            passages = np.stack((last[ended[known]], number[known]))
-            for parent, child in np.unique(passages, axis=1).T.tolist():
-                if parent >= 0:
-                    before[child].add(parent)
+            steps = (last[ended[known]].astype(np.int64) + 1) * (len(fills) + 1) + number[known]
+            for step in np.unique(steps).tolist():
+                parent, child = divmod(step, len(fills) + 1)
+                if parent > 0:
+                    before[child].add(parent - 1)
             last[ended] = number
         return [int(count) for count in passed[1:]], [sorted(parents) for parents in before[1:]]
 
