@@ -8,6 +8,7 @@ would hold a stream on every GPU, and give up, only to wait.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -79,10 +80,11 @@ class Ranks:
         try:
             dist.monitored_barrier(timeout=_PATIENCE)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
+            found = re.search(r"Rank (\d+) failed", str(error))  # only rank 0 is told
+            who = f"rank {found[1]}" if found else "another rank"
             raise SpiffyError(
-                f"rank {self.rank}: another rank has ended ({reason}); what is recorded is safe, "
-                "run the same command again"
+                f"rank {self.rank}: {who} has ended; what is recorded is safe, run the same "
+                "command again"
             ) from None
 
     def leave(self) -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -188,39 +187,70 @@ def test_a_full_disk_keeps_the_traces_before(
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "traces-0000.bin"
-    script = (
-        "import sys, time; from pathlib import Path; from spiffy.calib.store import TraceFile;"
-        f"TraceFile(Path({str(path)!r})); print('open', flush=True); time.sleep(60)"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert owner.stdout is not None
-    assert owner.stdout.readline() == b"open\n"
+    receive, send = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        TraceFile(path)
+        os.write(send, b"open")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(receive, 4) == b"open"
     try:
         with pytest.raises(SpiffyError, match="another process is recording there"):
             TraceFile(path)
     finally:
-        owner.kill()
-        owner.wait()
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
     TraceFile(path).close()
+
+
+_CHILDREN = """
+import os, socket, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import kill, spiffy.calib.workdir
+from spiffy.calib.ranks import Ranks
+from spiffy.cli import calibrate
+sys.modules["spiffy.runtime.generate"].auto_profile = lambda *_: None  # times forwards for seconds
+folder = Path(sys.argv[2])
+log = folder / "log"
+plain = folder / "plain.json"
+assert kill.run(plain, None, log)[0] == 0, log.read_text()
+
+def launch(rank, job):
+    child = os.fork()
+    if child == 0:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        job()
+    return child
+
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+"""
+
+
+def children(script: str, folder: Path) -> None:
+    """Run a script that forks many runs from one process that has imported everything."""
+    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    command = [sys.executable, "-c", _CHILDREN + script, str(benchmarks), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
     """A small version of benchmarks/kill.py: in a record, in a sync, before the last rename."""
-    folder = Path(__file__).parent.parent / "benchmarks"
-    script = (
-        f"import sys, torch; torch.set_num_threads(1); sys.path.insert(0, {str(folder)!r})\n"
-        "from pathlib import Path; import kill, spiffy.calib.workdir\n"
-        f"folder = Path({str(tmp_path)!r}); log = folder / 'log'\n"
-        "assert kill.run(folder / 'plain.json', None, log)[0] == 0, log.read_text()\n"
-        "for number in (1, 3, 4, 8, 13):\n"
-        "    out, work = folder / f'{number}.json', folder / f'{number}'\n"
-        "    assert kill.run(out, work, log, operation=number)[0] == -9, number\n"
-        "    assert not out.exists()\n"
-        "    assert kill.run(out, work, log)[0] == 0, log.read_text()\n"
-        "    assert out.read_bytes() == (folder / 'plain.json').read_bytes(), number\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    script = """
+for number in (1, 4, 13):
+    out, work = folder / f"{number}.json", folder / f"{number}"
+    assert kill.run(out, work, log, operation=number)[0] == -9, number
+    assert not out.exists()
+    assert kill.run(out, work, log)[0] == 0, log.read_text()
+    assert out.read_bytes() == plain.read_bytes(), number
+"""
+    children(script, tmp_path)
 
 
 def test_the_artifact_is_the_same_with_a_work_directory_and_when_it_goes_on(
@@ -262,7 +292,7 @@ def test_other_settings_are_refused_by_name(run: Calibrate, tmp_path: Path) -> N
         ("edges.fold True, not False", *data, "--edges", "complete,first"),
         ("dtype float32, not float64", *data, "--dtype", "float64"),
         ("dataset p.jsonl, not q.jsonl", "--dataset", other),
-        ("model.family sdar, not llada", *data, "--model", "tiny-llada"),
+        ("model.family sdar, not dream", *data, *("--model", "tiny-dream", "--block-length", 16)),
     ):
         code, log = run(*base, *arguments)
         assert code == 2
@@ -375,7 +405,7 @@ def test_shards_join_to_what_one_run_writes(run: Calibrate, tmp_path: Path) -> N
         out = ("--out", tmp_path / "none.json")
         code, log = run(*SETTINGS, *data, "--workdir", folder, "--shard", f"{k}/2", *out)
         assert code == 0
-        assert "join with spiffy-calibrate merge" in log
+        assert f"recorded shard {k}/2" in log
     assert not (tmp_path / "none.json").exists()
     joined = tmp_path / "joined.json"
     for order in (folders, folders[::-1]):
@@ -422,32 +452,56 @@ def test_directories_of_other_settings_are_not_joined(tmp_path: Path) -> None:
     assert isinstance(manifest, Manifest)
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(port), "-m", "spiffy.cli.calibrate", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_two_ranks_write_what_one_writes(tmp_path: Path) -> None:
+    script = """
+port()
+logs = [folder / f"log-{rank}" for rank in range(2)]
+out, work = folder / "two.json", folder / "work"
+jobs = [launch(rank, lambda: kill._command(out, work, logs[rank])) for rank in range(2)]
+assert [os.waitpid(job, 0)[1] for job in jobs] == [0, 0], [log.read_text() for log in logs]
+assert out.read_bytes() == plain.read_bytes()
+assert sorted(path.name for path in work.glob("traces*")) == ["traces-0000.bin", "traces-0001.bin"]
+assert all(path.stat().st_size for path in work.glob("traces*"))
+assert "wrote" in logs[0].read_text()
+assert logs[1].read_text() == ""
+# One process goes on with what two have begun.
+(work / "traces-0001.bin").unlink()
+assert kill.run(folder / "again.json", work, log)[0] == 0, log.read_text()
+assert "recorded already" in log.read_text()
+assert (folder / "again.json").read_bytes() == plain.read_bytes()
+"""
+    children(script, tmp_path)
 
 
-def test_two_ranks_write_what_one_writes_and_a_dead_one_is_named(tmp_path: Path) -> None:
-    data = (*SETTINGS, "--samples", 6, "--batch-size", 2)
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    command = [sys.executable, "-m", "spiffy.cli.calibrate", *map(str, data)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", str(one)], check=True, capture_output=True, env=environment)
-    work = tmp_path / "work"
-    # Rank 1 cannot have its file: it ends, and so does the job.
-    (work / "traces-0001.bin").mkdir(parents=True)
-    (work / "traces-0000.bin").touch()
-    failed = torchrun(*data, "--workdir", work, "--out", two)
-    assert failed.returncode != 0
-    (work / "traces-0001.bin").rmdir()
-    assert not two.exists()
-    done = torchrun(*data, "--workdir", work, "--out", two)
-    assert done.returncode == 0, done.stderr
-    assert two.read_bytes() == one.read_bytes()
-    assert (work / "traces-0001.bin").stat().st_size > 0
-    assert done.stderr.count("wrote ") == 1
+def test_a_dead_rank_is_named(tmp_path: Path) -> None:
+    script = """
+port()
+def wait():
+    ranks = Ranks.from_environment()
+    ranks.join()
+    if ranks.rank == 1:
+        os.kill(os.getpid(), 9)
+    with log.open("w") as file:
+        try:
+            ranks.wait()
+        except calibrate.SpiffyError as error:
+            print(error, file=file)
+    os._exit(0)
+for job in [launch(rank, wait) for rank in range(2)]:
+    os.waitpid(job, 0)
+text = log.read_text()
+assert text.startswith("rank 0: rank 1 has ended; what is recorded is safe"), text
+"""
+    children(script, tmp_path)
+
+
+def test_ranks_without_a_work_directory_are_refused(
+    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ("--out", tmp_path / "out.json")
+    code, log = run(*SETTINGS, *out, "--shard", "2/2")
+    assert (code, "from 0 to N - 1" in log) == (2, True)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, log = run(*SETTINGS, *out)
+    assert (code, "give --workdir" in log) == (2, True)
