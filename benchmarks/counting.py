@@ -3,8 +3,8 @@
 Roots are synthetic: a block of 32 masks, some already filled, whose next positions have ranks drawn
 geometrically (the best-scored one is next with `--top`) and whose token is the likeliest one with
 `--right`; a future ends where a token beyond the 4 likeliest would be needed, at the end of the
-block, or after 12 steps. Making them is not timed. Two processes count half of the roots each, the
-halves are merged and a graph of 32 nodes is grown.
+block, or after 12 steps. Making them is not timed. Two halves are counted apart and merged, and a
+graph of 32 nodes is grown.
 
     python benchmarks/counting.py --roots 1000000 --roots 10000000
 """
