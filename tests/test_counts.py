@@ -63,9 +63,9 @@ def test_counts_are_those_of_a_plain_counter_however_they_are_split_and_merged()
 
 
 @pytest.mark.parametrize("at_most", [1, 3])
-@pytest.mark.parametrize("budget", [1, 4, 12, 60])
+@pytest.mark.parametrize("budget", [1, 4, 30])
 def test_growth_from_counts_is_growth_from_all_chains(budget: int, at_most: int) -> None:
-    for seed in range(4):
+    for seed in range(2):
         chains = Counter(random_chains(seed, 3000, at_most=at_most))
         counts = ChainCounts.of(chains)
         assert grow_counted(counts, budget) == grow(chains, budget)
