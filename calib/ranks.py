@@ -63,7 +63,8 @@ class Ranks:
             try:
                 dist.init_process_group("gloo", timeout=timedelta(minutes=30))
             except (RuntimeError, ValueError) as error:
-                raise SpiffyError(f"rank {self.rank}: the ranks did not meet: {error}") from None
+                reason = " ".join(str(error).split())
+                raise SpiffyError(f"rank {self.rank}: the ranks did not meet: {reason}") from None
 
     def wait(self) -> None:
         """Wait until all ranks are here.

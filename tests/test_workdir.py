@@ -481,6 +481,7 @@ port()
 def wait():
     ranks = Ranks.from_environment()
     ranks.join()
+    ranks.wait()  # both are there
     if ranks.rank == 1:
         os.kill(os.getpid(), 9)
     with log.open("w") as file:
