@@ -60,9 +60,9 @@ class Row:
     forward_seconds: float
     draft_seconds: float
     verify_seconds: float
-    peak_bytes: int | None
-    verify_seconds: float
     halvings: int
+    peak_bytes: int | None
+    differs: bool | None
     correct: bool | None
     text: str
 

@@ -29,6 +29,7 @@ from spiffy.calib.record import MAX_DEPTH, Trace
 from spiffy.calib.replay import replay_drafter
 from spiffy.graphs import (
     Chain,
+    ChainCounts,
     Fill,
     count_chains,
     grow,
@@ -138,8 +139,8 @@ def held_out(case: Case) -> dict[str, list[float]]:
     calibration = [trace.chains for trace in case.calibration]
     steps[ON_REPLAY] = static(grow_on_replay(calibration, max(DRAFTS)))
 
-    large = nodes_of(grow(case.counts, POOL * max(DRAFTS)), case.counts)
-    papers = nodes_of(grow_by_edges(case.counts, POOL * max(DRAFTS)), case.counts)
+    large = nodes_of(grow(case.counts, POOL * max(DRAFTS)), ChainCounts.of(case.counts))
+    papers = nodes_of(grow_by_edges(case.counts, POOL * max(DRAFTS)), ChainCounts.of(case.counts))
     prune = GeometricMeanDrafter
     steps |= {
         "geometric mean": drawn(lambda n: prune(large[: POOL * n], case.model, n)),

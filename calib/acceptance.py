@@ -10,8 +10,9 @@ all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from scipy.optimize import minimize
@@ -30,8 +31,7 @@ from spiffy.runtime.acceptance import (
     position_features,
     token_features,
 )
-from spiffy.runtime.draft import AcceptanceDrafter
-from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.draft import AcceptanceDrafter, Vocabulary
 from spiffy.schemas import AcceptanceModel, DecodingSettings
 
 FOLDS = 4
@@ -41,6 +41,9 @@ _DEPTH = 10
 _RIDGE = 1e-3
 _DECAY = 0.7  # deeper states count less: fewer walks get there
 _FEW = 200  # states below which a static graph is the safer choice
+
+
+Pairs = Counter[tuple[int, int]]  # neighbouring tokens and how often
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def can_fit(settings: DecodingSettings) -> bool:
 
 
 def fit_acceptance(
-    model: DiffusionLM, settings: DecodingSettings, traces: Sequence[Trace]
+    model: Vocabulary, settings: DecodingSettings, traces: Sequence[Trace]
 ) -> AcceptanceModel | None:
     """Fit to plain decodes; None if the policy has no such model or the data are too few."""
     if not can_fit(settings):
@@ -81,15 +84,18 @@ def fit_acceptance(
     # Only its `outlook` is used: it needs no coefficients.
     nothing = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), model.vocab_size)
     layout = AcceptanceDrafter(nothing, 0, model, settings)
-    examples = list(_examples(traces, layout))
-    states = sum(len(example.choice) for example in examples)
+    # Twice over the traces instead of holding all examples of hundreds of prompts.
+    states = sum(len(example.choice) for example in _examples(traces, layout))
     if states < _FEW:
         return None
-    examples = examples[:: -(-states // _MAX_STATES)]
-    pairs = [_pairs(trace, model.mask_token_id) for trace in traces]
+    stride = -(-states // _MAX_STATES)
+    examples = list(islice(_examples(traces, layout), 0, None, stride))
+    pairs: list[Pairs] = [Counter() for _ in range(FOLDS)]
+    for prompt, trace in enumerate(traces):
+        pairs[prompt % FOLDS].update(_pairs(trace, model.mask_token_id))
     folds = []
     for fold in range(FOLDS):
-        others = [p for k, p in enumerate(pairs) if k % FOLDS != fold] or pairs
+        others = pairs[:fold] + pairs[fold + 1 :] if len(traces) > 1 else pairs
         folds.append(replace(nothing, bigrams=_weights(others, model.vocab_size).bigrams))
 
     token = _fit_tokens(examples, folds)
@@ -110,7 +116,7 @@ def _rounded(coefficients: Floats) -> list[float]:
     return [float(f"{value:.6g}") for value in coefficients]
 
 
-def _examples(traces: Sequence[Trace], layout: AcceptanceDrafter) -> Iterator[_Example]:
+def _examples(traces: Iterable[Trace], layout: AcceptanceDrafter) -> Iterator[_Example]:
     for prompt, trace in enumerate(traces):
         ids = [cursor.ids.cpu().numpy() for cursor in trace.path]
         for step, root in enumerate(trace.roots):
@@ -133,7 +139,7 @@ def _examples(traces: Sequence[Trace], layout: AcceptanceDrafter) -> Iterator[_E
                 yield _Example(prompt, outlook, np.stack(choice)[keep], np.stack(following)[keep])
 
 
-def _pairs(trace: Trace, mask_token_id: int) -> Counter[tuple[int, int]]:
+def _pairs(trace: Trace, mask_token_id: int) -> Pairs:
     """Neighbouring tokens of the answer."""
     ids = trace.path[-1].ids.tolist()
     answer = (trace.path[0].ids == mask_token_id).nonzero()[:, 0].tolist()
@@ -141,15 +147,15 @@ def _pairs(trace: Trace, mask_token_id: int) -> Counter[tuple[int, int]]:
     return Counter((ids[k - 1], ids[k]) for k in shown)
 
 
-def _most_common(pairs: Sequence[Counter[tuple[int, int]]]) -> tuple[tuple[int, int, int], ...]:
-    total: Counter[tuple[int, int]] = Counter()
+def _most_common(pairs: Sequence[Pairs]) -> tuple[tuple[int, int, int], ...]:
+    total: Pairs = Counter()
     for counts in pairs:
         total.update(counts)
     ordered = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:MAX_PAIRS]
     return tuple((left, right, count) for (left, right), count in ordered)
 
 
-def _weights(pairs: Sequence[Counter[tuple[int, int]]], vocab: int) -> AcceptanceWeights:
+def _weights(pairs: Sequence[Pairs], vocab: int) -> AcceptanceWeights:
     return AcceptanceWeights.of({}, None, {}, _most_common(pairs), vocab)
 
 

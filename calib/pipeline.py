@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from spiffy.calib.acceptance import fit_acceptance
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.provenance import provenance
 from spiffy.calib.record import Recorder, Trace
 from spiffy.calib.replay import replay_drafter
-from spiffy.graphs import Chain, Fill, Prompt, count_chains, edges, grow, grow_paper, replay
+from spiffy.graphs import ChainCounts, Fill, Prompt, Replay, grow_counted, grow_paper, replay
 from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.decode import Task, run
-from spiffy.runtime.draft import AcceptanceDrafter
+from spiffy.runtime.draft import AcceptanceDrafter, Vocabulary
 from spiffy.runtime.generate import acceptance_weights, make_task
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import (
@@ -31,6 +31,7 @@ from spiffy.schemas import (
     SpiffyError,
 )
 from spiffy.schemas.errors import printable
+from spiffy.schemas.workdir import ModelFacts
 
 _MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # budgets
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
@@ -43,12 +44,12 @@ class Traces:
     Attributes
     ----------
     prompts
-        One trace per prompt that was decoded.
+        One trace per prompt that was decoded; of a work directory, read whenever asked for.
     nfe, positions_computed
         What recording cost.
     """
 
-    prompts: tuple[Trace, ...]
+    prompts: Sequence[Trace]
     nfe: int
     positions_computed: int
 
@@ -56,16 +57,57 @@ class Traces:
     def growing(self) -> Sequence[Trace]:
         """Prompts that the graph is grown on."""
         held_out = set(self._held_out_indices())
-        return [prompt for k, prompt in enumerate(self.prompts) if k not in held_out]
+        return _Some(self.prompts, [k for k in range(len(self.prompts)) if k not in held_out])
 
     @property
     def held_out(self) -> Sequence[Trace]:
         """Prompts that the graph is measured on; none if there is only one prompt."""
-        return [self.prompts[k] for k in self._held_out_indices()]
+        return _Some(self.prompts, self._held_out_indices())
 
     def _held_out_indices(self) -> Sequence[int]:
         every = min(HOLD_OUT_EVERY, len(self.prompts))
         return range(every - 1, len(self.prompts), every) if every > 1 else ()
+
+
+class _Some(Sequence[Trace]):
+    """Some of many traces, without holding any."""
+
+    def __init__(self, traces: Sequence[Trace], indices: Sequence[int]) -> None:
+        self.traces, self.indices = traces, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, k: Any) -> Any:
+        """One trace, or those of a slice."""
+        if isinstance(k, slice):
+            return _Some(self.traces, self.indices[k])
+        return self.traces[self.indices[k]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where prompts come from.
+
+    Attributes
+    ----------
+    sha256
+        Digest of all prompts.
+    prompts
+        How many were drawn.
+    digests
+        A short digest of each, as in `PromptSet`.
+    """
+
+    dataset: str
+    sha256: str
+    prompts: int
+    digests: tuple[str, ...]
+
+    @classmethod
+    def of(cls, prompts: PromptSet) -> Origin:
+        """What an artifact says of a set of prompts."""
+        return cls(prompts.dataset, prompts.sha256, len(prompts.texts), prompts.digests)
 
 
 def prepare(
@@ -97,21 +139,45 @@ def prepare(
     return tasks
 
 
+def groups(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
+    """Split tasks into runs of `batch_size`, each decoded by itself.
+
+    What shares a forward can change the last bits of what it computes. `run` would fill up its
+    batch as prompts finish, so one prompt's bits would depend on how long those before it took.
+    Fixed groups depend on nothing but the prompts and the batch size: recording can stop and go on,
+    or be dealt to several machines, group by group, and the bits stay. The price is a batch that
+    empties towards the end of every group (docs/calibration.md).
+    """
+    return [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
+
+
+def traces_of(model: DiffusionLM, group: Sequence[Task]) -> Iterator[tuple[Task, Trace]]:
+    """Decode one group of prepared tasks plainly; the traces as they finish.
+
+    Finished tasks keep their counts and let go of their states.
+    """
+    for finished in run(model, group, len(group)):
+        for task in finished:
+            trace = Trace.of(task)
+            task.path, task.drafter = [], None
+            yield task, trace
+
+
 def record(
     model: DiffusionLM,
     tasks: Sequence[Task],
     batch_size: int = 8,
     on_prompt: Callable[[int], None] = lambda done: None,
 ) -> Traces:
-    """Decode prepared tasks plainly, in batches, and collect their traces.
+    """Decode prepared tasks plainly, in groups, and keep their traces in memory.
 
-    `on_prompt` is called after every forward with the number of prompts that are done.
+    `on_prompt` is called after every prompt with the number of those that are done.
     """
     done: dict[int, Trace] = {}
-    for finished in run(model, tasks, batch_size):
-        for task in finished:
-            done[task.sequence] = Trace.of(task)
-        on_prompt(len(done))
+    for group in groups(tasks, batch_size):
+        for task, trace in traces_of(model, group):
+            done[task.sequence] = trace
+            on_prompt(len(done))
     return Traces(
         tuple(done[task.sequence] for task in tasks),
         nfe=sum(task.stats.nfe for task in tasks),
@@ -119,39 +185,67 @@ def record(
     )
 
 
-def steps_per_forward(prompts: Sequence[Prompt], fills: Sequence[Fill]) -> list[float]:
-    """Replayed denoising steps per forward at budgets 0, 1, ... len(fills)."""
-    return [
-        round(replay(prompts, set(fills[:budget])).steps_per_forward, 6)
-        for budget in range(len(fills) + 1)
-    ]
+def steps_per_forward(prompts: Iterable[Prompt], fills: Sequence[Fill]) -> list[float]:
+    """Replayed denoising steps per forward at budgets 0, 1, ... len(fills).
+
+    One prompt is looked at at a time.
+    """
+    graphs = [set(fills[:budget]) for budget in range(len(fills) + 1)]
+    found = [Replay(0, 0)] * len(graphs)
+    for prompt in prompts:
+        found = [
+            sofar + replay([prompt], graph) for sofar, graph in zip(found, graphs, strict=True)
+        ]
+    return [round(replayed.steps_per_forward, 6) for replayed in found]
 
 
-def chain_counts(traces: Traces) -> Counter[Chain]:
+def chain_counts(traces: Traces) -> ChainCounts:
     """Chains of all prompts that the graph is grown on."""
-    return count_chains(trace.chains for trace in traces.growing)
+    counts = ChainCounts()
+    for trace in traces.growing:
+        counts.add(trace.chains)
+    return counts
 
 
 def expected_steps(
-    model: DiffusionLM,
+    model: Vocabulary,
     settings: DecodingSettings,
-    traces: Sequence[Trace],
+    traces: Iterable[Trace],
     acceptance: AcceptanceModel,
     budget: int,
 ) -> tuple[ExpectedSteps, ...]:
     """Replayed denoising steps per forward of drafts chosen by an acceptance model."""
-    found = [ExpectedSteps(drafts=0, steps=1.0)]
-    for drafts in (*(b for b in _MEASURED if b < budget), budget):
-        weights = acceptance_weights(acceptance, model.vocab_size)
-        drafter = AcceptanceDrafter(weights, drafts, model, settings)
-        steps = replay_drafter(traces, drafter).steps_per_forward
-        found.append(ExpectedSteps(drafts=drafts, steps=round(steps, 6)))
-    return tuple(found)
+    weights = acceptance_weights(acceptance, model.vocab_size)
+    budgets = [*(drafts for drafts in _MEASURED if drafts < budget), budget]
+    drafters = [AcceptanceDrafter(weights, drafts, model, settings) for drafts in budgets]
+    found = [Replay(0, 0)] * len(drafters)
+    for trace in traces:  # one at a time: they may come from disk
+        found = [
+            sofar + replay_drafter([trace], drafter)
+            for sofar, drafter in zip(found, drafters, strict=True)
+        ]
+    points = [(0, 1.0), *zip(budgets, (r.steps_per_forward for r in found), strict=True)]
+    return tuple(ExpectedSteps(drafts=n, steps=round(steps, 6)) for n, steps in points)
 
 
-def grow_by(objective: Objective, counts: dict[Chain, int], budget: int) -> list[Fill]:
+def grow_by(objective: Objective, counts: ChainCounts, budget: int) -> list[Fill]:
     """Grow by our objective or by the paper's."""
-    return grow_paper(counts, budget) if objective == "paper" else grow(counts, budget)
+    if objective == "paper":
+        return grow_paper(counts.chains(), budget)
+    return grow_counted(counts, budget)
+
+
+def model_facts(model: DiffusionLM) -> ModelFacts:
+    """What an artifact is bound to, and what fitting has to know."""
+    return ModelFacts(
+        family=model.family.name,
+        id=_portable_id(model.name),
+        revision=model.revision,
+        fingerprint=model.fingerprint,
+        vocab_size=model.vocab_size,
+        mask_token_id=model.mask_token_id,
+        eos_token_ids=tuple(sorted(model.eos_token_ids)),
+    )
 
 
 def build_graph(
@@ -170,6 +264,24 @@ def build_graph(
     `switches` are the block edges that the traces were recorded with; `command` is the command line
     to put on record, if there is one.
     """
+    facts, origin = model_facts(model), Origin.of(prompts)
+    return build_from_facts(
+        facts, origin, settings, traces, budget, seed, objective, switches, command
+    )
+
+
+def build_from_facts(
+    model: ModelFacts,
+    origin: Origin,
+    settings: DecodingSettings,
+    traces: Traces,
+    budget: int,
+    seed: int = 0,
+    objective: Objective = "expected-steps",
+    switches: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+    command: Sequence[str] = (),
+) -> DraftGraph:
+    """Build the graph without the model: the traces say everything."""
     counts = chain_counts(traces)
     fills = grow_by(objective, counts, budget)
     measured = traces.held_out or traces.growing
@@ -181,8 +293,8 @@ def build_graph(
         acceptance = acceptance.model_copy(update={"expected_steps": steps})
     return DraftGraph(
         model=ModelRecord(
-            family=model.family.name,
-            id=_portable_id(model.name),
+            family=model.family,
+            id=model.id,
             revision=model.revision,
             fingerprint=model.fingerprint,
             vocab_size=model.vocab_size,
@@ -190,20 +302,20 @@ def build_graph(
         decoding=settings,
         exact=settings.exact,
         calibration=CalibrationRecord(
-            dataset=prompts.dataset,
-            dataset_sha256=prompts.sha256,
-            prompt_digests=prompts.digests,
+            dataset=origin.dataset,
+            dataset_sha256=origin.sha256,
+            prompt_digests=origin.digests,
             samples=len(traces.growing),
             held_out_samples=len(traces.held_out),
             roots=counts.total(),
             seed=seed,
             objective=objective,
             tool_version=version("spiffy-dllm"),
-            prompts=len(prompts.texts),
+            prompts=origin.prompts,
             edges=tuple(name for name, allowed in asdict(switches).items() if allowed),
         ),
         nodes=nodes_of(fills, counts),
-        expected_steps=tuple(steps_per_forward([trace.chains for trace in measured], fills)),
+        expected_steps=tuple(steps_per_forward((trace.chains for trace in measured), fills)),
         acceptance=acceptance,
         provenance=provenance(command),
     )
@@ -214,13 +326,12 @@ def _portable_id(name: str) -> str:
     return printable(Path(name).resolve().name) if Path(name).is_dir() else name
 
 
-def nodes_of(fills: Sequence[Fill], counts: dict[Chain, int]) -> tuple[Node, ...]:
+def nodes_of(fills: Sequence[Fill], counts: ChainCounts) -> tuple[Node, ...]:
     """Artifact nodes: every fill with the observed parents that stand before it in the list."""
-    before = edges(counts)
-    numbers: dict[Fill, int] = {(): 0}
-    nodes = []
-    for fill in fills:
-        parents = sorted(numbers[parent] for parent in before[fill] if parent in numbers)
-        nodes.append(Node(fill=fill, parents=tuple(parents), count=before[fill].total()))
-        numbers[fill] = len(numbers)
-    return tuple(nodes)
+    passed, before = counts.passages(fills)
+    return tuple(
+        Node(fill=fill, parents=tuple(p for p in parents if p < number), count=count)
+        for number, (fill, parents, count) in enumerate(
+            zip(fills, before, passed, strict=True), start=1
+        )
+    )

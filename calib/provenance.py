@@ -12,6 +12,7 @@ from spiffy.schemas import Provenance
 from spiffy.schemas.errors import printable
 
 _PACKAGES = ("spiffy-dllm", "torch", "transformers")
+_PLACES = ("--out", "--report", "--workdir")
 _LONGEST = 1000  # characters of one argument
 
 
@@ -24,13 +25,13 @@ def provenance(command: Sequence[str] = ()) -> Provenance:
 def portable(command: Sequence[str]) -> list[str]:
     """A command line as far as it decides the artifact.
 
-    Where the output goes does not, and where files lie on this machine is nobody else's business.
+    Where it is written does not, and where files lie on this machine is nobody else's business.
     """
     kept: list[str] = []
     arguments = iter(command)
     for argument in arguments:
         option, given, value = argument.partition("=")
-        if option == "--out":
+        if option in _PLACES:
             if not given:
                 next(arguments, None)
             continue

@@ -14,6 +14,7 @@ from spiffy.runtime.acceptance import TOKEN_RANKS
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task
 from spiffy.runtime.draft import Candidates
+from spiffy.schemas.graph import MAX_RANK
 
 # Deeper futures are never worth a draft (docs/calibration.md).
 MAX_DEPTH = 12
@@ -101,7 +102,7 @@ def _fill(
         if old == new:
             continue
         rank = ranks.get(position)
-        if rank is None or new not in tokens[rank]:
+        if rank is None or rank > MAX_RANK or new not in tokens[rank]:
             return None
         pairs.append((rank, tokens[rank].index(new)))
     return tuple(sorted(pairs))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -30,10 +32,25 @@ from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
+    from spiffy.calib.ranks import Ranks
+    from spiffy.calib.workdir import WorkDir
     from spiffy.runtime.decode import Task
+    from spiffy.runtime.models.base import DiffusionLM
     from spiffy.schemas import CostProfile, DraftGraph, Objective
+    from spiffy.schemas.workdir import Manifest
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+merge_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+BudgetOption = Annotated[int, typer.Option(help="Drafts per forward that the graph may hold.")]
+ObjectiveOption = Annotated[
+    Literal["expected-steps", "paper"],
+    typer.Option(
+        help="expected-steps (steps that drafts save), or paper (degree-1 accumulation, in the "
+        "reading that did best)."
+    ),
+]
+INTERRUPTED = 130
 
 _SHOWN_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -55,7 +72,7 @@ def calibrate(
     model: Annotated[
         str, typer.Option(help="Alias (tiny-llada, llada-8b, ...), hub id, or checkpoint folder.")
     ],
-    budget: Annotated[int, typer.Option(help="Drafts per forward that the graph may hold.")] = 32,
+    budget: BudgetOption = 32,
     dataset: Annotated[
         str,
         typer.Option(
@@ -89,18 +106,29 @@ def calibrate(
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 decodes greedily (default).")] = None,
     seed: Annotated[int, typer.Option(help="Draws the prompts, and the noise if any.")] = 0,
-    objective: Annotated[
-        Literal["expected-steps", "paper"],
-        typer.Option(
-            help="expected-steps (steps that drafts save), or paper (degree-1 accumulation, in the "
-            "reading that did best)."
-        ),
-    ] = "expected-steps",
+    objective: ObjectiveOption = "expected-steps",
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
     edges: EdgesOption = "all",
     skip_bad: SkipBadOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="auto, balanced, ...: spread a model over devices (needs accelerate)."),
+    ] = None,
+    workdir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is recorded here: after an interruption the same command goes on."
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="I/N: record only this share of the prompts (0/4 to 3/4), for "
+            "'spiffy-calibrate merge'. Needs --workdir."
+        ),
+    ] = None,
     profile: Annotated[
         bool,
         typer.Option(
@@ -136,6 +164,9 @@ def calibrate(
     that would have saved most forwards, and measures it on held-out prompts.
 
     Example: spiffy-calibrate --model tiny-llada --budget 32 --out llada.json
+
+    Work directories (--workdir) recorded apart are joined by spiffy-calibrate merge (see its
+    --help).
     """
     if not 1 <= budget <= MAX_NODES:
         raise SpiffyError(f"--budget {budget}: must be between 1 and {MAX_NODES} drafts")
@@ -143,63 +174,211 @@ def calibrate(
         raise SpiffyError(f"--batch-size {batch_size}: must be at least 1")
     if abs(seed) >= 1 << 53:
         raise SpiffyError(f"--seed {seed}: must be between -2^53 and 2^53")
+    share = _share(shard)
     path = out or _default_path(model)
     check_writable(path)
     if report is not None:
         _check_report(report, path)
+    from spiffy.calib.ranks import Ranks
 
-    with log.status("loading"):
-        from spiffy.calib.prompts import load_prompts
+    ranks = Ranks.from_environment()
+    if workdir is None and (ranks.world > 1 or share != (0, 1)):
+        raise SpiffyError("several ranks or --shard: give --workdir, which they share")
 
-        prompts = load_prompts(
-            dataset, samples, seed, skip_bad=skip_bad
-        )  # cheap to refuse, before torch is imported
+    with _resumable(workdir, ranks):
+        with log.status("loading"):
+            from spiffy.calib.prompts import load_prompts
 
-        from spiffy.calib.pipeline import build_graph, prepare, record
-        from spiffy.runtime import decoding_settings, load_model
-        from spiffy.runtime.generate import auto_profile
+            # Cheap to refuse, before torch is imported.
+            prompts = load_prompts(dataset, samples, seed, skip_bad=skip_bad)
 
-        switches = block_edges(edges)
-        lm = load_model(model, device=device, dtype=dtype)
-        settings = decoding_settings(
-            lm,
-            policy=policy,
-            tokens_per_step=tokens_per_step,
-            threshold=threshold,
-            block_length=block_length,
-            gen_length=gen_length,
-            cache=cache,
-            temperature=temperature,
+            from spiffy.calib.pipeline import build_graph, prepare, record
+            from spiffy.calib.workdir import manifest_of
+            from spiffy.runtime import decoding_settings, load_model
+            from spiffy.runtime.generate import auto_profile
+
+            switches = block_edges(edges)
+            lm = load_model(model, device=ranks.device(device), dtype=dtype, device_map=device_map)
+            settings = decoding_settings(
+                lm,
+                policy=policy,
+                tokens_per_step=tokens_per_step,
+                threshold=threshold,
+                block_length=block_length,
+                gen_length=gen_length,
+                cache=cache,
+                temperature=temperature,
+            )
+            tasks = prepare(lm, prompts, settings, seed, switches)
+        note_skipped(prompts.skipped, dataset)
+        if len(tasks) < len(prompts.texts):
+            log.print(
+                f"{len(prompts.texts) - len(tasks)} of {len(prompts.texts)} prompts cannot be "
+                f"decoded and are left out: most likely too long for {settings.gen_length} more "
+                "positions"
+            )
+        if workdir is None:
+            with progress_bar() as bar:
+                line = bar.add_task("decoding prompts", total=len(tasks))
+                traces = record(
+                    lm, tasks, batch_size, lambda done: bar.update(line, completed=done)
+                )
+        else:
+            manifest = manifest_of(lm, prompts, settings, len(tasks), batch_size, seed, switches)
+            kept = _record_in_workdir(workdir, manifest, lm, tasks, ranks, share)
+            if kept is None:
+                return
+            traces = kept
+        command = ("spiffy-calibrate", *sys.argv[1:])
+        graph = build_graph(
+            lm, prompts, settings, traces, budget, seed, objective, switches, command
         )
-        tasks = prepare(lm, prompts, settings, seed, switches)
-    note_skipped(prompts.skipped, dataset)
-    if len(tasks) < len(prompts.texts):
-        log.print(
-            f"{len(prompts.texts) - len(tasks)} of {len(prompts.texts)} prompts cannot be decoded "
-            f"and are left out: most likely too long for {settings.gen_length} more positions"
-        )
-    with progress_bar() as bar:
-        line = bar.add_task("decoding prompts", total=len(tasks))
-        traces = record(lm, tasks, batch_size, lambda done: bar.update(line, completed=done))
-    command = ("spiffy-calibrate", *sys.argv[1:])
-    graph = build_graph(lm, prompts, settings, traces, budget, seed, objective, switches, command)
-    with log.status("timing forwards"):
-        tasks.sort(key=lambda task: len(task.prompt))
-        task = replace(tasks[len(tasks) // 2], drafter=None, path=[])
-        measured = auto_profile(task, graph) if graph.nodes else None
-    if profile and measured is not None:
-        graph = graph.model_copy(update={"cost_profiles": (measured,)})
-    graph.save(path)
-    _summarise(graph, traces)
-    if measured is not None:
-        _predict(graph, measured, task)
-    log.print(f"wrote {path}", soft_wrap=True)
-    if report is not None:
-        from spiffy.bench.report import write_calibration_report
+        with log.status("timing forwards"):
+            tasks.sort(key=lambda task: len(task.prompt))
+            task = replace(tasks[len(tasks) // 2], drafter=None, path=[])
+            measured = auto_profile(task, graph) if graph.nodes else None
+        if profile and measured is not None:
+            graph = graph.model_copy(update={"cost_profiles": (measured,)})
+        graph.save(path)
+        _summarise(graph, traces)
+        if measured is not None:
+            _predict(graph, measured, task)
+        log.print(f"wrote {path}", soft_wrap=True)
+        if report is not None:
+            _write_report(graph, measured, report)
 
-        shown = {} if measured is None else {"cost_profiles": (measured,)}
-        write_calibration_report(graph.model_copy(update=shown), report)
-        log.print(f"wrote {report}", soft_wrap=True)
+
+@contextmanager
+def _resumable(workdir: Path | None, ranks: Ranks) -> Iterator[None]:
+    """Let only rank 0 talk, name the rank of an error, and say how to go on after Ctrl-C."""
+    log.quiet = console.quiet = ranks.rank > 0
+    try:
+        yield
+    except KeyboardInterrupt:
+        if workdir is None:
+            raise
+        log.print(f"interrupted: the same command goes on from {workdir}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except SpiffyError as error:
+        named = ranks.world == 1 or str(error).startswith("rank ")
+        raise error if named else SpiffyError(f"rank {ranks.rank}: {error}") from None
+    finally:
+        log.quiet = console.quiet = False
+
+
+def _share(shard: str | None) -> tuple[int, int]:
+    """Which of how many shards; (0, 1) is everything."""
+    if shard is None:
+        return 0, 1
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise SpiffyError(f"--shard {shard}: must be I/N with I from 0 to N - 1, such as 0/4")
+    return int(number), int(count)
+
+
+def _record_in_workdir(
+    workdir: Path,
+    manifest: Manifest,
+    model: DiffusionLM,
+    tasks: Sequence[Task],
+    ranks: Ranks,
+    share: tuple[int, int],
+) -> Traces | None:
+    """Record this rank's share of the shard; the traces, for the rank that has all of them."""
+    from spiffy.calib.workdir import WorkDir
+
+    ranks.join()
+    try:
+        if ranks.rank > 0:
+            ranks.wait()  # rank 0 makes the directory
+        with WorkDir(workdir, manifest, ranks.rank) as work:
+            if ranks.rank == 0:
+                ranks.wait()
+            ranks.wait()  # nobody appends before all have seen what is there
+            _record_into(work, model, tasks, ranks, share)
+            ranks.wait()
+        if ranks.rank > 0:
+            return None
+        if share != (0, 1):
+            number, count = share
+            log.print(
+                f"recorded shard {number}/{count} in {workdir}; join with spiffy-calibrate merge",
+                soft_wrap=True,
+            )
+            return None
+        return work.traces()
+    finally:
+        ranks.leave()
+
+
+def _record_into(
+    work: WorkDir, model: DiffusionLM, tasks: Sequence[Task], ranks: Ranks, share: tuple[int, int]
+) -> None:
+    """Record what is missing of this shard and this rank, until done or interrupted."""
+    from spiffy.calib.pipeline import groups
+    from spiffy.calib.workdir import until_interrupted
+
+    for note in work.notes:
+        log.print(note, soft_wrap=True)
+    number, count = share
+    ours = groups(tasks, work.manifest.batch_size)[number::count]
+    numbers = {task.sequence for group in ours for task in group}
+    todo = [group for group in work.missing(tasks) if group[0].sequence in numbers]
+    left = sum(len(group) for group in todo)
+    if left < len(numbers):
+        log.print(f"{len(numbers) - left} of {len(numbers)} prompts are recorded already")
+    mine = todo[ranks.rank :: ranks.world]
+    of = f" (rank {ranks.rank} of {ranks.world})" if ranks.world > 1 else ""
+    with progress_bar() as bar, until_interrupted(log.print) as stopped:
+        line = bar.add_task(f"decoding prompts{of}", total=sum(map(len, mine)))
+        work.record(model, mine, lambda done: bar.update(line, completed=done), stopped)
+        if stopped():
+            raise KeyboardInterrupt
+
+
+@merge_app.command()
+def merge(
+    workdirs: Annotated[
+        list[Path], typer.Argument(help="Work directories of the same model and settings.")
+    ],
+    out: Annotated[Path, typer.Option(help="Artifact to write.")],
+    budget: BudgetOption = 32,
+    objective: ObjectiveOption = "expected-steps",
+) -> None:
+    """Join work directories that were recorded apart, and grow one graph from all of them.
+
+    Needs no model. Shards of one data set give what a single run would have given; of different
+    prompts the order does not matter, and each is taken once.
+
+    Example: spiffy-calibrate merge shard-0 shard-1 --out llada.json
+    """
+    if not 1 <= budget <= MAX_NODES:
+        raise SpiffyError(f"--budget {budget}: must be between 1 and {MAX_NODES} drafts")
+    check_writable(out)
+    with log.status("joining"):
+        from spiffy.calib.pipeline import build_from_facts
+        from spiffy.calib.workdir import join
+        from spiffy.runtime.cache import BlockEdges
+
+        joined = join(workdirs)
+        manifest = joined.manifest
+        graph = build_from_facts(
+            manifest.model,
+            joined.origin,
+            manifest.decoding,
+            joined.traces,
+            budget,
+            manifest.seed,
+            objective,
+            BlockEdges(**manifest.edges),
+            # Without the directories: how the prompts were split decides nothing.
+            ("spiffy-calibrate", "merge", "--budget", str(budget), "--objective", objective),
+        )
+    if joined.repeated:
+        log.print(f"{joined.repeated} prompts were there more than once and are counted once")
+    graph.save(out)
+    _summarise(graph, joined.traces)
+    log.print(f"wrote {out}", soft_wrap=True)
 
 
 def _check_report(report: Path, artifact: Path) -> None:
@@ -210,6 +389,14 @@ def _check_report(report: Path, artifact: Path) -> None:
     check_writable(report)
     if report.resolve() == artifact.resolve():
         raise SpiffyError(f"--report {report}: would replace the artifact, give another name")
+
+
+def _write_report(graph: DraftGraph, measured: CostProfile | None, report: Path) -> None:
+    from spiffy.bench.report import write_calibration_report
+
+    shown = {} if measured is None else {"cost_profiles": (measured,)}
+    write_calibration_report(graph.model_copy(update=shown), report)
+    log.print(f"wrote {report}", soft_wrap=True)
 
 
 def _default_path(model: str) -> Path:
@@ -226,7 +413,7 @@ def _summarise(graph: DraftGraph, traces: Traces) -> None:
     counts = chain_counts(traces)
     measured = traces.held_out or traces.growing
     other = steps_per_forward(
-        [trace.chains for trace in measured], grow_by(rival, counts, graph.budget)
+        (trace.chains for trace in measured), grow_by(rival, counts, graph.budget)
     )
     on = "held-out prompts" if traces.held_out else "prompt that the graph also grew on"
     table = Table(
@@ -292,8 +479,14 @@ def _predict(graph: DraftGraph, measured: CostProfile, task: Task) -> None:
 
 
 def main() -> None:
-    """Entry point of `spiffy-calibrate`."""
-    run_app(app)
+    """Entry point of `spiffy-calibrate` and `spiffy-calibrate merge`.
+
+    Not a group of commands: `spiffy-calibrate --model ...` has to stay as it is.
+    """
+    if sys.argv[1:2] == ["merge"]:
+        run_app(lambda: merge_app(sys.argv[2:], prog_name="spiffy-calibrate merge"))
+    else:
+        run_app(app)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from spiffy.graphs.baselines import (
     grow_paper,
 )
 from spiffy.graphs.chains import Chain, Fill, Prompt, count_chains, edges
+from spiffy.graphs.counts import ChainCounts, grow_counted, pack, unpack
 from spiffy.graphs.grow import grow, grow_on_replay
 from spiffy.graphs.replay import Replay, replay
 
 __all__ = [
     "Chain",
+    "ChainCounts",
     "Fill",
     "Prompt",
     "Replay",
@@ -31,7 +33,10 @@ __all__ = [
     "grow_by_count",
     "grow_by_edges",
     "grow_by_nodes_and_edges",
+    "grow_counted",
     "grow_on_replay",
     "grow_paper",
+    "pack",
     "replay",
+    "unpack",
 ]

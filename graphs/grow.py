@@ -21,6 +21,7 @@ class Trie:
     """
 
     def __init__(self, chains: Mapping[Chain, int]) -> None:
+        self.margin = sum(chains.values()) * max(map(len, chains), default=0)  # see _grow
         self.fill: list[Fill] = [()]
         self.weight: list[int] = [0]
         self.parent: list[int] = [-1]
@@ -95,6 +96,17 @@ def grow(chains: Mapping[Chain, int], budget: int, passes: int = 4) -> list[Fill
     and regrow as long as that improves the whole. Nodes come in growth order, so every prefix is
     connected to the root and is itself a good graph.
     """
+    return grow_with_margin(chains, budget, passes)[0]
+
+
+def grow_with_margin(
+    chains: Mapping[Chain, int], budget: int, passes: int = 4
+) -> tuple[list[Fill], int]:
+    """The fills that `grow` chooses, and the smallest gain for which it chose any.
+
+    Fills that could never gain as much might as well not have been there; 0 if growth ran out of
+    fills before the budget.
+    """
     trie = Trie(chains)
     best = _grow(trie, (), budget, None)
     for _ in range(passes):
@@ -103,13 +115,16 @@ def grow(chains: Mapping[Chain, int], budget: int, passes: int = 4) -> list[Fill
             break
         best = improved
     order = _grow(trie, (), budget, set(best))  # leaves out what a swap has cut off
-    return _grow(trie, order, budget, None)
+    return _grow(trie, order, budget, None), trie.margin
 
 
 def _grow(
     trie: Trie, kept: Collection[Fill], budget: int, allowed: Collection[Fill] | None
 ) -> list[Fill]:
-    """Greedy growth from the `kept` fills; only with `allowed` fills, if given."""
+    """Greedy growth from the `kept` fills; only with `allowed` fills, if given.
+
+    `trie.margin` keeps the smallest gain that decided while all fills were allowed.
+    """
     trie.start()
     order: list[Fill] = []
     for fill in kept:
@@ -121,9 +136,13 @@ def _grow(
             for fill, gain in trie.gains.items()
             if gain > 0 and (allowed is None or fill in allowed)
         ]
-        if not choices:
+        gain, fill = min(
+            choices, default=(0, ()), key=lambda choice: (-choice[0], len(choice[1]), choice[1])
+        )
+        if allowed is None:
+            trie.margin = min(trie.margin, gain)
+        if not gain:
             break
-        _, fill = min(choices, key=lambda choice: (-choice[0], len(choice[1]), choice[1]))
         trie.add(fill)
         order.append(fill)
     return order

@@ -20,6 +20,12 @@ class Replay:
     forwards: int
     drafts: int = 0
 
+    def __add__(self, other: Replay) -> Replay:
+        """Counts over the prompts of both."""
+        return Replay(
+            self.steps + other.steps, self.forwards + other.forwards, self.drafts + other.drafts
+        )
+
     @property
     def steps_per_forward(self) -> float:
         """Mean denoising steps that one forward was worth; 1 without drafts."""

@@ -6,7 +6,7 @@ its best-scored position among those the root still masks; token rank 0 is its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -189,6 +189,25 @@ class GeometricMeanDrafter(GraphDrafter):
         return self._states(root, candidates, active[best])
 
 
+class Vocabulary(Protocol):
+    """What choosing drafts by an acceptance model has to know of a model."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """Token id of the mask."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> Collection[int]:
+        """Token ids that end an answer."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits per position."""
+        ...
+
+
 class AcceptanceDrafter:
     """Drafts the states that an acceptance model finds most probable at the root at hand.
 
@@ -209,7 +228,7 @@ class AcceptanceDrafter:
         self,
         weights: AcceptanceWeights,
         budget: int,
-        model: DiffusionLM,
+        model: Vocabulary,
         settings: DecodingSettings,
         pays: Callable[[Floats], int] = len,
     ) -> None:

@@ -131,11 +131,12 @@ def test_names_cannot_carry_escape_sequences_or_lines(tmp_path: Path) -> None:
 
 
 def test_digests_of_the_format_before_are_still_checked(tmp_path: Path) -> None:
-    """1.1 knew neither edges nor prompts; its digests do not cover them."""
+    """1.1 did not know edges and prompts; its digests do not cover them."""
     graph = fuzz.base_graph()
-    record = graph.calibration.model_copy(update={"edges": None, "prompts": None})
+    later = ("edges", "prompts", "prompt_digests")
+    record = graph.calibration.model_copy(update=dict.fromkeys(later))
     old = json.loads(graph.model_copy(update={"calibration": record}).to_json())
-    for field in ("edges", "prompts"):
+    for field in later:
         del old["calibration"][field]
     del old["provenance"]
     old["version"] = "1.1"

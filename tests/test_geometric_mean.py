@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spiffy.calib.pipeline import nodes_of
 from spiffy.calib.record import Recorder, Trace
-from spiffy.graphs import count_chains, grow
+from spiffy.graphs import ChainCounts, count_chains, grow
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.draft import Candidates, GeometricMeanDrafter, GraphDrafter
 from spiffy.schemas import DecodingSettings, Node
@@ -153,7 +153,7 @@ def test_decoding_with_it_changes_no_token(
     prompt = random_prompt(model, 7)
     plain = decode(model, prompt, settings, Recorder())
     counts = count_chains([Trace.of(plain).chains])
-    nodes = nodes_of(grow(counts, 32), counts)
+    nodes = nodes_of(grow(counts, 32), ChainCounts.of(counts))
     assert any(node.parents != (0,) for node in nodes)
     drafter = Counting(nodes, model, 8, children)  # type: ignore[arg-type]
     ours = decode(model, prompt, settings, drafter)

@@ -7,7 +7,7 @@ and in float32 that could flip a near-tie of two scores, which is no fault of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import accumulate, product
 from typing import Any
@@ -371,8 +371,8 @@ def test_batched_decoding_equals_one_by_one(layout: str, temperature: float) -> 
     assert len(finished) == len(batched)
     for one, other in zip(alone, batched, strict=True):
         assert states(one) == states(other)
-        one.stats.seconds = other.stats.seconds = 0.0
-        assert one.stats == other.stats
+        for name, count in asdict(one.stats).items():
+            assert name.endswith("seconds") or count == getattr(other.stats, name), name
 
 
 def test_temperature_draws_differ_by_seed_and_by_sequence() -> None:

@@ -1,0 +1,331 @@
+"""Work directories: calibration that goes on where it was stopped, and shards that are joined.
+
+A directory holds `manifest.json` and a trace file for every process that ever recorded into it. A
+prompt counts as recorded as soon as any of the files holds its trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from spiffy.calib.pipeline import Origin, Traces, groups, model_facts, traces_of
+from spiffy.calib.prompts import DATASETS, PromptSet
+from spiffy.calib.store import About, Place, Stored, TraceFile, encode, scan, tokens_digest
+from spiffy.runtime.cache import BlockEdges
+from spiffy.runtime.decode import Task
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas.decoding import first_problem
+from spiffy.schemas.io import canonical_json, read_json, write_atomically
+from spiffy.schemas.workdir import Manifest
+
+_MANIFEST = "manifest.json"
+_FILES = "traces-*.bin"
+_SAMPLED = 64  # values of each parameter that the digest of the weights looks at
+
+
+def manifest_of(
+    model: DiffusionLM,
+    prompts: PromptSet,
+    settings: DecodingSettings,
+    tasks: int,
+    batch_size: int,
+    seed: int = 0,
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+) -> Manifest:
+    """What a run records with; `tasks` prompts of the set can be decoded."""
+    return Manifest(
+        model=model_facts(model),
+        weights=_weights_digest(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        decoding=settings,
+        edges=asdict(edges),
+        seed=seed,
+        batch_size=batch_size,
+        dataset=prompts.dataset,
+        dataset_sha256=prompts.sha256,
+        prompts=tasks,
+        drawn=len(prompts.texts),
+        prompt_digests=prompts.digests,
+    )
+
+
+def _weights_digest(model: DiffusionLM) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.module.named_parameters()):
+        if weight.is_meta:  # offloaded by a device map
+            continue
+        values = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)][:_SAMPLED]
+        digest.update(name.encode() + values.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class WorkDir:
+    """A work directory that this process records into.
+
+    Parameters
+    ----------
+    manifest
+        What is recorded; only rank 0 writes it, into a new directory.
+    rank
+        Of several processes that share the directory, each has its own file.
+
+    Attributes
+    ----------
+    notes
+        What is worth telling: dropped and damaged records.
+
+    Raises
+    ------
+    SpiffyError
+        If another process records there, it was made with other settings, or is not writable.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, rank: int = 0) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.notes: list[str] = []
+        if rank == 0:
+            _make(folder)
+        self._file = TraceFile(folder / f"traces-{rank:04}.bin")
+        try:
+            if rank == 0 and not (folder / _MANIFEST).exists():
+                text = canonical_json(manifest.model_dump(mode="json"))
+                write_atomically(folder / _MANIFEST, text + "\n")
+            _check_same(folder, read_manifest(folder), manifest)
+            if self._file.dropped:
+                self.notes.append(
+                    f"{self._file.path}: dropped an unfinished record at the end "
+                    f"({self._file.dropped} bytes)"
+                )
+            if self._file.damaged:
+                self.notes.append(f"{self._file.path}: damaged records are recorded again")
+            self.places = recorded(folder, manifest)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> WorkDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def missing(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
+        """Groups of tasks of which not all are recorded yet."""
+        known = self.places.keys()
+        whole = groups(tasks, self.manifest.batch_size)
+        return [group for group in whole if any(t.sequence not in known for t in group)]
+
+    def record(
+        self,
+        model: DiffusionLM,
+        todo: Iterable[Sequence[Task]],
+        on_prompt: Callable[[int], None] = lambda done: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Decode groups of prompts and append their traces, until all are or `stopped` says so.
+
+        `on_prompt` is called with the number of prompts recorded so far in this call.
+
+        Raises
+        ------
+        SpiffyError
+            If the disk is full.
+        """
+        done = 0
+        for group in todo:
+            for task, trace in traces_of(model, group):
+                done += 1
+                if task.sequence not in self.places:  # of a group that a crash left unfinished
+                    about = About(
+                        task.sequence,
+                        tokens_digest(task.prompt),
+                        task.stats.nfe,
+                        task.stats.positions_computed,
+                        self.manifest.digest(),
+                    )
+                    self._file.append(encode(trace, about))
+                on_prompt(done)
+            self._file.sync()
+            if stopped():
+                return
+
+    def traces(self) -> Traces:
+        """All traces, in the order of the prompts; read when they are needed.
+
+        Raises
+        ------
+        SpiffyError
+            If some prompts are not recorded.
+        """
+        self.places = recorded(self.folder, self.manifest)
+        _check_complete([self.folder], self.places, self.manifest.prompts)
+        return _traces([self.places[k] for k in range(self.manifest.prompts)])
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [file.name for file in folder.iterdir() if not file.name.startswith(".")]
+    except OSError as error:
+        raise SpiffyError(f"{folder}: cannot be a work directory ({error.strerror})") from None
+    if others and _MANIFEST not in others and others != ["traces-0000.bin"]:
+        raise SpiffyError(f"{folder}: not empty and no work directory: give a new one as --workdir")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what a work directory was made with.
+
+    Raises
+    ------
+    SpiffyError
+        If it is none, or was made by another version.
+    """
+    if not (folder / _MANIFEST).is_file():
+        raise SpiffyError(f"{folder}: not a work directory (it has no {_MANIFEST})")
+    content = read_json(folder / _MANIFEST)
+    try:
+        return Manifest.model_validate_json(canonical_json(content))
+    except ValidationError as error:
+        raise SpiffyError(f"{folder / _MANIFEST}: {first_problem(error)}") from None
+
+
+def _check_same(
+    folder: Path, theirs: Manifest, ours: Manifest, free: frozenset[str] = frozenset()
+) -> None:
+    if difference := theirs.difference(ours, free):
+        raise SpiffyError(
+            f"{folder}: recorded with {difference}: use the same settings, or another directory"
+        )
+
+
+def recorded(folder: Path, manifest: Manifest) -> dict[int, Place]:
+    """Where the trace of every recorded prompt lies.
+
+    Raises
+    ------
+    SpiffyError
+        If a file cannot be read, or was recorded with other settings.
+    """
+    places: dict[int, Place] = {}
+    run = manifest.digest()
+    for path in sorted(folder.glob(_FILES)):
+        for place in scan(path).places:
+            if place.about.run != run:
+                raise SpiffyError(f"{path}: recorded with other settings than {folder}: remove it")
+            places.setdefault(place.about.prompt, place)
+    return places
+
+
+def _check_complete(folders: Sequence[Path], places: dict[int, Place], prompts: int) -> None:
+    missing = [k for k in range(prompts) if k not in places]
+    if missing:
+        names = ", ".join(map(str, folders))
+        raise SpiffyError(
+            f"{names}: {len(missing)} of {prompts} prompts are not recorded (the first is number "
+            f"{missing[0]}): finish recording, or name all shards"
+        )
+
+
+def _traces(places: Sequence[Place]) -> Traces:
+    return Traces(
+        Stored(places),
+        nfe=sum(place.about.nfe for place in places),
+        positions_computed=sum(place.about.positions_computed for place in places),
+    )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several work directories as one.
+
+    Attributes
+    ----------
+    manifest
+        Of one of them: model and settings are the same in all.
+    repeated
+        Traces left out because the same prompt is there already.
+    """
+
+    manifest: Manifest
+    origin: Origin
+    traces: Traces
+    repeated: int
+
+
+_DATA = frozenset({"dataset", "dataset_sha256", "prompts", "drawn", "prompt_digests"})
+_MAY_DIFFER = _DATA | {"batch_size"}
+
+
+def join(folders: Sequence[Path]) -> Joined:
+    """Join work directories made with the same model and settings.
+
+    Shards of one set of prompts are put back into its order, so the result is that of one run. Of
+    different sets every prompt is taken once and their order is that of the prompts' digests: which
+    prompt was in which directory changes nothing.
+
+    Raises
+    ------
+    SpiffyError
+        If settings differ, or a shard is missing.
+    """
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    sets: defaultdict[str, list[Path]] = defaultdict(list)
+    for folder, manifest in manifests.items():
+        first = manifests[folders[0]]
+        _check_same(folder, manifest, first, _MAY_DIFFER)
+        sets[manifest.dataset_sha256].append(folder)
+    found: list[Place] = []
+    repeated = 0
+    for same in sets.values():
+        places: dict[int, Place] = {}
+        for folder in sorted(same, key=lambda folder: manifests[folder].digest()):
+            ours = recorded(folder, manifests[folder])
+            repeated += len(ours.keys() & places.keys())
+            places = ours | places
+        prompts = manifests[same[0]].prompts
+        _check_complete(same, places, prompts)
+        found += [places[k] for k in range(prompts)]
+    names = {manifest.dataset for manifest in manifests.values()}
+    manifest = manifests[folders[0]]
+    if len(sets) == 1:
+        origin = Origin(min(names), min(sets), manifest.drawn, manifest.prompt_digests)
+        return Joined(manifest, origin, _traces(found), repeated)
+    once: dict[str, Place] = {}
+    for place in sorted(found, key=lambda place: (place.about.tokens, place.about.run)):
+        once.setdefault(place.about.tokens, place)
+    # Files have any names; which they are must not decide anything.
+    name = "+".join(sorted({name if name in DATASETS else "jsonl" for name in names}))
+    digest = hashlib.sha256(canonical_json(list(once)).encode()).hexdigest()
+    traces = _traces(list(once.values()))
+    texts = {text for manifest in manifests.values() for text in manifest.prompt_digests}
+    origin = Origin(name, digest, len(texts), tuple(sorted(texts)))
+    return Joined(manifest, origin, traces, repeated + len(found) - len(once))
+
+
+@contextmanager
+def until_interrupted(tell: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a request to stop; a second one interrupts at once."""
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        tell("finishing the prompts in hand; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

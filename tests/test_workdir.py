@@ -1,0 +1,518 @@
+"""Work directories: nothing lost, nothing half-written read, the same bytes however it went."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import decode, parity_model, random_prompt
+
+from spiffy.calib import store
+from spiffy.calib.pipeline import groups, prepare, record
+from spiffy.calib.prompts import PromptSet
+from spiffy.calib.record import Recorder, Trace
+from spiffy.calib.store import About, Stored, TraceFile, scan
+from spiffy.calib.workdir import WorkDir, join, manifest_of
+from spiffy.cli import calibrate
+from spiffy.runtime import decoding_settings
+from spiffy.runtime.canvas import Cursor
+from spiffy.schemas import SpiffyError
+from spiffy.schemas.workdir import Manifest
+
+SETTINGS = ("--model", "tiny-sdar", "--gen-length", "16", "--budget", "4", "--device", "cpu")
+ABOUT = About(0, "", 7, 9, "run")
+Calibrate = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_predict", lambda *_: None)  # its tables are not asked for here
+    module = sys.modules["spiffy.runtime.generate"]
+    monkeypatch.setattr(module, "auto_profile", lambda *_: None)  # nor are times
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Calibrate:
+    """Run `spiffy-calibrate` in this process."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["spiffy-calibrate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            calibrate.main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+def prompts_file(path: Path, numbers: range | list[int]) -> Path:
+    lines = [f"Tom has {k} apples. He buys {k + 1} more. How many now?" for k in numbers]
+    path.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def traces() -> list[Trace]:
+    """Traces without a cache (many candidates), with SDAR's, and with threshold unmasking."""
+    found = []
+    for name, cache, policy in (
+        ("llada-a", "none", "static"),
+        ("sdar-a", "block", "static"),
+        ("dream-a", "dual", "threshold"),
+    ):
+        model = parity_model(name)
+        settings = decoding_settings(
+            model, gen_length=24, block_length=8, cache=cache, policy=policy, threshold=0.3
+        )
+        found.append(Trace.of(decode(model, random_prompt(model, 9), settings, Recorder())))
+    return found
+
+
+def assert_same(ours: Trace, theirs: Trace) -> None:
+    assert len(ours.path) == len(theirs.path)
+    for a, b in zip(ours.path, theirs.path, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert Cursor(b.ids, a.block, a.block_step, a.step, a.finished) == b
+    for left, right in zip(ours.roots, theirs.roots, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None and right is not None:
+            assert left.room == right.room
+            for name in ("positions", "tokens", "log_p", "fresh"):
+                a, b = getattr(left.candidates, name), getattr(right.candidates, name)
+                assert a.dtype == b.dtype
+                assert torch.equal(a, b)
+    assert ours.chains == theirs.chains
+
+
+def test_a_trace_comes_back_bit_for_bit(traces: list[Trace]) -> None:
+    for trace in traces:
+        assert_same(store.decode(store.encode(trace, ABOUT)), trace)
+
+
+def written(path: Path, traces: list[Trace]) -> bytes:
+    file = TraceFile(path)
+    for k, trace in enumerate(traces):
+        file.append(store.encode(trace, About(k, "", 1, 1, "run")))
+    file.sync()
+    file.close()
+    return path.read_bytes()
+
+
+def test_a_torn_tail_is_dropped_wherever_it_was_torn(tmp_path: Path, traces: list[Trace]) -> None:
+    path = tmp_path / "traces-0000.bin"
+    whole = written(path, traces)
+    ends = [place.offset + place.length for place in scan(path).places]
+    assert ends[-1] == len(whole)
+    cuts = [*range(ends[1], ends[1] + 60), *random.Random(0).sample(range(len(whole)), 30)]
+    for cut in cuts:
+        path.write_bytes(whole[:cut])
+        file = TraceFile(path)
+        kept = [end for end in ends if end <= cut]
+        assert file.dropped == cut - (kept[-1] if kept else 0)
+        assert [place.about.prompt for place in scan(path).places] == list(range(len(kept)))
+        file.append(store.encode(traces[2], ABOUT))  # goes on behind what is good
+        file.close()
+        assert len(scan(path).places) == len(kept) + 1
+        assert_same(Stored(scan(path).places)[-1], traces[2])
+
+
+def test_a_damaged_record_is_passed_over_and_those_behind_it_are_not(
+    tmp_path: Path, traces: list[Trace]
+) -> None:
+    path = tmp_path / "traces-0000.bin"
+    whole = written(path, traces)
+    middle = scan(path).places[1]
+    draw = random.Random(1)
+    for _ in range(40):
+        at = draw.randrange(middle.offset - 48, middle.offset + middle.length)
+        path.write_bytes(
+            whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :]
+        )
+        found = scan(path)
+        assert [place.about.prompt for place in found.places] == [0, 2]
+        assert (found.damaged, found.end) == (1, len(whole))
+
+
+def test_a_record_that_changes_after_it_was_found_is_not_used(
+    tmp_path: Path, traces: list[Trace]
+) -> None:
+    path = tmp_path / "traces-0000.bin"
+    whole = written(path, traces)
+    stored = Stored(scan(path).places)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(SpiffyError, match="changed while in use"):
+        list(stored)
+
+
+@pytest.mark.parametrize("cause", ["monkeypatch", "limit"])
+def test_a_full_disk_keeps_the_traces_before(
+    tmp_path: Path, traces: list[Trace], monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    path = tmp_path / "traces-0000.bin"
+    whole = written(path, traces[:2])
+    file = TraceFile(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if cause == "limit":  # the record's first 100 bytes fit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, before[1]))
+    else:
+        original = os.pwrite
+
+        def full(descriptor: int, data: memoryview, at: int) -> int:
+            if at > len(whole):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(descriptor, data[:100], at)
+
+        monkeypatch.setattr(os, "pwrite", full)
+    try:
+        with pytest.raises(SpiffyError, match=r"cannot be written \(.*\): traces .* are safe"):
+            file.append(store.encode(traces[2], ABOUT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.undo()
+    assert path.read_bytes() == whole
+    file.append(store.encode(traces[2], ABOUT))  # there is room again
+    file.close()
+    assert len(scan(path).places) == 3
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "traces-0000.bin"
+    receive, send = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        TraceFile(path)
+        os.write(send, b"open")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(receive, 4) == b"open"
+    try:
+        with pytest.raises(SpiffyError, match="another process is recording there"):
+            TraceFile(path)
+    finally:
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+    TraceFile(path).close()
+
+
+_CHILDREN = """
+import os, socket, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import kill, spiffy.calib.workdir
+from spiffy.calib.ranks import Ranks
+from spiffy.cli import calibrate
+sys.modules["spiffy.runtime.generate"].auto_profile = lambda *_: None  # times forwards for seconds
+folder = Path(sys.argv[2])
+log = folder / "log"
+plain = folder / "plain.json"
+assert kill.run(plain, None, log)[0] == 0, log.read_text()
+
+def launch(rank, job):
+    child = os.fork()
+    if child == 0:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        job()
+    return child
+
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+"""
+
+
+def children(script: str, folder: Path) -> None:
+    """Run a script that forks many runs from one process that has imported everything."""
+    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    command = [sys.executable, "-c", _CHILDREN + script, str(benchmarks), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """A small version of benchmarks/kill.py: in a record, in a sync, before the last rename."""
+    script = """
+for number in (1, 4, 13):
+    out, work = folder / f"{number}.json", folder / f"{number}"
+    assert kill.run(out, work, log, operation=number)[0] == -9, number
+    assert not out.exists()
+    assert kill.run(out, work, log)[0] == 0, log.read_text()
+    assert out.read_bytes() == plain.read_bytes(), number
+"""
+    children(script, tmp_path)
+
+
+def test_the_artifact_is_the_same_with_a_work_directory_and_when_it_goes_on(
+    run: Calibrate, tmp_path: Path
+) -> None:
+    data = ("--dataset", prompts_file(tmp_path / "p.jsonl", range(5)), "--batch-size", 2)
+    work = ("--workdir", tmp_path / "work")
+    plain, ours, again = (tmp_path / name for name in ("plain.json", "ours.json", "again.json"))
+    assert run(*SETTINGS, *data, "--out", plain)[0] == 0
+    assert run(*SETTINGS, *data, *work, "--out", ours)[0] == 0
+    assert ours.read_bytes() == plain.read_bytes()
+    # The second group's last record is torn: it is recorded again, the others are not.
+    path = tmp_path / "work" / "traces-0000.bin"
+    third, fourth = scan(path).places[2:4]
+    path.write_bytes(path.read_bytes()[: fourth.offset + 10])
+    code, log = run(*SETTINGS, *data, *work, "--out", again)
+    assert code == 0
+    assert "dropped an unfinished record" in log
+    assert "2 of 5 prompts are recorded already" in log
+    assert scan(path).places[2] == third
+    assert again.read_bytes() == plain.read_bytes()
+    # Budget and objective come after recording: nothing is decoded, nothing is refused.
+    size = path.stat().st_size
+    changed = (*SETTINGS, "--budget", "3", "--objective", "paper")
+    assert run(*changed, *data, *work, "--out", again)[0] == 0
+    assert path.stat().st_size == size
+
+
+def test_other_settings_are_refused_by_name(run: Calibrate, tmp_path: Path) -> None:
+    data = ("--dataset", prompts_file(tmp_path / "p.jsonl", range(2)))
+    base = (*SETTINGS, "--workdir", tmp_path / "work", "--out", tmp_path / "out.json")
+    assert run(*base, *data)[0] == 0
+    before = (tmp_path / "work" / "traces-0000.bin").read_bytes()
+    other = prompts_file(tmp_path / "q.jsonl", range(3))
+    for setting, *arguments in (
+        ("batch_size 8, not 4", *data, "--batch-size", 4),
+        ("decoding.threshold", *data, "--threshold", 0.5),
+        ("seed 0, not 1", "--dataset", "synthetic", "--seed", 1),
+        ("edges.fold True, not False", *data, "--edges", "complete,first"),
+        ("dtype float32, not float64", *data, "--dtype", "float64"),
+        ("dataset p.jsonl, not q.jsonl", "--dataset", other),
+        ("model.family sdar, not dream", *data, *("--model", "tiny-dream", "--block-length", 16)),
+    ):
+        code, log = run(*base, *arguments)
+        assert code == 2
+        errors = [line for line in log.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert setting in errors[0]
+    assert (tmp_path / "work" / "traces-0000.bin").read_bytes() == before
+
+
+def test_other_weights_of_the_same_configuration_are_told_apart() -> None:
+    model = parity_model("llada-a", "float64")
+    prompts = PromptSet("x", ("-",))
+    settings = decoding_settings(model, gen_length=8, block_length=8)
+    ours = manifest_of(model, prompts, settings, 1, 1)
+    assert ours == manifest_of(model, prompts, settings, 1, 1)
+    weight = next(model.module.parameters())
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.001)
+    try:
+        assert "weights" in str(ours.difference(manifest_of(model, prompts, settings, 1, 1)))
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def test_unusable_work_directories_are_refused_in_one_line(
+    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = (*SETTINGS, "--samples", 1, "--out", tmp_path / "out.json", "--workdir")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "manifest.json").write_text('{"format": "spiffy.workdir", "version": 9}')
+    for name, message in (
+        ("full", "not empty and no work directory"),
+        ("file", "cannot be a work directory"),
+        ("old", "version"),
+    ):
+        code, log = run(*base, tmp_path / name)
+        assert code == 2
+        assert message in log
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
+    original = os.open
+
+    def read_only(path: object, flags: int, *mode: int, **options: int) -> int:
+        if flags & os.O_CREAT and "traces" in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return original(path, flags, *mode, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", read_only)
+    code, log = run(*base, tmp_path / "readonly")
+    assert (code, "Read-only file system" in log) == (2, True)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_ctrl_c_finishes_the_prompts_in_hand_and_says_how_to_go_on(
+    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = (*SETTINGS, "--samples", 4, "--batch-size", 2, "--workdir", tmp_path / "work")
+    append = TraceFile.append
+
+    def interrupted(self: TraceFile, payload: bytes) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        monkeypatch.setattr(TraceFile, "append", append)
+        append(self, payload)
+
+    monkeypatch.setattr(TraceFile, "append", interrupted)
+    code, log = run(*base, "--out", tmp_path / "out.json")
+    assert code == 130
+    assert "the same command goes on" in log
+    assert len(scan(tmp_path / "work" / "traces-0000.bin").places) == 2
+    assert not (tmp_path / "out.json").exists()
+    assert run(*base, "--out", tmp_path / "out.json")[0] == 0
+
+
+def test_recording_holds_one_trace_at_a_time(tmp_path: Path) -> None:
+    model = parity_model("sdar-a")
+    settings = decoding_settings(model, gen_length=8, block_length=8, stop_at_eos=False)
+    ids = [random_prompt(model, 4 + k).tolist() for k in range(4)]
+    tasks = prepare_ids(model, ids, settings)
+    manifest = manifest_of(model, PromptSet("x", ("-",) * 4), settings, 4, 2)
+    with WorkDir(tmp_path / "work", manifest) as work:
+        work.record(model, work.missing(tasks))
+        assert all(task.path == [] and task.drafter is None for task in tasks)
+        stored = work.traces()
+    kept = record(model, prepare_ids(model, ids, settings), 2)
+    assert (stored.nfe, stored.positions_computed) == (kept.nfe, kept.positions_computed)
+    assert isinstance(stored.prompts, Stored)
+    for ours, theirs in zip(stored.growing, kept.growing, strict=True):
+        assert_same(ours, theirs)
+
+
+def prepare_ids(model, ids, settings):  # type: ignore[no-untyped-def]
+    return prepare(model, PromptSet("x", [torch.tensor(row) for row in ids]), settings)
+
+
+def test_groups_depend_on_nothing_but_order_and_size() -> None:
+    assert [list(group) for group in groups(list("abcde"), 2)] == [["a", "b"], ["c", "d"], ["e"]]  # type: ignore[arg-type]
+
+
+def but_command(path: Path) -> dict[str, Any]:
+    """An artifact without the command line that made it."""
+    content: dict[str, Any] = json.loads(path.read_bytes())
+    assert content["provenance"].pop("command")
+    return content
+
+
+def test_shards_join_to_what_one_run_writes(run: Calibrate, tmp_path: Path) -> None:
+    data = ("--dataset", prompts_file(tmp_path / "p.jsonl", range(6)), "--batch-size", 2)
+    whole = tmp_path / "whole.json"
+    assert run(*SETTINGS, *data, "--out", whole)[0] == 0
+    folders = [tmp_path / f"shard-{k}" for k in range(2)]
+    for k, folder in enumerate(folders):
+        out = ("--out", tmp_path / "none.json")
+        code, log = run(*SETTINGS, *data, "--workdir", folder, "--shard", f"{k}/2", *out)
+        assert code == 0
+        assert f"recorded shard {k}/2" in log
+    assert not (tmp_path / "none.json").exists()
+    joined = tmp_path / "joined.json"
+    for order in (folders, folders[::-1]):
+        assert run("merge", *order, "--budget", 4, "--out", joined)[0] == 0
+        assert but_command(joined) == but_command(whole)
+    code, log = run("merge", folders[1], "--out", joined)
+    assert code == 2
+    assert "of 6 prompts are not recorded" in log
+    twice = shutil.copytree(folders[0], tmp_path / "twice")
+    code, log = run("merge", *folders, twice, "--budget", 4, "--out", joined)
+    assert "were there more than once" in log
+    assert but_command(joined) == but_command(whole)
+
+
+def test_joining_does_not_depend_on_how_prompts_were_split(run: Calibrate, tmp_path: Path) -> None:
+    results = []
+    for name, split in (("a", ([0, 1, 2], [3, 4, 5])), ("b", ([5, 3], [2, 4, 0, 1, 3]))):
+        folders = []
+        for k, numbers in enumerate(split):
+            folder = tmp_path / f"{name}{k}"
+            data = prompts_file(tmp_path / f"{name}{k}.jsonl", list(numbers))
+            arguments = ("--dataset", data, "--batch-size", 1, "--workdir", folder)
+            assert run(*SETTINGS, *arguments, "--out", tmp_path / "one.json")[0] == 0
+            folders.append(folder)
+        for order in (folders, folders[::-1]):
+            out = tmp_path / "joined.json"
+            code, log = run("merge", *order, "--budget", 4, "--out", out)
+            assert code == 0
+            assert ("1 prompts were there more than once" in log) == (name == "b")
+            results.append(out.read_bytes())
+    assert len(set(results)) == 1
+    assert json.loads(results[0])["calibration"]["samples"] == 5
+
+
+def test_directories_of_other_settings_are_not_joined(tmp_path: Path) -> None:
+    model = parity_model("sdar-a")
+    for name, length in (("a", 8), ("b", 16)):
+        settings = decoding_settings(model, gen_length=length, block_length=8)
+        manifest = manifest_of(model, PromptSet("x", ("-",)), settings, 1, 2)
+        WorkDir(tmp_path / name, manifest).__exit__()
+    with pytest.raises(SpiffyError, match=r"b: recorded with decoding.gen_length 16, not 8"):
+        join([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(SpiffyError, match="not a work directory"):
+        join([tmp_path])
+    assert isinstance(manifest, Manifest)
+
+
+def test_two_ranks_write_what_one_writes(tmp_path: Path) -> None:
+    script = """
+port()
+logs = [folder / f"log-{rank}" for rank in range(2)]
+out, work = folder / "two.json", folder / "work"
+jobs = [launch(rank, lambda: kill._command(out, work, logs[rank])) for rank in range(2)]
+assert [os.waitpid(job, 0)[1] for job in jobs] == [0, 0], [log.read_text() for log in logs]
+assert out.read_bytes() == plain.read_bytes()
+assert sorted(path.name for path in work.glob("traces*")) == ["traces-0000.bin", "traces-0001.bin"]
+assert all(path.stat().st_size for path in work.glob("traces*"))
+assert "wrote" in logs[0].read_text()
+assert logs[1].read_text() == ""
+# One process goes on with what two have begun.
+(work / "traces-0001.bin").unlink()
+assert kill.run(folder / "again.json", work, log)[0] == 0, log.read_text()
+assert "recorded already" in log.read_text()
+assert (folder / "again.json").read_bytes() == plain.read_bytes()
+"""
+    children(script, tmp_path)
+
+
+def test_a_dead_rank_is_named(tmp_path: Path) -> None:
+    script = """
+port()
+def wait():
+    ranks = Ranks.from_environment()
+    ranks.join()
+    ranks.wait()  # both are there
+    if ranks.rank == 1:
+        os.kill(os.getpid(), 9)
+    with log.open("w") as file:
+        try:
+            ranks.wait()
+        except calibrate.SpiffyError as error:
+            print(error, file=file)
+    os._exit(0)
+for job in [launch(rank, wait) for rank in range(2)]:
+    os.waitpid(job, 0)
+text = log.read_text()
+assert text.startswith("rank 0: rank 1 has ended; what is recorded is safe"), text
+"""
+    children(script, tmp_path)
+
+
+def test_ranks_without_a_work_directory_are_refused(
+    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ("--out", tmp_path / "out.json")
+    code, log = run(*SETTINGS, *out, "--shard", "2/2")
+    assert (code, "from 0 to N - 1" in log) == (2, True)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, log = run(*SETTINGS, *out)
+    assert (code, "give --workdir" in log) == (2, True)
