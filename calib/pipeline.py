@@ -31,6 +31,7 @@ from spiffy.schemas import (
     SpiffyError,
 )
 from spiffy.schemas.errors import printable
+from spiffy.schemas.graph import MAX_PROMPTS
 from spiffy.schemas.workdir import ModelFacts
 
 _MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # budgets
@@ -97,6 +98,11 @@ class Origin:
         How many were drawn.
     digests
         A short digest of each, as in `PromptSet`.
+
+    Raises
+    ------
+    SpiffyError
+        If there are more than an artifact can name.
     """
 
     dataset: str
@@ -104,10 +110,21 @@ class Origin:
     prompts: int
     digests: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        _check_number(self.dataset, len(self.digests))
+
     @classmethod
     def of(cls, prompts: PromptSet) -> Origin:
         """What an artifact says of a set of prompts."""
         return cls(prompts.dataset, prompts.sha256, len(prompts.texts), prompts.digests)
+
+
+def _check_number(dataset: str, prompts: int) -> None:
+    if prompts > MAX_PROMPTS:
+        raise SpiffyError(
+            f"{dataset}: {prompts} prompts are more than an artifact can name ({MAX_PROMPTS}): "
+            "draw fewer (--samples)"
+        )
 
 
 def prepare(
@@ -124,8 +141,9 @@ def prepare(
     Raises
     ------
     SpiffyError
-        If none does.
+        If none does, or there are more than an artifact can name.
     """
+    _check_number(prompts.dataset, len(prompts.texts))  # now rather than after hours
     tasks: list[Task] = []
     last_problem: SpiffyError | None = None
     for text in prompts.texts:

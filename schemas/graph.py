@@ -30,6 +30,7 @@ MAX_RANK = 1023
 #: would make every forward that much longer.
 MOST_UNASKED = 128
 
+MAX_PROMPTS = 1 << 16
 _MAX_COUNT = (1 << 53) - 1  # what JSON readers agree on
 _MAX_TEXT = 1000
 _MAX_PROFILES = 64
@@ -115,7 +116,7 @@ class CalibrationRecord(_Record):
     objective: Text
     tool_version: Text
     prompts: Count | None = None  # since 1.2, like the next two
-    prompt_digests: tuple[Digest, ...] | None = Field(default=None, max_length=1 << 16)
+    prompt_digests: tuple[Digest, ...] | None = Field(default=None, max_length=MAX_PROMPTS)
     edges: tuple[Text, ...] | None = Field(default=None, max_length=16)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from helpers import PARITY
 
+from spiffy.calib import pipeline
 from spiffy.cli import calibrate, decode, graph
 from spiffy.schemas import DraftGraph
 
@@ -63,6 +65,22 @@ def test_calibrate_writes_an_artifact_and_reports_held_out_steps(
         call("calibrate", "--model", TINY, *QUICK, "--objective", "paper", "--out", papers)[0] == 0
     )
     assert json.loads(papers.read_text())["calibration"]["objective"] == "paper"
+
+
+def test_more_than_can_be_held_is_refused_or_left_out(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_MOST_COMPARED", 3)
+    out = tmp_path / "graph.json"
+    code, printed, log = call("calibrate", "--model", TINY, *QUICK, "--out", out)
+    assert code == 0
+    assert "paper" not in printed
+    assert re.search(r"paper objective: left out, \d+ distinct chains", log)
+    monkeypatch.setattr(pipeline, "MAX_PROMPTS", 1)
+    code, _, log = call("calibrate", "--model", TINY, *QUICK, "--out", tmp_path / "none.json")
+    assert code == 2
+    assert "more than an artifact can name (1)" in log
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_a_local_checkpoint_gets_its_artifact_beside_it(call: Call, tmp_path: Path) -> None:
