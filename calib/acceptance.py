@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 
 from spiffy.calib.record import Trace
 from spiffy.runtime.acceptance import (
+    OFFSETS,
     POSITION_FEATURES,
     TOKEN_FEATURES,
     AcceptanceWeights,
@@ -105,7 +106,7 @@ def fit_acceptance(
         position=dict(zip(POSITION_FEATURES, _rounded(position), strict=True)),
         commit=None
         if commit is None
-        else dict(zip((*POSITION_FEATURES, "constant"), _rounded(commit), strict=True)),
+        else dict(zip((*POSITION_FEATURES, "constant", "spread"), _rounded(commit), strict=True)),
         token=dict(zip(TOKEN_FEATURES, _rounded(token), strict=True)),
         bigrams=_most_common(pairs),
     )
@@ -187,7 +188,7 @@ def _fit_tokens(examples: Sequence[_Example], folds: Sequence[AcceptanceWeights]
 def _fit_positions(
     examples: Sequence[_Example], folds: Sequence[AcceptanceWeights], sets: bool
 ) -> tuple[Floats, Floats | None]:
-    """Softmax over positions (from steps that commit one), and logistic per position for sets."""
+    """Softmax over positions (from steps that commit one), and the law of sets."""
     rows, sizes, single, chosen, weigh = [], [], [], [], []
     for example in examples:
         weights = folds[example.prompt % FOLDS]
@@ -200,13 +201,14 @@ def _fit_positions(
         weigh.append(_DECAY**example.depth)
     x, y, size = np.concatenate(rows), np.concatenate(chosen), np.concatenate(sizes)
     weight = np.concatenate(weigh)
-    commit = _fit_logistic(x, y, np.repeat(weight, size)) if sets else None
     one = np.concatenate(single)
     if one.sum() < _FEW:  # threshold unmasking that commits several nearly always
-        return np.array([float(name == "logit") for name in POSITION_FEATURES]), commit
-    alone = np.repeat(one, size)
-    starts = np.cumsum(size[one]) - size[one]
-    return _fit_softmax(x[alone], starts, np.flatnonzero(y[alone]), weight[one]), commit
+        position = np.array([float(name == "logit") for name in POSITION_FEATURES])
+    else:
+        alone = np.repeat(one, size)
+        starts = np.cumsum(size[one]) - size[one]
+        position = _fit_softmax(x[alone], starts, np.flatnonzero(y[alone]), weight[one])
+    return position, _fit_sets(x, y, size, weight, x @ position) if sets else None
 
 
 def _standardised(x: Floats) -> tuple[Floats, Floats, Floats]:
@@ -236,20 +238,51 @@ def _fit_softmax(x: Floats, starts: Ints, targets: Ints, weight: Floats) -> Floa
     return coefficients
 
 
-def _fit_logistic(x: Floats, y: Bools, weight: Floats) -> Floats:
-    """Coefficients of a logistic regression, the constant last."""
+def _fit_sets(x: Floats, y: Bools, size: Ints, weight: Floats, score: Floats) -> Floats:
+    """Coefficients of the law that `expand` draws sets by, the constant and the spread last.
+
+    A state has `size` rows of `x`, of which `y` says which are committed: each by its own log-odds
+    plus an offset that they share, or, if none is, the one by a softmax over `score`.
+    """
     z, mean, scale = _standardised(x)
     z = np.concatenate((z, np.ones((len(z), 1))), 1)
+    starts = np.cumsum(size) - size
     sign = np.where(y, 1.0, -1.0)
-    weight = weight / weight.sum()
+    top = np.repeat(np.maximum.reduceat(score, starts), size)
+    e = np.exp(score - top)
+    log_one = score - top - np.repeat(np.log(np.add.reduceat(e, starts)), size)
+    single = np.add.reduceat(y, starts, dtype=np.int64) == 1
+    log_forced = np.where(single, np.add.reduceat(np.where(y, log_one, 0.0), starts), -np.inf)
+    weight = weight / (weight @ size)
 
     def loss(w: Floats) -> tuple[float, Floats]:
-        margin = sign * (z @ w)
-        ridge = np.append(w[:-1], 0.0)
-        value = weight @ np.logaddexp(0, -margin) + _RIDGE * ridge @ ridge
-        p = weight * sign / (1 + np.exp(np.clip(margin, -50, 50)))
-        return float(value), -(z.T @ p) + 2 * _RIDGE * ridge
+        base, spread = z @ w[:-1], w[-1]
+        log_p, pull = [], []  # of either way to each set, by offset; d log P / d log-odds
+        for offset, share in OFFSETS:
+            odds = base + spread * offset
+            log_p.append(np.add.reduceat(-np.logaddexp(0, -sign * odds), starts) + np.log(share))
+            pull.append((offset, sign * _sigmoid(-sign * odds)))
+            none = np.add.reduceat(-np.logaddexp(0, odds), starts) + log_forced
+            log_p.append(none + np.log(share))
+            pull.append((offset, -_sigmoid(odds)))
+        most = np.max(log_p, axis=0)
+        p = np.exp(np.stack(log_p) - most)
+        total = p.sum(0)
+        value = -weight @ (np.log(total) + most) + _RIDGE * w[:-2] @ w[:-2]
+        slope = np.zeros_like(w)
+        for part, (offset, by_odds) in zip(p, pull, strict=True):
+            rows = np.repeat(weight * part / total, size) * by_odds
+            slope[:-1] -= z.T @ rows
+            slope[-1] -= offset * rows.sum()
+        slope[:-2] += 2 * _RIDGE * w[:-2]
+        return float(value), slope
 
-    found = minimize(loss, np.zeros(z.shape[1]), jac=True, method="L-BFGS-B")
-    slopes = found.x[:-1] / scale
-    return np.append(slopes, found.x[-1] - mean @ slopes)
+    # At 0 the spread would have no slope, because the offsets are symmetric.
+    start = np.append(np.zeros(z.shape[1]), 0.5)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B")
+    slopes = found.x[:-2] / scale
+    return np.concatenate((slopes, [found.x[-2] - mean @ slopes, abs(found.x[-1])]))
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return 1 / (1 + np.exp(-np.clip(x, -50, 50)))

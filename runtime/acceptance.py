@@ -31,6 +31,10 @@ TOKEN_RANKS = 4
 _TEXT = 1024  # tokens of the text so far that n-grams are taken from
 NEVER = -1e9  # score of what cannot be
 
+#: The shared offset of threshold unmasking in units of its spread, with probabilities: three nodes
+#: of Gauss-Hermite quadrature, which has the moments of a normal law up to the fifth.
+OFFSETS = ((-(3**0.5), 1 / 6), (0.0, 2 / 3), (3**0.5, 1 / 6))
+
 POSITION_FEATURES = (
     "logit",
     "log_p",
@@ -320,6 +324,9 @@ class AcceptanceWeights:
     commit
         [F + 1] likewise with a constant: one logistic regression per position for threshold
         unmasking; None for one token per step.
+    spread
+        Standard deviation of an offset that the log-odds of `commit` share at one state: positions
+        pass a threshold together or not at all. 0: each on its own.
     token
         [T] coefficients by `TOKEN_FEATURES`: softmax over the tokens of a position.
     bigrams
@@ -328,6 +335,7 @@ class AcceptanceWeights:
 
     position: Floats
     commit: Floats | None
+    spread: float
     token: Floats
     bigrams: Bigrams
 
@@ -344,6 +352,7 @@ class AcceptanceWeights:
         return cls(
             _vector(position, POSITION_FEATURES),
             None if commit is None else _vector(commit, (*POSITION_FEATURES, "constant")),
+            (commit or {}).get("spread", 0.0),
             _vector(token, TOKEN_FEATURES),
             Bigrams(pairs, vocab),
         )

@@ -11,7 +11,9 @@ import numpy as np
 
 from spiffy.runtime.acceptance import (
     NEVER,
+    OFFSETS,
     AcceptanceWeights,
+    Bools,
     Floats,
     Ints,
     Outlook,
@@ -67,14 +69,12 @@ _OTHER_TOKENS = ((0, 1), (0, 2), (0, 3), (1, 1))  # n-th least certain position,
 _FORCED = 4  # positions tried where none reaches the threshold
 
 
-def _one_set(
-    model: AcceptanceWeights, outlook: Outlook, states: States, p: Floats, limit: float, room: int
-) -> _Children:
-    """Children by threshold unmasking: sets of positions, each taken on its own."""
-    assert model.commit is not None  # fitted for threshold unmasking
-    features, masked = position_features(outlook, states)
+def _likely_sets(odds: Floats, masked: Bools, score: Floats) -> tuple[Bools, Floats]:
+    """Sets of positions [n, S, M] and their log-probabilities [n, S], each position on its own.
+
+    `odds` are log-odds of being committed, `score` says which one is if none would be; both [n, M].
+    """
     n, count = masked.shape
-    odds = np.where(masked, np.tensordot(model.commit[:-1], features, 1) + model.commit[-1], NEVER)
     odds = np.clip(odds, -14, 14)
     likely = (odds > 0) & masked
     # log P(exactly the likely ones), and what flipping a position costs.
@@ -90,21 +90,38 @@ def _one_set(
     sets[rows, columns, uncertain[:, None, :]] ^= flips[None]
     log_p = np.where(sets.any(-1), log_p, -np.inf)
     # None above the threshold: the most confident one is committed all the same.
-    score = np.where(masked, np.tensordot(model.position, features, 1), NEVER)
     none = -np.where(masked, np.log1p(np.exp(odds)), 0).sum(1)
     forced = np.argsort(-score, axis=1)[:, : min(_FORCED, count)]
     single = np.zeros((n, forced.shape[1], count), dtype=np.bool_)
     single[np.arange(n)[:, None], np.arange(forced.shape[1])[None], forced] = True
     single &= masked[:, None]
     log_single = none[:, None] + np.log(np.take_along_axis(_softmax(score), forced, 1) + 1e-30)
-    sets = np.concatenate((sets, single), 1)
-    log_p = np.concatenate((log_p, np.where(single.any(-1), log_single, -np.inf)), 1)
+    log_single = np.where(single.any(-1), log_single, -np.inf)
+    return np.concatenate((sets, single), 1), np.concatenate((log_p, log_single), 1)
+
+
+def _one_set(
+    model: AcceptanceWeights, outlook: Outlook, states: States, p: Floats, limit: float, room: int
+) -> _Children:
+    """Children by threshold unmasking: sets of positions that share an offset of their log-odds."""
+    assert model.commit is not None  # fitted for threshold unmasking
+    features, masked = position_features(outlook, states)
+    count = masked.shape[1]
+    odds = np.tensordot(model.commit[:-1], features, 1) + model.commit[-1]
+    score = np.where(masked, np.tensordot(model.position, features, 1), NEVER)
+    # Equal sets of several offsets add up where equal states do, in `_merged`.
+    found_sets, found_log_p = [], []
+    for offset, share in OFFSETS if model.spread else ((0.0, 1.0),):
+        shifted, log_shifted = _likely_sets(odds + offset * model.spread, masked, score)
+        found_sets.append(shifted)
+        found_log_p.append(log_shifted + np.log(share))
+    sets, log_p = np.concatenate(found_sets, 1), np.concatenate(found_log_p, 1)
 
     by_rank = np.argsort(-states.log_p, axis=-1, kind="stable")
     top = np.take_along_axis(states.log_p, by_rank, -1)
     log_p = log_p + (sets * top[:, None, :, 0]).sum(-1) + np.log(p)[:, None]
     small = sets.sum(-1) + (states.choice >= 0).sum(1)[:, None] <= room
-    parent, k = np.nonzero(small & (log_p > np.log(max(limit / 4, 1e-6))))
+    parent, k = np.nonzero(small & (log_p > np.log(max(limit / 12, 1e-6))))
     chosen = sets[parent, k]
     choice = np.where(chosen, by_rank[parent, :, 0], states.choice[parent])
     probability = np.exp(log_p[parent, k])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spiffy.calib.acceptance import _fit_logistic, _fit_softmax, can_fit
+from spiffy.calib.acceptance import _fit_sets, _fit_softmax, can_fit
 from spiffy.runtime.acceptance import (
     POSITION_FEATURES,
     TOKEN_FEATURES,
@@ -50,6 +50,7 @@ def random_weights(seed: int, sets: bool) -> AcceptanceWeights:
     return AcceptanceWeights(
         position=draw(0, 0.3, len(POSITION_FEATURES)),
         commit=draw(0, 0.3, len(POSITION_FEATURES) + 1) if sets else None,
+        spread=seed % 3 * 0.8,
         token=np.append([1.0], draw(0, 0.3, len(TOKEN_FEATURES) - 1)),
         bigrams=Bigrams([(1, 2, 5), (2, 3, 4), (3, 3, 1), (0, 1, 1)], VOCAB),
     )
@@ -127,25 +128,26 @@ def test_drafts_keep_to_budget_and_room(at: Outlook, seed: int, budget: int, set
 
 @given(roots(), st.integers(0, 5))
 def test_one_threshold_step_is_a_law_over_sets(at: Outlook, seed: int) -> None:
-    """Independent positions, or the best one where none is committed: at depth one, by hand."""
+    """Positions that share an offset, or the best one where none is committed: by hand."""
     weights = random_weights(seed, sets=True)
     assert weights.commit is not None
     count = len(at.positions)
     start = States.of(at, weights, np.full((1, count), -1), np.zeros(1, dtype=np.int64))
     features, _ = position_features(at, start)
     odds = np.tensordot(weights.commit[:-1], features, 1)[0] + weights.commit[-1]
-    chance = 1 / (1 + np.exp(-np.clip(odds, -14, 14)))
     score = np.tensordot(weights.position, features, 1)[0]
     single = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
-    none = np.prod(1 - chance)
     choice, p = expand(weights, at, budget=10_000, room=count)
     found = dict(zip(map(tuple, choice.tolist()), p.tolist(), strict=True))
     for size in range(1, count + 1):
         for chosen in combinations(range(count), size):
             inside = np.isin(np.arange(count), chosen)
-            law = np.prod(np.where(inside, chance, 1 - chance)) + none * single[inside].sum() * (
-                size == 1
-            )
+            law = 0.0
+            for offset, share in ((-(3**0.5), 1 / 6), (0, 2 / 3), (3**0.5, 1 / 6)):
+                shifted = np.clip(odds + offset * weights.spread, -14, 14)
+                chance = 1 / (1 + np.exp(-shifted))
+                law += share * np.prod(np.where(inside, chance, 1 - chance))
+                law += share * np.prod(1 - chance) * single[inside].sum() * (size == 1)
             state = np.where(inside, start.log_p[0].argmax(-1), -1)
             law *= np.exp(start.log_p[0].max(-1)[inside].sum())
             if law > 1e-3 and size <= 4:
@@ -228,11 +230,23 @@ def test_a_softmax_regression_finds_the_law_it_was_drawn_from() -> None:
     assert found == pytest.approx(true, abs=0.1)
 
 
-def test_a_logistic_regression_finds_the_law_it_was_drawn_from() -> None:
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+def test_the_law_of_sets_is_found_from_what_it_drew(spread: float) -> None:
     random = np.random.default_rng(1)
-    x = random.normal(loc=(3.0, 0.0), size=(20_000, 2))
-    y = x @ [1.0, -0.5] - 2.5 + random.logistic(size=20_000) > 0
-    assert _fit_logistic(x, y, np.ones(20_000)) == pytest.approx([1.0, -0.5, -2.5], abs=0.15)
+    states, each = 8_000, 5
+    x = random.normal(loc=(3.0, 0.0), size=(states, each, 2))
+    offsets = random.choice([-(3**0.5), 0.0, 3**0.5], size=(states, 1), p=[1 / 6, 2 / 3, 1 / 6])
+    odds = x @ [1.0, -0.5] - 4 + spread * offsets
+    y = odds + random.logistic(size=odds.shape) > 0
+    score = 2 * x[:, :, 1]  # what is forced where none is drawn goes by something else
+    forced = (score + random.gumbel(size=score.shape)).argmax(1)
+    none = ~y.any(1)
+    assert none.mean() > 0.1
+    y[none, forced[none]] = True
+    sizes = np.full(states, each)
+    found = _fit_sets(x.reshape(-1, 2), y.ravel(), sizes, np.ones(states), score.ravel())
+    assert found[:3] == pytest.approx([1.0, -0.5, -4.0], abs=0.15)
+    assert found[3] == pytest.approx(spread, abs=0.15 if spread else 0.3)
 
 
 @pytest.mark.parametrize(

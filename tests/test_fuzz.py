@@ -213,7 +213,7 @@ def test_hostile_acceptance_models_change_no_token(data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
     policy = data.draw(st.integers(0, 1))
     model, setting = setting_of(layout, policy)
-    names = st.sampled_from((*POSITION_FEATURES, "constant", "unknown"))
+    names = st.sampled_from((*POSITION_FEATURES, "constant", "spread", "unknown"))
     tokens = st.integers(0, 2**31 - 1)  # also beyond the vocabulary
     pair = st.tuples(tokens, tokens, st.integers(1, 2**36))
     acceptance = AcceptanceModel(

@@ -212,6 +212,7 @@ def test_any_acceptance_model_leaves_every_state_as_it_was(layout: str, policy: 
         weights = AcceptanceWeights(
             draw(0, 1, len(POSITION_FEATURES)),
             draw(0, 1, len(POSITION_FEATURES) + 1) if sets else None,
+            abs(draw(0, 1)),
             draw(0, 1, len(TOKEN_FEATURES)),
             Bigrams([(1, 2, 3), (2, 319, 1)], model.vocab_size),
         )
