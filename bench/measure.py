@@ -1,8 +1,8 @@
 """Decode the same prompts in every way, in turns, and sum up.
 
-Methods take turns prompt by prompt (A B C A B C), starting with another one every time, so that
-drift of the machine hits all alike. Every prompt's time is compared with plain decoding of the same
-prompt in the same repeat.
+Methods take turns prompt by prompt (A B C, C A B, ...), in an order drawn anew for every prompt, so
+that neither drift of the machine nor what ran just before favours one. Every prompt's time is
+compared with plain decoding of the same prompt in the same repeat.
 """
 
 from __future__ import annotations
@@ -123,8 +123,9 @@ def measure(
     judged: dict[tuple[int, str], bool | None] = {}  # running code twice tells nothing new
     for repeat in range(repeats):
         for prompt, record in enumerate(records):
-            first = (repeat * len(texts) + prompt) % len(methods)
-            for method in (*methods[first:], *methods[:first]):
+            # A decode right after a heavy one is slower by some percent: nobody always comes then.
+            order = random.Random(f"{seed} {repeat} {prompt}").sample(methods, len(methods))
+            for method in order:
                 task = prepared(method, prompt)
                 reset_peak(model.device)
                 forwards = decode(task)

@@ -56,7 +56,9 @@ def cases(gsm8k: str | None) -> list[Case]:
         found.append(Case("tiny-sdar", "block", policy, "synthetic"))
         for model in ("tiny-llada", "tiny-dream"):
             found.append(Case(model, "dual", policy, "synthetic", samples=8, repeats=2))
-            found.append(Case(model, "none", policy, "synthetic", "1,8,32", samples=6, repeats=1))
+        found.append(
+            Case("tiny-llada", "none", policy, "synthetic", "1,8,32", samples=8, repeats=1)
+        )
     for dataset in (gsm8k, "humaneval"):
         if dataset is not None:
             found.append(Case("tiny-sdar", "block", "static", dataset, **FEW))  # type: ignore[arg-type]

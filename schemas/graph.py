@@ -163,7 +163,8 @@ class AcceptanceModel(_Record):
         Coefficients by feature name: softmax over the masked positions, which one is committed
         next. Features that a reader does not know count nothing.
     commit
-        With threshold unmasking: logistic regression per position, whether it is committed next.
+        With threshold unmasking: log-odds per position of being committed next, and `spread`, the
+        standard deviation of an offset that all positions of a state share.
     token
         Softmax over a position's most likely tokens.
     bigrams
