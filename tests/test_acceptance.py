@@ -151,8 +151,9 @@ def test_one_threshold_step_is_a_law_over_sets(at: Outlook, seed: int) -> None:
             state = np.where(inside, start.log_p[0].argmax(-1), -1)
             law *= np.exp(start.log_p[0].max(-1)[inside].sum())
             if law > 1e-3 and size <= 4:
-                # Later steps may lead to the same state: never less than its first step.
-                assert found[tuple(state.tolist())] >= law * (1 - 1e-6)
+                # Later steps may lead to the same state: never less than its first step, but for
+                # ways to it that are rarer than one in a million, which are not followed up.
+                assert found[tuple(state.tolist())] >= law - 1e-5
 
 
 def test_features_by_hand() -> None:
