@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from spiffy.calib.prompts import load_prompts
+from spiffy.calib.prompts import MERGED, load_prompts
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import DraftGraph, SpiffyError
 
@@ -110,6 +110,9 @@ def _expected_steps(graph: DraftGraph) -> list[str]:
 
 def _data(found: Audit, graph: DraftGraph, dataset: str | None) -> None:
     record = graph.calibration
+    if record.dataset.startswith(MERGED):
+        found.unchecked.append("data: joined from several sets of prompts")
+        return
     if dataset is None and record.dataset != "synthetic":
         found.unchecked.append(f"data: give --dataset with the prompts of {record.dataset}")
         return

@@ -37,6 +37,7 @@ HUB_DATASETS = {
     "math500": HubDataset("HuggingFaceH4/MATH-500", None, "test", "problem"),
 }
 DATASETS = ("synthetic", *HUB_DATASETS)
+MERGED = "merged: "  # starts the name of several sets joined, which nothing can draw again
 
 _FIELDS = ("prompt", "question")
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from spiffy.calib.pipeline import Origin, Traces, groups, model_facts, traces_of
-from spiffy.calib.prompts import DATASETS, PromptSet
+from spiffy.calib.prompts import DATASETS, MERGED, PromptSet
 from spiffy.calib.store import About, Place, Stored, TraceFile, encode, scan, tokens_digest
 from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.decode import Task
@@ -304,7 +304,7 @@ def join(folders: Sequence[Path]) -> Joined:
     for place in sorted(found, key=lambda place: (place.about.tokens, place.about.run)):
         once.setdefault(place.about.tokens, place)
     # Files have any names; which they are must not decide anything.
-    name = "+".join(sorted({name if name in DATASETS else "jsonl" for name in names}))
+    name = MERGED + "+".join(sorted({name if name in DATASETS else "jsonl" for name in names}))
     digest = hashlib.sha256(canonical_json(list(once)).encode()).hexdigest()
     traces = _traces(list(once.values()))
     texts = {text for manifest in manifests.values() for text in manifest.prompt_digests}

@@ -120,6 +120,7 @@ def _one_set(
     by_rank = np.argsort(-states.log_p, axis=-1, kind="stable")
     top = np.take_along_axis(states.log_p, by_rank, -1)
     log_p = log_p + (sets * top[:, None, :, 0]).sum(-1) + np.log(p)[:, None]
+    # Several paths and offsets may add up to one state, so look further than what is wanted.
     small = sets.sum(-1) + (states.choice >= 0).sum(1)[:, None] <= room
     parent, k = np.nonzero(small & (log_p > np.log(max(limit / 12, 1e-6))))
     chosen = sets[parent, k]

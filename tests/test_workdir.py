@@ -21,6 +21,7 @@ import torch
 from helpers import decode, parity_model, random_prompt
 
 from spiffy.calib import store
+from spiffy.calib.audit import audit
 from spiffy.calib.pipeline import groups, prepare, record
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, Trace
@@ -29,7 +30,7 @@ from spiffy.calib.workdir import WorkDir, join, manifest_of
 from spiffy.cli import calibrate
 from spiffy.runtime import decoding_settings
 from spiffy.runtime.canvas import Cursor
-from spiffy.schemas import SpiffyError
+from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.workdir import Manifest
 
 SETTINGS = ("--model", "tiny-sdar", "--gen-length", "16", "--budget", "4", "--device", "cpu")
@@ -447,6 +448,10 @@ def test_joining_does_not_depend_on_how_prompts_were_split(run: Calibrate, tmp_p
             results.append(out.read_bytes())
     assert len(set(results)) == 1
     assert json.loads(results[0])["calibration"]["samples"] == 5
+    # The digest of several sets is not one that a set drawn again could have.
+    found = audit(DraftGraph.load(tmp_path / "joined.json"), None, str(tmp_path / "a0.jsonl"))
+    assert not found.wrong
+    assert "data: joined from several sets of prompts" in found.unchecked
 
 
 def test_directories_of_other_settings_are_not_joined(tmp_path: Path) -> None:
