@@ -19,10 +19,13 @@ from spiffy.cli.common import (
     EdgesOption,
     block_edges,
     console,
+    decodable,
     log,
+    model_of,
     note_if_inexact,
     progress_bar,
     run_app,
+    warn_of_differences,
 )
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
@@ -145,7 +148,6 @@ def bench(
         from spiffy.bench.measure import load_average, overlap
         from spiffy.bench.methods import methods as methods_of
         from spiffy.calib.prompts import load_prompts, prompt_digest
-        from spiffy.cli.decode import decodable, model_of, warn_of_differences
         from spiffy.runtime import decoding_settings, load_model
 
         load = load_average()

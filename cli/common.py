@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, progress, version."""
+"""What the commands share: errors in one line, progress, the model of a graph, its prompts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,10 +20,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 if TYPE_CHECKING:
     from spiffy.runtime import BlockEdges
+    from spiffy.runtime.models import DiffusionLM
 
 #: Results go to standard output, everything else to standard error.
 console = Console(markup=False, emoji=False)
@@ -101,6 +103,47 @@ def note_skipped(lines: int, dataset: str) -> None:
     """Say how many lines of a file were left out."""
     if lines:
         log.print(f"{lines} broken lines of {dataset} left out", soft_wrap=True)
+
+
+def model_of(artifact: DraftGraph, path: Path | None, device: str, dtype: str) -> DiffusionLM:
+    """The model a graph was calibrated for: by its id, or the checkpoint folder the graph is in."""
+    from spiffy.runtime import load_model
+
+    if path is not None and (path.parent / "config.json").is_file():
+        return load_model(str(path.parent), device=device, dtype=dtype)
+    record = artifact.model
+    return load_model(record.id, device=device, dtype=dtype, revision=record.revision)
+
+
+def decodable(
+    lm: DiffusionLM, settings: DecodingSettings, texts: list[str]
+) -> list[tuple[int, str]]:
+    """Prompts that can be decoded, numbered from 0; the others are named and left out."""
+    from spiffy.runtime.generate import make_task
+
+    prompts = []
+    for index, text in enumerate(texts):
+        try:
+            make_task(lm, text, settings)
+        except SpiffyError as problem:
+            if len(texts) == 1:
+                raise
+            log.print(f"prompt {index} left out: {problem}", soft_wrap=True)
+        else:
+            prompts.append((index, text))
+    if not prompts:
+        raise SpiffyError(f"none of the {len(texts)} prompts can be decoded")
+    return prompts
+
+
+def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> None:
+    """Say for which settings the graph's expected steps were not measured."""
+    if different := artifact.differences(settings):
+        log.print(
+            f"other settings than the graph's: {', '.join(different)}; its expected steps do not "
+            "hold, --budget auto will not draft: calibrate with these",
+            soft_wrap=True,
+        )
 
 
 def run_app(app: Callable[[], None]) -> None:

@@ -20,11 +20,14 @@ from spiffy.cli.common import (
     SkipBadOption,
     block_edges,
     console,
+    decodable,
     log,
+    model_of,
     note_if_inexact,
     note_skipped,
     progress_bar,
     run_app,
+    warn_of_differences,
 )
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.graph import MOST_UNASKED
@@ -219,47 +222,6 @@ def _budgets(budget: str | None, artifact: DraftGraph | None) -> list[int | Lite
         else:
             raise SpiffyError(f"--budget {budget!r}: give a number of drafts, or auto")
     return budgets
-
-
-def model_of(artifact: DraftGraph, path: Path | None, device: str, dtype: str) -> DiffusionLM:
-    """The model a graph was calibrated for: by its id, or the checkpoint folder the graph is in."""
-    from spiffy.runtime import load_model
-
-    if path is not None and (path.parent / "config.json").is_file():
-        return load_model(str(path.parent), device=device, dtype=dtype)
-    record = artifact.model
-    return load_model(record.id, device=device, dtype=dtype, revision=record.revision)
-
-
-def decodable(
-    lm: DiffusionLM, settings: DecodingSettings, texts: list[str]
-) -> list[tuple[int, str]]:
-    """Prompts that can be decoded, numbered from 0; the others are named and left out."""
-    from spiffy.runtime.generate import make_task
-
-    prompts = []
-    for index, text in enumerate(texts):
-        try:
-            make_task(lm, text, settings)
-        except SpiffyError as problem:
-            if len(texts) == 1:
-                raise
-            log.print(f"prompt {index} left out: {problem}", soft_wrap=True)
-        else:
-            prompts.append((index, text))
-    if not prompts:
-        raise SpiffyError(f"none of the {len(texts)} prompts can be decoded")
-    return prompts
-
-
-def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> None:
-    """Say for which settings the graph's expected steps were not measured."""
-    if different := artifact.differences(settings):
-        log.print(
-            f"other settings than the graph's: {', '.join(different)}; its expected steps do not "
-            "hold, --budget auto will not draft: calibrate with these",
-            soft_wrap=True,
-        )
 
 
 def _drafters(
