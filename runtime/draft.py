@@ -61,21 +61,23 @@ def rank_candidates(
     whose tokens the distribution has not seen.
     """
     positions = distribution.positions
-    _, score = choose(distribution, settings, mask_token_id)
+    log_p, ids = distribution.top(token_ranks + 1)  # one may be the mask token, never drafted
+    values = log_p.masked_fill(ids == mask_token_id, -torch.inf)
+    by_id = ids.sort(dim=-1)  # equals come in any order
+    ranked = values.gather(-1, by_id.indices).sort(dim=-1, descending=True, stable=True)
+    tokens = by_id.values.gather(-1, ranked.indices)
+    if settings.policy != "sequential" and settings.score == "confidence":
+        score = ranked.values[:, 0].exp()  # what `choose` says, without passing over all tokens
+    else:
+        _, score = choose(distribution, settings, mask_token_id)
     order = score.sort(descending=True, stable=True).indices
     if masked is not None:
         order = order[torch.isin(positions[order], masked)]
-    width = distribution.log_p.shape[-1]
-    # One more than asked for: the mask token may be among them, and is never drafted.
-    top = distribution.log_p.topk(min(token_ranks + 1, width), dim=-1)
-    values = top.values[order].masked_fill(top.indices[order] == mask_token_id, -torch.inf)
-    by_id = top.indices[order].sort(dim=-1)  # topk leaves the order of equals open
-    ranked = values.gather(-1, by_id.indices).sort(dim=-1, descending=True, stable=True)
-    kept = min(token_ranks, width - 1)
+    kept = min(token_ranks, distribution.log_p.shape[-1] - 1)
     return Candidates(
         positions[order],
-        by_id.values.gather(-1, ranked.indices)[:, :kept],
-        ranked.values[:, :kept],
+        tokens[order, :kept],
+        ranked.values[order, :kept],
         positions[:0] if fresh is None else fresh,
     )
 

@@ -83,10 +83,10 @@ def pack(
         for row, seen in zip(allowed, sees, strict=True):
             row[list(seen)] = True
         lengths = torch.tensor([len(segment.ids) for segment in segments])
-        owner = torch.arange(len(segments)).repeat_interleave(lengths)
-        past = 0 if frozen is None else frozen.length
-        among = allowed[owner][:, owner]
-        mask = torch.cat((among.new_ones(len(ids), past), among), 1).to(device)
+        past = allowed.new_ones(len(segments), 0 if frozen is None else frozen.length)
+        # All positions of a segment see the same, so widen the columns first and the rows last.
+        of_segment = torch.cat((past, allowed.repeat_interleave(lengths, 1)), 1)
+        mask = of_segment.repeat_interleave(lengths, 0).to(device)
     return Row(ids, positions, mask, frozen, keep)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from spiffy.schemas import DecodingSettings, ScoreName
 
 _EPS = 1e-3  # Dream's smallest timestep
+_GROUP = 64  # tokens of the vocabulary that `Distribution.top` compares at once
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,25 @@ class Distribution:
         """Whether no logit was NaN or +inf: either makes its whole row NaN, so one column tells."""
         return not bool(self.log_p[:, 0].isnan().any())
 
+    def top(self, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` most likely tokens: log-probabilities float64 and ids int64, [M, <= count].
+
+        Equals come in any order. The vocabulary is looked at once, in groups: the best tokens lie
+        in the groups with the best maxima, and only those are sorted.
+        """
+        rows, vocab = self.log_p.shape
+        groups = vocab // _GROUP
+        if groups <= 8 * count:  # too few to be worth it
+            found = self.log_p.topk(min(count, vocab), dim=-1)
+            return found.values, found.indices
+        grouped = self.log_p[:, : groups * _GROUP].reshape(rows, groups, _GROUP)
+        best = grouped.amax(-1).topk(count, dim=-1).indices
+        ids = (best[:, :, None] * _GROUP + torch.arange(_GROUP, device=best.device)).flatten(1)
+        rest = torch.arange(groups * _GROUP, vocab, device=best.device).expand(rows, -1)
+        ids = torch.cat((ids, rest), 1)
+        found = self.log_p.gather(1, ids).topk(count, dim=-1)
+        return found.values, ids.gather(1, found.indices)
+
 
 def choose(
     distribution: Distribution,
@@ -66,7 +86,7 @@ def choose(
     """
     log_p = distribution.log_p
     weights = log_p if noise is None else log_p + settings.temperature * noise
-    tokens = weights.argmax(-1)
+    tokens = weights.max(-1).indices  # the first maximum, as argmax, but several times faster
     masking = tokens == mask_token_id
     if masking.any():  # rare: spare the usual case a copy of rows as wide as the vocabulary
         others = weights[masking]

@@ -288,3 +288,19 @@ def test_argmax_with_noise_draws_from_the_tempered_softmax() -> None:
         expected = weight / sum(weights)
         error = (expected * (1 - expected) / 20_000) ** 0.5
         assert (tokens == token).double().mean().item() == pytest.approx(expected, abs=5 * error)
+
+
+@pytest.mark.parametrize("vocab", [5, 640, 2560, 2561, 4096, 5003])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_top_of_a_distribution_is_that_of_a_sort(vocab: int, ties: bool) -> None:
+    """Groups, and what is left over behind the last, hide no token."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(24, vocab, generator=generator)
+    logits[:8] = torch.arange(vocab) * torch.linspace(-1, 1, 8)[:, None]  # best ones side by side
+    if ties:
+        logits = logits.round()
+    distribution = Distribution.of(logits, torch.arange(24))
+    log_p, ids = distribution.top(5)
+    assert torch.equal(log_p, distribution.log_p.sort(descending=True).values[:, :5])
+    assert torch.equal(distribution.log_p.gather(1, ids), log_p)
+    assert all(len(set(row)) == len(row) for row in ids.tolist())
