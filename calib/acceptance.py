@@ -176,13 +176,13 @@ def _fit_tokens(examples: Sequence[_Example], folds: Sequence[AcceptanceWeights]
             features.append(token_features(example.outlook, weights.bigrams, example.choice, at, m))
             targets.append(after[known])
     identity = np.array([float(name == "log_p") for name in TOKEN_FEATURES])
-    if sum(map(len, features)) < _FEW:
+    if sum(map(len, targets)) < _FEW:
         return identity
-    x = np.concatenate(features)
-    count, ranks, width = x.shape
+    x = np.concatenate(features, 1)
+    width, count, ranks = x.shape
     starts = np.arange(count) * ranks
     targets = starts + np.concatenate(targets)
-    return _fit_softmax(x.reshape(-1, width), starts, targets, np.ones(count))
+    return _fit_softmax(x.reshape(width, -1).T, starts, targets, np.ones(count))
 
 
 def _fit_positions(

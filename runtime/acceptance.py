@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,102 +30,118 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 TOKEN_RANKS = 4
 _TEXT = 1024  # tokens of the text so far that n-grams are taken from
 NEVER = -1e9  # score of what cannot be
+_FAR = 1 << 30  # positions
+
+#: Left, right, two to the left, two to the right, as indices of a text with two tokens before it.
+_BESIDE = 2 + np.array([-1, 1, -2, 2])
 
 #: The shared offset of threshold unmasking in units of its spread, with probabilities: three nodes
 #: of Gauss-Hermite quadrature, which has the moments of a normal law up to the fifth.
 OFFSETS = ((-(3**0.5), 1 / 6), (0.0, 2 / 3), (3**0.5, 1 / 6))
 
 POSITION_FEATURES = (
-    "logit",
-    "log_p",
-    "gap",
-    "log_rank",
-    "first_rank",
     "origin_log_rank",
-    "below_best",
-    "below_best_x_share",
-    "logit_x_share",
-    "logit_above_2",
-    "logit_above_4",
-    "logit_above_7",
-    "logit_below_0",
-    "left_masked",
-    "right_masked",
-    "both_masked",
+    "origin_logit",
+    "origin_gap",
+    "eos",
     "left_committed",
     "right_committed",
     "left_drafted",
     "right_drafted",
-    "left_committed_x_logit",
-    "right_committed_x_logit",
-    "left_drafted_x_logit",
-    "right_drafted_x_logit",
-    "both_drafted",
     "left_drafted_right_masked",
-    "left_drafted_right_masked_x_logit",
-    "right_drafted_left_masked",
-    "left_logit",
-    "right_logit",
-    "left_above",
-    "right_above",
+    "nearness",
+    "depth",
     "leftmost",
     "distance",
-    "nearness",
-    "nearness_x_logit",
-    "reranked_by",
-    "reranked_by_x_left",
-    "reranked_by_x_right",
-    "eos",
-    "eos_x_logit",
-    "eos_leftmost",
-    "eos_distance",
-    "depth_x_logit",
-    "depth_x_eos",
-    "confidence",
-    "origin_logit",
-    "origin_gap",
+    "left_masked",
+    "right_masked",
+    "both_masked",
+    "both_drafted",
+    "right_drafted_left_masked",
     "second_left_drafted_left_masked",
     "second_right_drafted_right_masked",
     "two_left_drafted",
     "two_right_drafted",
-    "depth",
+    "left_logit",
+    "right_logit",
+    "left_above",
+    "right_above",
+    "logit",
+    "below_best",
+    "logit_above_2",
+    "logit_above_4",
+    "logit_above_7",
+    "logit_below_0",
+    "log_p",
+    "gap",
+    "confidence",
+    "log_rank",
+    "first_rank",
+    "reranked_by",
+    "eos_x_logit",
+    "left_committed_x_logit",
+    "right_committed_x_logit",
+    "left_drafted_x_logit",
+    "right_drafted_x_logit",
+    "left_drafted_right_masked_x_logit",
+    "nearness_x_logit",
+    "depth_x_logit",
+    "depth_x_eos",
+    "eos_leftmost",
+    "eos_distance",
+    "logit_x_share",
+    "below_best_x_share",
+    "reranked_by_x_left",
+    "reranked_by_x_right",
 )
 
 TOKEN_FEATURES = (
     "log_p",
     "first",
     "left_bigram",
-    "left_in_text",
-    "left_two_in_text",
-    "left_same",
-    "left_log_p",
     "right_bigram",
-    "right_in_text",
+    "left_same",
     "right_same",
+    "left_log_p",
     "right_log_p",
+    "left_in_text",
+    "right_in_text",
+    "left_two_in_text",
     "both_log_p",
 )
 
 
+def _rows(first: str, last: str) -> slice:
+    return slice(POSITION_FEATURES.index(first), POSITION_FEATURES.index(last) + 1)
+
+
+_TIMES_LOGIT = _rows("eos", "depth")
+_TIMES_EOS = _rows("depth", "distance")
+_TIMES_SHARE = _rows("logit", "below_best")
+_ABOVE = np.array([2.0, 4.0, 7.0])[:, None, None]
+
+
 class Counts:
-    """How often keys (int64, >= 0) occurred; looks up whole arrays."""
+    """How often keys (int64, >= 0) occurred; looks up whole arrays.
 
-    def __init__(self, keys: Ints, counts: Floats) -> None:
-        order = np.argsort(keys)
-        self.keys, self.counts = keys[order], counts[order]
+    Parameters
+    ----------
+    keys, counts
+        [n]; counts of equal keys add up, and each is 1 by default.
+    """
 
-    @classmethod
-    def of(cls, keys: Ints) -> Counts:
-        """Count equal keys."""
-        unique, counts = np.unique(keys, return_counts=True)
-        return cls(unique, counts.astype(np.float64))
+    def __init__(self, keys: Ints, counts: Floats | None = None) -> None:
+        if counts is None:
+            self.keys, self.below = np.sort(keys), np.arange(len(keys) + 1.0)
+        else:
+            order = keys.argsort()
+            self.keys = keys[order]
+            self.below = np.concatenate(([0.0], counts[order].cumsum()))
 
     def __getitem__(self, keys: Ints) -> Floats:
         """Counts of `keys`, any shape; 0 for those that never occurred."""
-        if not len(self.keys):
-            return np.zeros(keys.shape)
-        found = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        counts: Floats = np.where(self.keys[found] == keys, self.counts[found], 0.0)
+        before, to = self.keys.searchsorted(keys), self.keys.searchsorted(keys, "right")
+        counts: Floats = self.below[to] - self.below[before]
         return counts
 
 
@@ -147,31 +163,43 @@ class Bigrams:
         left, right, count = table[:, 0], table[:, 1], table[:, 2].astype(np.float64)
         self.vocab = vocab
         self.pairs = Counts(left * vocab + right, count)
-        self.left = self._sums(left, count)
-        self.right = self._sums(right, count)
-        self.total = float(count.sum()) + 1.0
+        of_left = np.bincount(left, count, vocab)
+        of_right = np.bincount(right, count, vocab)
+        # Beside a token to the left stands one that is often the right one of a pair.
+        self.prior = self._PRIOR * (np.stack((of_right, of_left)) + 0.1) / (count.sum() + 1)
+        self.log_total = np.log(np.stack((of_left, of_right)) + self._PRIOR)
 
-    @staticmethod
-    def _sums(tokens: Ints, counts: Floats) -> Counts:
-        unique, where = np.unique(tokens, return_inverse=True)
-        return Counts(unique, np.bincount(where, counts, len(unique)).astype(np.float64))
+    def log_p(self, tokens: Ints, beside: Ints) -> Floats:
+        """Log P(token | the one to its left) and log P(token | the one to its right).
 
-    def log_p_right(self, left: Ints, token: Ints) -> Floats:
-        """Log P(token | the token to its left)."""
-        prior = self._PRIOR * (self.right[token] + 0.1) / self.total
-        seen = self.pairs[left * self.vocab + token] + prior
-        return np.log(seen / (self.left[left] + self._PRIOR))
+        Parameters
+        ----------
+        tokens
+            [K, J].
+        beside
+            [2, K] the tokens to the left and to the right.
 
-    def log_p_left(self, token: Ints, right: Ints) -> Floats:
-        """Log P(token | the token to its right)."""
-        prior = self._PRIOR * (self.left[token] + 0.1) / self.total
-        seen = self.pairs[token * self.vocab + right] + prior
-        return np.log(seen / (self.right[right] + self._PRIOR))
+        Returns
+        -------
+        [2, K, J].
+        """
+        seen = self.pairs[_pairs(tokens, beside, self.vocab)] + self.prior[:, tokens]
+        log_total = self.log_total[np.arange(2)[:, None], beside]
+        log_p: Floats = np.log(seen) - log_total[:, :, None]
+        return log_p
+
+
+def _pairs(tokens: Ints, beside: Ints, vocab: int) -> Ints:
+    """Keys [2, K, J] of tokens [K, J] with their left and their right neighbours [2, K]."""
+    left, right = beside[:, :, None]
+    return np.stack((left * vocab + tokens, tokens * vocab + right))
 
 
 @dataclass(frozen=True)
 class Outlook:
     """What is known at a root, as arrays over its M masked positions in ascending order.
+
+    Neighbours come in the order left, right, two to the left, two to the right.
 
     Attributes
     ----------
@@ -179,20 +207,24 @@ class Outlook:
         [M] of the sequence.
     tokens, log_p
         [M, J] most likely tokens and their log-probabilities, by rank.
+    log_mass
+        [M] logarithm of what those tokens' probabilities add up to.
     rank
         [M] rank of the position by the policy's score.
-    adjacent
-        bool [M - 1], whether a position and the next one in the list are neighbours.
-    left, right
-        [M] index (into this list) of the position beside it if that is masked too, else -1.
-    left_token, right_token
-        [M] token beside it, -1 where that is masked or outside the sequence.
-    left_token_2
-        [M] token two to the left, -1 likewise.
-    left_fresh, right_fresh
-        [M] whether the token beside it is one that the distribution has not seen.
-    bigrams_in_text, trigrams_in_text
-        Of prompt and answer so far.
+    neighbours
+        [4, M] index (into this list) of the neighbour if that is masked too, else -1; of a second
+        neighbour only if the first is masked too.
+    neighbour_tokens
+        [4, M] token of the neighbour, -1 where that is masked or outside the sequence.
+    fresh
+        bool [2, M], whether the token to the left, to the right is one that the distribution has
+        not seen.
+    before, behind
+        [M] position of the neighbour if that is fresh, else one far away.
+    constant
+        [6, M] the first of `POSITION_FEATURES`, which are the same at every state.
+    in_text
+        Bigrams and trigrams of prompt and answer so far, by `_pairs` and `_triples`.
     share
         Masked share of the block.
     eos
@@ -202,17 +234,15 @@ class Outlook:
     positions: Ints
     tokens: Ints
     log_p: Floats
+    log_mass: Floats
     rank: Ints
-    adjacent: Bools
-    left: Ints
-    right: Ints
-    left_token: Ints
-    right_token: Ints
-    left_token_2: Ints
-    left_fresh: Bools
-    right_fresh: Bools
-    bigrams_in_text: Counts
-    trigrams_in_text: Counts
+    neighbours: Ints
+    neighbour_tokens: Ints
+    fresh: Bools
+    before: Ints
+    behind: Ints
+    constant: Floats
+    in_text: Counts
     share: float
     eos: Bools
 
@@ -245,36 +275,52 @@ class Outlook:
         """
         order = np.argsort(positions)
         where = positions[order]
-        known = np.full(len(ids) + 3, -1, dtype=np.int64)  # two before, one behind
-        known[2:-1] = np.where(ids == mask_token_id, -1, ids)
-        index = np.full(len(ids) + 2, -1, dtype=np.int64)
-        index[where + 1] = np.arange(len(where))
-        is_fresh = np.zeros(len(ids) + 2, dtype=np.bool_)
-        is_fresh[fresh + 1] = True
-        stop = int(where[-1]) + 1
-        text = known[2 : 2 + min(len(ids), stop + 1)][-_TEXT:]
-        a, b = text[:-1], text[1:]
-        both = (a >= 0) & (b >= 0)
-        two = a * vocab + b
-        three = both[:-1] & both[1:]
+        around = where + _BESIDE[:, None]
+        known = np.full(len(ids) + 4, -1, dtype=np.int64)  # two before, two behind
+        known[2:-2] = np.where(ids == mask_token_id, -1, ids)
+        index = np.full(len(known), -1, dtype=np.int64)
+        index[where + 2] = np.arange(len(where))
+        is_fresh = np.zeros(len(known), dtype=np.bool_)
+        is_fresh[fresh + 2] = True
+        neighbours = index[around]
+        neighbours[2:][neighbours[:2] < 0] = -1
+        is_fresh = is_fresh[around[:2]]
+        log_p = np.maximum(log_p[order], -30.0)
+        eos = (tokens[order, :1] == np.array(eos_token_ids, dtype=np.int64)).any(1)
+        top = log_p[:, 0]
+        gap = np.minimum(top - log_p[:, min(1, log_p.shape[1] - 1)], 12.0)
+        mass = np.minimum(np.exp(log_p).sum(1), 1.0)
+        text = known[max(2, where[-1] + 4 - _TEXT) : where[-1] + 4]
         return cls(
             positions=where,
             tokens=tokens[order],
-            log_p=np.maximum(log_p[order], -30.0),
+            log_p=log_p,
+            log_mass=np.log(mass),
             rank=order,
-            adjacent=np.diff(where) == 1,
-            left=index[where],
-            right=index[where + 2],
-            left_token=known[where + 1],
-            right_token=known[where + 3],
-            left_token_2=known[where],
-            left_fresh=is_fresh[where],
-            right_fresh=is_fresh[where + 2],
-            bigrams_in_text=Counts.of(two[both]),
-            trigrams_in_text=Counts.of((two[:-1] * vocab + b[1:])[three]),
+            neighbours=neighbours,
+            neighbour_tokens=known[around],
+            fresh=is_fresh,
+            before=np.where(is_fresh[0], where - 1, -_FAR),
+            behind=np.where(is_fresh[1], where + 1, _FAR),
+            constant=np.stack((np.log1p(order), _logit(top), gap, eos, *is_fresh)),
+            in_text=_counted(text, vocab),
             share=len(where) / block_length,
-            eos=np.isin(tokens[order][:, 0], eos_token_ids),
+            eos=eos,
         )
+
+
+def _counted(text: Ints, vocab: int) -> Counts:
+    """Bigrams and trigrams of `text` (-1 where unknown)."""
+    a, b = text[:-1], text[1:]
+    two = np.where(np.minimum(a, b) >= 0, a * vocab + b, -1)
+    a, b = text[:-2], two[1:]
+    three = np.where(np.minimum(a, b) >= 0, _triples(a, b, vocab), -1)
+    return Counts(np.concatenate((two, three)))
+
+
+def _triples(token: Ints, pair: Ints, vocab: int) -> Ints:
+    """Keys of pairs with the token to their left, other than the keys of any pair."""
+    return (token + 1) * vocab**2 + pair
 
 
 @dataclass(frozen=True)
@@ -307,7 +353,7 @@ class States:
     ) -> States:
         """Children (int64 [k, M]) of the states `parents` (int64 [k])."""
         new = (choice >= 0) & (self.choice[parents] < 0)
-        beside = (_left_of(new, outlook) | _right_of(new, outlook)) & (choice < 0)
+        beside = _beside(new, outlook)[:, :2].any(1) & (choice < 0)
         log_p = self.log_p[parents]
         log_p = _reranked(outlook, model, choice, log_p, beside)
         return States(choice, log_p, self.depth[parents] + 1)
@@ -362,76 +408,45 @@ def _vector(coefficients: Mapping[str, float], names: Sequence[str]) -> Floats:
     return np.array([coefficients.get(name, 0.0) for name in names])
 
 
-def _left_of(values: NDArray[_Scalar], outlook: Outlook) -> NDArray[_Scalar]:
-    """`values` [n, M] of the position to the left; 0 where that is not in the list."""
-    shifted = np.zeros_like(values)
-    np.multiply(values[:, :-1], outlook.adjacent, out=shifted[:, 1:], casting="unsafe")
-    return shifted
-
-
-def _right_of(values: NDArray[_Scalar], outlook: Outlook) -> NDArray[_Scalar]:
-    """`values` [n, M] of the position to the right; 0 where that is not in the list."""
-    shifted = np.zeros_like(values)
-    np.multiply(values[:, 1:], outlook.adjacent, out=shifted[:, :-1], casting="unsafe")
-    return shifted
+def _beside(values: NDArray[_Scalar], outlook: Outlook) -> NDArray[_Scalar]:
+    """`values` [..., M] of the neighbours of each position, [..., 4, M]; 0 for those not masked."""
+    padded = np.zeros((*values.shape[:-1], values.shape[-1] + 1), values.dtype)
+    padded[..., :-1] = values
+    return padded.take(outlook.neighbours, -1)
 
 
 def changed_beside(outlook: Outlook, choice: Ints) -> Bools:
     """Masked positions [n, M] beside a token that the distribution has not seen."""
-    drafted = choice >= 0
-    left = outlook.left_fresh | _left_of(drafted, outlook)
-    right = outlook.right_fresh | _right_of(drafted, outlook)
-    changed: Bools = (left | right) & ~drafted
+    left, right = _beside(choice >= 0, outlook)[:, :2].swapaxes(0, 1) | outlook.fresh[:, None]
+    changed: Bools = (left | right) & (choice < 0)
     return changed
 
 
 def token_features(outlook: Outlook, bigrams: Bigrams, choice: Ints, at: Ints, m: Ints) -> Floats:
-    """Features [K, J, T] of the tokens of positions `m` (int64 [K]) in states `at` (int64 [K])."""
-    tokens = outlook.tokens[m]
-    log_p = outlook.log_p[m]
-    rows = np.arange(len(outlook.tokens))
-    chosen = np.where(choice >= 0, outlook.tokens[rows, choice], -1)
-    chosen = np.concatenate((chosen, np.full((len(choice), 1), -1)), 1)
+    """Features [T, K, J] of the tokens of positions `m` (int64 [K]) in states `at` (int64 [K])."""
+    tokens, log_p = outlook.tokens[m], outlook.log_p[m]
+    index = outlook.neighbours[:3, m]
+    rank = np.where(index >= 0, choice[at, index], -1)
+    drafted = rank >= 0
+    known = np.where(drafted, outlook.tokens[index, rank], outlook.neighbour_tokens[:3, m])
+    new = (drafted[:2] | outlook.fresh[:, m])[:, :, None]
+    exists = known >= 0
+    known = np.maximum(known, 0)
+    pairs = _pairs(tokens, known[:2], bigrams.vocab)
+    triples = _triples(known[2, :, None], pairs[:1], bigrams.vocab)
 
-    def beside(neighbour: Ints, token: Ints, fresh: Bools) -> tuple[Ints, Floats]:
-        drafted = chosen[at, neighbour[m]]
-        known = np.where(drafted >= 0, drafted, token[m])
-        return known, ((drafted >= 0) | (fresh[m] & (known >= 0))).astype(np.float64)
-
-    left, new_left = beside(outlook.left, outlook.left_token, outlook.left_fresh)
-    right, new_right = beside(outlook.right, outlook.right_token, outlook.right_fresh)
-    two_left = np.where(
-        outlook.left[m] >= 0,
-        np.where(
-            outlook.left[outlook.left[m]] >= 0,
-            chosen[at, outlook.left[outlook.left[m]]],
-            outlook.left_token[outlook.left[m]],
-        ),
-        outlook.left_token_2[m],
-    )
-    left_, right_ = np.maximum(left, 0)[:, None], np.maximum(right, 0)[:, None]
-    two_ = np.maximum(two_left, 0)[:, None]
-    vocab = bigrams.vocab
-    text, text_3 = outlook.bigrams_in_text, outlook.trigrams_in_text
-    by_left, by_right = new_left[:, None], new_right[:, None]
-    first = np.zeros_like(log_p)
-    first[:, 0] = 1
-    pair_left = left_ * vocab + tokens
-    columns = (
-        log_p,
-        first,
-        by_left * bigrams.log_p_right(left_, tokens),
-        by_left * np.log1p(text[pair_left]),
-        by_left * (two_left >= 0)[:, None] * np.log1p(text_3[two_ * vocab * vocab + pair_left]),
-        by_left * (tokens == left_),
-        by_left * log_p,
-        by_right * bigrams.log_p_left(tokens, right_),
-        by_right * np.log1p(text[tokens * vocab + right_]),
-        by_right * (tokens == right_),
-        by_right * log_p,
-        by_left * by_right * log_p,
-    )
-    return np.stack(columns, -1)
+    features = np.empty((len(TOKEN_FEATURES), *tokens.shape))
+    features[0] = log_p
+    features[1] = 0
+    features[1, :, 0] = 1
+    features[2:4] = bigrams.log_p(tokens, known[:2])
+    features[4:6] = tokens == known[:2, :, None]
+    features[6:8] = log_p
+    features[8:11] = np.log1p(outlook.in_text[np.concatenate((pairs, triples))])
+    features[2:10].reshape(4, 2, *tokens.shape)[:] *= new  # left and right
+    features[10] *= new[0] & exists[2, :, None]
+    features[11] = features[6] * new[1]
+    return features
 
 
 def _reranked(
@@ -440,117 +455,87 @@ def _reranked(
     """`log_p` [n, M, J] with the positions `beside` (bool [n, M]) re-ranked, in place."""
     at, m = beside.nonzero()
     if len(at):
-        score = token_features(outlook, model.bigrams, choice, at, m) @ model.token
-        score -= score.max(-1, keepdims=True)
-        mass = np.minimum(np.exp(outlook.log_p[m]).sum(-1, keepdims=True), 1.0)
-        total = np.exp(score).sum(-1, keepdims=True)
-        log_p[at, m] = score + np.log(mass / total)
+        features = token_features(outlook, model.bigrams, choice, at, m)
+        score = (model.token @ features.reshape(len(features), -1)).reshape(features.shape[1:])
+        score -= score.max(1, keepdims=True)
+        score += (outlook.log_mass[m] - np.log(np.exp(score).sum(1)))[:, None]
+        log_p[at, m] = score
     return log_p
 
 
 def _logit(log_p: Floats) -> Floats:
     log_p = np.minimum(log_p, -1e-12)
-    return np.clip(log_p - np.log(-np.expm1(log_p)), -12.0, 28.0)
+    logit: Floats = np.maximum(log_p - np.log(-np.expm1(log_p)), -12.0)
+    return logit
 
 
 def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
-    """Features [F, n, M] of every position, and which of them are masked, bool [n, M]."""
-    choice = states.choice
-    drafted = choice >= 0
-    masked = ~drafted
-    two = np.sort(states.log_p, -1)[:, :, -2:] if states.log_p.shape[2] > 1 else None
-    log_p = states.log_p[:, :, 0] if two is None else two[:, :, 1]
-    gap = np.zeros_like(log_p) if two is None else np.minimum(log_p - two[:, :, 0], 12.0)
-    logit = _logit(log_p)
-    shown = np.where(masked, logit, NEVER)
-    best = shown.max(1, keepdims=True)
-    order = np.argsort(-shown, axis=1, kind="stable")
-    rank = order.argsort(axis=1)
-    share = masked.mean(1, keepdims=True) * outlook.share
+    """Features [F, n, M] of every position, and which of them are masked, bool [n, M].
 
-    left_masked, right_masked = _left_of(masked, outlook), _right_of(masked, outlook)
-    left_drafted, right_drafted = _left_of(drafted, outlook), _right_of(drafted, outlook)
-    left_logit = np.where(left_masked, _left_of(logit, outlook), 0.0)
-    right_logit = np.where(right_masked, _right_of(logit, outlook), 0.0)
-    left_new, right_new = outlook.left_fresh, outlook.right_fresh
-    leftmost = np.zeros_like(masked)
-    first = masked.argmax(1)
-    leftmost[np.arange(len(masked)), first] = True
-    where = outlook.positions
-    distance = np.log1p(np.maximum(where - where[first][:, None], 0))
-    near = _nearness(drafted, left_new, right_new, where)
-    origin = _logit(outlook.log_p[:, 0])
-    origin_gap = np.minimum(outlook.log_p[:, 0] - outlook.log_p[:, 1 % outlook.log_p.shape[1]], 12)
-    moved = logit - origin
-    second_left = _left_of(left_drafted, outlook)
-    second_right = _right_of(right_drafted, outlook)
-    eos, depth = outlook.eos, states.depth[:, None]
-    columns = (
-        logit,
-        log_p,
-        gap,
-        np.log1p(rank),
-        rank == 0,
-        np.log1p(outlook.rank),
-        logit - best,
-        (logit - best) * share,
-        logit * share,
-        np.maximum(logit - 2, 0),
-        np.maximum(logit - 4, 0),
-        np.maximum(logit - 7, 0),
-        np.minimum(logit, 0),
-        left_masked,
-        right_masked,
-        left_masked & right_masked,
-        left_new,
-        right_new,
-        left_drafted,
-        right_drafted,
-        left_new * logit,
-        right_new * logit,
-        left_drafted * logit,
-        right_drafted * logit,
-        left_drafted & right_drafted,
-        left_drafted & right_masked,
-        (left_drafted & right_masked) * logit,
-        right_drafted & left_masked,
-        left_logit,
-        right_logit,
-        np.where(left_masked, np.maximum(left_logit - logit, 0), 0),
-        np.where(right_masked, np.maximum(right_logit - logit, 0), 0),
-        leftmost,
-        distance,
-        near,
-        near * logit,
-        moved,
-        moved * left_drafted,
-        moved * right_drafted,
-        eos,
-        eos * logit,
-        eos & leftmost,
-        eos * distance,
-        depth * logit,
-        depth * eos,
-        np.exp(log_p),
-        origin,
-        origin_gap,
-        second_left & left_masked,
-        second_right & right_masked,
-        second_left & left_drafted,
-        second_right & right_drafted,
-        depth,
+    Features of positions that are not masked mean nothing.
+    """
+    where, masked = outlook.positions, states.choice < 0
+    lines = np.arange(len(masked))
+    ascending = np.sort(states.log_p, -1)
+    log_p, second = ascending[:, :, -1], ascending[:, :, max(-2, -ascending.shape[2])]
+    logit = _logit(log_p)
+    order = np.where(masked, -logit, -NEVER).argsort(1, kind="stable")
+    best = order[:, 0]
+    log_rank = np.empty_like(logit)
+    log_rank[lines[:, None], order] = np.log1p(np.arange(len(where)))
+    leftmost = where[masked.argmax(1)][:, None]
+    moved = logit - outlook.constant[1]
+
+    facts = np.stack((masked, ~masked, masked * logit))
+    by_masked, by_drafted, by_logit = _beside(facts, outlook).swapaxes(1, 2)  # each [4, n, M]
+    above = np.maximum(by_logit[:2] - logit, 0) * by_masked[:2]
+    groups: tuple[NDArray[Any], ...] = (
+        outlook.constant[:, None],
+        by_drafted[:2],
+        (by_drafted[0] * by_masked[1])[None],
+        _nearness(outlook, masked)[None],
+        states.depth[None, :, None],
+        (where == leftmost)[None],
+        np.log1p(np.maximum(where - leftmost, 0))[None],
+        by_masked[:2],
+        (by_masked[0] * by_masked[1])[None],
+        (by_drafted[0] * by_drafted[1])[None],
+        (by_drafted[1] * by_masked[0])[None],
+        by_drafted[2:] * by_masked[:2],
+        by_drafted[2:] * by_drafted[:2],
+        by_logit[:2],
+        above,
+        logit[None],
+        (logit - logit[lines, best][:, None])[None],
+        np.maximum(logit - _ABOVE, 0),
+        np.minimum(logit, 0)[None],
+        log_p[None],
+        np.minimum(log_p - second, 12.0)[None],
+        np.exp(log_p)[None],
+        log_rank[None],
+        (log_rank == 0)[None],
+        moved[None],
     )
-    features = np.empty((len(columns), *masked.shape))
-    for row, column in zip(features, columns, strict=True):
-        row[:] = column
+    features = np.empty((len(POSITION_FEATURES), *masked.shape))
+    row = 0
+    for group in groups:
+        features[row : row + len(group)] = group
+        row += len(group)
+    products = (
+        features[_TIMES_LOGIT] * logit,
+        features[_TIMES_EOS] * outlook.eos,
+        features[_TIMES_SHARE] * (masked.mean(1, keepdims=True) * outlook.share),
+        by_drafted[:2] * moved,
+    )
+    for group in products:
+        features[row : row + len(group)] = group
+        row += len(group)
     return features, masked
 
 
-def _nearness(drafted: Bools, left_new: Bools, right_new: Bools, where: Ints) -> Floats:
+def _nearness(outlook: Outlook, masked: Bools) -> Floats:
     """1 / (1 + positions to the nearest token that the distribution has not seen), [n, M]."""
-    far = 1 << 30
-    before = np.where(drafted, where, np.where(left_new, where - 1, -far))
-    behind = np.where(drafted, where, np.where(right_new, where + 1, far))
-    before = np.maximum.accumulate(before, 1)
-    behind = np.minimum.accumulate(behind[:, ::-1], 1)[:, ::-1]
+    where = outlook.positions
+    before = np.maximum.accumulate(np.where(masked, outlook.before, where), 1)
+    behind = np.minimum.accumulate(np.where(masked, outlook.behind, where)[:, ::-1], 1)[:, ::-1]
     return 1.0 / (1.0 + np.minimum(where - before, behind - where))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -263,10 +264,7 @@ class AcceptanceDrafter:
         outlook = self.outlook(root, candidates)
         choice, p = expand(self.weights, outlook, self.budget, room)
         choice = choice[: self.pays(p)]
-        device = root.ids.device
-        states = root.ids.repeat(len(choice), 1)
+        states = np.repeat(root.ids.cpu().numpy()[None], len(choice), 0)
         at, m = (choice >= 0).nonzero()
-        where = torch.from_numpy(outlook.positions[m]).to(device)
-        filled = torch.from_numpy(outlook.tokens[m, choice[at, m]]).to(device)
-        states[torch.from_numpy(at).to(device), where] = filled
-        return states
+        states[at, outlook.positions[m]] = outlook.tokens[m, choice[at, m]]
+        return torch.from_numpy(states).to(root.ids.device)

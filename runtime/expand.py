@@ -32,6 +32,12 @@ def _softmax(score: Floats) -> Floats:
     return softmax
 
 
+def _weighed(coefficients: Floats, features: Floats) -> Floats:
+    """Sum [n, M] of features [F, n, M] times coefficients [F]."""
+    score = coefficients @ features.reshape(len(features), -1)
+    return score.reshape(features.shape[1:])
+
+
 @dataclass(frozen=True)
 class _Children:
     """Possible next states: parent [k], choice [k, M], probability [k]."""
@@ -51,7 +57,7 @@ def _one_step(
 ) -> _Children:
     """Children by static unmasking with one token per step."""
     features, masked = position_features(outlook, states)
-    where = _softmax(np.where(masked, np.tensordot(model.position, features, 1), NEVER)) * masked
+    where = _softmax(np.where(masked, _weighed(model.position, features), NEVER))
     joint = p[:, None, None] * where[:, :, None] * np.exp(states.log_p)
     flat = joint.ravel()
     # Several paths may add up to one state, so look at more of them than states are wanted.
@@ -107,8 +113,8 @@ def _one_set(
     assert model.commit is not None  # fitted for threshold unmasking
     features, masked = position_features(outlook, states)
     count = masked.shape[1]
-    odds = np.tensordot(model.commit[:-1], features, 1) + model.commit[-1]
-    score = np.where(masked, np.tensordot(model.position, features, 1), NEVER)
+    odds = _weighed(model.commit[:-1], features) + model.commit[-1]
+    score = np.where(masked, _weighed(model.position, features), NEVER)
     # Equal sets of several offsets add up where equal states do, in `_merged`.
     found_sets, found_log_p = [], []
     for offset, share in OFFSETS if model.spread else ((0.0, 1.0),):
@@ -156,10 +162,13 @@ def _merged(children: _Children, budget: int) -> _Children:
     filled = children.choice >= 0
     with np.errstate(over="ignore"):
         key = np.where(filled, _HASHES[rows, children.choice], 0).sum(1)
-    _, first, where = np.unique(key, return_index=True, return_inverse=True)
-    p = np.bincount(where, children.p, len(first)).astype(np.float64)
+    order = key.argsort(kind="stable")
+    key = key[order]
+    first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
+    p = np.add.reduceat(children.p[order], first)
     best = np.argsort(-p, kind="stable")[:budget]
-    return _Children(children.parent[first[best]], children.choice[first[best]], p[best])
+    kept = order[first[best]]
+    return _Children(children.parent[kept], children.choice[kept], p[best])
 
 
 def expand(

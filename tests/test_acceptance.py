@@ -166,12 +166,10 @@ def test_features_by_hand() -> None:
     )
     assert at.positions.tolist() == [3, 4, 6]
     assert at.rank.tolist() == [1, 0, 2]
-    assert at.left.tolist() == [-1, 0, -1]
-    assert at.right.tolist() == [1, -1, -1]
-    assert at.left_token.tolist() == [2, -1, 1]
-    assert at.left_token_2.tolist() == [1, 2, -1]
-    assert at.right_token.tolist() == [-1, 1, -1]
-    assert at.left_fresh.tolist() == [True, False, False]
+    # Left, right, two to the left, two to the right.
+    assert at.neighbours.tolist() == [[-1, 0, -1], [1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert at.neighbour_tokens.tolist() == [[2, -1, 1], [-1, 1, -1], [1, 2, -1], [1, -1, -1]]
+    assert at.fresh.tolist() == [[True, False, False], [False, False, False]]
     assert at.eos.tolist() == [False, False, True]
     plain = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), VOCAB)
     states = States.of(at, plain, np.array([[-1, -1, -1], [0, -1, -1]]), np.array([0, 1]))
@@ -205,7 +203,7 @@ def test_token_evidence_by_hand() -> None:
     bigrams = Bigrams([(1, 3, 6), (3, 2, 2)], VOCAB)
     start = np.full((1, 2), -1)
     rows = token_features(at, bigrams, start, np.array([0, 0]), np.array([0, 1]))
-    value = {name: rows[:, :, k] for k, name in enumerate(TOKEN_FEATURES)}
+    value = dict(zip(TOKEN_FEATURES, rows, strict=True))
     # Position 7 follows a new 1, which the text so far has continued with 3 twice.
     assert value["left_in_text"][1].tolist() == pytest.approx(np.log1p([2, 0]))
     assert value["left_two_in_text"][1].tolist() == [0, 0]  # "2 1" has no continuation yet
@@ -216,9 +214,11 @@ def test_token_evidence_by_hand() -> None:
 
 
 def test_counts_look_up_whole_arrays() -> None:
-    counts = Counts.of(np.array([7, 3, 7, 7]))
+    counts = Counts(np.array([7, 3, 7, 7]))
     assert counts[np.array([[3, 7], [5, 100]])].tolist() == [[1, 3], [0, 0]]
-    assert Counts.of(np.array([], dtype=np.int64))[np.array([1])].tolist() == [0]
+    counts = Counts(np.array([7, 3, 7]), np.array([2.0, 0.5, 1.5]))
+    assert counts[np.array([[3, 7], [5, 100]])].tolist() == [[0.5, 3.5], [0, 0]]
+    assert Counts(np.array([], dtype=np.int64))[np.array([1])].tolist() == [0]
 
 
 def test_a_softmax_regression_finds_the_law_it_was_drawn_from() -> None:
