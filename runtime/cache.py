@@ -236,16 +236,18 @@ class BlockCache:
         before = list(range(len(waiting)))
         last_of: list[int] = []  # each state's last segment
         self.completed = {}
-        complete = (states[:, span.start : span.stop] != self.model.mask_token_id).all(-1).tolist()
+        blocks = states[:, span.start : span.stop]
+        complete = (blocks != self.model.mask_token_id).all(-1).tolist()
         follows = self.crosses and cursor.block + 1 < self.canvas.blocks
-        for state, ids in enumerate(states):
-            segments.append(Segment(ids[span.start : span.stop], span.start))
+        for state, block in enumerate(blocks.unbind()):
+            segments.append(Segment(block, span.start))
             sees.append([*before, len(sees)])
             if complete[state] and follows:
                 following = self.canvas.span(cursor.block + 1)
                 start = (len(segments) - 1) * len(span)
                 self.completed[state] = range(start, start + len(span))
-                segments.append(Segment(ids[following.start : following.stop], following.start))
+                ids = states[state, following.start : following.stop]
+                segments.append(Segment(ids, following.start))
                 sees.append([*before, len(sees) - 1, len(sees)])
             last_of.append(len(segments) - 1)
 
@@ -254,7 +256,7 @@ class BlockCache:
         self.kept = output.kept
         if waiting:
             self._store(output.kept, range(len(waiting) * len(span)))
-        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1])
+        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1]).unbind()
         return Evaluation(self.model, [Window(hidden[k], segments[k].start) for k in last_of])
 
     def settle(self, state: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -79,9 +80,9 @@ def pack(
     )
     mask = None
     if any(len(seen) < len(segments) for seen in sees):
+        queries = [k for k, seen in enumerate(sees) for _ in seen]
         allowed = torch.zeros(len(segments), len(segments), dtype=torch.bool)
-        for row, seen in zip(allowed, sees, strict=True):
-            row[list(seen)] = True
+        allowed[torch.tensor(queries), torch.tensor(list(chain.from_iterable(sees)))] = True
         lengths = torch.tensor([len(segment.ids) for segment in segments])
         past = allowed.new_ones(len(segments), 0 if frozen is None else frozen.length)
         # All positions of a segment see the same, so widen the columns first and the rows last.
