@@ -236,10 +236,10 @@ class BlockCache:
         before = list(range(len(waiting)))
         last_of: list[int] = []  # each state's last segment
         self.completed = {}
-        blocks = states[:, span.start : span.stop]
-        complete = (blocks != self.model.mask_token_id).all(-1).tolist()
+        of_states = states[:, span.start : span.stop]
+        complete = (of_states != self.model.mask_token_id).all(-1).tolist()
         follows = self.crosses and cursor.block + 1 < self.canvas.blocks
-        for state, block in enumerate(blocks.unbind()):
+        for state, block in enumerate(of_states.unbind()):
             segments.append(Segment(block, span.start))
             sees.append([*before, len(sees)])
             if complete[state] and follows:

@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from spiffy.calib.acceptance import _fit_sets, _fit_softmax, can_fit
@@ -191,6 +191,103 @@ def test_features_by_hand() -> None:
     assert value["nearness"][1, 1:].tolist() == pytest.approx([1 / 2, 1 / 4])
     assert value["below_best"][0, 1] == 0
     assert value["eos"][0].tolist() == [0, 0, 1]
+
+
+@given(roots(), st.integers(0, 5), st.data())
+def test_every_position_feature_is_what_its_name_says(
+    at: Outlook, seed: int, data: st.DataObject
+) -> None:
+    """One position at a time, by its definition: rows are computed in groups, in a fixed order."""
+    weights = random_weights(seed, sets=False)
+    count = len(at.positions)
+    choice = data.draw(st.lists(st.integers(-1, 1), min_size=count, max_size=count))
+    assume(min(choice) < 0)
+    states = States.of(at, weights, np.array([choice]), np.array([seed]))
+    features, _ = position_features(at, states)
+    where = at.positions.tolist()
+    drafted = {where[k] for k in range(count) if choice[k] >= 0}
+    masked = set(where) - drafted
+    new = {where[k] - 1 for k in range(count) if at.fresh[0, k]}
+    new |= {where[k] + 1 for k in range(count) if at.fresh[1, k]}
+
+    def logit(log_p: float) -> float:
+        return float(np.log(np.exp(log_p) / (1 - np.exp(log_p))))
+
+    log_p = {where[k]: sorted(states.log_p[0, k]) for k in range(count)}
+    logits = {k: logit(values[-1]) for k, values in log_p.items()}
+    order = sorted(sorted(masked), key=lambda k: -logits[k])
+    share = len(masked) / 8
+    for k, position in enumerate(where):
+        if position in drafted:
+            continue
+        left, right = position - 1, position + 1
+        own, eos, depth = logits[position], bool(at.tokens[k, 0] == EOS), seed
+        first, second = at.log_p[k]
+        moved = own - logit(first)
+        below = own - logits[order[0]]
+        distance = np.log1p(max(position - min(masked), 0))
+        nearness = max((1 / (1 + abs(position - other)) for other in drafted | new), default=0)
+        on_left, on_right = left in drafted, right in drafted
+        left_logit = logits[left] if left in masked else 0.0
+        right_logit = logits[right] if right in masked else 0.0
+        expected = {
+            "origin_log_rank": np.log1p(at.rank[k]),
+            "origin_logit": logit(first),
+            "origin_gap": first - second,
+            "eos": eos,
+            "left_committed": left in new,
+            "right_committed": right in new,
+            "left_drafted": on_left,
+            "right_drafted": on_right,
+            "left_drafted_right_masked": on_left and right in masked,
+            "nearness": nearness,
+            "depth": depth,
+            "leftmost": position == min(masked),
+            "distance": distance,
+            "left_masked": left in masked,
+            "right_masked": right in masked,
+            "both_masked": left in masked and right in masked,
+            "both_drafted": on_left and on_right,
+            "right_drafted_left_masked": on_right and left in masked,
+            "second_left_drafted_left_masked": left in masked and left - 1 in drafted,
+            "second_right_drafted_right_masked": right in masked and right + 1 in drafted,
+            "two_left_drafted": on_left and left - 1 in drafted,
+            "two_right_drafted": on_right and right + 1 in drafted,
+            "left_logit": left_logit,
+            "right_logit": right_logit,
+            "left_above": max(left_logit - own, 0) if left in masked else 0,
+            "right_above": max(right_logit - own, 0) if right in masked else 0,
+            "logit": own,
+            "below_best": below,
+            "logit_above_2": max(own - 2, 0),
+            "logit_above_4": max(own - 4, 0),
+            "logit_above_7": max(own - 7, 0),
+            "logit_below_0": min(own, 0),
+            "log_p": log_p[position][-1],
+            "gap": log_p[position][-1] - log_p[position][-2],
+            "confidence": np.exp(log_p[position][-1]),
+            "log_rank": np.log1p(order.index(position)),
+            "first_rank": order[0] == position,
+            "reranked_by": moved,
+            "eos_x_logit": eos * own,
+            "left_committed_x_logit": (left in new) * own,
+            "right_committed_x_logit": (right in new) * own,
+            "left_drafted_x_logit": on_left * own,
+            "right_drafted_x_logit": on_right * own,
+            "left_drafted_right_masked_x_logit": (on_left and right in masked) * own,
+            "nearness_x_logit": nearness * own,
+            "depth_x_logit": depth * own,
+            "depth_x_eos": depth * eos,
+            "eos_leftmost": eos and position == min(masked),
+            "eos_distance": eos * distance,
+            "logit_x_share": own * share,
+            "below_best_x_share": below * share,
+            "reranked_by_x_left": moved * on_left,
+            "reranked_by_x_right": moved * on_right,
+        }
+        found = dict(zip(POSITION_FEATURES, features[:, 0, k], strict=True))
+        numbers = {name: float(value) for name, value in expected.items()}
+        assert found == pytest.approx(numbers, abs=1e-6)
 
 
 def test_token_evidence_by_hand() -> None:
