@@ -159,9 +159,7 @@ _HASHES = np.random.default_rng(2509_18085).integers(1, 1 << 62, size=(4096, 16)
 def _merged(children: _Children, budget: int) -> _Children:
     """Equal states once, with the sum of their probabilities; the `budget` most probable."""
     rows = np.arange(children.choice.shape[1]) % len(_HASHES)
-    filled = children.choice >= 0
-    with np.errstate(over="ignore"):
-        key = np.where(filled, _HASHES[rows, children.choice], 0).sum(1)
+    key = np.where(children.choice >= 0, _HASHES[rows, children.choice], 0).sum(1)  # may overflow
     order = key.argsort(kind="stable")
     key = key[order]
     first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
@@ -207,14 +205,12 @@ def expand(
         # Under threshold unmasking a state may lie at several depths.
         best = _merged(found, budget) if model.commit is not None else _top(found, budget)
         limit = float(best.p[-1]) if len(best.p) == budget else 0.0
-        worth = children.p >= max(limit, _RARE)
-        if not worth.any() or depth == min(_DEPTH, room):
+        if depth == min(_DEPTH, room):
+            break
+        worth = (children.p >= max(limit, _RARE)) & (children.choice < 0).any(1)
+        if not worth.any():
             break
         parent, choice, p = children.parent[worth], children.choice[worth], children.p[worth]
-        open_ = (choice < 0).any(1)
-        if not open_.any():
-            break
-        parent, choice, p = parent[open_], choice[open_], p[open_]
         states = states.filled(outlook, model, parent, choice)
     return best.choice, best.p
 
