@@ -32,8 +32,8 @@ _TEXT = 1024  # tokens of the text so far that n-grams are taken from
 NEVER = -1e9  # score of what cannot be
 _FAR = 1 << 30  # positions
 
-#: Left, right, two to the left, two to the right, as indices of a text with two tokens before it.
-_BESIDE = 2 + np.array([-1, 1, -2, 2])
+#: Left, right, two to the left, two to the right.
+_BESIDE = np.array([-1, 1, -2, 2])
 
 #: The shared offset of threshold unmasking in units of its spread, with probabilities: three nodes
 #: of Gauss-Hermite quadrature, which has the moments of a normal law up to the fifth.
@@ -257,7 +257,7 @@ class Outlook:
         *,
         block_length: int,
         mask_token_id: int,
-        eos_token_ids: Sequence[int],
+        eos_token_ids: Ints,
         vocab: int,
     ) -> Outlook:
         """Lay out a root.
@@ -273,20 +273,22 @@ class Outlook:
         fresh
             Positions whose tokens the distribution has not seen.
         """
-        order = np.argsort(positions)
-        where = positions[order]
-        around = where + _BESIDE[:, None]
-        known = np.full(len(ids) + 4, -1, dtype=np.int64)  # two before, two behind
+        rank = np.full(len(ids) + 4, -1, dtype=np.int64)  # two before, two behind
+        rank[positions + 2] = np.arange(len(positions))
+        (at,) = (rank >= 0).nonzero()
+        order, where = rank[at], at - 2
+        around = at + _BESIDE[:, None]
+        known = np.full(len(rank), -1, dtype=np.int64)
         known[2:-2] = np.where(ids == mask_token_id, -1, ids)
-        index = np.full(len(known), -1, dtype=np.int64)
-        index[where + 2] = np.arange(len(where))
-        is_fresh = np.zeros(len(known), dtype=np.bool_)
+        index = np.full(len(rank), -1, dtype=np.int64)
+        index[at] = np.arange(len(at))
+        is_fresh = np.zeros(len(rank), dtype=np.bool_)
         is_fresh[fresh + 2] = True
         neighbours = index[around]
         neighbours[2:][neighbours[:2] < 0] = -1
         is_fresh = is_fresh[around[:2]]
         log_p = np.maximum(log_p[order], -30.0)
-        eos = (tokens[order, :1] == np.array(eos_token_ids, dtype=np.int64)).any(1)
+        eos = (tokens[order, :1] == eos_token_ids).any(1)
         top = log_p[:, 0]
         gap = np.minimum(top - log_p[:, min(1, log_p.shape[1] - 1)], 12.0)
         mass = np.minimum(np.exp(log_p).sum(1), 1.0)

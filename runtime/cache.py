@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ class BlockEdges:
     fold: bool = True
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Hidden states [positions, hidden] of one state, from position `start` on."""
 
     hidden: Tensor

@@ -240,7 +240,7 @@ class AcceptanceDrafter:
         self.pays = pays
         self.block_length = settings.block_length
         self.mask_token_id = model.mask_token_id
-        self.eos_token_ids = sorted(model.eos_token_ids)
+        self.eos_token_ids = np.array(sorted(model.eos_token_ids), dtype=np.int64)
         self.vocab_size = model.vocab_size
 
     def outlook(self, root: Cursor, candidates: Candidates) -> Outlook:

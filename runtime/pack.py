@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +49,7 @@ class RowOutput:
     kept: KeyValues | None
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of tokens (int64 [k]) at consecutive positions from `start`."""
 
     ids: Tensor
@@ -72,18 +72,16 @@ def pack(
     """
     device = segments[0].ids.device
     ids = torch.cat([segment.ids for segment in segments])
-    positions = torch.cat(
-        [
-            torch.arange(segment.start, segment.start + len(segment.ids), device=device)
-            for segment in segments
-        ]
-    )
+    runs = [(segment.start, segment.start + len(segment.ids)) for segment in segments]
+    # Nearly all segments stand at the same positions.
+    arange = {run: torch.arange(*run, device=device) for run in set(runs)}
+    positions = torch.cat([arange[run] for run in runs])
     mask = None
     if any(len(seen) < len(segments) for seen in sees):
         queries = [k for k, seen in enumerate(sees) for _ in seen]
         allowed = torch.zeros(len(segments), len(segments), dtype=torch.bool)
         allowed[torch.tensor(queries), torch.tensor(list(chain.from_iterable(sees)))] = True
-        lengths = torch.tensor([len(segment.ids) for segment in segments])
+        lengths = torch.tensor([stop - start for start, stop in runs])
         past = allowed.new_ones(len(segments), 0 if frozen is None else frozen.length)
         # All positions of a segment see the same, so widen the columns first and the rows last.
         of_segment = torch.cat((past, allowed.repeat_interleave(lengths, 1)), 1)

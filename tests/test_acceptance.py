@@ -40,7 +40,7 @@ def outlook(
         np.array(fresh, dtype=np.int64),
         block_length=8,
         mask_token_id=MASK,
-        eos_token_ids=[EOS],
+        eos_token_ids=np.array([EOS]),
         vocab=VOCAB,
     )
 
