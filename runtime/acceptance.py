@@ -160,6 +160,7 @@ class Bigrams:
 
     def __init__(self, pairs: Sequence[tuple[int, int, int]], vocab: int) -> None:
         table = np.array(pairs, dtype=np.int64).reshape(-1, 3)
+        table = table[(table[:, :2] < vocab).all(1)]  # a file may name tokens of another model
         left, right, count = table[:, 0], table[:, 1], table[:, 2].astype(np.float64)
         self.vocab = vocab
         self.pairs = Counts(left * vocab + right, count)
@@ -536,7 +537,10 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
 
 
 def _nearness(outlook: Outlook, masked: Bools) -> Floats:
-    """1 / (1 + positions to the nearest token that the distribution has not seen), [n, M]."""
+    """1 / (1 + positions to the nearest token that the distribution has not seen), [n, M].
+
+    A committed one counts towards the side where a position of the list follows it at once.
+    """
     where = outlook.positions
     before = np.maximum.accumulate(np.where(masked, outlook.before, where), 1)
     behind = np.minimum.accumulate(np.where(masked, outlook.behind, where)[:, ::-1], 1)[:, ::-1]

@@ -207,8 +207,6 @@ def test_every_position_feature_is_what_its_name_says(
     where = at.positions.tolist()
     drafted = {where[k] for k in range(count) if choice[k] >= 0}
     masked = set(where) - drafted
-    new = {where[k] - 1 for k in range(count) if at.fresh[0, k]}
-    new |= {where[k] + 1 for k in range(count) if at.fresh[1, k]}
 
     def logit(log_p: float) -> float:
         return float(np.log(np.exp(log_p) / (1 - np.exp(log_p))))
@@ -226,7 +224,19 @@ def test_every_position_feature_is_what_its_name_says(
         moved = own - logit(first)
         below = own - logits[order[0]]
         distance = np.log1p(max(position - min(masked), 0))
-        nearness = max((1 / (1 + abs(position - other)) for other in drafted | new), default=0)
+        # A committed token counts from the neighbour that it is beside, and beyond.
+        near = [abs(position - other) for other in drafted]
+        near += [
+            position - p + 1
+            for p, new_ in zip(where, at.fresh[0], strict=True)
+            if new_ and p <= position
+        ]
+        near += [
+            p + 1 - position
+            for p, new_ in zip(where, at.fresh[1], strict=True)
+            if new_ and p >= position
+        ]
+        nearness = 1 / (1 + min(near)) if near else 0
         on_left, on_right = left in drafted, right in drafted
         left_logit = logits[left] if left in masked else 0.0
         right_logit = logits[right] if right in masked else 0.0
@@ -235,8 +245,8 @@ def test_every_position_feature_is_what_its_name_says(
             "origin_logit": logit(first),
             "origin_gap": first - second,
             "eos": eos,
-            "left_committed": left in new,
-            "right_committed": right in new,
+            "left_committed": at.fresh[0, k],
+            "right_committed": at.fresh[1, k],
             "left_drafted": on_left,
             "right_drafted": on_right,
             "left_drafted_right_masked": on_left and right in masked,
@@ -270,8 +280,8 @@ def test_every_position_feature_is_what_its_name_says(
             "first_rank": order[0] == position,
             "reranked_by": moved,
             "eos_x_logit": eos * own,
-            "left_committed_x_logit": (left in new) * own,
-            "right_committed_x_logit": (right in new) * own,
+            "left_committed_x_logit": at.fresh[0, k] * own,
+            "right_committed_x_logit": at.fresh[1, k] * own,
             "left_drafted_x_logit": on_left * own,
             "right_drafted_x_logit": on_right * own,
             "left_drafted_right_masked_x_logit": (on_left and right in masked) * own,
@@ -308,6 +318,14 @@ def test_token_evidence_by_hand() -> None:
     assert value["left_same"][0].tolist() == [0, 1]
     assert value["right_bigram"].tolist() == [[0, 0], [0, 0]]  # nothing new on the right
     assert value["first"].tolist() == [[1, 0], [1, 0]]
+
+
+def test_pairs_of_another_vocabulary_count_nothing() -> None:
+    ours = [(1, 3, 6), (3, 2, 2)]
+    strange = [(1, VOCAB + 2, 9), (2**40, 3, 9), (VOCAB, VOCAB, 9)]
+    tokens, beside = np.array([[2, 3]]), np.array([[1], [2]])
+    expected = Bigrams(ours, VOCAB).log_p(tokens, beside)
+    assert np.array_equal(Bigrams([*strange, *ours], VOCAB).log_p(tokens, beside), expected)
 
 
 def test_counts_look_up_whole_arrays() -> None:
