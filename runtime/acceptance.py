@@ -33,7 +33,7 @@ NEVER = -1e9  # score of what cannot be
 _FAR = 1 << 30  # positions
 
 #: Left, right, two to the left, two to the right.
-_BESIDE = np.array([-1, 1, -2, 2])
+_AROUND = np.array([-1, 1, -2, 2])
 
 #: The shared offset of threshold unmasking in units of its spread, with probabilities: three nodes
 #: of Gauss-Hermite quadrature, which has the moments of a normal law up to the fifth.
@@ -278,7 +278,7 @@ class Outlook:
         rank[positions + 2] = np.arange(len(positions))
         (at,) = (rank >= 0).nonzero()
         order, where = rank[at], at - 2
-        around = at + _BESIDE[:, None]
+        around = at + _AROUND[:, None]
         known = np.full(len(rank), -1, dtype=np.int64)
         known[2:-2] = np.where(ids == mask_token_id, -1, ids)
         index = np.full(len(rank), -1, dtype=np.int64)
