@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime import BlockEdges, DiffusionLM
+from spiffy.runtime.acceptance import acceptance_of
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task
 from spiffy.runtime.draft import Candidates, Drafter, GeometricMeanDrafter, GraphDrafter
@@ -137,7 +138,7 @@ def methods(
                 add("pruned", n, fixed(GeometricMeanDrafter(paper.nodes, model, n)))
     for n in budgets:
         add("graph", n, fixed(graph_drafter(model, graph, settings, n, "graph")))
-    if graph.acceptance is not None:
+    if acceptance_of(graph) is not None:
         for n in budgets:
             add("model", n, fixed(graph_drafter(model, graph, settings, n, "model")))
     if "auto" in kinds and graph.expected_steps:

@@ -41,6 +41,7 @@ _MAX_STATES = 12_000  # states that the regressions look at, spread evenly
 _DEPTH = 10
 _RIDGE = 1e-3
 _DECAY = 0.7  # deeper states count less: fewer walks get there
+_TIGHT = {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 2000}  # to more digits than are kept
 _FEW = 200  # states below which a static graph is the safer choice
 
 
@@ -113,8 +114,14 @@ def fit_acceptance(
 
 
 def _rounded(coefficients: Floats) -> list[float]:
-    """Six digits: the last ones depend on the machine that fitted them."""
-    return [float(f"{value:.6g}") for value in coefficients]
+    """Four digits: more would depend on how a machine, or a number of threads, rounds."""
+    return [float(f"{value:.4g}") for value in coefficients]
+
+
+def _unscaled(w: Floats, scale: Floats) -> Floats:
+    """Coefficients of features from those of standardised ones, of which noise is left out."""
+    coefficients: Floats = np.round(w, 3) / scale
+    return coefficients
 
 
 def _examples(traces: Iterable[Trace], layout: AcceptanceDrafter) -> Iterator[_Example]:
@@ -233,9 +240,8 @@ def _fit_softmax(x: Floats, starts: Ints, targets: Ints, weight: Floats) -> Floa
         slope = z.T @ p - weight @ z[targets] + 2 * _RIDGE * w
         return float(value), slope
 
-    found = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B")
-    coefficients: Floats = found.x / scale
-    return coefficients
+    found = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options=_TIGHT)
+    return _unscaled(found.x, scale)
 
 
 def _fit_sets(x: Floats, y: Bools, size: Ints, weight: Floats, score: Floats) -> Floats:
@@ -279,8 +285,8 @@ def _fit_sets(x: Floats, y: Bools, size: Ints, weight: Floats, score: Floats) ->
 
     # At 0 the spread would have no slope, because the offsets are symmetric.
     start = np.append(np.zeros(z.shape[1]), 0.5)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B")
-    slopes = found.x[:-2] / scale
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=_TIGHT)
+    slopes = _unscaled(found.x[:-2], scale)
     return np.concatenate((slopes, [found.x[-2] - mean @ slopes, abs(found.x[-1])]))
 
 

@@ -137,7 +137,15 @@ def decodable(
 
 
 def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> None:
-    """Say for which settings the graph's expected steps were not measured."""
+    """Say what of the artifact does not hold here: settings, an acceptance model it cannot read."""
+    from spiffy.runtime.acceptance import acceptance_of
+
+    if artifact.acceptance is not None and acceptance_of(artifact) is None:
+        log.print(
+            "the graph's acceptance model was fitted by another version, with features that this "
+            "one does not have: its nodes are the drafts; calibrate again",
+            soft_wrap=True,
+        )
     if different := artifact.differences(settings):
         log.print(
             f"other settings than the graph's: {', '.join(different)}; its expected steps do not "

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from spiffy.schemas import AcceptanceModel, DraftGraph
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -48,22 +50,15 @@ POSITION_FEATURES = (
     "right_committed",
     "left_drafted",
     "right_drafted",
-    "left_drafted_right_masked",
     "nearness",
+    "echo",
     "depth",
-    "leftmost",
     "distance",
     "left_masked",
     "right_masked",
     "both_masked",
-    "both_drafted",
-    "right_drafted_left_masked",
     "second_left_drafted_left_masked",
     "second_right_drafted_right_masked",
-    "two_left_drafted",
-    "two_right_drafted",
-    "left_logit",
-    "right_logit",
     "left_above",
     "right_above",
     "logit",
@@ -78,21 +73,20 @@ POSITION_FEATURES = (
     "log_rank",
     "first_rank",
     "reranked_by",
-    "eos_x_logit",
+    "twins",
     "left_committed_x_logit",
     "right_committed_x_logit",
     "left_drafted_x_logit",
     "right_drafted_x_logit",
-    "left_drafted_right_masked_x_logit",
     "nearness_x_logit",
+    "echo_x_logit",
     "depth_x_logit",
     "depth_x_eos",
-    "eos_leftmost",
     "eos_distance",
-    "logit_x_share",
-    "below_best_x_share",
-    "reranked_by_x_left",
-    "reranked_by_x_right",
+    "nearness_x_first_rank",
+    "origin_log_rank_x_logit_above_7",
+    "both_masked_x_eos_distance",
+    "reranked_by_squared",
 )
 
 TOKEN_FEATURES = (
@@ -115,9 +109,16 @@ def _rows(first: str, last: str) -> slice:
     return slice(POSITION_FEATURES.index(first), POSITION_FEATURES.index(last) + 1)
 
 
-_TIMES_LOGIT = _rows("eos", "depth")
+_TIMES_LOGIT = _rows("left_committed", "depth")
 _TIMES_EOS = _rows("depth", "distance")
-_TIMES_SHARE = _rows("logit", "below_best")
+#: The last features are products of these.
+_FACTORS = [
+    [POSITION_FEATURES.index(name) for name in names]
+    for names in (
+        ("nearness", "origin_log_rank", "both_masked", "reranked_by"),
+        ("first_rank", "logit_above_7", "eos_distance", "reranked_by"),
+    )
+]
 _ABOVE = np.array([2.0, 4.0, 7.0])[:, None, None]
 
 
@@ -224,6 +225,10 @@ class Outlook:
         [M] position of the neighbour if that is fresh, else one far away.
     constant
         [6, M] the first of `POSITION_FEATURES`, which are the same at every state.
+    alike
+        [J, M, M], 1 where the first position's token of that rank is the second one's most likely.
+    echo
+        bool [M], whether the most likely token is one that the distribution has not seen.
     in_text
         Bigrams and trigrams of prompt and answer so far, by `_pairs` and `_triples`.
     share
@@ -243,6 +248,8 @@ class Outlook:
     before: Ints
     behind: Ints
     constant: Floats
+    alike: Floats
+    echo: Bools
     in_text: Counts
     share: float
     eos: Bools
@@ -285,18 +292,20 @@ class Outlook:
         index[at] = np.arange(len(at))
         is_fresh = np.zeros(len(rank), dtype=np.bool_)
         is_fresh[fresh + 2] = True
+        tokens = tokens[order]
+        best = tokens[:, 0]
         neighbours = index[around]
         neighbours[2:][neighbours[:2] < 0] = -1
         is_fresh = is_fresh[around[:2]]
         log_p = np.maximum(log_p[order], -30.0)
-        eos = (tokens[order, :1] == eos_token_ids).any(1)
+        eos = (best[:, None] == eos_token_ids).any(1)
         top = log_p[:, 0]
         gap = np.minimum(top - log_p[:, min(1, log_p.shape[1] - 1)], 12.0)
         mass = np.minimum(np.exp(log_p).sum(1), 1.0)
         text = known[max(2, where[-1] + 4 - _TEXT) : where[-1] + 4]
         return cls(
             positions=where,
-            tokens=tokens[order],
+            tokens=tokens,
             log_p=log_p,
             log_mass=np.log(mass),
             rank=order,
@@ -306,6 +315,8 @@ class Outlook:
             before=np.where(is_fresh[0], where - 1, -_FAR),
             behind=np.where(is_fresh[1], where + 1, _FAR),
             constant=np.stack((np.log1p(order), _logit(top), gap, eos, *is_fresh)),
+            alike=(tokens.T[:, :, None] == best).astype(np.float64),
+            echo=(best[:, None] == ids[fresh]).any(1),
             in_text=_counted(text, vocab),
             share=len(where) / block_length,
             eos=eos,
@@ -407,6 +418,19 @@ class AcceptanceWeights:
         )
 
 
+def acceptance_of(graph: DraftGraph) -> AcceptanceModel | None:
+    """The artifact's acceptance model, unless it names features that this version does not have.
+
+    What is left of a regression without some of its features says little, so then its nodes draft.
+    """
+    model = graph.acceptance
+    if model is None:
+        return None
+    positions = {*model.position, *(model.commit or {})}
+    known = positions <= {*POSITION_FEATURES, "constant", "spread"}
+    return model if known and set(model.token) <= set(TOKEN_FEATURES) else None
+
+
 def _vector(coefficients: Mapping[str, float], names: Sequence[str]) -> Floats:
     return np.array([coefficients.get(name, 0.0) for name in names])
 
@@ -487,27 +511,21 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     log_rank = np.empty_like(logit)
     log_rank[lines[:, None], order] = np.log1p(np.arange(len(where)))
     leftmost = where[masked.argmax(1)][:, None]
-    moved = logit - outlook.constant[1]
 
     facts = np.stack((masked, ~masked, masked * logit))
     by_masked, by_drafted, by_logit = _beside(facts, outlook).swapaxes(1, 2)  # each [4, n, M]
-    above = np.maximum(by_logit[:2] - logit, 0) * by_masked[:2]
+    echo, twins = _alike(outlook, states.choice)
     groups: tuple[NDArray[Any], ...] = (
         outlook.constant[:, None],
         by_drafted[:2],
-        (by_drafted[0] * by_masked[1])[None],
         _nearness(outlook, masked)[None],
+        echo[None],
         states.depth[None, :, None],
-        (where == leftmost)[None],
         np.log1p(np.maximum(where - leftmost, 0))[None],
         by_masked[:2],
         (by_masked[0] * by_masked[1])[None],
-        (by_drafted[0] * by_drafted[1])[None],
-        (by_drafted[1] * by_masked[0])[None],
         by_drafted[2:] * by_masked[:2],
-        by_drafted[2:] * by_drafted[:2],
-        by_logit[:2],
-        above,
+        np.maximum(by_logit[:2] - logit, 0) * by_masked[:2],
         logit[None],
         (logit - logit[lines, best][:, None])[None],
         np.maximum(logit - _ABOVE, 0),
@@ -517,23 +535,32 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
         np.exp(log_p)[None],
         log_rank[None],
         (log_rank == 0)[None],
-        moved[None],
+        (logit - outlook.constant[1])[None],
+        twins[None],
     )
     features = np.empty((len(POSITION_FEATURES), *masked.shape))
     row = 0
     for group in groups:
         features[row : row + len(group)] = group
         row += len(group)
-    products = (
-        features[_TIMES_LOGIT] * logit,
-        features[_TIMES_EOS] * outlook.eos,
-        features[_TIMES_SHARE] * (masked.mean(1, keepdims=True) * outlook.share),
-        by_drafted[:2] * moved,
-    )
-    for group in products:
+    for group in (features[_TIMES_LOGIT] * logit, features[_TIMES_EOS] * outlook.eos):
         features[row : row + len(group)] = group
         row += len(group)
+    first, other = _FACTORS
+    features[row:] = features[first] * features[other]
     return features, masked
+
+
+def _alike(outlook: Outlook, choice: Ints) -> tuple[Bools, Floats]:
+    """Whether the most likely token is a new one, and at how many other masked positions it is too.
+
+    Both [n, M]. New tokens are those that the distribution has not seen; the number is at most 2.
+    """
+    ranks = np.arange(-1, len(outlook.alike))
+    chosen = (choice[:, None] == ranks[:, None]).astype(np.float64)  # [n, masked or rank, M]
+    drafted = chosen[:, 1:].reshape(len(choice), -1)
+    echo: Bools = (drafted @ outlook.alike.reshape(drafted.shape[1], -1) > 0) | outlook.echo
+    return echo, np.minimum(chosen[:, 0] @ outlook.alike[0] - 1, 2)
 
 
 def _nearness(outlook: Outlook, masked: Bools) -> Floats:

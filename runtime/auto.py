@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spiffy.runtime.acceptance import Floats
+from spiffy.runtime.acceptance import Floats, acceptance_of
 from spiffy.runtime.draft import Selection
 from spiffy.schemas import CostPoint, CostProfile, DraftGraph, ExpectedSteps
 from spiffy.schemas.graph import MOST_UNASKED
@@ -52,8 +52,9 @@ def expected_steps(graph: DraftGraph) -> dict[Selection, tuple[ExpectedSteps, ..
         steps["graph"] = tuple(
             ExpectedSteps(drafts=n, steps=max(s, 1.0)) for n, s in enumerate(graph.expected_steps)
         )
-    if graph.acceptance is not None and graph.acceptance.expected_steps:
-        steps["model"] = graph.acceptance.expected_steps
+    acceptance = acceptance_of(graph)
+    if acceptance is not None and acceptance.expected_steps:
+        steps["model"] = acceptance.expected_steps
     return steps
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spiffy.runtime.acceptance import AcceptanceWeights
+from spiffy.runtime.acceptance import AcceptanceWeights, acceptance_of
 from spiffy.runtime.auto import (
     Pays,
     Plan,
@@ -144,8 +144,9 @@ def graph_drafter(
     if budget is not None and budget < 1:
         raise SpiffyError(f"budget {budget}: must be at least 1; to draft nothing, use no graph")
     budget = budget or min(graph.budget, MOST_UNASKED)
-    if selection == "model" and graph.acceptance is not None and _same_steps(graph, settings):
-        weights = acceptance_weights(graph.acceptance, model.vocab_size)
+    acceptance = acceptance_of(graph) if selection == "model" else None
+    if acceptance is not None and _same_steps(graph, settings):
+        weights = acceptance_weights(acceptance, model.vocab_size)
         return AcceptanceDrafter(weights, budget, model, settings)
     return GraphDrafter([node.fill for node in graph.nodes[:budget]], model)
 

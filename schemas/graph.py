@@ -161,7 +161,7 @@ class AcceptanceModel(_Record):
     ----------
     position
         Coefficients by feature name: softmax over the masked positions, which one is committed
-        next. Features that a reader does not know count nothing.
+        next. A reader that does not know all features drafts the graph's nodes instead.
     commit
         With threshold unmasking: log-odds per position of being committed next, and `spread`, the
         standard deviation of an offset that all positions of a state share.

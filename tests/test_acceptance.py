@@ -57,7 +57,8 @@ def random_weights(seed: int, sets: bool) -> AcceptanceWeights:
 
 
 @st.composite
-def roots(draw: st.DrawFn) -> Outlook:
+def laid_out(draw: st.DrawFn) -> tuple[Outlook, set[int]]:
+    """A root, and the tokens that its distribution has not seen."""
     ids = draw(st.lists(st.sampled_from([0, 1, 2, 3, MASK]), min_size=4, max_size=8))
     masked = [k for k, token in enumerate(ids) if token == MASK][:4]
     if not masked:
@@ -68,7 +69,11 @@ def roots(draw: st.DrawFn) -> Outlook:
     top = {k: draw(st.floats(0.3, 0.9)) for k in order}
     log_p = {k: [float(np.log(p)), float(np.log(0.9 - p * 0.9 + 0.05))] for k, p in top.items()}
     fresh = [k for k, token in enumerate(ids) if token != MASK and draw(st.booleans())]
-    return outlook(ids, tokens, log_p, fresh)
+    return outlook(ids, tokens, log_p, fresh), {ids[k] for k in fresh}
+
+
+def roots() -> st.SearchStrategy[Outlook]:
+    return laid_out().map(lambda both: both[0])
 
 
 def next_positions(weights: AcceptanceWeights, at: Outlook, choice: tuple[int, ...]):  # type: ignore[no-untyped-def]
@@ -184,7 +189,6 @@ def test_features_by_hand() -> None:
     assert value["left_committed"][0].tolist() == [1, 0, 0]
     assert value["left_drafted"][1].tolist() == [0, 1, 0]
     assert value["right_masked"][0].tolist() == [1, 0, 0]
-    assert value["leftmost"].tolist() == [[1, 0, 0], [0, 1, 0]]
     assert value["distance"][0].tolist() == pytest.approx(np.log1p([0, 1, 3]))
     # One position from the new token at 2; from the draft at 3.
     assert value["nearness"][0].tolist() == pytest.approx([1 / 2, 1 / 3, 1 / 5])
@@ -193,11 +197,12 @@ def test_features_by_hand() -> None:
     assert value["eos"][0].tolist() == [0, 0, 1]
 
 
-@given(roots(), st.integers(0, 5), st.data())
+@given(laid_out(), st.integers(0, 5), st.data())
 def test_every_position_feature_is_what_its_name_says(
-    at: Outlook, seed: int, data: st.DataObject
+    root: tuple[Outlook, set[int]], seed: int, data: st.DataObject
 ) -> None:
     """One position at a time, by its definition: rows are computed in groups, in a fixed order."""
+    at, fresh_tokens = root
     weights = random_weights(seed, sets=False)
     count = len(at.positions)
     choice = data.draw(st.lists(st.integers(-1, 1), min_size=count, max_size=count))
@@ -206,6 +211,7 @@ def test_every_position_feature_is_what_its_name_says(
     features, _ = position_features(at, states)
     where = at.positions.tolist()
     drafted = {where[k] for k in range(count) if choice[k] >= 0}
+    new = fresh_tokens | {int(at.tokens[k, choice[k]]) for k in range(count) if choice[k] >= 0}
     masked = set(where) - drafted
 
     def logit(log_p: float) -> float:
@@ -214,7 +220,6 @@ def test_every_position_feature_is_what_its_name_says(
     log_p = {where[k]: sorted(states.log_p[0, k]) for k in range(count)}
     logits = {k: logit(values[-1]) for k, values in log_p.items()}
     order = sorted(sorted(masked), key=lambda k: -logits[k])
-    share = len(masked) / 8
     for k, position in enumerate(where):
         if position in drafted:
             continue
@@ -237,6 +242,10 @@ def test_every_position_feature_is_what_its_name_says(
             if new_ and p >= position
         ]
         nearness = 1 / (1 + min(near)) if near else 0
+        # Most likely tokens by the distribution, which has not seen the fresh and drafted ones.
+        likely = {p: int(tokens[0]) for p, tokens in zip(where, at.tokens, strict=True)}
+        echo = likely[position] in new
+        twins = sum(likely[p] == likely[position] for p in masked) - 1
         on_left, on_right = left in drafted, right in drafted
         left_logit = logits[left] if left in masked else 0.0
         right_logit = logits[right] if right in masked else 0.0
@@ -249,22 +258,15 @@ def test_every_position_feature_is_what_its_name_says(
             "right_committed": at.fresh[1, k],
             "left_drafted": on_left,
             "right_drafted": on_right,
-            "left_drafted_right_masked": on_left and right in masked,
             "nearness": nearness,
+            "echo": echo,
             "depth": depth,
-            "leftmost": position == min(masked),
             "distance": distance,
             "left_masked": left in masked,
             "right_masked": right in masked,
             "both_masked": left in masked and right in masked,
-            "both_drafted": on_left and on_right,
-            "right_drafted_left_masked": on_right and left in masked,
             "second_left_drafted_left_masked": left in masked and left - 1 in drafted,
             "second_right_drafted_right_masked": right in masked and right + 1 in drafted,
-            "two_left_drafted": on_left and left - 1 in drafted,
-            "two_right_drafted": on_right and right + 1 in drafted,
-            "left_logit": left_logit,
-            "right_logit": right_logit,
             "left_above": max(left_logit - own, 0) if left in masked else 0,
             "right_above": max(right_logit - own, 0) if right in masked else 0,
             "logit": own,
@@ -279,21 +281,22 @@ def test_every_position_feature_is_what_its_name_says(
             "log_rank": np.log1p(order.index(position)),
             "first_rank": order[0] == position,
             "reranked_by": moved,
-            "eos_x_logit": eos * own,
+            "twins": min(twins, 2),
             "left_committed_x_logit": at.fresh[0, k] * own,
             "right_committed_x_logit": at.fresh[1, k] * own,
             "left_drafted_x_logit": on_left * own,
             "right_drafted_x_logit": on_right * own,
-            "left_drafted_right_masked_x_logit": (on_left and right in masked) * own,
             "nearness_x_logit": nearness * own,
+            "echo_x_logit": echo * own,
             "depth_x_logit": depth * own,
             "depth_x_eos": depth * eos,
-            "eos_leftmost": eos and position == min(masked),
             "eos_distance": eos * distance,
-            "logit_x_share": own * share,
-            "below_best_x_share": below * share,
-            "reranked_by_x_left": moved * on_left,
-            "reranked_by_x_right": moved * on_right,
+            "nearness_x_first_rank": nearness * (order[0] == position),
+            "origin_log_rank_x_logit_above_7": np.log1p(at.rank[k]) * max(own - 7, 0),
+            "both_masked_x_eos_distance": (
+                eos * distance if left in masked and right in masked else 0
+            ),
+            "reranked_by_squared": moved**2,
         }
         found = dict(zip(POSITION_FEATURES, features[:, 0, k], strict=True))
         numbers = {name: float(value) for name, value in expected.items()}

@@ -16,8 +16,10 @@ from helpers import decode, parity_model, random_prompt, states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spiffy.runtime.acceptance import POSITION_FEATURES, TOKEN_FEATURES
 from spiffy.runtime.auto import best_plan, expected_steps
 from spiffy.runtime.decode import Task
+from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
 from spiffy.runtime.generate import auto_drafter, graph_drafter, make_task
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import (
@@ -208,12 +210,10 @@ coefficient = st.one_of(
 @settings(max_examples=40)
 @given(data=st.data())
 def test_hostile_acceptance_models_change_no_token(data: st.DataObject) -> None:
-    from spiffy.runtime.acceptance import POSITION_FEATURES, TOKEN_FEATURES
-
     layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
     policy = data.draw(st.integers(0, 1))
     model, setting = setting_of(layout, policy)
-    names = st.sampled_from((*POSITION_FEATURES, "constant", "spread", "unknown"))
+    names = st.sampled_from((*POSITION_FEATURES, "constant", "spread"))
     tokens = st.integers(0, 2**31 - 1)  # also beyond the vocabulary
     pair = st.tuples(tokens, tokens, st.integers(1, 2**36))
     acceptance = AcceptanceModel(
@@ -223,6 +223,15 @@ def test_hostile_acceptance_models_change_no_token(data: st.DataObject) -> None:
         bigrams=tuple(data.draw(st.lists(pair, max_size=5))),
     )
     lossless(artifact(model, setting, acceptance=acceptance), layout, policy)
+
+
+def test_nodes_draft_where_the_acceptance_model_is_of_another_version() -> None:
+    model, setting = setting_of("llada-none", 0)
+    known = AcceptanceModel(position={"logit": 1.0}, token={"log_p": 1.0}, bigrams=())
+    unknown = known.model_copy(update={"position": {"logit": 1.0, "of another version": 1.0}})
+    for acceptance, kind in ((known, AcceptanceDrafter), (unknown, GraphDrafter)):
+        graph = artifact(model, setting, acceptance=acceptance)
+        assert type(graph_drafter(model, graph, setting)) is kind
 
 
 seconds = st.sampled_from([1e-9, 1e-3, 1.0, 1e6])
