@@ -26,18 +26,21 @@ class Distribution:
     ----------
     positions
         int64 [M], ascending positions in the sequence.
+    logits
+        [M, vocab] in the model's dtype: in the order of `log_p`, and less memory to pass over.
     log_p
         float64 [M, vocab], log-softmax of the logits; float32 saturates to 1.0 on trained models,
         which would turn the order of confident positions into a matter of ties.
     """
 
     positions: Tensor
+    logits: Tensor
     log_p: Tensor
 
     @classmethod
     def of(cls, logits: Tensor, positions: Tensor) -> Distribution:
         """Normalise logits [M, vocab] of any float dtype."""
-        return cls(positions, logits.double().log_softmax(-1))
+        return cls(positions, logits, logits.double().log_softmax(-1))
 
     @property
     def is_number(self) -> bool:
@@ -50,18 +53,18 @@ class Distribution:
         Equals come in any order. The vocabulary is looked at once, in groups: the best tokens lie
         in the groups with the best maxima, and only those are sorted.
         """
-        rows, vocab = self.log_p.shape
+        rows, vocab = self.logits.shape
         groups = vocab // _GROUP
         if groups <= 8 * count:  # too few to be worth it
-            found = self.log_p.topk(min(count, vocab), dim=-1)
-            return found.values, found.indices
-        grouped = self.log_p[:, : groups * _GROUP].reshape(rows, groups, _GROUP)
+            ids = self.logits.topk(min(count, vocab), dim=-1).indices
+            return self.log_p.gather(1, ids), ids
+        grouped = self.logits[:, : groups * _GROUP].reshape(rows, groups, _GROUP)
         best = grouped.amax(-1).topk(count, dim=-1).indices
         ids = (best[:, :, None] * _GROUP + torch.arange(_GROUP, device=best.device)).flatten(1)
         rest = torch.arange(groups * _GROUP, vocab, device=best.device).expand(rows, -1)
         ids = torch.cat((ids, rest), 1)
-        found = self.log_p.gather(1, ids).topk(count, dim=-1)
-        return found.values, ids.gather(1, found.indices)
+        ids = ids.gather(1, self.logits.gather(1, ids).topk(count, dim=-1).indices)
+        return self.log_p.gather(1, ids), ids
 
 
 def choose(

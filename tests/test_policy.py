@@ -29,7 +29,8 @@ def quotas(settings: DecodingSettings, masked: int) -> list[int]:
 
 def of_probabilities(rows: list[list[float]]) -> Distribution:
     """Distribution at positions 0, 1, ... from probabilities."""
-    return Distribution(torch.arange(len(rows)), torch.tensor(rows, dtype=torch.float64).log())
+    log_p = torch.tensor(rows, dtype=torch.float64).log()
+    return Distribution(torch.arange(len(rows)), log_p, log_p)
 
 
 # ---------------------------------------------------------------- how many tokens a step commits
