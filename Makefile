@@ -32,6 +32,7 @@ results: $(READY)
 	$(BIN)/python benchmarks/losslessness.py --into docs/losslessness.md
 	$(BIN)/python benchmarks/edges.py --into docs/results.md
 	$(BIN)/python benchmarks/graphs.py --into docs/drafting.md --plot docs/drafting.svg
+	$(BIN)/python benchmarks/ablations.py --into docs/drafting.md
 	$(BIN)/python benchmarks/auto.py --into docs/drafting.md
 	$(BIN)/python benchmarks/overhead.py --into docs/drafting.md
 
