@@ -83,7 +83,7 @@ def steps(case: Case, features: frozenset[str], rerank: bool) -> list[float]:
         weights = acceptance_weights(fitted, case.model.vocab_size)
         return [
             replay_drafter(
-                case.held_out, AcceptanceDrafter(weights, n, case.model, case.settings)
+                case.held_out, AcceptanceDrafter(weights, n, case.model)
             ).steps_per_forward
             for n in DRAFTS
         ]

@@ -155,7 +155,7 @@ def held_out(case: Case) -> dict[str, list[float]]:
     fitted = fit_acceptance(case.model, case.settings, case.calibration)
     if fitted is not None:
         weights = acceptance_weights(fitted, case.model.vocab_size)
-        steps[MODEL] = drawn(lambda n: AcceptanceDrafter(weights, n, case.model, case.settings))
+        steps[MODEL] = drawn(lambda n: AcceptanceDrafter(weights, n, case.model))
     futures = [[needed(trace, at) for at in range(len(trace.roots))] for trace in case.held_out]
     for name, ranks in BOUNDS.items():
         steps[name] = [perfect(futures, n, ranks) for n in DRAFTS]

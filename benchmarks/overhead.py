@@ -128,7 +128,7 @@ def lines(
     weights = acceptance_weights(acceptance, model.vocab_size)
     plain = None
     for budget in (0, 8, 32):
-        drafter = AcceptanceDrafter(weights, budget, model, settings) if budget else None
+        drafter = AcceptanceDrafter(weights, budget, model) if budget else None
         calls, steps = take_apart(model, settings, prompt, drafter, forwards)
         part = {key: 1000 * median(call[key] for call in calls) for key in PARTS}
         plain = plain or part

@@ -85,7 +85,7 @@ def fit_acceptance(
         return None
     # Only its `outlook` is used: it needs no coefficients.
     nothing = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), model.vocab_size)
-    layout = AcceptanceDrafter(nothing, 0, model, settings)
+    layout = AcceptanceDrafter(nothing, 0, model)
     # Twice over the traces instead of holding all examples of hundreds of prompts.
     states = sum(len(example.choice) for example in _examples(traces, layout))
     if states < _FEW:

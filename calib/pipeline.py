@@ -227,7 +227,6 @@ def chain_counts(traces: Traces) -> ChainCounts:
 
 def expected_steps(
     model: Vocabulary,
-    settings: DecodingSettings,
     traces: Iterable[Trace],
     acceptance: AcceptanceModel,
     budget: int,
@@ -235,7 +234,7 @@ def expected_steps(
     """Replayed denoising steps per forward of drafts chosen by an acceptance model."""
     weights = acceptance_weights(acceptance, model.vocab_size)
     budgets = [*(drafts for drafts in _MEASURED if drafts < budget), budget]
-    drafters = [AcceptanceDrafter(weights, drafts, model, settings) for drafts in budgets]
+    drafters = [AcceptanceDrafter(weights, drafts, model) for drafts in budgets]
     found = [Replay(0, 0)] * len(drafters)
     for trace in traces:  # one at a time: they may come from disk
         found = [
@@ -307,7 +306,7 @@ def build_from_facts(
     if objective == "expected-steps" and counts:
         acceptance = fit_acceptance(model, settings, traces.growing)
     if acceptance is not None:
-        steps = expected_steps(model, settings, measured, acceptance, budget)
+        steps = expected_steps(model, measured, acceptance, budget)
         acceptance = acceptance.model_copy(update={"expected_steps": steps})
     return DraftGraph(
         model=ModelRecord(

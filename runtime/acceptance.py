@@ -231,8 +231,6 @@ class Outlook:
         bool [M], whether the most likely token is one that the distribution has not seen.
     in_text
         Bigrams and trigrams of prompt and answer so far, by `_pairs` and `_triples`.
-    share
-        Masked share of the block.
     eos
         [M] whether the most likely token ends the sequence.
     """
@@ -251,7 +249,6 @@ class Outlook:
     alike: Floats
     echo: Bools
     in_text: Counts
-    share: float
     eos: Bools
 
     @classmethod
@@ -263,7 +260,6 @@ class Outlook:
         log_p: Floats,
         fresh: Ints,
         *,
-        block_length: int,
         mask_token_id: int,
         eos_token_ids: Ints,
         vocab: int,
@@ -315,10 +311,9 @@ class Outlook:
             before=np.where(is_fresh[0], where - 1, -_FAR),
             behind=np.where(is_fresh[1], where + 1, _FAR),
             constant=np.stack((np.log1p(order), _logit(top), gap, eos, *is_fresh)),
-            alike=(tokens.T[:, :, None] == best).astype(np.float64),
+            alike=(tokens.T[:, :, None] == best).astype(np.float32),
             echo=(best[:, None] == ids[fresh]).any(1),
             in_text=_counted(text, vocab),
-            share=len(where) / block_length,
             eos=eos,
         )
 
@@ -557,7 +552,7 @@ def _alike(outlook: Outlook, choice: Ints) -> tuple[Bools, Floats]:
     Both [n, M]. New tokens are those that the distribution has not seen; the number is at most 2.
     """
     ranks = np.arange(-1, len(outlook.alike))
-    chosen = (choice[:, None] == ranks[:, None]).astype(np.float64)  # [n, masked or rank, M]
+    chosen = (choice[:, None] == ranks[:, None]).astype(np.float32)  # [n, masked or rank, M]
     drafted = chosen[:, 1:].reshape(len(choice), -1)
     echo: Bools = (drafted @ outlook.alike.reshape(drafted.shape[1], -1) > 0) | outlook.echo
     return echo, np.minimum(chosen[:, 0] @ outlook.alike[0] - 1, 2)

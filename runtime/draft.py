@@ -232,13 +232,11 @@ class AcceptanceDrafter:
         weights: AcceptanceWeights,
         budget: int,
         model: Vocabulary,
-        settings: DecodingSettings,
         pays: Callable[[Floats], int] = len,
     ) -> None:
         self.weights = weights
         self.budget = budget
         self.pays = pays
-        self.block_length = settings.block_length
         self.mask_token_id = model.mask_token_id
         self.eos_token_ids = np.array(sorted(model.eos_token_ids), dtype=np.int64)
         self.vocab_size = model.vocab_size
@@ -251,7 +249,6 @@ class AcceptanceDrafter:
             candidates.tokens.cpu().numpy(),
             candidates.log_p.cpu().numpy(),
             candidates.fresh.cpu().numpy(),
-            block_length=self.block_length,
             mask_token_id=self.mask_token_id,
             eos_token_ids=self.eos_token_ids,
             vocab=self.vocab_size,

@@ -147,7 +147,7 @@ def graph_drafter(
     acceptance = acceptance_of(graph) if selection == "model" else None
     if acceptance is not None and _same_steps(graph, settings):
         weights = acceptance_weights(acceptance, model.vocab_size)
-        return AcceptanceDrafter(weights, budget, model, settings)
+        return AcceptanceDrafter(weights, budget, model)
     return GraphDrafter([node.fill for node in graph.nodes[:budget]], model)
 
 

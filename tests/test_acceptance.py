@@ -38,7 +38,6 @@ def outlook(
         np.array([tokens[k] for k in positions]),
         np.array([log_p[k] for k in positions]),
         np.array(fresh, dtype=np.int64),
-        block_length=8,
         mask_token_id=MASK,
         eos_token_ids=np.array([EOS]),
         vocab=VOCAB,

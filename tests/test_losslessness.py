@@ -216,7 +216,7 @@ def test_any_acceptance_model_leaves_every_state_as_it_was(layout: str, policy: 
             draw(0, 1, len(TOKEN_FEATURES)),
             Bigrams([(1, 2, 3), (2, 319, 1)], model.vocab_size),
         )
-        drafter = AcceptanceDrafter(weights, budget, model, setting)
+        drafter = AcceptanceDrafter(weights, budget, model)
         ours = decode(model, plainly.prompt, setting, drafter, edges=plainly.edges)
         assert_lossless(ours, plainly)
         assert 0 < ours.stats.drafted <= budget * ours.stats.nfe
