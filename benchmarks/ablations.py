@@ -46,7 +46,7 @@ WITHOUT: Mapping[str, tuple[frozenset[str], bool]] = {
     "echo and twins": (_named("echo", "twins"), True),
     "the last four products": (frozenset(POSITION_FEATURES[-4:]), True),
     "what neighbours are": (
-        _named("left", "right", "both_masked") - _named("above_", "left_above", "right_above"),
+        _named("left", "right", "both_masked") - _named("left_above", "right_above"),
         True,
     ),
     "nearness to new tokens": (_named("nearness"), True),
