@@ -35,7 +35,7 @@ NEVER = -1e9  # score of what cannot be
 _FAR = 1 << 30  # positions
 
 #: Left, right, two to the left, two to the right.
-_AROUND = np.array([-1, 1, -2, 2])
+_AROUND = np.array([-1, 1, -2, 2])[:, None]
 
 #: The shared offset of threshold unmasking in units of its spread, with probabilities: three nodes
 #: of Gauss-Hermite quadrature, which has the moments of a normal law up to the fifth.
@@ -48,17 +48,18 @@ POSITION_FEATURES = (
     "eos",
     "left_committed",
     "right_committed",
+    "depth",
     "left_drafted",
     "right_drafted",
-    "nearness",
-    "echo",
-    "depth",
-    "distance",
+    "second_left_drafted_left_masked",
+    "second_right_drafted_right_masked",
     "left_masked",
     "right_masked",
     "both_masked",
-    "second_left_drafted_left_masked",
-    "second_right_drafted_right_masked",
+    "nearness",
+    "echo",
+    "distance",
+    "eos_distance",
     "left_above",
     "right_above",
     "logit",
@@ -82,7 +83,6 @@ POSITION_FEATURES = (
     "echo_x_logit",
     "depth_x_logit",
     "depth_x_eos",
-    "eos_distance",
     "nearness_x_first_rank",
     "origin_log_rank_x_logit_above_7",
     "both_masked_x_eos_distance",
@@ -105,20 +105,22 @@ TOKEN_FEATURES = (
 )
 
 
-def _rows(first: str, last: str) -> slice:
-    return slice(POSITION_FEATURES.index(first), POSITION_FEATURES.index(last) + 1)
-
-
-_TIMES_LOGIT = _rows("left_committed", "depth")
-_TIMES_EOS = _rows("depth", "distance")
-#: The last features are products of these.
-_FACTORS = [
-    [POSITION_FEATURES.index(name) for name in names]
-    for names in (
-        ("nearness", "origin_log_rank", "both_masked", "reranked_by"),
-        ("first_rank", "logit_above_7", "eos_distance", "reranked_by"),
-    )
-]
+#: Features that are products of two others, the last ones in this order.
+_PRODUCTS = (
+    ("left_committed", "logit"),
+    ("right_committed", "logit"),
+    ("left_drafted", "logit"),
+    ("right_drafted", "logit"),
+    ("nearness", "logit"),
+    ("echo", "logit"),
+    ("depth", "logit"),
+    ("depth", "eos"),
+    ("nearness", "first_rank"),
+    ("origin_log_rank", "logit_above_7"),
+    ("both_masked", "eos_distance"),
+    ("reranked_by", "reranked_by"),
+)
+_FACTORS = np.array([[POSITION_FEATURES.index(name) for name in pair] for pair in _PRODUCTS]).T
 _ABOVE = np.array([2.0, 4.0, 7.0])[:, None, None]
 
 
@@ -194,7 +196,7 @@ class Bigrams:
 def _pairs(tokens: Ints, beside: Ints, vocab: int) -> Ints:
     """Keys [2, K, J] of tokens [K, J] with their left and their right neighbours [2, K]."""
     left, right = beside[:, :, None]
-    return np.stack((left * vocab + tokens, tokens * vocab + right))
+    return np.array((left * vocab + tokens, tokens * vocab + right))
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,8 @@ class Outlook:
     neighbours
         [4, M] index (into this list) of the neighbour if that is masked too, else -1; of a second
         neighbour only if the first is masked too.
+    listed
+        [4, 1, M], 1 where there is such a neighbour.
     neighbour_tokens
         [4, M] token of the neighbour, -1 where that is masked or outside the sequence.
     fresh
@@ -241,6 +245,7 @@ class Outlook:
     log_mass: Floats
     rank: Ints
     neighbours: Ints
+    listed: Floats
     neighbour_tokens: Ints
     fresh: Bools
     before: Ints
@@ -277,43 +282,39 @@ class Outlook:
         fresh
             Positions whose tokens the distribution has not seen.
         """
-        rank = np.full(len(ids) + 4, -1, dtype=np.int64)  # two before, two behind
-        rank[positions + 2] = np.arange(len(positions))
-        (at,) = (rank >= 0).nonzero()
-        order, where = rank[at], at - 2
-        around = at + _AROUND[:, None]
-        known = np.full(len(rank), -1, dtype=np.int64)
-        known[2:-2] = np.where(ids == mask_token_id, -1, ids)
-        index = np.full(len(rank), -1, dtype=np.int64)
-        index[at] = np.arange(len(at))
-        is_fresh = np.zeros(len(rank), dtype=np.bool_)
-        is_fresh[fresh + 2] = True
-        tokens = tokens[order]
+        order = positions.argsort()  # of equal use: each position's rank, in ascending order
+        where, tokens = positions[order], tokens[order]
         best = tokens[:, 0]
-        neighbours = index[around]
-        neighbours[2:][neighbours[:2] < 0] = -1
-        is_fresh = is_fresh[around[:2]]
+        around = where + _AROUND
+        known = ids.take(around, mode="clip")
+        known[(known == mask_token_id) | (around < 0) | (around >= len(ids))] = -1
+        neighbours = where.searchsorted(around)
+        is_masked = where.take(neighbours, mode="clip") == around
+        is_masked[2:] &= is_masked[:2]
+        neighbours[~is_masked] = -1
+        is_fresh = (around[:2, :, None] == fresh).any(-1)
         log_p = np.maximum(log_p[order], -30.0)
         eos = (best[:, None] == eos_token_ids).any(1)
-        top = log_p[:, 0]
-        gap = np.minimum(top - log_p[:, min(1, log_p.shape[1] - 1)], 12.0)
-        mass = np.minimum(np.exp(log_p).sum(1), 1.0)
-        text = known[max(2, where[-1] + 4 - _TEXT) : where[-1] + 4]
+        logit = _logit(log_p[:, 0])
+        gap = np.minimum(log_p[:, 0] - log_p[:, min(1, log_p.shape[1] - 1)], 12.0)
+        end = where[-1] + 2
+        text = ids[max(0, end - _TEXT) : end]
         return cls(
             positions=where,
             tokens=tokens,
             log_p=log_p,
-            log_mass=np.log(mass),
+            log_mass=np.log(np.minimum(np.exp(log_p).sum(1), 1.0)),
             rank=order,
             neighbours=neighbours,
-            neighbour_tokens=known[around],
+            listed=is_masked[:, None].astype(np.float64),
+            neighbour_tokens=known,
             fresh=is_fresh,
-            before=np.where(is_fresh[0], where - 1, -_FAR),
-            behind=np.where(is_fresh[1], where + 1, _FAR),
-            constant=np.stack((np.log1p(order), _logit(top), gap, eos, *is_fresh)),
+            before=np.where(is_fresh[0], around[0], -_FAR),
+            behind=np.where(is_fresh[1], around[1], _FAR),
+            constant=np.array((np.log1p(order), logit, gap, eos, *is_fresh)),
             alike=(tokens.T[:, :, None] == best).astype(np.float32),
             echo=(best[:, None] == ids[fresh]).any(1),
-            in_text=_counted(text, vocab),
+            in_text=_counted(np.where(text == mask_token_id, -1, text), vocab),
             eos=eos,
         )
 
@@ -452,10 +453,10 @@ def token_features(outlook: Outlook, bigrams: Bigrams, choice: Ints, at: Ints, m
     drafted = rank >= 0
     known = np.where(drafted, outlook.tokens[index, rank], outlook.neighbour_tokens[:3, m])
     new = (drafted[:2] | outlook.fresh[:, m])[:, :, None]
-    exists = known >= 0
+    exists = known[2, :, None] >= 0
     known = np.maximum(known, 0)
     pairs = _pairs(tokens, known[:2], bigrams.vocab)
-    triples = _triples(known[2, :, None], pairs[:1], bigrams.vocab)
+    keys = np.concatenate((pairs, _triples(known[2, :, None], pairs[:1], bigrams.vocab)))
 
     features = np.empty((len(TOKEN_FEATURES), *tokens.shape))
     features[0] = log_p
@@ -464,10 +465,11 @@ def token_features(outlook: Outlook, bigrams: Bigrams, choice: Ints, at: Ints, m
     features[2:4] = bigrams.log_p(tokens, known[:2])
     features[4:6] = tokens == known[:2, :, None]
     features[6:8] = log_p
-    features[8:11] = np.log1p(outlook.in_text[np.concatenate((pairs, triples))])
-    features[2:10].reshape(4, 2, *tokens.shape)[:] *= new  # left and right
-    features[10] *= new[0] & exists[2, :, None]
-    features[11] = features[6] * new[1]
+    np.log1p(outlook.in_text[keys], out=features[8:11])
+    sides = features[2:10].reshape(4, 2, *tokens.shape)
+    sides *= new
+    features[10] *= new[0] & exists
+    np.multiply(features[6], new[1], out=features[11])
     return features
 
 
@@ -479,9 +481,7 @@ def _reranked(
     if len(at):
         features = token_features(outlook, model.bigrams, choice, at, m)
         score = (model.token @ features.reshape(len(features), -1)).reshape(features.shape[1:])
-        score -= score.max(1, keepdims=True)
-        score += (outlook.log_mass[m] - np.log(np.exp(score).sum(1)))[:, None]
-        log_p[at, m] = score
+        log_p[at, m] = score + (outlook.log_mass[m] - np.logaddexp.reduce(score, 1))[:, None]
     return log_p
 
 
@@ -497,32 +497,35 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     Features of positions that are not masked mean nothing.
     """
     where, masked = outlook.positions, states.choice < 0
-    lines = np.arange(len(masked))
     ascending = np.sort(states.log_p, -1)
     log_p, second = ascending[:, :, -1], ascending[:, :, max(-2, -ascending.shape[2])]
     logit = _logit(log_p)
-    order = np.where(masked, -logit, -NEVER).argsort(1, kind="stable")
-    best = order[:, 0]
+    shown = np.where(masked, logit, NEVER)
+    order = (-shown).argsort(1, kind="stable")
     log_rank = np.empty_like(logit)
-    log_rank[lines[:, None], order] = np.log1p(np.arange(len(where)))
-    leftmost = where[masked.argmax(1)][:, None]
+    log_rank[np.arange(len(order))[:, None], order] = np.log1p(np.arange(len(where)))
+    distance = np.log1p(np.maximum(where - where[masked.argmax(1)][:, None], 0))
 
-    facts = np.stack((masked, ~masked, masked * logit))
-    by_masked, by_drafted, by_logit = _beside(facts, outlook).swapaxes(1, 2)  # each [4, n, M]
+    facts = _beside(np.array((masked, masked * logit)), outlook).swapaxes(1, 2)  # [2, 4, n, M]
+    by_masked, by_logit = facts
+    drafted = outlook.listed - by_masked
     echo, twins = _alike(outlook, states.choice)
+    features = np.empty((len(POSITION_FEATURES), *masked.shape))
+    constant = len(outlook.constant)
+    features[:constant] = outlook.constant[:, None]
+    features[constant] = states.depth[:, None]
     groups: tuple[NDArray[Any], ...] = (
-        outlook.constant[:, None],
-        by_drafted[:2],
-        _nearness(outlook, masked)[None],
-        echo[None],
-        states.depth[None, :, None],
-        np.log1p(np.maximum(where - leftmost, 0))[None],
+        drafted[:2],
+        drafted[2:] * by_masked[:2],
         by_masked[:2],
         (by_masked[0] * by_masked[1])[None],
-        by_drafted[2:] * by_masked[:2],
+        _nearness(outlook, masked)[None],
+        echo[None],
+        distance[None],
+        (distance * outlook.eos)[None],
         np.maximum(by_logit[:2] - logit, 0) * by_masked[:2],
         logit[None],
-        (logit - logit[lines, best][:, None])[None],
+        (logit - shown.max(1, keepdims=True))[None],
         np.maximum(logit - _ABOVE, 0),
         np.minimum(logit, 0)[None],
         log_p[None],
@@ -533,16 +536,10 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
         (logit - outlook.constant[1])[None],
         twins[None],
     )
-    features = np.empty((len(POSITION_FEATURES), *masked.shape))
-    row = 0
-    for group in groups:
-        features[row : row + len(group)] = group
-        row += len(group)
-    for group in (features[_TIMES_LOGIT] * logit, features[_TIMES_EOS] * outlook.eos):
-        features[row : row + len(group)] = group
-        row += len(group)
+    products = len(features) - len(_PRODUCTS)
+    np.concatenate(groups, out=features[constant + 1 : products])
     first, other = _FACTORS
-    features[row:] = features[first] * features[other]
+    np.multiply(features[first], features[other], out=features[products:])
     return features, masked
 
 

@@ -181,7 +181,7 @@ def _candidates(
     """
     masked = task.canvas.masked(root, task.model.mask_token_id)
     origin = None
-    if torch.isin(masked, distribution.positions).all():
+    if root.block_step > 0 and not evaluation.first_only:
         origin, seen = distribution, here
     elif root.block_step > 0 or task.edges.first:
         span = task.canvas.span(root.block)

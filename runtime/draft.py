@@ -58,28 +58,32 @@ def rank_candidates(
 ) -> Candidates:
     """Rank positions by score and tokens by probability; ties to the lower position, lower id.
 
-    `masked` (int64 [M], default: all) are the positions that the root still masks; `fresh` those
-    whose tokens the distribution has not seen.
+    `masked` (int64 [M], ascending, default: all) are those of the distribution's positions that the
+    root still masks; `fresh` those whose tokens the distribution has not seen. Sorted on the CPU:
+    the arrays are small.
     """
-    positions = distribution.positions
-    log_p, ids = distribution.top(token_ranks + 1)  # one may be the mask token, never drafted
-    values = log_p.masked_fill(ids == mask_token_id, -torch.inf)
-    by_id = ids.sort(dim=-1)  # equals come in any order
-    ranked = values.gather(-1, by_id.indices).sort(dim=-1, descending=True, stable=True)
-    tokens = by_id.values.gather(-1, ranked.indices)
+    log_p, tokens = (part.cpu().numpy() for part in distribution.top(token_ranks + 1))
+    positions = distribution.positions.cpu().numpy()
+    log_p = np.where(tokens == mask_token_id, -np.inf, log_p)  # never drafted
+    rows = np.arange(len(positions))[:, None]
+    ranked = np.lexsort((tokens, -log_p))
+    log_p, tokens = log_p[rows, ranked], tokens[rows, ranked]
     if settings.policy != "sequential" and settings.score == "confidence":
-        score = ranked.values[:, 0].exp()  # what `choose` says, without passing over all tokens
+        score = torch.from_numpy(log_p[:, 0]).exp()  # `choose` without passing over all tokens
     else:
-        _, score = choose(distribution, settings, mask_token_id)
-    order = score.sort(descending=True, stable=True).indices
+        score = choose(distribution, settings, mask_token_id)[1].cpu()
+    order = (-score.numpy()).argsort(kind="stable")
     if masked is not None:
-        order = order[torch.isin(positions[order], masked)]
+        left = np.zeros(len(positions), dtype=np.bool_)
+        left[positions.searchsorted(masked.cpu().numpy())] = True
+        order = order[left[order]]
     kept = min(token_ranks, distribution.log_p.shape[-1] - 1)
+    device = distribution.positions.device
     return Candidates(
-        positions[order],
-        tokens[order, :kept],
-        ranked.values[order, :kept],
-        positions[:0] if fresh is None else fresh,
+        torch.from_numpy(positions[order]).to(device),
+        torch.from_numpy(tokens[order, :kept]).to(device),
+        torch.from_numpy(log_p[order, :kept]).to(device),
+        distribution.positions[:0] if fresh is None else fresh,
     )
 
 

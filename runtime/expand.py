@@ -24,6 +24,8 @@ from spiffy.runtime.acceptance import (
 _DEPTH = 16  # steps that drafts look ahead
 _MOST = 1 << 16  # positions of all states of a level: some 30 MB of features
 _RARE = 1e-5  # probability below which a state is not expanded
+# Part of the least probable draft's probability that a path to a new state has to bring along.
+_SHARE, _SHARE_OF_SETS = 1 / 4, 1 / 12
 
 
 def _softmax(score: Floats) -> Floats:
@@ -61,7 +63,7 @@ def _one_step(
     joint = p[:, None, None] * where[:, :, None] * np.exp(states.log_p)
     flat = joint.ravel()
     # Several paths may add up to one state, so look at more of them than states are wanted.
-    wanted = np.flatnonzero(flat > limit / 4)
+    (wanted,) = (flat > limit * _SHARE).nonzero()
     if len(wanted) > 4 * budget:
         wanted = wanted[np.argpartition(-flat[wanted], 4 * budget)[: 4 * budget]]
     parent, m, j = np.unravel_index(wanted, joint.shape)
@@ -128,7 +130,7 @@ def _one_set(
     log_p = log_p + (sets * top[:, None, :, 0]).sum(-1) + np.log(p)[:, None]
     # Several paths and offsets may add up to one state, so look further than what is wanted.
     small = sets.sum(-1) + (states.choice >= 0).sum(1)[:, None] <= room
-    parent, k = np.nonzero(small & (log_p > np.log(max(limit / 12, 1e-6))))
+    parent, k = np.nonzero(small & (log_p > np.log(max(limit * _SHARE_OF_SETS, 1e-6))))
     chosen = sets[parent, k]
     choice = np.where(chosen, by_rank[parent, :, 0], states.choice[parent])
     probability = np.exp(log_p[parent, k])
@@ -162,9 +164,11 @@ def _merged(children: _Children, budget: int) -> _Children:
     key = np.where(children.choice >= 0, _HASHES[rows, children.choice], 0).sum(1)  # may overflow
     order = key.argsort(kind="stable")
     key = key[order]
-    first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
+    is_first = np.ones(len(key), dtype=np.bool_)
+    np.not_equal(key[1:], key[:-1], out=is_first[1:])
+    (first,) = is_first.nonzero()
     p = np.add.reduceat(children.p[order], first)
-    best = np.argsort(-p, kind="stable")[:budget]
+    best = (-p).argsort(kind="stable")[:budget]
     kept = order[first[best]]
     return _Children(children.parent[kept], children.choice[kept], p[best])
 
@@ -189,6 +193,8 @@ def expand(
     p = np.ones(1)
     best = _Children(np.zeros(0, np.int64), np.zeros((0, count), np.int64), np.zeros(0))
     limit = 0.0
+    share = _SHARE if model.commit is None else _SHARE_OF_SETS
+    mass = np.exp(outlook.log_mass)
     for depth in range(1, min(_DEPTH, room) + 1):
         if model.commit is None:
             children = _one_step(model, outlook, states, p, limit, budget)
@@ -207,7 +213,9 @@ def expand(
         limit = float(best.p[-1]) if len(best.p) == budget else 0.0
         if depth == min(_DEPTH, room):
             break
-        worth = (children.p >= max(limit, _RARE)) & (children.choice < 0).any(1)
+        # The next step fills a position, with a token that is at most as probable as all of them.
+        ahead = children.p * np.where(children.choice < 0, mass, 0.0).max(1)
+        worth = (children.p >= max(limit, _RARE)) & (ahead > limit * share)
         if not worth.any():
             break
         parent, choice, p = children.parent[worth], children.choice[worth], children.p[worth]
@@ -216,5 +224,5 @@ def expand(
 
 
 def _top(children: _Children, budget: int) -> _Children:
-    best = np.argsort(-children.p, kind="stable")[:budget]
+    best = (-children.p).argsort(kind="stable")[:budget]
     return _Children(children.parent[best], children.choice[best], children.p[best])

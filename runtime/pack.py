@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,20 +72,22 @@ def pack(
     """
     device = segments[0].ids.device
     ids = torch.cat([segment.ids for segment in segments])
-    runs = [(segment.start, segment.start + len(segment.ids)) for segment in segments]
+    lengths = [len(segment.ids) for segment in segments]
+    starts = [segment.start for segment in segments]
+    runs = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     # Nearly all segments stand at the same positions.
-    arange = {run: torch.arange(*run, device=device) for run in set(runs)}
-    positions = torch.cat([arange[run] for run in runs])
+    arange = {run: np.arange(*run) for run in set(runs)}
+    positions = torch.from_numpy(np.concatenate([arange[run] for run in runs])).to(device)
     mask = None
     if any(len(seen) < len(segments) for seen in sees):
-        queries = [k for k, seen in enumerate(sees) for _ in seen]
-        allowed = torch.zeros(len(segments), len(segments), dtype=torch.bool)
-        allowed[torch.tensor(queries), torch.tensor(list(chain.from_iterable(sees)))] = True
-        lengths = torch.tensor([stop - start for start, stop in runs])
-        past = allowed.new_ones(len(segments), 0 if frozen is None else frozen.length)
-        # All positions of a segment see the same, so widen the columns first and the rows last.
-        of_segment = torch.cat((past, allowed.repeat_interleave(lengths, 1)), 1)
-        mask = of_segment.repeat_interleave(lengths, 0).to(device)
+        # Of segments first, then widened to positions; the first column is for `frozen`.
+        allowed = np.zeros((len(segments), 1 + len(segments)), dtype=np.bool_)
+        allowed[:, 0] = True
+        for segment, seen in enumerate(sees):
+            allowed[segment, [1 + k for k in seen]] = True
+        past = 0 if frozen is None else frozen.length
+        allowed = allowed.repeat([past, *lengths], 1).repeat(lengths, 0)
+        mask = torch.from_numpy(allowed).to(device)
     return Row(ids, positions, mask, frozen, keep)
 
 

@@ -16,6 +16,7 @@ from spiffy.schemas import DecodingSettings, ScoreName
 
 _EPS = 1e-3  # Dream's smallest timestep
 _GROUP = 64  # tokens of the vocabulary that `Distribution.top` compares at once
+_FEW = 1 << 18  # logits that are sorted sooner than grouped
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class Distribution:
         """
         rows, vocab = self.logits.shape
         groups = vocab // _GROUP
-        if groups <= 8 * count:  # too few to be worth it
+        if groups <= 8 * count or self.logits.numel() <= _FEW:
             ids = self.logits.topk(min(count, vocab), dim=-1).indices
             return self.log_p.gather(1, ids), ids
         grouped = self.logits[:, : groups * _GROUP].reshape(rows, groups, _GROUP)
         best = grouped.amax(-1).topk(count, dim=-1).indices
         ids = (best[:, :, None] * _GROUP + torch.arange(_GROUP, device=best.device)).flatten(1)
-        rest = torch.arange(groups * _GROUP, vocab, device=best.device).expand(rows, -1)
-        ids = torch.cat((ids, rest), 1)
+        if vocab % _GROUP:
+            rest = torch.arange(groups * _GROUP, vocab, device=best.device).expand(rows, -1)
+            ids = torch.cat((ids, rest), 1)
         ids = ids.gather(1, self.logits.gather(1, ids).topk(count, dim=-1).indices)
         return self.log_p.gather(1, ids), ids
 

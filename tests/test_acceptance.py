@@ -118,6 +118,19 @@ def test_expansion_finds_every_state_with_its_probability(
     assert (np.diff(p) <= 0).all()
 
 
+@given(roots(), st.integers(0, 5), st.data())
+def test_no_token_is_more_probable_than_all_that_are_looked_at(
+    at: Outlook, seed: int, data: st.DataObject
+) -> None:
+    """By which `expand` skips states whose children cannot be probable enough."""
+    choice = data.draw(st.tuples(*[st.integers(-1, 1) for _ in at.positions]))
+    _, masked, log_p = next_positions(random_weights(seed, sets=False), at, choice)
+    before = np.exp(at.log_p).sum(1)
+    law = masked & (before <= 1)  # drawn numbers may be none
+    assert np.exp(log_p[law]).sum(1) == pytest.approx(before[law], rel=1e-9)
+    assert np.exp(at.log_mass[law]) == pytest.approx(before[law], rel=1e-9)
+
+
 @given(roots(), st.integers(0, 5), st.integers(1, 6), st.booleans())
 def test_drafts_keep_to_budget_and_room(at: Outlook, seed: int, budget: int, sets: bool) -> None:
     weights = random_weights(seed, sets)
