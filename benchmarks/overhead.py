@@ -42,7 +42,7 @@ PARTS = ("forward", "head", "walk", "compare", "draft", "rest")
 
 
 def random_model(layers: int) -> DiffusionLM:
-    """SDAR's layout, random parameters (20 layers: 311 million) and a vocabulary of 32,000."""
+    """SDAR's layout, random parameters (20 layers: 302 million) and a vocabulary of 32,000."""
     config = Qwen3Config(
         vocab_size=32_000,
         hidden_size=1024,
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--forwards", type=int, default=16, help="model calls to take apart")
     parser.add_argument("--repeats", type=int, default=3, help="decodes that medians are over")
-    parser.add_argument("--layers", type=int, default=20, help="of the random model (20: 311M)")
+    parser.add_argument("--layers", type=int, default=20, help="of the random model (20: 302M)")
     parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
     args = parser.parse_args()
     model = load_model("tiny-sdar", device="cpu", dtype="float32")

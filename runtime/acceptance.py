@@ -282,7 +282,7 @@ class Outlook:
         fresh
             Positions whose tokens the distribution has not seen.
         """
-        order = positions.argsort()  # of equal use: each position's rank, in ascending order
+        order = positions.argsort()  # so order[k] is the rank of the k-th position from the left
         where, tokens = positions[order], tokens[order]
         best = tokens[:, 0]
         around = where + _AROUND
