@@ -54,6 +54,7 @@ class PerfectDrafter:
     """
 
     token_ranks = 1
+    asks_rejected = False
 
     def __init__(self, path: Sequence[Cursor], budget: int) -> None:
         self.path = path

@@ -24,7 +24,7 @@ class Watched:
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
-        self.token_ranks = drafter.token_ranks
+        self.token_ranks, self.asks_rejected = drafter.token_ranks, drafter.asks_rejected
         self.calls: dict[int, tuple[Candidates, Tensor]] = {}  # by denoising steps made before
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:

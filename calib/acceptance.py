@@ -175,12 +175,13 @@ def _fit_tokens(examples: Sequence[_Example], folds: Sequence[AcceptanceWeights]
         shown = changed_beside(example.outlook, example.choice) & example.following
         # Where the token is known: the next state of the example has it.
         shown[-1] = False
+        states = States.of(example.outlook, weights, example.choice, example.depth)
         at, m = shown.nonzero()
         after = example.choice[np.minimum(at + 1, len(example.choice) - 1), m]
         known = after >= 0
         at, m = at[known], m[known]
         if len(at):
-            features.append(token_features(example.outlook, weights.bigrams, example.choice, at, m))
+            features.append(token_features(example.outlook, weights.bigrams, states, at, m))
             targets.append(after[known])
     identity = np.array([float(name == "log_p") for name in TOKEN_FEATURES])
     if sum(map(len, targets)) < _FEW:

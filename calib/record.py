@@ -32,6 +32,7 @@ class Recorder:
     """A drafter that drafts nothing and remembers what it was told."""
 
     token_ranks = TOKEN_RANKS
+    asks_rejected = False
 
     def __init__(self) -> None:
         self.roots: dict[int, Root] = {}  # by number of denoising steps made before the root

@@ -200,39 +200,68 @@ def _pairs(tokens: Ints, beside: Ints, vocab: int) -> Ints:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """What R drafts of the last forward say that the walk has not come to, but still may.
+
+    Attributes
+    ----------
+    choice
+        [R, M] rank of the token that the draft holds at a masked position of the root, else -1.
+    log_p
+        [R, M, J] log-probabilities of the tokens by rank.
+    unseen
+        bool [R, k], which of the root's fresh tokens the draft does not hold.
+    """
+
+    choice: Ints
+    log_p: Floats
+    unseen: Bools
+
+    def ordered(self, order: Ints) -> Rejected:
+        """With the root's masked positions in another order."""
+        return Rejected(self.choice[:, order], self.log_p[:, order], self.unseen)
+
+
+@dataclass(frozen=True)
 class Outlook:
     """What is known at a root, as arrays over its M masked positions in ascending order.
 
-    Neighbours come in the order left, right, two to the left, two to the right.
+    It is known from S *sources*: the distribution that produced the root, which comes first, and
+    those of rejected drafts. Neighbours come in the order left, right, two to the left, two to the
+    right.
 
     Attributes
     ----------
     positions
         [M] of the sequence.
-    tokens, log_p
-        [M, J] most likely tokens and their log-probabilities, by rank.
+    tokens
+        [M, J] most likely tokens by rank, by the first source.
+    seen
+        [S, M] rank of the token that the source has seen at the position, -1 where it was masked.
+    ahead
+        [S] how many that are.
+    lead
+        [S] by how many tokens the source knows more of the states that it fits than the root does.
+    log_p
+        [S, M, J] log-probabilities of the tokens.
     log_mass
-        [M] logarithm of what those tokens' probabilities add up to.
-    rank
-        [M] rank of the position by the policy's score.
+        [S, M] logarithm of what those tokens' probabilities add up to.
     neighbours
         [4, M] index (into this list) of the neighbour if that is masked too, else -1; of a second
         neighbour only if the first is masked too.
-    listed
-        [4, 1, M], 1 where there is such a neighbour.
     neighbour_tokens
         [4, M] token of the neighbour, -1 where that is masked or outside the sequence.
     fresh
-        bool [2, M], whether the token to the left, to the right is one that the distribution has
-        not seen.
+        bool [2, S, M], whether the token to the left, to the right is one of the root's that the
+        source has not seen.
     before, behind
-        [M] position of the neighbour if that is fresh, else one far away.
+        [S, M] position of the neighbour if that is fresh, else one far away.
     constant
-        [6, M] the first of `POSITION_FEATURES`, which are the same at every state.
+        [6, S, M] the first of `POSITION_FEATURES`, which are the same at every state.
     alike
         [J, M, M], 1 where the first position's token of that rank is the second one's most likely.
     echo
-        bool [M], whether the most likely token is one that the distribution has not seen.
+        bool [S, M], whether the most likely token is a fresh one.
     in_text
         Bigrams and trigrams of prompt and answer so far, by `_pairs` and `_triples`.
     eos
@@ -241,11 +270,12 @@ class Outlook:
 
     positions: Ints
     tokens: Ints
+    seen: Ints
+    ahead: Ints
+    lead: Ints
     log_p: Floats
     log_mass: Floats
-    rank: Ints
     neighbours: Ints
-    listed: Floats
     neighbour_tokens: Ints
     fresh: Bools
     before: Ints
@@ -268,6 +298,7 @@ class Outlook:
         mask_token_id: int,
         eos_token_ids: Ints,
         vocab: int,
+        rejected: Rejected | None = None,
     ) -> Outlook:
         """Lay out a root.
 
@@ -281,6 +312,8 @@ class Outlook:
             [M, J] in the same order.
         fresh
             Positions whose tokens the distribution has not seen.
+        rejected
+            More sources, in the order of `positions`.
         """
         order = positions.argsort()  # so order[k] is the rank of the k-th position from the left
         where, tokens = positions[order], tokens[order]
@@ -292,31 +325,58 @@ class Outlook:
         is_masked = where.take(neighbours, mode="clip") == around
         is_masked[2:] &= is_masked[:2]
         neighbours[~is_masked] = -1
-        is_fresh = (around[:2, :, None] == fresh).any(-1)
-        log_p = np.maximum(log_p[order], -30.0)
         eos = (best[:, None] == eos_token_ids).any(1)
-        logit = _logit(log_p[:, 0])
-        gap = np.minimum(log_p[:, 0] - log_p[:, min(1, log_p.shape[1] - 1)], 12.0)
+
+        log_p, ranks = log_p[None, order], order[None]
+        seen = np.full(ranks.shape, -1)
+        unseen = np.ones((1, len(fresh)), dtype=np.bool_)
+        if rejected is not None:
+            more = rejected.ordered(order)
+            shown = np.where(more.choice < 0, more.log_p.max(-1), NEVER)
+            ranks = np.concatenate((ranks, (-shown).argsort(1, kind="stable").argsort(1)))
+            log_p = np.concatenate((log_p, more.log_p))
+            seen = np.concatenate((seen, more.choice))
+            unseen = np.concatenate((unseen, more.unseen))
+        ahead = (seen >= 0).sum(1)
+        is_fresh = ((around[:2, None, :, None] == fresh) & unseen[:, None]).any(-1)
+        log_p = np.maximum(log_p, -30.0)
+        ascending = np.sort(log_p, -1)
+        top, second = ascending[..., -1], ascending[..., max(-2, -ascending.shape[2])]
+        constant = np.empty((6, *top.shape))
+        constant[0] = np.log1p(ranks)
+        constant[1] = _logit(top)
+        constant[2] = np.minimum(top - second, 12.0)
+        constant[3] = eos
+        constant[4:] = is_fresh
         end = where[-1] + 2
         text = ids[max(0, end - _TEXT) : end]
         return cls(
             positions=where,
             tokens=tokens,
+            seen=seen,
+            ahead=ahead,
+            lead=ahead + len(fresh) - unseen.sum(1),
             log_p=log_p,
-            log_mass=np.log(np.minimum(np.exp(log_p).sum(1), 1.0)),
-            rank=order,
+            log_mass=np.log(np.minimum(np.exp(log_p).sum(-1), 1.0)),
             neighbours=neighbours,
-            listed=is_masked[:, None].astype(np.float64),
             neighbour_tokens=known,
             fresh=is_fresh,
-            before=np.where(is_fresh[0], around[0], -_FAR),
-            behind=np.where(is_fresh[1], around[1], _FAR),
-            constant=np.array((np.log1p(order), logit, gap, eos, *is_fresh)),
+            before=np.where(is_fresh[0] & (seen < 0), around[0], -_FAR),
+            behind=np.where(is_fresh[1] & (seen < 0), around[1], _FAR),
+            constant=constant,
             alike=(tokens.T[:, :, None] == best).astype(np.float32),
-            echo=(best[:, None] == ids[fresh]).any(1),
+            echo=((best[:, None] == ids[fresh]) & unseen[:, None]).any(-1),
             in_text=_counted(np.where(text == mask_token_id, -1, text), vocab),
             eos=eos,
         )
+
+    def sources(self, choice: Ints) -> Ints:
+        """For each state (int64 [n, M]) the source that knows most of it, the first of equals."""
+        if len(self.seen) == 1:
+            return np.zeros(len(choice), dtype=np.int64)
+        fits = ((self.seen < 0) | (self.seen == choice[:, None])).all(-1)
+        sources: Ints = np.where(fits, self.lead, -1).argmax(1)
+        return sources
 
 
 def _counted(text: Ints, vocab: int) -> Counts:
@@ -341,32 +401,56 @@ class States:
     ----------
     choice
         int64 [n, M], rank of the token filled in, -1 where still masked.
+    source
+        int64 [n], whose distribution is asked about the state.
+    unseen
+        bool [n, M], positions filled in that the source has not seen.
     log_p
-        float64 [n, M, J] of the tokens, re-ranked beside fresh ones.
+        float64 [n, M, J] of the tokens, re-ranked beside those that the source has not seen.
     depth
         int64 [n], denoising steps since the root.
     """
 
     choice: Ints
+    source: Ints
+    unseen: Bools
     log_p: Floats
     depth: Ints
 
     @classmethod
     def of(cls, outlook: Outlook, model: AcceptanceWeights, choice: Ints, depth: Ints) -> States:
-        """Any states (int64 [n, M]) of a root."""
-        log_p = np.repeat(outlook.log_p[None], len(choice), 0)
-        beside = changed_beside(outlook, choice)
-        return cls(choice, _reranked(outlook, model, choice, log_p, beside), depth)
+        """Any states (int64 [n, M]) of a root, by its first source."""
+        source = np.zeros(len(choice), dtype=np.int64)
+        states = cls(choice, source, choice >= 0, outlook.log_p[source], depth)
+        return states.reranked(outlook, model, changed_beside(outlook, choice))
 
     def filled(
         self, outlook: Outlook, model: AcceptanceWeights, parents: Ints, choice: Ints
     ) -> States:
-        """Children (int64 [k, M]) of the states `parents` (int64 [k])."""
-        new = (choice >= 0) & (self.choice[parents] < 0)
-        beside = _beside(new, outlook)[:, :2].any(1) & (choice < 0)
+        """Children (int64 [k, M]) of the states `parents` (int64 [k]), each by its best source."""
+        source = outlook.sources(choice)
+        unseen = (choice >= 0) & (outlook.seen[source] < 0)
+        new = unseen & (self.choice[parents] < 0)
         log_p = self.log_p[parents]
-        log_p = _reranked(outlook, model, choice, log_p, beside)
-        return States(choice, log_p, self.depth[parents] + 1)
+        beside: Bools = _beside(new, outlook)[:, :2].any(1)
+        (moved,) = (source != self.source[parents]).nonzero()
+        if len(moved):  # another source knows nothing of what was worked out for the parent
+            theirs = source[moved]
+            log_p[moved] = outlook.log_p[theirs]
+            around = _beside(unseen[moved], outlook)[:, :2].any(1)
+            beside[moved] = around | outlook.fresh[:, theirs].any(0)
+        states = States(choice, source, unseen, log_p, self.depth[parents] + 1)
+        return states.reranked(outlook, model, beside & (choice < 0))
+
+    def reranked(self, outlook: Outlook, model: AcceptanceWeights, beside: Bools) -> States:
+        """Re-rank the tokens of the positions `beside` (bool [n, M]) in place; returns itself."""
+        at, m = beside.nonzero()
+        if len(at):
+            features = token_features(outlook, model.bigrams, self, at, m)
+            score = (model.token @ features.reshape(len(features), -1)).reshape(features.shape[1:])
+            change = outlook.log_mass[self.source[at], m] - np.logaddexp.reduce(score, 1)
+            self.log_p[at, m] = score + change[:, None]
+        return self
 
 
 @dataclass(frozen=True)
@@ -439,20 +523,22 @@ def _beside(values: NDArray[_Scalar], outlook: Outlook) -> NDArray[_Scalar]:
 
 
 def changed_beside(outlook: Outlook, choice: Ints) -> Bools:
-    """Masked positions [n, M] beside a token that the distribution has not seen."""
-    left, right = _beside(choice >= 0, outlook)[:, :2].swapaxes(0, 1) | outlook.fresh[:, None]
-    changed: Bools = (left | right) & (choice < 0)
+    """Masked positions [n, M] beside a token that the first source has not seen."""
+    beside = _beside(choice >= 0, outlook)[:, :2].any(1)
+    changed: Bools = (beside | outlook.fresh[:, 0].any(0)) & (choice < 0)
     return changed
 
 
-def token_features(outlook: Outlook, bigrams: Bigrams, choice: Ints, at: Ints, m: Ints) -> Floats:
+def token_features(outlook: Outlook, bigrams: Bigrams, states: States, at: Ints, m: Ints) -> Floats:
     """Features [T, K, J] of the tokens of positions `m` (int64 [K]) in states `at` (int64 [K])."""
-    tokens, log_p = outlook.tokens[m], outlook.log_p[m]
+    source = states.source[at]
+    tokens, log_p = outlook.tokens[m], outlook.log_p[source, m]
     index = outlook.neighbours[:3, m]
-    rank = np.where(index >= 0, choice[at, index], -1)
-    drafted = rank >= 0
-    known = np.where(drafted, outlook.tokens[index, rank], outlook.neighbour_tokens[:3, m])
-    new = (drafted[:2] | outlook.fresh[:, m])[:, :, None]
+    listed = index >= 0
+    rank = np.where(listed, states.choice[at, index], -1)
+    known = np.where(rank >= 0, outlook.tokens[index, rank], outlook.neighbour_tokens[:3, m])
+    unseen = listed[:2] & states.unseen[at, index[:2]]
+    new = (unseen | outlook.fresh[:, source, m])[:, :, None]
     exists = known[2, :, None] >= 0
     known = np.maximum(known, 0)
     pairs = _pairs(tokens, known[:2], bigrams.vocab)
@@ -471,18 +557,6 @@ def token_features(outlook: Outlook, bigrams: Bigrams, choice: Ints, at: Ints, m
     features[10] *= new[0] & exists
     np.multiply(features[6], new[1], out=features[11])
     return features
-
-
-def _reranked(
-    outlook: Outlook, model: AcceptanceWeights, choice: Ints, log_p: Floats, beside: Bools
-) -> Floats:
-    """`log_p` [n, M, J] with the positions `beside` (bool [n, M]) re-ranked, in place."""
-    at, m = beside.nonzero()
-    if len(at):
-        features = token_features(outlook, model.bigrams, choice, at, m)
-        score = (model.token @ features.reshape(len(features), -1)).reshape(features.shape[1:])
-        log_p[at, m] = score + (outlook.log_mass[m] - np.logaddexp.reduce(score, 1))[:, None]
-    return log_p
 
 
 def _logit(log_p: Floats) -> Floats:
@@ -506,20 +580,20 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     log_rank[np.arange(len(order))[:, None], order] = np.log1p(np.arange(len(where)))
     distance = np.log1p(np.maximum(where - where[masked.argmax(1)][:, None], 0))
 
-    facts = _beside(np.array((masked, masked * logit)), outlook).swapaxes(1, 2)  # [2, 4, n, M]
-    by_masked, by_logit = facts
-    drafted = outlook.listed - by_masked
-    echo, twins = _alike(outlook, states.choice)
+    facts = np.array((masked, states.unseen, masked * logit))
+    by_masked, drafted, by_logit = _beside(facts, outlook).swapaxes(1, 2)  # each [4, n, M]
+    echo, twins = _alike(outlook, states)
+    known = outlook.constant[:, states.source]
     features = np.empty((len(POSITION_FEATURES), *masked.shape))
-    constant = len(outlook.constant)
-    features[:constant] = outlook.constant[:, None]
-    features[constant] = states.depth[:, None]
+    constant = len(known)
+    features[:constant] = known
+    features[constant] = (states.depth - outlook.ahead[states.source]).clip(0)[:, None]
     groups: tuple[NDArray[Any], ...] = (
         drafted[:2],
         drafted[2:] * by_masked[:2],
         by_masked[:2],
         (by_masked[0] * by_masked[1])[None],
-        _nearness(outlook, masked)[None],
+        _nearness(outlook, states)[None],
         echo[None],
         distance[None],
         (distance * outlook.eos)[None],
@@ -533,7 +607,7 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
         np.exp(log_p)[None],
         log_rank[None],
         (log_rank == 0)[None],
-        (logit - outlook.constant[1])[None],
+        (logit - known[1])[None],
         twins[None],
     )
     products = len(features) - len(_PRODUCTS)
@@ -543,24 +617,27 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     return features, masked
 
 
-def _alike(outlook: Outlook, choice: Ints) -> tuple[Bools, Floats]:
+def _alike(outlook: Outlook, states: States) -> tuple[Bools, Floats]:
     """Whether the most likely token is a new one, and at how many other masked positions it is too.
 
-    Both [n, M]. New tokens are those that the distribution has not seen; the number is at most 2.
+    Both [n, M]. New tokens are those that the source has not seen; the number is at most 2.
     """
-    ranks = np.arange(-1, len(outlook.alike))
-    chosen = (choice[:, None] == ranks[:, None]).astype(np.float32)  # [n, masked or rank, M]
-    drafted = chosen[:, 1:].reshape(len(choice), -1)
-    echo: Bools = (drafted @ outlook.alike.reshape(drafted.shape[1], -1) > 0) | outlook.echo
-    return echo, np.minimum(chosen[:, 0] @ outlook.alike[0] - 1, 2)
+    ranks = np.arange(len(outlook.alike))[:, None]
+    new = np.where(states.unseen, states.choice, -1)[:, None] == ranks
+    new = new.astype(np.float32).reshape(len(new), -1)
+    echo: Bools = new @ outlook.alike.reshape(new.shape[1], -1) > 0
+    masked = (states.choice < 0).astype(np.float32)
+    return echo | outlook.echo[states.source], np.minimum(masked @ outlook.alike[0] - 1, 2)
 
 
-def _nearness(outlook: Outlook, masked: Bools) -> Floats:
-    """1 / (1 + positions to the nearest token that the distribution has not seen), [n, M].
+def _nearness(outlook: Outlook, states: States) -> Floats:
+    """1 / (1 + positions to the nearest token that the source has not seen), [n, M].
 
     A committed one counts towards the side where a position of the list follows it at once.
     """
-    where = outlook.positions
-    before = np.maximum.accumulate(np.where(masked, outlook.before, where), 1)
-    behind = np.minimum.accumulate(np.where(masked, outlook.behind, where)[:, ::-1], 1)[:, ::-1]
-    return 1.0 / (1.0 + np.minimum(where - before, behind - where))
+    where, new = outlook.positions, states.unseen
+    before, behind = outlook.before[states.source], outlook.behind[states.source]
+    before = np.maximum.accumulate(np.where(new, where, before), 1)
+    behind = np.minimum.accumulate(np.where(new, where, behind)[:, ::-1], 1)[:, ::-1]
+    nearness: Floats = 1.0 / (1.0 + np.minimum(where - before, behind - where))
+    return nearness

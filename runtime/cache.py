@@ -11,7 +11,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.canvas import Canvas, Cursor
@@ -73,6 +75,21 @@ class Evaluation:
         window = self.windows[state]
         rows = self.model.rows_of(positions, window.start)
         return Distribution.of(self.model.head(window.hidden[rows]), positions)
+
+    def logits_of(
+        self, states: Sequence[int], positions: Tensor, tokens: Tensor
+    ) -> NDArray[np.float64] | None:
+        """What states say about some tokens (int64 [M, J]) of positions (int64 [M]).
+
+        Returns
+        -------
+        [states, M, J], or None where the model has no such short way.
+        """
+        windows = [self.windows[state] for state in states]
+        rows = {start: self.model.rows_of(positions, start) for _, start in windows}
+        hidden = torch.stack([window.hidden[rows[window.start]] for window in windows])
+        logits = self.model.head_of(hidden, tokens)
+        return None if logits is None else logits.double().cpu().numpy()
 
 
 Forwards = Generator[list[Row], list[RowOutput], Evaluation]

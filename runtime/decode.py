@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spiffy.runtime.cache import CACHES, BlockEdges, Cache, Evaluation
 from spiffy.runtime.canvas import Canvas, Cursor
-from spiffy.runtime.draft import Candidates, Drafter, rank_candidates
+from spiffy.runtime.draft import Candidates, Drafter, rank_candidates, with_rejected
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.pack import Row, RowOutput, forward
 from spiffy.runtime.policy import Distribution, choose, gumbel_noise, select, step_quota
@@ -192,8 +192,12 @@ def _candidates(
     if origin is None or task.drafter is None:
         return None
     fresh = (states[seen] != root.ids).nonzero()[:, 0]
-    ranks = task.drafter.token_ranks
-    return rank_candidates(origin, task.settings, task.model.mask_token_id, ranks, masked, fresh)
+    mask, ranks = task.model.mask_token_id, task.drafter.token_ranks
+    candidates = rank_candidates(origin, task.settings, mask, ranks, masked, fresh)
+    if origin is distribution and task.drafter.asks_rejected:
+        span = task.canvas.span(root.block)
+        return with_rejected(candidates, evaluation, root, states, seen, span, mask)
+    return candidates
 
 
 def denoising_step(

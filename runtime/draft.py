@@ -7,14 +7,15 @@ its best-scored position among those the root still masks; token rank 0 is its m
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spiffy.runtime.acceptance import TOKEN_RANKS, AcceptanceWeights, Floats, Outlook
+from spiffy.runtime.acceptance import TOKEN_RANKS, AcceptanceWeights, Floats, Outlook, Rejected
+from spiffy.runtime.cache import Evaluation
 from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.expand import expand
 from spiffy.runtime.models.base import DiffusionLM
@@ -23,6 +24,10 @@ from spiffy.schemas import DecodingSettings, Node
 
 #: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
 Selection = Literal["model", "graph"]
+
+_LIKELY = np.log(0.05)  # log-probability of what a rejected draft holds more, to ask it
+_MOST_ASKED = 16  # rejected drafts
+_SURE = 1 - 1e-12
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,15 @@ class Candidates:
     fresh
         int64 [k], positions whose tokens in the root the distribution has not seen: it comes from
         a state before the root.
+    rejected
+        What drafts say that the walk has not come to; None where none is asked.
     """
 
     positions: Tensor
     tokens: Tensor
     log_p: Tensor
     fresh: Tensor
+    rejected: Rejected | None = None
 
 
 def rank_candidates(
@@ -87,11 +95,70 @@ def rank_candidates(
     )
 
 
+def with_rejected(
+    candidates: Candidates,
+    evaluation: Evaluation,
+    root: Cursor,
+    states: Tensor,
+    seen: int,
+    span: range,
+    mask_token_id: int,
+) -> Candidates:
+    """Ask those of the last forward's states that hold more than the source of the candidates.
+
+    A draft of the root before may turn out true yet, in part: once the root's new tokens, which it
+    does not hold, are joined by its own. What it says then reaches further than the distribution
+    that produced the root. Only the candidates' tokens are asked about; what is left for others is
+    taken to be as likely as there.
+
+    Parameters
+    ----------
+    root
+        The new root.
+    states
+        int64 [n, length], evaluated by `evaluation`.
+    seen
+        The state that the candidates are of.
+    span
+        Positions of the root's block.
+    """
+    block = slice(span.start, span.stop)
+    ids, held = root.ids[block].cpu().numpy(), states[:, block].cpu().numpy()
+    tokens, log_p = candidates.tokens.cpu().numpy(), candidates.log_p.cpu().numpy()
+    positions = candidates.positions.cpu().numpy() - span.start
+    fresh = candidates.fresh.cpu().numpy() - span.start
+    masked = held == mask_token_id
+    # They hold all that the candidates' source does, and nothing that the root contradicts.
+    may = ((held == held[seen]) | masked[seen]).all(1)
+    may &= ((held == ids) | masked | (ids == mask_token_id)).all(1)
+    filled = ~masked[:, positions]
+    same = tokens == held[:, positions, None]
+    may &= (same.any(-1) | ~filled).all(1) & filled.any(1) & ~filled.all(1)
+    likely = np.where(same, log_p, 0.0).sum((1, 2)) > _LIKELY
+    asked = (may & likely).nonzero()[0][:_MOST_ASKED]
+    if not len(asked):
+        return candidates
+    logits = evaluation.logits_of([seen, *asked.tolist()], candidates.positions, candidates.tokens)
+    if logits is None:
+        return candidates
+    base, theirs = logits[0], logits[1:]
+    others = np.log1p(-np.minimum(np.exp(log_p).sum(1), _SURE)) + base[:, 0] - log_p[:, 0]
+    total = np.logaddexp(np.logaddexp.reduce(theirs, -1), others)
+    rejected = Rejected(
+        np.where(filled[asked], same[asked].argmax(-1), -1),
+        theirs - total[:, :, None],
+        masked[asked][:, fresh],
+    )
+    return replace(candidates, rejected=rejected)
+
+
 class Drafter(Protocol):
     """Proposes future states; whatever it proposes, the tokens decoded stay the same."""
 
     #: How many tokens of each position it wants to know.
     token_ranks: int
+    #: Whether it wants to know what rejected drafts say.
+    asks_rejected: bool
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """Draft states int64 [n, length] for the root.
@@ -111,6 +178,8 @@ class GraphDrafter:
         Draft nodes, each a set of (position rank, token rank) pairs, ranks >= 0. Any will do: bad
         ones cost positions, never tokens.
     """
+
+    asks_rejected = False
 
     def __init__(self, fills: Sequence[Sequence[tuple[int, int]]], model: DiffusionLM) -> None:
         fills = [fill for fill in fills if fill]  # filling in nothing is the root itself
@@ -227,6 +296,8 @@ class AcceptanceDrafter:
     pays
         From the probabilities of the drafts (float64 [k], descending) to how many are worth their
         cost; all of them by default.
+    asks_rejected
+        Whether rejected drafts are asked too.
     """
 
     token_ranks = TOKEN_RANKS
@@ -237,10 +308,12 @@ class AcceptanceDrafter:
         budget: int,
         model: Vocabulary,
         pays: Callable[[Floats], int] = len,
+        asks_rejected: bool = True,
     ) -> None:
         self.weights = weights
         self.budget = budget
         self.pays = pays
+        self.asks_rejected = asks_rejected
         self.mask_token_id = model.mask_token_id
         self.eos_token_ids = np.array(sorted(model.eos_token_ids), dtype=np.int64)
         self.vocab_size = model.vocab_size
@@ -256,6 +329,7 @@ class AcceptanceDrafter:
             mask_token_id=self.mask_token_id,
             eos_token_ids=self.eos_token_ids,
             vocab=self.vocab_size,
+            rejected=candidates.rejected,
         )
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:

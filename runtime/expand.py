@@ -194,7 +194,7 @@ def expand(
     best = _Children(np.zeros(0, np.int64), np.zeros((0, count), np.int64), np.zeros(0))
     limit = 0.0
     share = _SHARE if model.commit is None else _SHARE_OF_SETS
-    mass = np.exp(outlook.log_mass)
+    mass = np.exp(outlook.log_mass.max(0))
     for depth in range(1, min(_DEPTH, room) + 1):
         if model.commit is None:
             children = _one_step(model, outlook, states, p, limit, budget)

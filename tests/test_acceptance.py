@@ -17,6 +17,7 @@ from spiffy.runtime.acceptance import (
     Bigrams,
     Counts,
     Outlook,
+    Rejected,
     States,
     position_features,
     token_features,
@@ -125,10 +126,10 @@ def test_no_token_is_more_probable_than_all_that_are_looked_at(
     """By which `expand` skips states whose children cannot be probable enough."""
     choice = data.draw(st.tuples(*[st.integers(-1, 1) for _ in at.positions]))
     _, masked, log_p = next_positions(random_weights(seed, sets=False), at, choice)
-    before = np.exp(at.log_p).sum(1)
+    before = np.exp(at.log_p[0]).sum(1)
     law = masked & (before <= 1)  # drawn numbers may be none
     assert np.exp(log_p[law]).sum(1) == pytest.approx(before[law], rel=1e-9)
-    assert np.exp(at.log_mass[law]) == pytest.approx(before[law], rel=1e-9)
+    assert np.exp(at.log_mass[0, law]) == pytest.approx(before[law], rel=1e-9)
 
 
 @given(roots(), st.integers(0, 5), st.integers(1, 6), st.booleans())
@@ -182,11 +183,11 @@ def test_features_by_hand() -> None:
         fresh=[2],
     )
     assert at.positions.tolist() == [3, 4, 6]
-    assert at.rank.tolist() == [1, 0, 2]
+    assert np.expm1(at.constant[0, 0]) == pytest.approx([1, 0, 2])
     # Left, right, two to the left, two to the right.
     assert at.neighbours.tolist() == [[-1, 0, -1], [1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     assert at.neighbour_tokens.tolist() == [[2, -1, 1], [-1, 1, -1], [1, 2, -1], [1, -1, -1]]
-    assert at.fresh.tolist() == [[True, False, False], [False, False, False]]
+    assert at.fresh[:, 0].tolist() == [[True, False, False], [False, False, False]]
     assert at.eos.tolist() == [False, False, True]
     plain = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), VOCAB)
     states = States.of(at, plain, np.array([[-1, -1, -1], [0, -1, -1]]), np.array([0, 1]))
@@ -237,7 +238,7 @@ def test_every_position_feature_is_what_its_name_says(
             continue
         left, right = position - 1, position + 1
         own, eos, depth = logits[position], bool(at.tokens[k, 0] == EOS), seed
-        first, second = at.log_p[k]
+        second, first = sorted(at.log_p[0, k])
         moved = own - logit(first)
         below = own - logits[order[0]]
         distance = np.log1p(max(position - min(masked), 0))
@@ -245,12 +246,12 @@ def test_every_position_feature_is_what_its_name_says(
         near = [abs(position - other) for other in drafted]
         near += [
             position - p + 1
-            for p, new_ in zip(where, at.fresh[0], strict=True)
+            for p, new_ in zip(where, at.fresh[0, 0], strict=True)
             if new_ and p <= position
         ]
         near += [
             p + 1 - position
-            for p, new_ in zip(where, at.fresh[1], strict=True)
+            for p, new_ in zip(where, at.fresh[1, 0], strict=True)
             if new_ and p >= position
         ]
         nearness = 1 / (1 + min(near)) if near else 0
@@ -262,12 +263,12 @@ def test_every_position_feature_is_what_its_name_says(
         left_logit = logits[left] if left in masked else 0.0
         right_logit = logits[right] if right in masked else 0.0
         expected = {
-            "origin_log_rank": np.log1p(at.rank[k]),
+            "origin_log_rank": at.constant[0, 0, k],
             "origin_logit": logit(first),
             "origin_gap": first - second,
             "eos": eos,
-            "left_committed": at.fresh[0, k],
-            "right_committed": at.fresh[1, k],
+            "left_committed": at.fresh[0, 0, k],
+            "right_committed": at.fresh[1, 0, k],
             "left_drafted": on_left,
             "right_drafted": on_right,
             "nearness": nearness,
@@ -294,8 +295,8 @@ def test_every_position_feature_is_what_its_name_says(
             "first_rank": order[0] == position,
             "reranked_by": moved,
             "twins": min(twins, 2),
-            "left_committed_x_logit": at.fresh[0, k] * own,
-            "right_committed_x_logit": at.fresh[1, k] * own,
+            "left_committed_x_logit": at.fresh[0, 0, k] * own,
+            "right_committed_x_logit": at.fresh[1, 0, k] * own,
             "left_drafted_x_logit": on_left * own,
             "right_drafted_x_logit": on_right * own,
             "nearness_x_logit": nearness * own,
@@ -304,7 +305,7 @@ def test_every_position_feature_is_what_its_name_says(
             "depth_x_eos": depth * eos,
             "eos_distance": eos * distance,
             "nearness_x_first_rank": nearness * (order[0] == position),
-            "origin_log_rank_x_logit_above_7": np.log1p(at.rank[k]) * max(own - 7, 0),
+            "origin_log_rank_x_logit_above_7": at.constant[0, 0, k] * max(own - 7, 0),
             "both_masked_x_eos_distance": (
                 eos * distance if left in masked and right in masked else 0
             ),
@@ -315,6 +316,67 @@ def test_every_position_feature_is_what_its_name_says(
         assert found == pytest.approx(numbers, abs=1e-6)
 
 
+@st.composite
+def asked(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], Rejected, list[int]]:
+    """A root, what one rejected draft says, and a state that holds what the draft does."""
+    ids = np.array(draw(st.lists(st.sampled_from([0, 1, 2, 3, MASK]), min_size=4, max_size=9)))
+    ids[:2] = ids[-1] = MASK
+    masked = np.flatnonzero(ids == MASK)
+    known = np.flatnonzero(ids != MASK)
+    fresh = known[[draw(st.booleans()) for _ in known]]
+    numbers = np.random.default_rng(draw(st.integers(0, 99)))
+    tokens = np.stack([numbers.permutation([1, 2, 3, EOS])[:2] for _ in masked])
+    log_p = np.log(numbers.uniform(0.05, 0.45, (2, len(masked), 2)))
+    choice = np.array([draw(st.integers(-1, 1)) for _ in masked])
+    choice[0], choice[-1] = abs(choice[0]), -1  # it holds something, and not all
+    state = np.array([c if c >= 0 else draw(st.integers(-1, 1)) for c in choice])
+    state[-1] = -1
+    unseen = np.array([draw(st.booleans()) for _ in fresh], dtype=np.bool_)
+    # Only a draft that knows more than the distribution does.
+    assume((choice >= 0).sum() + (~unseen).sum() > 0)
+    root = {"ids": ids, "positions": masked, "tokens": tokens, "log_p": log_p[0], "fresh": fresh}
+    return root, Rejected(choice[None], log_p[1:], unseen[None]), state.tolist()
+
+
+@given(asked(), st.integers(0, 5))
+def test_a_rejected_draft_is_asked_as_if_the_decode_had_come_to_it(
+    drawn: tuple[dict[str, np.ndarray], Rejected, list[int]], seed: int
+) -> None:
+    """The same features as at a root that holds what it holds."""
+    root, rejected, state = drawn
+    facts = {"mask_token_id": MASK, "eos_token_ids": np.array([EOS]), "vocab": VOCAB}
+    weights = random_weights(seed, sets=False)
+    for name in ("left_in_text", "right_in_text", "left_two_in_text"):
+        weights.token[TOKEN_FEATURES.index(name)] = 0  # what is drafted is no text yet
+    choice, unseen = rejected.choice[0], rejected.unseen[0]
+    at = Outlook.at(**root, rejected=rejected, **facts)
+    start = States.of(at, weights, np.full((1, len(choice)), -1), np.zeros(1, dtype=np.int64))
+    states = start.filled(at, weights, np.zeros(1, dtype=np.int64), np.array([state]))
+    assert states.source.tolist() == [1]
+
+    left = choice < 0
+    ids = root["ids"].copy()
+    (held,) = (~left).nonzero()
+    ids[root["positions"][held]] = root["tokens"][held, choice[held]]
+    log_p = rejected.log_p[0, left]
+    order = np.argsort(-log_p.max(1), kind="stable")
+    there = Outlook.at(
+        ids,
+        root["positions"][left][order],
+        root["tokens"][left][order],
+        log_p[order],
+        root["fresh"][unseen],
+        **facts,
+    )
+    depth = np.array([max(1 - len(held), 0)])
+    expected = States.of(there, weights, np.array([state])[:, left], depth)
+    features, masked = position_features(at, states)
+    numbers, still = position_features(there, expected)
+    assert masked[:, left].tolist() == still.tolist()
+    assert features[:, masked] == pytest.approx(numbers[:, still])
+    assert states.log_p[masked] == pytest.approx(expected.log_p[still])
+
+
 def test_token_evidence_by_hand() -> None:
     at = outlook(
         [1, 3, 1, 3, MASK, 2, 1, MASK],
@@ -323,7 +385,8 @@ def test_token_evidence_by_hand() -> None:
         fresh=[3, 6],
     )
     bigrams = Bigrams([(1, 3, 6), (3, 2, 2)], VOCAB)
-    start = np.full((1, 2), -1)
+    plain = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), VOCAB)
+    start = States.of(at, plain, np.full((1, 2), -1), np.array([0]))
     rows = token_features(at, bigrams, start, np.array([0, 0]), np.array([0, 1]))
     value = dict(zip(TOKEN_FEATURES, rows, strict=True))
     # Position 7 follows a new 1, which the text so far has continued with 3 twice.

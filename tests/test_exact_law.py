@@ -185,7 +185,7 @@ class Recording:
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
-        self.token_ranks = drafter.token_ranks
+        self.token_ranks, self.asks_rejected = drafter.token_ranks, drafter.asks_rejected
         self.drafted: list[list[int]] = []
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:

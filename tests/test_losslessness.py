@@ -86,6 +86,7 @@ class Origins:
     """Drafts nothing and keeps, for every root, the prediction that drafts would start from."""
 
     token_ranks = 1 << 20  # all of them
+    asks_rejected = False
 
     def __init__(self) -> None:
         self.by_step: dict[int, Candidates] = {}
@@ -283,12 +284,57 @@ def test_drafts_start_from_the_prediction_that_produced_the_root(layout: str) ->
             compared += 1
         return oracle(root, candidates, room)
 
-    checking.token_ranks = seen.token_ranks
+    checking.token_ranks, checking.asks_rejected = seen.token_ranks, seen.asks_rejected
     for depth in (2, 6):  # 6: with a root where a block begins
         oracle.depth = depth
         ours = decode(model, plainly.prompt, setting, checking, edges=plainly.edges)
         assert_lossless(ours, plainly)
     assert compared >= 4
+
+
+@pytest.mark.parametrize("layout", ["llada-none", "dream-none", "sdar-block"])
+def test_rejected_drafts_are_quoted_correctly(layout: str) -> None:
+    """What a draft says is what a forward of its own says, of states that may still come true."""
+    model, setting = setting_of(layout, "static-1")
+    plainly = decode(model, random_prompt(model, 11), setting)
+    mask, asked = model.mask_token_id, 0
+
+    class Asking(Oracle):
+        """Drafts the truth without the next step: rejected at once, and true soon after."""
+
+        token_ranks = 1 << 20
+        asks_rejected = True
+
+        def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+            self.check(root, candidates)
+            following = [cursor.ids for cursor in self.task.path[root.step : root.step + 4]]
+            drafts = [torch.where(ids == following[0], root.ids, ids) for ids in following[1:]]
+            return torch.stack(drafts) if drafts else root.ids.new_empty((0, len(root.ids)))
+
+        def check(self, root: Cursor, candidates: Candidates) -> None:
+            nonlocal asked
+            rejected = candidates.rejected
+            for k in range(0 if rejected is None else len(rejected.choice)):
+                choice = torch.from_numpy(rejected.choice[k])
+                held = choice >= 0
+                at = candidates.positions[held]
+                ids = root.ids.clone()
+                ids[candidates.fresh[torch.from_numpy(rejected.unseen[k])]] = mask
+                ids[at] = candidates.tokens[held, choice[held]]
+                assert (root.ids[at] == mask).all()
+                block = setting.block_length if model.family.block_causal else None
+                logits = model.forward_logits(ids[None], block)[0, candidates.positions]
+                exact = logits.double().log_softmax(-1).gather(-1, candidates.tokens)
+                quoted = torch.from_numpy(rejected.log_p[k])
+                # All tokens but the mask are asked about: it is taken to be as likely as before.
+                assert (quoted - exact)[~held].abs().max() < 0.05
+                ratio = (quoted - quoted[:, :1]) - (exact - exact[:, :1])
+                assert ratio[~held].abs().max() < 1e-3
+                asked += 1
+
+    ours = decode(model, plainly.prompt, setting, Asking(plainly, 3))
+    assert_lossless(ours, plainly)
+    assert asked >= 3
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -465,6 +511,7 @@ class Garbage:
     kind: str
     mask_token_id: int
     token_ranks = 1
+    asks_rejected = False
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         ids = root.ids

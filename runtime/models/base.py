@@ -225,6 +225,25 @@ class DiffusionLM:
         """Logits [..., vocab] of hidden states [..., hidden], in the model's dtype."""
         return self.module.lm_head(hidden)  # type: ignore[operator, no-any-return]
 
+    @torch.inference_mode()
+    def head_of(self, hidden: Tensor, tokens: Tensor) -> Tensor | None:
+        """Logits of a few tokens (int64 [M, J]) without a pass over the vocabulary.
+
+        Parameters
+        ----------
+        hidden
+            [..., M, hidden].
+
+        Returns
+        -------
+        float32 [..., M, J], or None if the head's weights are not at hand (offloaded, quantised).
+        """
+        head = self.module.lm_head
+        if type(head) is not torch.nn.Linear or head.weight.is_meta:
+            return None
+        logits = torch.einsum("...mh,mjh->...mj", hidden.float(), head.weight[tokens].float())
+        return logits if head.bias is None else logits + head.bias[tokens].float()
+
     def forward_logits(self, input_ids: Tensor, block_length: int | None = None) -> Tensor:
         """Logits of whole sequences; row k is the distribution of the token at position k.
 
