@@ -1,9 +1,10 @@
 """What a drafter would have saved, exactly, from recorded decodes and without the model.
 
 The true states are the same whatever is drafted, so a recorded plain decode tells where every walk
-would have ended. The drafter that is replayed is the very object that decodes. The one thing that a
-plain decode does not record is what a rejected completing draft says about the next block
-(block-causal models, `BlockEdges.first`): there the replay has no drafts and is a lower bound.
+would have ended. The drafter that is replayed is the very object that decodes. What a plain decode
+does not record is what rejected drafts say: about states of the same block, which an acceptance
+model asks for, and about the next block (block-causal models, `BlockEdges.first`). The replay does
+without; where they are asked, it is a lower bound.
 """
 
 from __future__ import annotations

@@ -432,13 +432,12 @@ class States:
         unseen = (choice >= 0) & (outlook.seen[source] < 0)
         new = unseen & (self.choice[parents] < 0)
         log_p = self.log_p[parents]
-        beside: Bools = _beside(new, outlook)[:, :2].any(1)
+        beside = _next_to(new, outlook)
         (moved,) = (source != self.source[parents]).nonzero()
         if len(moved):  # another source knows nothing of what was worked out for the parent
             theirs = source[moved]
             log_p[moved] = outlook.log_p[theirs]
-            around = _beside(unseen[moved], outlook)[:, :2].any(1)
-            beside[moved] = around | outlook.fresh[:, theirs].any(0)
+            beside[moved] = _next_to(unseen[moved], outlook) | outlook.fresh[:, theirs].any(0)
         states = States(choice, source, unseen, log_p, self.depth[parents] + 1)
         return states.reranked(outlook, model, beside & (choice < 0))
 
@@ -522,10 +521,17 @@ def _beside(values: NDArray[_Scalar], outlook: Outlook) -> NDArray[_Scalar]:
     return padded.take(outlook.neighbours, -1)
 
 
+def _next_to(values: Bools, outlook: Outlook) -> Bools:
+    """Positions [n, M] of which the left or the right neighbour is one of `values` [n, M]."""
+    by = _beside(values, outlook)
+    either: Bools = by[:, 0] | by[:, 1]
+    return either
+
+
 def changed_beside(outlook: Outlook, choice: Ints) -> Bools:
     """Masked positions [n, M] beside a token that the first source has not seen."""
-    beside = _beside(choice >= 0, outlook)[:, :2].any(1)
-    changed: Bools = (beside | outlook.fresh[:, 0].any(0)) & (choice < 0)
+    beside = _next_to(choice >= 0, outlook) | outlook.fresh[:, 0].any(0)
+    changed: Bools = beside & (choice < 0)
     return changed
 
 

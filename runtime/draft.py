@@ -27,6 +27,7 @@ Selection = Literal["model", "graph"]
 
 _LIKELY = np.log(0.05)  # log-probability of what a rejected draft holds more, to ask it
 _MOST_ASKED = 16  # rejected drafts
+_MOST_HEARD = 1 << 13  # positions of all of them: 64 MB of hidden states of 4,096 bfloat16
 _SURE = 1 - 1e-12
 
 
@@ -135,21 +136,27 @@ def with_rejected(
     same = tokens == held[:, positions, None]
     may &= (same.any(-1) | ~filled).all(1) & filled.any(1) & ~filled.all(1)
     likely = np.where(same, log_p, 0.0).sum((1, 2)) > _LIKELY
-    asked = (may & likely).nonzero()[0][:_MOST_ASKED]
+    most = min(_MOST_ASKED, max(1, _MOST_HEARD // len(positions)))
+    asked = (may & likely).nonzero()[0][:most]
     if not len(asked):
         return candidates
     logits = evaluation.logits_of([seen, *asked.tolist()], candidates.positions, candidates.tokens)
     if logits is None:
         return candidates
-    base, theirs = logits[0], logits[1:]
-    others = np.log1p(-np.minimum(np.exp(log_p).sum(1), _SURE)) + base[:, 0] - log_p[:, 0]
-    total = np.logaddexp(np.logaddexp.reduce(theirs, -1), others)
-    rejected = Rejected(
-        np.where(filled[asked], same[asked].argmax(-1), -1),
-        theirs - total[:, :, None],
-        masked[asked][:, fresh],
-    )
-    return replace(candidates, rejected=rejected)
+    choice = np.where(filled[asked], same[asked].argmax(-1), -1)
+    quoted = _log_p_of(logits[1:], logits[0], log_p)
+    return replace(candidates, rejected=Rejected(choice, quoted, masked[asked][:, fresh]))
+
+
+def _log_p_of(logits: Floats, known_logits: Floats, known_log_p: Floats) -> Floats:
+    """Log-probabilities of some tokens' logits [R, M, J], where those of other logits are known.
+
+    All tokens that are not among the J count as much as they do there ([M, J] both).
+    """
+    others = np.log1p(-np.minimum(np.exp(known_log_p).sum(-1), _SURE))
+    others += known_logits[:, 0] - known_log_p[:, 0]
+    log_p: Floats = logits - np.logaddexp(np.logaddexp.reduce(logits, -1), others)[:, :, None]
+    return log_p
 
 
 class Drafter(Protocol):

@@ -16,8 +16,9 @@ from spiffy.calib.replay import replay_drafter
 from spiffy.calib.synthetic import final_answer, problems
 from spiffy.graphs import count_chains, grow, replay
 from spiffy.runtime import BlockEdges, decoding_settings
+from spiffy.runtime.acceptance import AcceptanceWeights
 from spiffy.runtime.decode import run
-from spiffy.runtime.draft import GraphDrafter
+from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
 from spiffy.runtime.generate import make_task
 from spiffy.schemas import DraftGraph, SpiffyError
 
@@ -58,6 +59,28 @@ def test_replay_predicts_the_forwards_of_real_decoding(name: str, cache: str, po
         again = replay_drafter([trace], drafter)
         assert (again.steps, again.forwards) == (predicted.steps, predicted.forwards)
         assert again.drafts == ours.stats.drafted
+        hops += ours.stats.accepted
+    assert hops > 0
+
+
+@pytest.mark.parametrize("policy", ["static", "threshold"])
+@pytest.mark.parametrize(("name", "cache"), LAYOUTS)
+def test_replay_predicts_drafts_chosen_at_run_time(name: str, cache: str, policy: str) -> None:
+    """What rejected drafts say is in no plain decode either."""
+    model, plain, traces = traced(name, cache, prompts=2, policy=policy, threshold=0.5)
+    commit = {"logit": 1.0, "constant": 1.0} if policy == "threshold" else None
+    position = {"logit": 1.0, "nearness": 0.5}
+    weights = AcceptanceWeights.of(position, commit, {"log_p": 1.0}, (), model.vocab_size)
+    drafter = AcceptanceDrafter(weights, 8, model, asks_rejected=False)
+    hops = 0
+    for task, trace in zip(plain, traces, strict=True):
+        edges = BlockEdges(first=cache != "block")
+        ours = make_task(model, task.prompt, task.settings, drafter, edges=edges)
+        for _ in run(model, [ours]):
+            pass
+        predicted = replay_drafter([trace], drafter)
+        assert (ours.stats.steps, ours.stats.nfe) == (predicted.steps, predicted.forwards)
+        assert ours.stats.drafted == predicted.drafts
         hops += ours.stats.accepted
     assert hops > 0
 

@@ -236,13 +236,14 @@ class DiffusionLM:
 
         Returns
         -------
-        float32 [..., M, J], or None if the head's weights are not at hand (offloaded, quantised).
+        [..., M, J] in the model's dtype, or None if the head's weights are not at hand (offloaded,
+        quantised).
         """
         head = self.module.lm_head
         if type(head) is not torch.nn.Linear or head.weight.is_meta:
             return None
-        logits = torch.einsum("...mh,mjh->...mj", hidden.float(), head.weight[tokens].float())
-        return logits if head.bias is None else logits + head.bias[tokens].float()
+        logits = torch.einsum("...mh,mjh->...mj", hidden, head.weight[tokens])
+        return logits if head.bias is None else logits + head.bias[tokens]
 
     def forward_logits(self, input_ids: Tensor, block_length: int | None = None) -> Tensor:
         """Logits of whole sequences; row k is the distribution of the token at position k.
