@@ -123,9 +123,12 @@ def with_rejected(
     span
         Positions of the root's block.
     """
+    log_p = candidates.log_p.cpu().numpy()
+    if len(states) == 1 or log_p.max() <= _LIKELY:
+        return candidates
     block = slice(span.start, span.stop)
     ids, held = root.ids[block].cpu().numpy(), states[:, block].cpu().numpy()
-    tokens, log_p = candidates.tokens.cpu().numpy(), candidates.log_p.cpu().numpy()
+    tokens = candidates.tokens.cpu().numpy()
     positions = candidates.positions.cpu().numpy() - span.start
     fresh = candidates.fresh.cpu().numpy() - span.start
     masked = held == mask_token_id
