@@ -236,14 +236,16 @@ class Outlook:
         [M] of the sequence.
     tokens
         [M, J] most likely tokens by rank, by the first source.
+    kinds
+        [M, J] number of the token among all different ones.
     seen
         [S, M] rank of the token that the source has seen at the position, -1 where it was masked.
-    ahead
-        [S] how many that are.
     lead
-        [S] by how many tokens the source knows more of the states that it fits than the root does.
+        [S] how many tokens the source has seen that the first one has not.
     log_p
         [S, M, J] log-probabilities of the tokens.
+    best
+        [S, M] rank of the most likely one.
     log_mass
         [S, M] logarithm of what those tokens' probabilities add up to.
     neighbours
@@ -258,22 +260,21 @@ class Outlook:
         [S, M] position of the neighbour if that is fresh, else one far away.
     constant
         [6, S, M] the first of `POSITION_FEATURES`, which are the same at every state.
-    alike
-        [J, M, M], 1 where the first position's token of that rank is the second one's most likely.
     echo
-        bool [S, M], whether the most likely token is a fresh one.
+        bool [S, M], whether the most likely token is a fresh one that the source has not seen.
     in_text
         Bigrams and trigrams of prompt and answer so far, by `_pairs` and `_triples`.
     eos
-        [M] whether the most likely token ends the sequence.
+        [S, M] whether the most likely token ends the sequence.
     """
 
     positions: Ints
     tokens: Ints
+    kinds: Ints
     seen: Ints
-    ahead: Ints
     lead: Ints
     log_p: Floats
+    best: Ints
     log_mass: Floats
     neighbours: Ints
     neighbour_tokens: Ints
@@ -281,7 +282,6 @@ class Outlook:
     before: Ints
     behind: Ints
     constant: Floats
-    alike: Floats
     echo: Bools
     in_text: Counts
     eos: Bools
@@ -317,7 +317,6 @@ class Outlook:
         """
         order = positions.argsort()  # so order[k] is the rank of the k-th position from the left
         where, tokens = positions[order], tokens[order]
-        best = tokens[:, 0]
         around = where + _AROUND
         known = ids.take(around, mode="clip")
         known[(known == mask_token_id) | (around < 0) | (around >= len(ids))] = -1
@@ -325,7 +324,6 @@ class Outlook:
         is_masked = where.take(neighbours, mode="clip") == around
         is_masked[2:] &= is_masked[:2]
         neighbours[~is_masked] = -1
-        eos = (best[:, None] == eos_token_ids).any(1)
 
         log_p, ranks = log_p[None, order], order[None]
         seen = np.full(ranks.shape, -1)
@@ -337,9 +335,11 @@ class Outlook:
             log_p = np.concatenate((log_p, more.log_p))
             seen = np.concatenate((seen, more.choice))
             unseen = np.concatenate((unseen, more.unseen))
-        ahead = (seen >= 0).sum(1)
         is_fresh = ((around[:2, None, :, None] == fresh) & unseen[:, None]).any(-1)
         log_p = np.maximum(log_p, -30.0)
+        best = log_p.argmax(-1)
+        likely = tokens[np.arange(len(where)), best]
+        eos = (likely[:, :, None] == eos_token_ids).any(-1)
         ascending = np.sort(log_p, -1)
         top, second = ascending[..., -1], ascending[..., max(-2, -ascending.shape[2])]
         constant = np.empty((6, *top.shape))
@@ -353,10 +353,11 @@ class Outlook:
         return cls(
             positions=where,
             tokens=tokens,
+            kinds=np.unique(tokens, return_inverse=True)[1].reshape(tokens.shape),
             seen=seen,
-            ahead=ahead,
-            lead=ahead + len(fresh) - unseen.sum(1),
+            lead=(seen >= 0).sum(1) + len(fresh) - unseen.sum(1),
             log_p=log_p,
+            best=best,
             log_mass=np.log(np.minimum(np.exp(log_p).sum(-1), 1.0)),
             neighbours=neighbours,
             neighbour_tokens=known,
@@ -364,8 +365,7 @@ class Outlook:
             before=np.where(is_fresh[0] & (seen < 0), around[0], -_FAR),
             behind=np.where(is_fresh[1] & (seen < 0), around[1], _FAR),
             constant=constant,
-            alike=(tokens.T[:, :, None] == best).astype(np.float32),
-            echo=((best[:, None] == ids[fresh]) & unseen[:, None]).any(-1),
+            echo=((likely[:, :, None] == ids[fresh]) & unseen[:, None]).any(-1),
             in_text=_counted(np.where(text == mask_token_id, -1, text), vocab),
             eos=eos,
         )
@@ -408,7 +408,7 @@ class States:
     log_p
         float64 [n, M, J] of the tokens, re-ranked beside those that the source has not seen.
     depth
-        int64 [n], denoising steps since the root.
+        int64 [n], denoising steps that the source has not seen, the root's own left out.
     """
 
     choice: Ints
@@ -431,14 +431,15 @@ class States:
         source = outlook.sources(choice)
         unseen = (choice >= 0) & (outlook.seen[source] < 0)
         new = unseen & (self.choice[parents] < 0)
-        log_p = self.log_p[parents]
+        log_p, depth = self.log_p[parents], self.depth[parents] + 1
         beside = _next_to(new, outlook)
         (moved,) = (source != self.source[parents]).nonzero()
         if len(moved):  # another source knows nothing of what was worked out for the parent
             theirs = source[moved]
+            depth[moved] = np.minimum(depth[moved], unseen[moved].sum(1))  # a token each at least
             log_p[moved] = outlook.log_p[theirs]
             beside[moved] = _next_to(unseen[moved], outlook) | outlook.fresh[:, theirs].any(0)
-        states = States(choice, source, unseen, log_p, self.depth[parents] + 1)
+        states = States(choice, source, unseen, log_p, depth)
         return states.reranked(outlook, model, beside & (choice < 0))
 
     def reranked(self, outlook: Outlook, model: AcceptanceWeights, beside: Bools) -> States:
@@ -552,8 +553,7 @@ def token_features(outlook: Outlook, bigrams: Bigrams, states: States, at: Ints,
 
     features = np.empty((len(TOKEN_FEATURES), *tokens.shape))
     features[0] = log_p
-    features[1] = 0
-    features[1, :, 0] = 1
+    features[1] = outlook.best[source, m][:, None] == np.arange(tokens.shape[1])
     features[2:4] = bigrams.log_p(tokens, known[:2])
     features[4:6] = tokens == known[:2, :, None]
     features[6:8] = log_p
@@ -593,7 +593,7 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     features = np.empty((len(POSITION_FEATURES), *masked.shape))
     constant = len(known)
     features[:constant] = known
-    features[constant] = (states.depth - outlook.ahead[states.source]).clip(0)[:, None]
+    features[constant] = states.depth[:, None]
     groups: tuple[NDArray[Any], ...] = (
         drafted[:2],
         drafted[2:] * by_masked[:2],
@@ -602,7 +602,7 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
         _nearness(outlook, states)[None],
         echo[None],
         distance[None],
-        (distance * outlook.eos)[None],
+        (distance * known[3])[None],
         np.maximum(by_logit[:2] - logit, 0) * by_masked[:2],
         logit[None],
         (logit - shown.max(1, keepdims=True))[None],
@@ -623,17 +623,21 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
     return features, masked
 
 
-def _alike(outlook: Outlook, states: States) -> tuple[Bools, Floats]:
+def _alike(outlook: Outlook, states: States) -> tuple[Bools, Ints]:
     """Whether the most likely token is a new one, and at how many other masked positions it is too.
 
     Both [n, M]. New tokens are those that the source has not seen; the number is at most 2.
     """
-    ranks = np.arange(len(outlook.alike))[:, None]
-    new = np.where(states.unseen, states.choice, -1)[:, None] == ranks
-    new = new.astype(np.float32).reshape(len(new), -1)
-    echo: Bools = new @ outlook.alike.reshape(new.shape[1], -1) > 0
-    masked = (states.choice < 0).astype(np.float32)
-    return echo | outlook.echo[states.source], np.minimum(masked @ outlook.alike[0] - 1, 2)
+    n, count = states.choice.shape
+    kinds = outlook.kinds[np.arange(count), outlook.best]  # [S, M]
+    most = outlook.kinds.size
+    keys = np.arange(n)[:, None] * most + kinds[states.source]
+    at, m = states.unseen.nonzero()
+    new = np.zeros(n * most, dtype=np.bool_)
+    new[at * most + outlook.kinds[m, states.choice[at, m]]] = True
+    echo: Bools = new[keys] | outlook.echo[states.source]
+    masked = np.bincount(keys[states.choice < 0], minlength=n * most)
+    return echo, np.minimum(masked[keys] - 1, 2)
 
 
 def _nearness(outlook: Outlook, states: States) -> Floats:

@@ -25,7 +25,7 @@ from spiffy.schemas import DecodingSettings, Node
 #: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
 Selection = Literal["model", "graph"]
 
-_LIKELY = np.log(0.05)  # log-probability of what a rejected draft holds more, to ask it
+_LIKELY = np.log(0.05)  # least log-probability of what an asked draft holds more
 _MOST_ASKED = 16  # rejected drafts
 _MOST_HEARD = 1 << 13  # positions of all of them: 64 MB of hidden states of 4,096 bfloat16
 _SURE = 1 - 1e-12
@@ -109,8 +109,8 @@ def with_rejected(
 
     A draft of the root before may turn out true yet, in part: once the root's new tokens, which it
     does not hold, are joined by its own. What it says then reaches further than the distribution
-    that produced the root. Only the candidates' tokens are asked about; what is left for others is
-    taken to be as likely as there.
+    that produced the root. Only the candidates' tokens are asked about; all others together are
+    taken to have the weight (the sum of exponentiated logits) that they have there.
 
     Parameters
     ----------
@@ -132,29 +132,34 @@ def with_rejected(
     positions = candidates.positions.cpu().numpy() - span.start
     fresh = candidates.fresh.cpu().numpy() - span.start
     masked = held == mask_token_id
-    # They hold all that the candidates' source does, and nothing that the root contradicts.
+    # In this block they hold all that the candidates' source does, and nothing else than the root.
     may = ((held == held[seen]) | masked[seen]).all(1)
     may &= ((held == ids) | masked | (ids == mask_token_id)).all(1)
     filled = ~masked[:, positions]
     same = tokens == held[:, positions, None]
     may &= (same.any(-1) | ~filled).all(1) & filled.any(1) & ~filled.all(1)
-    likely = np.where(same, log_p, 0.0).sum((1, 2)) > _LIKELY
+    may &= np.where(same, log_p, 0.0).sum((1, 2)) > _LIKELY
+    may &= [window.covers(span) for window in evaluation.windows]
     most = min(_MOST_ASKED, max(1, _MOST_HEARD // len(positions)))
-    asked = (may & likely).nonzero()[0][:most]
+    asked = may.nonzero()[0][:most]
     if not len(asked):
         return candidates
     logits = evaluation.logits_of([seen, *asked.tolist()], candidates.positions, candidates.tokens)
     if logits is None:
         return candidates
-    choice = np.where(filled[asked], same[asked].argmax(-1), -1)
     quoted = _log_p_of(logits[1:], logits[0], log_p)
+    numbers = np.isfinite(quoted).all((1, 2))  # a draft may overflow where the truth does not
+    if not numbers.any():
+        return candidates
+    asked, quoted = asked[numbers], quoted[numbers]
+    choice = np.where(filled[asked], same[asked].argmax(-1), -1)
     return replace(candidates, rejected=Rejected(choice, quoted, masked[asked][:, fresh]))
 
 
 def _log_p_of(logits: Floats, known_logits: Floats, known_log_p: Floats) -> Floats:
     """Log-probabilities of some tokens' logits [R, M, J], where those of other logits are known.
 
-    All tokens that are not among the J count as much as they do there ([M, J] both).
+    All tokens that are not among the J have the weight that they have there ([M, J] both).
     """
     others = np.log1p(-np.minimum(np.exp(known_log_p).sum(-1), _SURE))
     others += known_logits[:, 0] - known_log_p[:, 0]

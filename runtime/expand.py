@@ -194,7 +194,6 @@ def expand(
     best = _Children(np.zeros(0, np.int64), np.zeros((0, count), np.int64), np.zeros(0))
     limit = 0.0
     share = _SHARE if model.commit is None else _SHARE_OF_SETS
-    mass = np.exp(outlook.log_mass.max(0))
     for depth in range(1, min(_DEPTH, room) + 1):
         if model.commit is None:
             children = _one_step(model, outlook, states, p, limit, budget)
@@ -213,14 +212,23 @@ def expand(
         limit = float(best.p[-1]) if len(best.p) == budget else 0.0
         if depth == min(_DEPTH, room):
             break
-        # The next step fills a position, with a token that is at most as probable as all of them.
-        ahead = children.p * np.where(children.choice < 0, mass, 0.0).max(1)
-        worth = (children.p >= max(limit, _RARE)) & (ahead > limit * share)
+        reach = _reach(outlook, children)
+        worth = (children.p >= max(limit, _RARE)) & (reach > limit * share)
         if not worth.any():
             break
         parent, choice, p = children.parent[worth], children.choice[worth], children.p[worth]
         states = states.filled(outlook, model, parent, choice)
     return best.choice, best.p
+
+
+def _reach(outlook: Outlook, children: _Children) -> Floats:
+    """What no state after these is more probable than: [k], 0 if there is none.
+
+    The next step fills a position, with a token that is at most as probable as all of them.
+    """
+    mass = np.exp(outlook.log_mass.max(0))
+    reach: Floats = children.p * np.where(children.choice < 0, mass, 0.0).max(1)
+    return reach
 
 
 def _top(children: _Children, budget: int) -> _Children:

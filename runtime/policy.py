@@ -51,8 +51,8 @@ class Distribution:
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` most likely tokens: log-probabilities float64 and ids int64, [M, <= count].
 
-        Equals come in any order. The vocabulary is looked at once, in groups: the best tokens lie
-        in the groups with the best maxima, and only those are sorted.
+        Equals come in any order. Many logits are looked at in groups: the best tokens lie in the
+        groups with the best maxima, and only those are sorted.
         """
         rows, vocab = self.logits.shape
         groups = vocab // _GROUP

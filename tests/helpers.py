@@ -83,7 +83,7 @@ class Oracle:
     depth: int
     obeys_room: bool = True
     token_ranks = 1
-    asks_rejected = False
+    asks_rejected = True
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         mask = self.task.model.mask_token_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def laid_out(draw: st.DrawFn) -> tuple[Outlook, set[int]]:
     ids = [0 if token == MASK and k not in masked else token for k, token in enumerate(ids)]
     order = draw(st.permutations(masked))
     tokens = {k: draw(st.permutations([1, 2, 3, EOS]))[:2] for k in order}
-    top = {k: draw(st.floats(0.3, 0.9)) for k in order}
+    top = {k: draw(st.floats(0.51, 0.9)) for k in order}
     log_p = {k: [float(np.log(p)), float(np.log(0.9 - p * 0.9 + 0.05))] for k, p in top.items()}
     fresh = [k for k, token in enumerate(ids) if token != MASK and draw(st.booleans())]
     return outlook(ids, tokens, log_p, fresh), {ids[k] for k in fresh}
@@ -188,7 +189,7 @@ def test_features_by_hand() -> None:
     assert at.neighbours.tolist() == [[-1, 0, -1], [1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     assert at.neighbour_tokens.tolist() == [[2, -1, 1], [-1, 1, -1], [1, 2, -1], [1, -1, -1]]
     assert at.fresh[:, 0].tolist() == [[True, False, False], [False, False, False]]
-    assert at.eos.tolist() == [False, False, True]
+    assert at.eos.tolist() == [[False, False, True]]
     plain = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), VOCAB)
     states = States.of(at, plain, np.array([[-1, -1, -1], [0, -1, -1]]), np.array([0, 1]))
     features, masked = position_features(at, states)
@@ -326,14 +327,13 @@ def asked(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], Rejected, list[int]]:
     fresh = known[[draw(st.booleans()) for _ in known]]
     numbers = np.random.default_rng(draw(st.integers(0, 99)))
     tokens = np.stack([numbers.permutation([1, 2, 3, EOS])[:2] for _ in masked])
-    log_p = np.log(numbers.uniform(0.05, 0.45, (2, len(masked), 2)))
+    # The draft is surer than the distribution that the root is known from.
+    log_p = np.log(numbers.uniform([[[0.02]], [[0.25]]], [[[0.2]], [[0.49]]], (2, len(masked), 2)))
     choice = np.array([draw(st.integers(-1, 1)) for _ in masked])
     choice[0], choice[-1] = abs(choice[0]), -1  # it holds something, and not all
     state = np.array([c if c >= 0 else draw(st.integers(-1, 1)) for c in choice])
     state[-1] = -1
     unseen = np.array([draw(st.booleans()) for _ in fresh], dtype=np.bool_)
-    # Only a draft that knows more than the distribution does.
-    assume((choice >= 0).sum() + (~unseen).sum() > 0)
     root = {"ids": ids, "positions": masked, "tokens": tokens, "log_p": log_p[0], "fresh": fresh}
     return root, Rejected(choice[None], log_p[1:], unseen[None]), state.tolist()
 
@@ -350,8 +350,13 @@ def test_a_rejected_draft_is_asked_as_if_the_decode_had_come_to_it(
         weights.token[TOKEN_FEATURES.index(name)] = 0  # what is drafted is no text yet
     choice, unseen = rejected.choice[0], rejected.unseen[0]
     at = Outlook.at(**root, rejected=rejected, **facts)
-    start = States.of(at, weights, np.full((1, len(choice)), -1), np.zeros(1, dtype=np.int64))
-    states = start.filled(at, weights, np.zeros(1, dtype=np.int64), np.array([state]))
+    filling = np.full((1, len(choice)), -1)
+    states = States.of(at, weights, filling, np.zeros(1, dtype=np.int64))
+    for k in np.random.default_rng(seed).permutation(len(choice)):
+        if state[k] >= 0:  # one step after the other
+            filling = filling.copy()
+            filling[0, k] = state[k]
+            states = states.filled(at, weights, np.zeros(1, dtype=np.int64), filling)
     assert states.source.tolist() == [1]
 
     left = choice < 0
@@ -359,22 +364,40 @@ def test_a_rejected_draft_is_asked_as_if_the_decode_had_come_to_it(
     (held,) = (~left).nonzero()
     ids[root["positions"][held]] = root["tokens"][held, choice[held]]
     log_p = rejected.log_p[0, left]
+    by_p = np.argsort(-log_p, 1, kind="stable")  # as a root's tokens are ranked
     order = np.argsort(-log_p.max(1), kind="stable")
     there = Outlook.at(
         ids,
         root["positions"][left][order],
-        root["tokens"][left][order],
-        log_p[order],
+        np.take_along_axis(root["tokens"][left], by_p, 1)[order],
+        np.take_along_axis(log_p, by_p, 1)[order],
         root["fresh"][unseen],
         **facts,
     )
-    depth = np.array([max(1 - len(held), 0)])
-    expected = States.of(there, weights, np.array([state])[:, left], depth)
+    drafted = np.array(state)[left]
+    ranks = np.where(drafted < 0, -1, (by_p == drafted[:, None]).argmax(1))
+    expected = States.of(there, weights, ranks[None], np.array([(drafted >= 0).sum()]))
     features, masked = position_features(at, states)
     numbers, still = position_features(there, expected)
     assert masked[:, left].tolist() == still.tolist()
     assert features[:, masked] == pytest.approx(numbers[:, still])
-    assert states.log_p[masked] == pytest.approx(expected.log_p[still])
+    found = np.take_along_axis(states.log_p[0, left], by_p, 1)
+    assert found[still[0]] == pytest.approx(expected.log_p[still])
+
+
+@given(asked(), st.integers(0, 5), st.integers(1, 12), st.booleans())
+def test_no_level_is_left_out_that_drafts_come_from(
+    drawn: tuple[dict[str, np.ndarray], Rejected, list[int]], seed: int, budget: int, sets: bool
+) -> None:
+    root, rejected, _ = drawn
+    facts = {"mask_token_id": MASK, "eos_token_ids": np.array([EOS]), "vocab": VOCAB}
+    at, weights = Outlook.at(**root, rejected=rejected, **facts), random_weights(seed, sets)
+    room = len(at.positions)
+    choice, p = expand(weights, at, budget, room)
+    with patch("spiffy.runtime.expand._reach", lambda outlook, children: np.inf):
+        everywhere, probabilities = expand(weights, at, budget, room)
+    assert choice.tolist() == everywhere.tolist()
+    assert p.tolist() == probabilities.tolist()
 
 
 def test_token_evidence_by_hand() -> None:
