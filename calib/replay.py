@@ -4,7 +4,7 @@ The true states are the same whatever is drafted, so a recorded plain decode tel
 would have ended. The drafter that is replayed is the very object that decodes. What a plain decode
 does not record is what rejected drafts say: about states of the same block, which an acceptance
 model asks for, and about the next block (block-causal models, `BlockEdges.first`). The replay does
-without; where they are asked, it is a lower bound.
+without, and leaves out what that gains.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which future states come next: the acceptance model of an artifact.
 
-Two small regressions, fitted by calibration on recorded decodes, look at the distribution that
-produced the root (which has not seen the tokens committed since) and at a draft state:
+Two small regressions, fitted by calibration on recorded decodes, look at a draft state and at a
+distribution that has not seen all of its tokens (of the state before the root, or of a rejected
+draft):
 
 - the token model re-ranks the most likely tokens of a position next to a token that was only just
   committed or drafted, with evidence that costs no forward (bigrams of the calibration answers,

@@ -175,10 +175,10 @@ def _candidates(
 ) -> Candidates | None:
     """What is known about the new root's masked positions: the best source of drafts.
 
-    That is the distribution that produced the root, and what rejected drafts say beside it, if the
-    drafter asks for that. It does not reach into a new block, except
-    where the forward did; then a draft that completed the old block, though it was rejected, may
-    have seen nearly the right thing. The last two are what `BlockEdges.first` switches.
+    That is the distribution that produced the root; beside it stands what rejected drafts say, if
+    the drafter asks. It does not reach into a new block, except where the forward did; then a draft
+    that completed the old block, though it was rejected, may have seen nearly the right thing. The
+    last two are what `BlockEdges.first` switches.
     """
     masked = task.canvas.masked(root, task.model.mask_token_id)
     origin = None
