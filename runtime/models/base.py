@@ -242,6 +242,7 @@ class DiffusionLM:
         head = self.module.lm_head
         if type(head) is not torch.nn.Linear or head.weight.is_meta:
             return None
+        hidden, tokens = hidden.to(head.weight.device), tokens.to(head.weight.device)
         logits = torch.einsum("...mh,mjh->...mj", hidden, head.weight[tokens])
         return logits if head.bias is None else logits + head.bias[tokens]
 
