@@ -395,6 +395,34 @@ def test_a_device_map_places_layers_and_changes_no_logits(source: str, device_ma
         assert placed == ("meta" if offloaded else "cpu")
     gap = model.forward_logits(IDS).cpu() - parity_model(source).forward_logits(IDS)
     assert gap.abs().max() < 1e-3
+    hidden, tokens = torch.randn(3, 2, model.module.config.hidden_size), torch.tensor([[1], [7]])
+    few = model.head_of(hidden, tokens)
+    if model.module.lm_head.weight.is_meta:
+        assert few is None
+    else:
+        assert few is not None
+        whole = model.head(hidden.to(model.device)).cpu()
+        assert (few.cpu()[..., 0] - whole[:, [0, 1], [1, 7]]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_of_a_few_tokens_are_those_of_the_head(dtype: str) -> None:
+    model = load_model(str(PARITY / "llada-a"), dtype=dtype)
+    head = model.module.lm_head
+    hidden = torch.randn(3, 4, model.module.config.hidden_size, dtype=model.dtype)
+    tokens = torch.randint(model.vocab_size, (4, 5))
+    for bias in (None, torch.randn(model.vocab_size, dtype=model.dtype)):
+        head.bias = None if bias is None else torch.nn.Parameter(bias)
+        few = model.head_of(hidden, tokens)
+        assert few is not None
+        whole = model.head(hidden).gather(-1, tokens.expand(3, 4, 5))
+        assert (few - whole).abs().max() < (1e-5 if dtype == "float32" else 0.05)
+
+    class Quantised(torch.nn.Linear):
+        """Whose weights are not what they seem."""
+
+    model.module.lm_head = Quantised(1, 1)
+    assert model.head_of(hidden, tokens) is None
 
 
 def test_a_device_map_that_names_no_device_is_refused() -> None:
