@@ -218,10 +218,6 @@ class Rejected:
     log_p: Floats
     unseen: Bools
 
-    def ordered(self, order: Ints) -> Rejected:
-        """With the root's masked positions in another order."""
-        return Rejected(self.choice[:, order], self.log_p[:, order], self.unseen)
-
 
 @dataclass(frozen=True)
 class Outlook:
@@ -330,12 +326,12 @@ class Outlook:
         seen = np.full(ranks.shape, -1)
         unseen = np.ones((1, len(fresh)), dtype=np.bool_)
         if rejected is not None:
-            more = rejected.ordered(order)
-            shown = np.where(more.choice < 0, more.log_p.max(-1), NEVER)
+            choice, said = rejected.choice[:, order], rejected.log_p[:, order]
+            shown = np.where(choice < 0, said.max(-1), NEVER)
             ranks = np.concatenate((ranks, (-shown).argsort(1, kind="stable").argsort(1)))
-            log_p = np.concatenate((log_p, more.log_p))
-            seen = np.concatenate((seen, more.choice))
-            unseen = np.concatenate((unseen, more.unseen))
+            log_p = np.concatenate((log_p, said))
+            seen = np.concatenate((seen, choice))
+            unseen = np.concatenate((unseen, rejected.unseen))
         is_fresh = ((around[:2, None, :, None] == fresh) & unseen[:, None]).any(-1)
         log_p = np.maximum(log_p, -30.0)
         best = log_p.argmax(-1)

@@ -149,8 +149,6 @@ def with_rejected(
         return candidates
     quoted = _log_p_of(logits[1:], logits[0], log_p)
     numbers = np.isfinite(quoted).all((1, 2))  # a draft may overflow where the truth does not
-    if not numbers.any():
-        return candidates
     asked, quoted = asked[numbers], quoted[numbers]
     choice = np.where(filled[asked], same[asked].argmax(-1), -1)
     return replace(candidates, rejected=Rejected(choice, quoted, masked[asked][:, fresh]))
