@@ -26,15 +26,15 @@ demo: $(READY)
 
 # GSM8K=FILE adds runs on that JSONL file: its hub is not always at hand.
 bench: $(READY)
-	$(BIN)/python benchmarks/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into docs/results.md README.md
+	$(BIN)/python studies/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into docs/results.md README.md
 
 results: $(READY)
-	$(BIN)/python benchmarks/losslessness.py --into docs/losslessness.md
-	$(BIN)/python benchmarks/edges.py --into docs/results.md
-	$(BIN)/python benchmarks/graphs.py --into docs/drafting.md --plot docs/drafting.svg
-	$(BIN)/python benchmarks/ablations.py --into docs/drafting.md
-	$(BIN)/python benchmarks/auto.py --into docs/drafting.md
-	$(BIN)/python benchmarks/overhead.py --into docs/drafting.md
+	$(BIN)/python studies/losslessness.py --into docs/losslessness.md
+	$(BIN)/python studies/edges.py --into docs/results.md
+	$(BIN)/python studies/graphs.py --into docs/drafting.md --plot docs/drafting.svg
+	$(BIN)/python studies/ablations.py --into docs/drafting.md
+	$(BIN)/python studies/auto.py --into docs/drafting.md
+	$(BIN)/python studies/overhead.py --into docs/drafting.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup

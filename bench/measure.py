@@ -24,10 +24,10 @@ from spiffy.bench.score import score
 from spiffy.bench.watch import Forward, Watched, acceptance, decode, token_text, turn
 from spiffy.calib.provenance import provenance
 from spiffy.runtime import BlockEdges, DiffusionLM
-from spiffy.runtime.canvas import Canvas, Cursor
-from spiffy.runtime.cost import device_name
-from spiffy.runtime.decode import Task
-from spiffy.runtime.generate import collect, make_task
+from spiffy.runtime.budget.cost import device_name
+from spiffy.runtime.decode import Task, make_task
+from spiffy.runtime.generate import collect
+from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas.bench import Interval, Machine, Result, Split, Walkthrough
 
 _DRAWS = 2000

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime import BlockEdges, DiffusionLM
-from spiffy.runtime.acceptance import acceptance_of
-from spiffy.runtime.canvas import Cursor
-from spiffy.runtime.decode import Task
-from spiffy.runtime.draft import Candidates, Drafter, GeometricMeanDrafter, GraphDrafter
-from spiffy.runtime.generate import auto_drafter, graph_drafter, make_task
+from spiffy.runtime.budget.auto import auto_drafter
+from spiffy.runtime.decode import Task, make_task
+from spiffy.runtime.draft import (
+    Candidates,
+    Drafter,
+    GeometricMeanDrafter,
+    GraphDrafter,
+    graph_drafter,
+)
+from spiffy.runtime.draft.acceptance import acceptance_of
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.bench import MethodKind
 

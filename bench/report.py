@@ -20,7 +20,7 @@ from spiffy.schemas.bench import Bench, Walkthrough
 from spiffy.schemas.io import write_atomically
 
 if TYPE_CHECKING:
-    from spiffy.bench.figures import Picture
+    from spiffy.bench.plots.style import Picture
 
 
 def require_matplotlib() -> None:

@@ -10,10 +10,10 @@ from time import perf_counter
 
 from torch import Tensor
 
-from spiffy.runtime.canvas import Canvas, Cursor
 from spiffy.runtime.decode import Task, run
 from spiffy.runtime.draft import Candidates, Drafter
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas.bench import Acceptance, Draft, RankTally, Tally, Turn
 
 Fill = dict[int, int]  # positions to token ids

@@ -8,16 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spiffy.calib.acceptance import fit_acceptance
+from spiffy.calib.fit import fit_acceptance
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.provenance import provenance
 from spiffy.calib.record import Recorder, Trace
-from spiffy.calib.replay import replay_drafter
+from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.graphs import ChainCounts, Fill, Prompt, Replay, grow_counted, grow_paper, replay
-from spiffy.runtime.cache import BlockEdges
-from spiffy.runtime.decode import Task, run
+from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Vocabulary
-from spiffy.runtime.generate import acceptance_weights, make_task
+from spiffy.runtime.draft.acceptance import acceptance_weights
+from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import (
     AcceptanceModel,

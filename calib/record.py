@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from spiffy.graphs import Chain, Fill, Prompt
-from spiffy.runtime.acceptance import TOKEN_RANKS
-from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task
 from spiffy.runtime.draft import Candidates
+from spiffy.runtime.draft.acceptance import TOKEN_RANKS
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas.graph import MAX_RANK
 
 # Deeper futures are never worth a draft (docs/calibration.md).

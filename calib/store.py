@@ -24,8 +24,8 @@ import torch
 from safetensors.numpy import load, save
 
 from spiffy.calib.record import Root, Trace
-from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.draft import Candidates
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import SpiffyError
 
 _MAGIC = b"\x93SPTRACE"

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from spiffy.calib.pipeline import Origin, Traces, groups, model_facts, traces_of
 from spiffy.calib.prompts import DATASETS, MERGED, PromptSet
 from spiffy.calib.store import About, Place, Stored, TraceFile, encode, scan, tokens_digest
-from spiffy.runtime.cache import BlockEdges
 from spiffy.runtime.decode import Task
+from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.decoding import first_problem

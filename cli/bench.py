@@ -6,36 +6,45 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spiffy.cli.common import (
-    VERSION_OPTION,
-    DeviceOption,
-    DtypeOption,
-    EdgesOption,
-    block_edges,
     console,
     decodable,
     log,
-    model_of,
     note_if_inexact,
     progress_bar,
     run_app,
     warn_of_differences,
+)
+from spiffy.cli.options import (
+    Dataset,
+    Decoding,
+    ModelOfGraph,
+    VersionOption,
+    drafting_option,
+    draw,
+    model_option,
+    output_option,
+    prompt_option,
+    spread,
 )
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
 from spiffy.schemas.io import write_atomically
 
 if TYPE_CHECKING:
+    from spiffy.bench.measure import Measurements
     from spiffy.bench.methods import Method
+    from spiffy.calib.prompts import PromptSet
+    from spiffy.runtime import BlockEdges
     from spiffy.runtime.models import DiffusionLM
-    from spiffy.schemas import DecodingSettings
-    from spiffy.schemas.bench import MethodKind
+    from spiffy.schemas import CostProfile, DecodingSettings
+    from spiffy.schemas.bench import Machine, MethodKind
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,82 +60,168 @@ def _compare(files: tuple[Path, Path] | None) -> None:
     raise typer.Exit
 
 
-@app.command()
-def bench(
-    graph: Annotated[Path, typer.Option(help="Draft graph, as written by spiffy-calibrate.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder to write, made if missing: bench.json, table.md, rows.jsonl and, with the "
-            'extra "report", report.html.'
+@dataclass(frozen=True)
+class _Prompts:
+    """The prompts to measure on."""
+
+    dataset: Dataset = "synthetic"
+    samples: Annotated[int, prompt_option(help="Prompts to decode.")] = 12
+    allow_calibrated: Annotated[
+        bool,
+        prompt_option(
+            "--allow-calibrated", help="Accept prompts that the graph was calibrated on; says so."
         ),
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="Alias, hub id or folder. Default: the graph's model.")
-    ] = None,
+    ] = False
+
+    def draw(self, seed: int) -> PromptSet:
+        """Draw them."""
+        return draw(self.dataset, self.samples, seed, test=True)
+
+    def known(self, texts: Sequence[str], artifact: DraftGraph) -> int:
+        """How many of them the graph was calibrated on; refused unless allowed."""
+        from spiffy.bench.measure import overlap
+        from spiffy.calib.prompts import prompt_digest
+
+        known = overlap(map(prompt_digest, texts), artifact.calibration.prompt_digests or ())
+        if known and not self.allow_calibrated:
+            raise SpiffyError(
+                f"{self.dataset}: the graph was calibrated on {known} of these {len(texts)} "
+                "prompts, which would flatter it: take others (--seed, --dataset), or "
+                "--allow-calibrated"
+            )
+        return known
+
+
+@dataclass(frozen=True)
+class _Methods:
+    """What is measured, and how often."""
+
     paper: Annotated[
         Path | None,
-        typer.Option(
+        drafting_option(
             help="Graph by the paper's rule (spiffy-calibrate --objective paper), to compare with."
         ),
-    ] = None,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="synthetic, gsm8k, humaneval, mbpp, math500, or a JSONL file with a 'prompt' or "
-            "'question' field."
-        ),
-    ] = "synthetic",
-    samples: Annotated[int, typer.Option(help="Prompts to decode.")] = 12,
+    ] = None
     methods: Annotated[
-        str, typer.Option(help=f"all, or a list of: {_KINDS}. Plain decoding is always there.")
-    ] = "all",
+        str,
+        drafting_option(help=f"all, or a list of: {_KINDS}. Plain decoding is always there."),
+    ] = "all"
     budgets: Annotated[
         str | None,
-        typer.Option(help="Drafts per forward, a list. Default: 1,2,4,8,16,32 as far as it goes."),
-    ] = None,
+        drafting_option(
+            help="Drafts per forward, a list. Default: 1,2,4,8,16,32 as far as it goes."
+        ),
+    ] = None
     repeats: Annotated[
-        int, typer.Option(help="Counted decodes of each prompt by each method.")
-    ] = 3,
-    warm_up: Annotated[int, typer.Option(help="Decodes of each method, not counted.")] = 1,
-    policy: Annotated[
-        str | None, typer.Option(help="static, threshold or sequential. Default: the graph's.")
-    ] = None,
-    tokens_per_step: Annotated[int | None, typer.Option(help="Default: the graph's.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Default: the graph's.")] = None,
-    block_length: Annotated[int | None, typer.Option(help="Default: the graph's.")] = None,
-    gen_length: Annotated[int | None, typer.Option(help="Default: the graph's, else 256.")] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="none, dual, prefix or block. Default: the graph's.")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Default: the graph's.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the prompts, and the noise if any.")] = 0,
-    edges: EdgesOption = "all",
+        int, drafting_option(help="Counted decodes of each prompt by each method.")
+    ] = 3
+    warm_up: Annotated[int, drafting_option(help="Decodes of each method, not counted.")] = 1
     execute_code: Annotated[
         bool,
-        typer.Option(
+        drafting_option(
             "--execute-code",
             help="Score HumanEval by running what the model wrote, in a limited process.",
         ),
-    ] = False,
-    allow_calibrated: Annotated[
-        bool,
-        typer.Option(
-            "--allow-calibrated", help="Accept prompts that the graph was calibrated on; says so."
+    ] = False
+
+    def check(self, artifact: DraftGraph) -> None:
+        """Refuse what cannot be measured, before anything is loaded."""
+        self.kinds()
+        self.numbers(artifact)
+        for name, value, least in (("--repeats", self.repeats, 1), ("--warm-up", self.warm_up, 0)):
+            if value < least:
+                raise SpiffyError(f"{name} {value}: must be at least {least}")
+
+    def kinds(self) -> list[MethodKind]:
+        """Kinds of methods asked for."""
+        from spiffy.bench.methods import KINDS
+
+        if self.methods == "all":
+            return list(KINDS)
+        found: list[MethodKind] = []
+        for word in map(str.strip, self.methods.split(",")):
+            kind = next((kind for kind in KINDS if kind == word), None)
+            if kind is None:
+                raise SpiffyError(
+                    f"--methods {self.methods!r}: {word!r} is none; give all, or of {_KINDS}"
+                )
+            found.append(kind)
+        return found
+
+    def numbers(self, artifact: DraftGraph) -> list[int]:
+        """Budgets asked for, ascending."""
+        if not artifact.budget:
+            raise SpiffyError("the graph holds no drafts: calibrate on more prompts")
+        if self.budgets is None:
+            return [n for n in (1, 2, 4, 8, 16, 32) if n <= artifact.budget]
+        found = []
+        for word in map(str.strip, self.budgets.split(",")):
+            if not word.isdecimal() or not 1 <= int(word) <= artifact.budget:
+                raise SpiffyError(
+                    f"--budgets {self.budgets!r}: {word!r} is no number from 1 to "
+                    f"{artifact.budget}, the graph's drafts"
+                )
+            found.append(int(word))
+        return sorted(set(found))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where the results go."""
+
+    out: Annotated[
+        Path,
+        output_option(
+            help="Folder to write, made if missing: bench.json, table.md, rows.jsonl and, with the "
+            'extra "report", report.html.'
         ),
-    ] = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    ]
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(
+        output_option(
             callback=_compare,
             is_eager=True,
             metavar="A.json B.json",
             help="Compare two runs (their bench.json) instead of measuring.",
         ),
-    ] = None,
-    version: Annotated[bool, VERSION_OPTION] = False,
+    ] = None
+
+    def make_folder(self) -> None:
+        """Make it, before hours of work."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / ".writable").touch()
+            (self.out / ".writable").unlink()
+        except OSError as error:
+            raise SpiffyError(
+                f"--out {self.out}: cannot be written to ({error.strerror})"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is measured, on what."""
+
+    lm: DiffusionLM
+    artifact: DraftGraph
+    settings: DecodingSettings
+    edges: BlockEdges
+    methods: Sequence[Method]
+    texts: Sequence[str]
+    records: Sequence[Any]
+    data: DataRecord
+
+
+@app.command()
+@spread
+def bench(
+    graph: Annotated[Path, model_option(help="Draft graph, as written by spiffy-calibrate.")],
+    model: ModelOfGraph,
+    prompts: _Prompts,
+    decoding: Decoding,
+    methods: _Methods,
+    output: _Output,
+    version: VersionOption = False,
 ) -> None:
     """Measure every way of drafting against plain decoding: same prompts, same run.
 
@@ -136,140 +231,110 @@ def bench(
     Example: spiffy-bench --graph llada.json --samples 12 --out out/llada
     """
     artifact = DraftGraph.load(graph)
-    rival = None if paper is None else DraftGraph.load(paper)
-    kinds = _kinds(methods)
-    numbers = _budgets(budgets, artifact)
-    for name, value, least in (("--repeats", repeats, 1), ("--warm-up", warm_up, 0)):
-        if value < least:
-            raise SpiffyError(f"{name} {value}: must be at least {least}")
-    _make_folder(out)
-
+    methods.check(artifact)
+    output.make_folder()
     with log.status("loading"):
-        from spiffy.bench.measure import load_average, overlap
-        from spiffy.bench.methods import methods as methods_of
-        from spiffy.calib.prompts import load_prompts, prompt_digest
-        from spiffy.runtime import decoding_settings, load_model
+        from spiffy.bench.measure import load_average, machine
 
         load = load_average()
-        switches = block_edges(edges)
-        prompts = load_prompts(dataset, samples, seed, split="test")
-        lm = (
-            model_of(artifact, graph, device, dtype)
-            if model is None
-            else load_model(model, device=device, dtype=dtype)
-        )
-        settings = decoding_settings(
-            lm,
-            artifact,
-            policy=policy,
-            tokens_per_step=tokens_per_step,
-            threshold=threshold,
-            block_length=block_length,
-            gen_length=gen_length,
-            cache=cache,
-            temperature=temperature,
-        )
-        warn_of_differences(artifact, settings)
-        chosen = decodable(lm, settings, list(prompts.texts))
-        texts = [text for _, text in chosen]
-        known = overlap(map(prompt_digest, texts), artifact.calibration.prompt_digests or ())
-        if known and not allow_calibrated:
-            raise SpiffyError(
-                f"{dataset}: the graph was calibrated on {known} of these {len(texts)} prompts, "
-                "which would flatter it: take others (--seed, --dataset), or --allow-calibrated"
-            )
-        if execute_code:
-            log.print("--execute-code runs what the model writes, in a process with limits")
-        measured_by = methods_of(lm, settings, artifact, kinds, numbers, rival, texts, switches)
-
-    from spiffy.bench.measure import machine, measure, results, walkthrough
-
-    total = len(texts) + len(measured_by) * (repeats * len(texts)) + warm_up * len(measured_by[1:])
-    with progress_bar() as bar:
-        line = bar.add_task(f"decoding by {len(measured_by)} methods", total=total)
-        found = measure(
-            lm,
-            measured_by,
-            texts,
-            [prompts.records[index] for index, _ in chosen],
-            repeats,
-            warm_up,
-            seed,
-            switches,
-            execute_code,
-            lambda: bar.advance(line),
-        )
+        run = _prepared(artifact, graph, model, prompts, decoding, methods)
+    found = _measured(run, methods, decoding.seed)
     with log.status("summing up"):
-        shown = _to_step_through(measured_by)
-        summary = Bench(
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            machine=machine(lm, load),
-            model=artifact.model,
-            decoding=settings,
-            edges=tuple(f.name for f in fields(switches) if getattr(switches, f.name)),
-            graph_digest=artifact.digest(),
-            nodes=artifact.nodes,
-            roots=artifact.calibration.roots,
-            data=DataRecord(
-                dataset=prompts.dataset,
-                sha256=prompts.sha256,
-                samples=len(texts),
-                left_out=len(prompts.texts) - len(texts),
-                seed=seed,
-                calibrated_on=known,
-                warm_up=warm_up,
-                repeats=repeats,
-            ),
-            baseline=measured_by[0].name,
-            results=results(measured_by, found),
-            profile=_profile(lm, artifact, settings, texts, switches),
-            walkthrough=walkthrough(lm, shown, measured_by[0], texts, found),
-        )
-        written = _write(out, summary, [asdict(row) for row in found.rows])
-    note_if_inexact(settings)
+        summary = _summary(run, found, machine(run.lm, load))
+        written = _write(output.out, summary, [asdict(row) for row in found.rows])
+    note_if_inexact(run.settings)
     _print_table(summary)
     log.print(f"wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
-    if settings.exact and any(result.differing for result in summary.results):
+    if run.settings.exact and any(result.differing for result in summary.results):
         raise typer.Exit(1)
 
 
-def _kinds(words: str) -> list[MethodKind]:
-    from spiffy.bench.methods import KINDS
+def _prepared(
+    artifact: DraftGraph,
+    path: Path,
+    model: ModelOfGraph,
+    prompts: _Prompts,
+    decoding: Decoding,
+    methods: _Methods,
+) -> _Run:
+    """Load the model, draw the prompts, set up the methods."""
+    from spiffy.bench.methods import methods as methods_of
 
-    if words == "all":
-        return list(KINDS)
-    found: list[MethodKind] = []
-    for word in map(str.strip, words.split(",")):
-        kind = next((kind for kind in KINDS if kind == word), None)
-        if kind is None:
-            raise SpiffyError(f"--methods {words!r}: {word!r} is none; give all, or of {_KINDS}")
-        found.append(kind)
-    return found
+    drawn = prompts.draw(decoding.seed)
+    lm = model.load(artifact, path)
+    settings, edges = decoding.settings(lm, artifact), decoding.block_edges()
+    warn_of_differences(artifact, settings)
+    chosen = decodable(lm, settings, list(drawn.texts))
+    texts = [text for _, text in chosen]
+    known = prompts.known(texts, artifact)
+    if methods.execute_code:
+        log.print("--execute-code runs what the model writes, in a process with limits")
+    rival = None if methods.paper is None else DraftGraph.load(methods.paper)
+    kinds, numbers = methods.kinds(), methods.numbers(artifact)
+    return _Run(
+        lm=lm,
+        artifact=artifact,
+        settings=settings,
+        edges=edges,
+        methods=methods_of(lm, settings, artifact, kinds, numbers, rival, texts, edges),
+        texts=texts,
+        records=[drawn.records[index] for index, _ in chosen],
+        data=DataRecord(
+            dataset=drawn.dataset,
+            sha256=drawn.sha256,
+            samples=len(texts),
+            left_out=len(drawn.texts) - len(texts),
+            seed=decoding.seed,
+            calibrated_on=known,
+            warm_up=methods.warm_up,
+            repeats=methods.repeats,
+        ),
+    )
 
 
-def _budgets(words: str | None, artifact: DraftGraph) -> list[int]:
-    if not artifact.budget:
-        raise SpiffyError("the graph holds no drafts: calibrate on more prompts")
-    if words is None:
-        return [n for n in (1, 2, 4, 8, 16, 32) if n <= artifact.budget]
-    found = []
-    for word in map(str.strip, words.split(",")):
-        if not word.isdecimal() or not 1 <= int(word) <= artifact.budget:
-            raise SpiffyError(
-                f"--budgets {words!r}: {word!r} is no number from 1 to {artifact.budget}, the "
-                "graph's drafts"
-            )
-        found.append(int(word))
-    return sorted(set(found))
+def _measured(run: _Run, methods: _Methods, seed: int) -> Measurements:
+    """Decode, with a progress bar."""
+    from spiffy.bench.measure import measure
+
+    prompts, rivals = len(run.texts), run.methods[1:]
+    total = prompts + len(run.methods) * methods.repeats * prompts + methods.warm_up * len(rivals)
+    with progress_bar() as bar:
+        line = bar.add_task(f"decoding by {len(run.methods)} methods", total=total)
+        return measure(
+            run.lm,
+            run.methods,
+            run.texts,
+            run.records,
+            methods.repeats,
+            methods.warm_up,
+            seed,
+            run.edges,
+            methods.execute_code,
+            lambda: bar.advance(line),
+        )
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise SpiffyError(f"--out {folder}: cannot be written to ({error.strerror})") from None
+def _summary(run: _Run, found: Measurements, machine: Machine) -> Bench:
+    """What is kept of a run."""
+    from spiffy.bench.measure import results, walkthrough
+
+    artifact, edges = run.artifact, run.edges
+    shown = _to_step_through(run.methods)
+    return Bench(
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        machine=machine,
+        model=artifact.model,
+        decoding=run.settings,
+        edges=tuple(f.name for f in fields(edges) if getattr(edges, f.name)),
+        graph_digest=artifact.digest(),
+        nodes=artifact.nodes,
+        roots=artifact.calibration.roots,
+        data=run.data,
+        baseline=run.methods[0].name,
+        results=results(run.methods, found),
+        profile=_profile(run),
+        walkthrough=walkthrough(run.lm, shown, run.methods[0], run.texts, found),
+    )
 
 
 def _to_step_through(methods: Sequence[Method]) -> Method:
@@ -279,20 +344,15 @@ def _to_step_through(methods: Sequence[Method]) -> Method:
     return min(small, key=lambda m: (order.index(m.kind), -(m.budget or 0)))
 
 
-def _profile(
-    lm: DiffusionLM,
-    artifact: DraftGraph,
-    settings: DecodingSettings,
-    texts: Sequence[str],
-    edges: Any,
-) -> Any:
+def _profile(run: _Run) -> CostProfile | None:
     """What a forward costs here; known already if "auto" was measured."""
     from spiffy.bench.methods import median_task
-    from spiffy.runtime.generate import auto_profile
+    from spiffy.runtime.budget.auto import auto_profile
 
-    if artifact.differences(settings):
+    if run.artifact.differences(run.settings):
         return None
-    return auto_profile(median_task(lm, settings, texts, edges), artifact)
+    task = median_task(run.lm, run.settings, run.texts, run.edges)
+    return auto_profile(task, run.artifact)
 
 
 def _write(out: Path, summary: Bench, rows: Sequence[dict[str, Any]]) -> list[Path]:

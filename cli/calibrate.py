@@ -5,55 +5,45 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from spiffy.cli.common import (
-    VERSION_OPTION,
-    DeviceOption,
-    DtypeOption,
-    EdgesOption,
-    SkipBadOption,
-    block_edges,
-    console,
-    log,
-    note_if_inexact,
-    note_skipped,
-    progress_bar,
-    run_app,
+from spiffy.cli.calibration_tables import predict, summarise
+from spiffy.cli.common import console, log, note_skipped, progress_bar, run_app
+from spiffy.cli.options import (
+    Dataset,
+    Decoding,
+    Device,
+    Dtype,
+    Growth,
+    SkipBad,
+    VersionOption,
+    draw,
+    model_option,
+    output_option,
+    prompt_option,
+    recording_option,
+    spread,
 )
 from spiffy.schemas import SpiffyError
-from spiffy.schemas.graph import MAX_NODES
 from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
+    from spiffy.calib.prompts import PromptSet
     from spiffy.calib.ranks import Ranks
     from spiffy.calib.workdir import WorkDir
     from spiffy.runtime.decode import Task
     from spiffy.runtime.models.base import DiffusionLM
-    from spiffy.schemas import CostProfile, DraftGraph, Objective
-    from spiffy.schemas.workdir import Manifest
+    from spiffy.schemas import CostProfile, DecodingSettings, DraftGraph
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 merge_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-BudgetOption = Annotated[int, typer.Option(help="Drafts per forward that the graph may hold.")]
-ObjectiveOption = Annotated[
-    Literal["expected-steps", "paper"],
-    typer.Option(
-        help="expected-steps (steps that drafts save), or paper (degree-1 accumulation, in the "
-        "reading that did best)."
-    ),
-]
 INTERRUPTED = 130
-
-_MOST_COMPARED = 200_000  # distinct chains; the paper's rule unpacks each, 2 kB and 40 microseconds
-_SHOWN_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def _list_models(wanted: bool) -> None:
@@ -68,96 +58,151 @@ def _list_models(wanted: bool) -> None:
     raise typer.Exit
 
 
-@app.command()
-def calibrate(
+@dataclass(frozen=True)
+class _Model:
+    """The model to calibrate for."""
+
     model: Annotated[
-        str, typer.Option(help="Alias (tiny-llada, llada-8b, ...), hub id, or checkpoint folder.")
-    ],
-    budget: BudgetOption = 32,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="synthetic, gsm8k, humaneval, mbpp, math500, or a JSONL file with a 'prompt' or "
-            "'question' field."
-        ),
-    ] = "synthetic",
-    samples: Annotated[
-        int, typer.Option(help="Prompts to decode; every fifth is held out to measure the graph.")
-    ] = 50,
-    policy: Annotated[
-        str | None, typer.Option(help="Unmasking policy: static, threshold or sequential.")
-    ] = None,
-    tokens_per_step: Annotated[
-        int | None, typer.Option(help="Tokens that a static step commits (default 1).")
-    ] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Confidence that commits at once (default 0.9).")
-    ] = None,
-    block_length: Annotated[
-        int | None, typer.Option(help="Positions per block (default 32; SDAR: the model's own).")
-    ] = None,
-    gen_length: Annotated[
-        int | None, typer.Option(help="Positions reserved for the answer (default 256).")
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            help="none, dual, prefix (near-lossless), or block (SDAR's, and its default)."
-        ),
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 decodes greedily (default).")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the prompts, and the noise if any.")] = 0,
-    objective: ObjectiveOption = "expected-steps",
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
-    edges: EdgesOption = "all",
-    skip_bad: SkipBadOption = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+        str, model_option(help="Alias (tiny-llada, llada-8b, ...), hub id, or checkpoint folder.")
+    ]
+    device: Device = "auto"
+    dtype: Dtype = "auto"
     device_map: Annotated[
         str | None,
-        typer.Option(help="auto, balanced, ...: spread a model over devices (needs accelerate)."),
-    ] = None,
-    workdir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keep what is recorded here: after an interruption the same command goes on."
-        ),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            help="I/N: record only this share of the prompts (0/4 to 3/4), for "
-            "'spiffy-calibrate merge'. Needs --workdir."
-        ),
-    ] = None,
-    profile: Annotated[
-        bool,
-        typer.Option(
-            "--profile",
-            help="Store this machine's forward times in the artifact (not part of its digest).",
-        ),
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Artifact to write. Default: draft_graph.json in a local checkpoint folder, else "
-            "<alias>.json."
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(help='Also write an HTML page about the artifact (extra "report").'),
-    ] = None,
+        model_option(help="auto, balanced, ...: spread a model over devices (needs accelerate)."),
+    ] = None
     list_models: Annotated[
         bool,
-        typer.Option(
+        model_option(
             "--list-models",
             callback=_list_models,
             is_eager=True,
             help="Print the aliases and exit.",
         ),
-    ] = False,
-    version: Annotated[bool, VERSION_OPTION] = False,
+    ] = False
+
+    def load(self, ranks: Ranks) -> DiffusionLM:
+        """Load it, on this rank's device if there are several."""
+        from spiffy.runtime import load_model
+
+        device = ranks.device(self.device)
+        return load_model(self.model, device=device, dtype=self.dtype, device_map=self.device_map)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The prompts to calibrate on."""
+
+    dataset: Dataset = "synthetic"
+    samples: Annotated[
+        int,
+        prompt_option(help="Prompts to decode; every fifth is held out to measure the graph."),
+    ] = 50
+    skip_bad: SkipBad = False
+
+    def draw(self, seed: int) -> PromptSet:
+        """Draw them."""
+        return draw(self.dataset, self.samples, seed, test=False, skip_bad=self.skip_bad)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """How the plain decodes are recorded."""
+
+    batch_size: Annotated[int, recording_option(help="Prompts decoded together.")] = 8
+    workdir: Annotated[
+        Path | None,
+        recording_option(
+            help="Keep what is recorded here: after an interruption the same command goes on."
+        ),
+    ] = None
+    shard: Annotated[
+        str | None,
+        recording_option(
+            help="I/N: record only this share of the prompts (0/4 to 3/4), for "
+            "'spiffy-calibrate merge'. Needs --workdir."
+        ),
+    ] = None
+
+    def check(self, ranks: Ranks) -> None:
+        """Refuse what cannot be, before anything is loaded."""
+        if self.batch_size < 1:
+            raise SpiffyError(f"--batch-size {self.batch_size}: must be at least 1")
+        if self.workdir is None and (ranks.world > 1 or self.share() != (0, 1)):
+            raise SpiffyError("several ranks or --shard: give --workdir, which they share")
+
+    def share(self) -> tuple[int, int]:
+        """Which of how many shards; (0, 1) is everything."""
+        if self.shard is None:
+            return 0, 1
+        number, _, count = self.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise SpiffyError(
+                f"--shard {self.shard}: must be I/N with I from 0 to N - 1, such as 0/4"
+            )
+        return int(number), int(count)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What is written."""
+
+    out: Annotated[
+        Path | None,
+        output_option(
+            help="Artifact to write. Default: draft_graph.json in a local checkpoint folder, else "
+            "<alias>.json."
+        ),
+    ] = None
+    report: Annotated[
+        Path | None,
+        output_option(help='Also write an HTML page about the artifact (extra "report").'),
+    ] = None
+    profile: Annotated[
+        bool,
+        output_option(
+            "--profile",
+            help="Store this machine's forward times in the artifact (not part of its digest).",
+        ),
+    ] = False
+
+    def path_for(self, model: str) -> Path:
+        """Where the artifact goes; fails before hours of work where nothing can be written."""
+        folder, alias = Path(model), model.rsplit("/", 1)[-1].lower()
+        beside = folder / "draft_graph.json" if folder.is_dir() else Path(f"{alias}.json")
+        path = self.out or beside
+        check_writable(path)
+        if self.report is not None:
+            _check_report(self.report, path)
+        return path
+
+    def write(self, graph: DraftGraph, measured: CostProfile | None, path: Path) -> None:
+        """Write the artifact."""
+        if self.profile and measured is not None:
+            graph = graph.model_copy(update={"cost_profiles": (measured,)})
+        graph.save(path)
+
+    def write_report(self, graph: DraftGraph, measured: CostProfile | None) -> None:
+        """Write the page about the artifact, if one is wanted."""
+        if self.report is None:
+            return
+        from spiffy.bench.report import write_calibration_report
+
+        shown = {} if measured is None else {"cost_profiles": (measured,)}
+        write_calibration_report(graph.model_copy(update=shown), self.report)
+        log.print(f"wrote {self.report}", soft_wrap=True)
+
+
+@app.command()
+@spread
+def calibrate(
+    model: _Model,
+    prompts: _Prompts,
+    decoding: Decoding,
+    growth: Growth,
+    recording: _Recording,
+    output: _Output,
+    version: VersionOption = False,
 ) -> None:
     """Calibrate a draft graph: record which future states come true, keep those worth drafting.
 
@@ -169,84 +214,44 @@ def calibrate(
     Work directories (--workdir) recorded apart are joined by spiffy-calibrate merge (see its
     --help).
     """
-    if not 1 <= budget <= MAX_NODES:
-        raise SpiffyError(f"--budget {budget}: must be between 1 and {MAX_NODES} drafts")
-    if batch_size < 1:
-        raise SpiffyError(f"--batch-size {batch_size}: must be at least 1")
-    if abs(seed) >= 1 << 53:
-        raise SpiffyError(f"--seed {seed}: must be between -2^53 and 2^53")
-    share = _share(shard)
-    path = out or _default_path(model)
-    check_writable(path)
-    if report is not None:
-        _check_report(report, path)
     from spiffy.calib.ranks import Ranks
 
+    growth.check()
+    if abs(decoding.seed) >= 1 << 53:
+        raise SpiffyError(f"--seed {decoding.seed}: must be between -2^53 and 2^53")
     ranks = Ranks.from_environment()
-    if workdir is None and (ranks.world > 1 or share != (0, 1)):
-        raise SpiffyError("several ranks or --shard: give --workdir, which they share")
-
-    with _resumable(workdir, ranks):
+    recording.check(ranks)
+    path = output.path_for(model.model)
+    with _resumable(recording.workdir, ranks):
         with log.status("loading"):
-            from spiffy.calib.prompts import load_prompts
+            drawn = prompts.draw(decoding.seed)  # cheap to refuse, before torch is imported
+            from spiffy.calib.pipeline import build_graph, prepare
 
-            # Cheap to refuse, before torch is imported.
-            prompts = load_prompts(dataset, samples, seed, skip_bad=skip_bad)
-
-            from spiffy.calib.pipeline import build_graph, prepare, record
-            from spiffy.calib.workdir import manifest_of
-            from spiffy.runtime import decoding_settings, load_model
-            from spiffy.runtime.generate import auto_profile
-
-            switches = block_edges(edges)
-            lm = load_model(model, device=ranks.device(device), dtype=dtype, device_map=device_map)
-            settings = decoding_settings(
-                lm,
-                policy=policy,
-                tokens_per_step=tokens_per_step,
-                threshold=threshold,
-                block_length=block_length,
-                gen_length=gen_length,
-                cache=cache,
-                temperature=temperature,
-            )
-            tasks = prepare(lm, prompts, settings, seed, switches)
-        note_skipped(prompts.skipped, dataset)
-        if len(tasks) < len(prompts.texts):
-            log.print(
-                f"{len(prompts.texts) - len(tasks)} of {len(prompts.texts)} prompts cannot be "
-                f"decoded and are left out: most likely too long for {settings.gen_length} more "
-                "positions"
-            )
-        if workdir is None:
-            with progress_bar() as bar:
-                line = bar.add_task("decoding prompts", total=len(tasks))
-                traces = record(
-                    lm, tasks, batch_size, lambda done: bar.update(line, completed=done)
-                )
-        else:
-            manifest = manifest_of(lm, prompts, settings, len(tasks), batch_size, seed, switches)
-            kept = _record_in_workdir(workdir, manifest, lm, tasks, ranks, share)
-            if kept is None:
-                return
-            traces = kept
-        command = ("spiffy-calibrate", *sys.argv[1:])
+            lm = model.load(ranks)
+            settings, edges = decoding.settings(lm), decoding.block_edges()
+            tasks = prepare(lm, drawn, settings, decoding.seed, edges)
+        _note_left_out(drawn, tasks, settings)
+        traces = _recorded(recording, lm, drawn, tasks, ranks)
+        if traces is None:
+            return
         graph = build_graph(
-            lm, prompts, settings, traces, budget, seed, objective, switches, command
+            lm,
+            drawn,
+            settings,
+            traces,
+            growth.budget,
+            decoding.seed,
+            growth.objective,
+            edges,
+            ("spiffy-calibrate", *sys.argv[1:]),
         )
-        with log.status("timing forwards"):
-            tasks.sort(key=lambda task: len(task.prompt))
-            task = replace(tasks[len(tasks) // 2], drafter=None, path=[])
-            measured = auto_profile(task, graph) if graph.nodes else None
-        if profile and measured is not None:
-            graph = graph.model_copy(update={"cost_profiles": (measured,)})
-        graph.save(path)
-        _summarise(graph, traces)
+        task, measured = _timed(tasks, graph)
+        output.write(graph, measured, path)
+        summarise(graph, traces)
         if measured is not None:
-            _predict(graph, measured, task)
+            predict(graph, measured, task)
         log.print(f"wrote {path}", soft_wrap=True)
-        if report is not None:
-            _write_report(graph, measured, report)
+        output.write_report(graph, measured)
 
 
 @contextmanager
@@ -267,27 +272,51 @@ def _resumable(workdir: Path | None, ranks: Ranks) -> Iterator[None]:
         log.quiet = console.quiet = False
 
 
-def _share(shard: str | None) -> tuple[int, int]:
-    """Which of how many shards; (0, 1) is everything."""
-    if shard is None:
-        return 0, 1
-    number, _, count = shard.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise SpiffyError(f"--shard {shard}: must be I/N with I from 0 to N - 1, such as 0/4")
-    return int(number), int(count)
+def _note_left_out(drawn: PromptSet, tasks: Sequence[Task], settings: DecodingSettings) -> None:
+    """Say how many prompts are not recorded, and why."""
+    note_skipped(drawn.skipped, drawn.dataset)
+    if len(tasks) < len(drawn.texts):
+        log.print(
+            f"{len(drawn.texts) - len(tasks)} of {len(drawn.texts)} prompts cannot be "
+            f"decoded and are left out: most likely too long for {settings.gen_length} more "
+            "positions"
+        )
+
+
+def _recorded(
+    recording: _Recording,
+    model: DiffusionLM,
+    drawn: PromptSet,
+    tasks: Sequence[Task],
+    ranks: Ranks,
+) -> Traces | None:
+    """Decode the prompts plainly; the traces, for the rank that has all of them."""
+    if recording.workdir is not None:
+        return _record_in_workdir(recording, recording.workdir, model, drawn, tasks, ranks)
+    from spiffy.calib.pipeline import record
+
+    with progress_bar() as bar:
+        line = bar.add_task("decoding prompts", total=len(tasks))
+        return record(
+            model, tasks, recording.batch_size, lambda done: bar.update(line, completed=done)
+        )
 
 
 def _record_in_workdir(
+    recording: _Recording,
     workdir: Path,
-    manifest: Manifest,
     model: DiffusionLM,
+    drawn: PromptSet,
     tasks: Sequence[Task],
     ranks: Ranks,
-    share: tuple[int, int],
 ) -> Traces | None:
     """Record this rank's share of the shard; the traces, for the rank that has all of them."""
-    from spiffy.calib.workdir import WorkDir
+    from spiffy.calib.workdir import WorkDir, manifest_of
 
+    share, first = recording.share(), tasks[0]
+    manifest = manifest_of(
+        model, drawn, first.settings, len(tasks), recording.batch_size, first.seed, first.edges
+    )
     ranks.join()
     try:
         if ranks.rank > 0:
@@ -337,14 +366,34 @@ def _record_into(
             raise KeyboardInterrupt
 
 
+def _timed(tasks: Sequence[Task], graph: DraftGraph) -> tuple[Task, CostProfile | None]:
+    """The task of median length, and what forwards behind its prompt cost here."""
+    from spiffy.runtime.budget.auto import auto_profile
+
+    with log.status("timing forwards"):
+        ordered = sorted(tasks, key=lambda task: len(task.prompt))
+        task = replace(ordered[len(ordered) // 2], drafter=None, path=[])
+        return task, auto_profile(task, graph) if graph.nodes else None
+
+
+def _check_report(report: Path, artifact: Path) -> None:
+    """Fail before hours of work, not after."""
+    from spiffy.bench.report import require_matplotlib
+
+    require_matplotlib()
+    check_writable(report)
+    if report.resolve() == artifact.resolve():
+        raise SpiffyError(f"--report {report}: would replace the artifact, give another name")
+
+
 @merge_app.command()
+@spread
 def merge(
     workdirs: Annotated[
         list[Path], typer.Argument(help="Work directories of the same model and settings.")
     ],
-    out: Annotated[Path, typer.Option(help="Artifact to write.")],
-    budget: BudgetOption = 32,
-    objective: ObjectiveOption = "expected-steps",
+    out: Annotated[Path, output_option(help="Artifact to write.")],
+    growth: Growth,
 ) -> None:
     """Join work directories that were recorded apart, and grow one graph from all of them.
 
@@ -353,13 +402,13 @@ def merge(
 
     Example: spiffy-calibrate merge shard-0 shard-1 --out llada.json
     """
-    if not 1 <= budget <= MAX_NODES:
-        raise SpiffyError(f"--budget {budget}: must be between 1 and {MAX_NODES} drafts")
+    growth.check()
     check_writable(out)
+    budget, objective = growth.budget, growth.objective
     with log.status("joining"):
         from spiffy.calib.pipeline import build_from_facts
         from spiffy.calib.workdir import join
-        from spiffy.runtime.cache import BlockEdges
+        from spiffy.runtime import BlockEdges
 
         joined = join(workdirs)
         manifest = joined.manifest
@@ -378,109 +427,8 @@ def merge(
     if joined.repeated:
         log.print(f"{joined.repeated} prompts were there more than once and are counted once")
     graph.save(out)
-    _summarise(graph, joined.traces)
+    summarise(graph, joined.traces)
     log.print(f"wrote {out}", soft_wrap=True)
-
-
-def _check_report(report: Path, artifact: Path) -> None:
-    """Fail before hours of work, not after."""
-    from spiffy.bench.report import require_matplotlib
-
-    require_matplotlib()
-    check_writable(report)
-    if report.resolve() == artifact.resolve():
-        raise SpiffyError(f"--report {report}: would replace the artifact, give another name")
-
-
-def _write_report(graph: DraftGraph, measured: CostProfile | None, report: Path) -> None:
-    from spiffy.bench.report import write_calibration_report
-
-    shown = {} if measured is None else {"cost_profiles": (measured,)}
-    write_calibration_report(graph.model_copy(update=shown), report)
-    log.print(f"wrote {report}", soft_wrap=True)
-
-
-def _default_path(model: str) -> Path:
-    if Path(model).is_dir():
-        return Path(model) / "draft_graph.json"
-    return Path(model.rsplit("/", 1)[-1].lower() + ".json")
-
-
-def _summarise(graph: DraftGraph, traces: Traces) -> None:
-    from spiffy.calib.pipeline import chain_counts, grow_by, steps_per_forward
-
-    record, settings = graph.calibration, graph.decoding
-    rival: Objective = "paper" if record.objective == "expected-steps" else "expected-steps"
-    counts = chain_counts(traces)
-    measured = traces.held_out or traces.growing
-    other: list[float] = []
-    if rival == "expected-steps" or len(counts) <= _MOST_COMPARED:
-        rivals = grow_by(rival, counts, graph.budget)
-        other = steps_per_forward((trace.chains for trace in measured), rivals)
-    on = "held-out prompts" if traces.held_out else "prompt that the graph also grew on"
-    table = Table(
-        title=f"Denoising steps per forward on {len(measured)} {on} "
-        f"({settings.policy}, cache {settings.cache}, block {settings.block_length})"
-    )
-    table.add_column("drafts", justify="right")
-    points = () if graph.acceptance is None else graph.acceptance.expected_steps
-    chosen = {point.drafts: point.steps for point in points}
-    if chosen:
-        table.add_column("chosen at run time", justify="right")
-    table.add_column(f"this graph ({record.objective})", justify="right")
-    if other:
-        table.add_column(f"{rival} objective", justify="right")
-    for drafts in sorted({*(b for b in _SHOWN_BUDGETS if b < graph.budget), graph.budget}):
-        table.add_row(
-            str(drafts),
-            *([f"{chosen[drafts]:.2f}"] if chosen else []),
-            f"{graph.expected_steps[drafts]:.2f}",
-            *([f"{other[min(drafts, len(other) - 1)]:.2f}"] if other else []),
-        )
-    console.print(table)
-    if not other:
-        log.print(f"{rival} objective: left out, {len(counts)} distinct chains are too many for it")
-    note_if_inexact(settings)
-    log.print(
-        f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "
-        f"{traces.nfe} forwards, {traces.positions_computed} positions"
-    )
-
-
-def _predict(graph: DraftGraph, measured: CostProfile, task: Task) -> None:
-    """Print how many drafts pay, here and on named accelerators, and what they should bring."""
-    from spiffy.runtime.auto import best_plan, expected_steps
-    from spiffy.runtime.roofline import ACCELERATORS, predicted_profile
-
-    budgets = [point.drafts for point in measured.points]
-    profiles = {f"this machine ({measured.dtype})": ("measured", measured)}
-    for accelerator in ACCELERATORS:
-        predicted = predicted_profile(
-            task.model, accelerator, task.canvas, task.settings.cache, budgets, measured.drafting
-        )
-        profiles[f"{accelerator.name} (bfloat16)"] = ("roofline", predicted)
-    table = Table(title="Predicted speedup over plain decoding")
-    for heading in ("device", "forward times"):
-        table.add_column(heading)
-    for heading in ("plain forward", "drafts", "chosen by", "speedup"):
-        table.add_column(heading, justify="right")
-    for device, (source, profile) in profiles.items():
-        plan = best_plan(expected_steps(graph), profile)
-        table.add_row(
-            device,
-            source,
-            f"{1000 * profile.points[0].seconds:.3g} ms",
-            str(plan.drafts),
-            plan.selection or "-",
-            f"{plan.speedup:.2f}x",
-        )
-    console.print(table)
-    log.print(
-        "predictions: held-out steps per forward, over seconds of forward and drafting. Roofline: "
-        "bandwidth and peak of the data sheet, without kernel launches (which decide on models of "
-        "millions of parameters), drafting as timed on this machine",
-        soft_wrap=True,
-    )
 
 
 def main() -> None:

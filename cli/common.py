@@ -1,15 +1,11 @@
-"""What the commands share: errors in one line, progress, the model of a graph, its prompts."""
+"""What the commands share: where they print, progress, notes, errors in one line."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +19,6 @@ from rich.progress import (
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 if TYPE_CHECKING:
-    from spiffy.runtime import BlockEdges
     from spiffy.runtime.models import DiffusionLM
 
 #: Results go to standard output, everything else to standard error.
@@ -43,56 +38,6 @@ def progress_bar() -> Progress:
     )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"spiffy-dllm {version('spiffy-dllm')}")
-        raise typer.Exit
-
-
-VERSION_OPTION = typer.Option(
-    "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-)
-
-
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")]
-SkipBadOption = Annotated[
-    bool,
-    typer.Option("--skip-bad", help="Leave out broken lines of a JSONL file, and say how many."),
-]
-EdgesOption = Annotated[
-    str,
-    typer.Option(
-        help="What may happen where a block ends; changes the cost, never the tokens: all, none, "
-        "or a list such as fold,first. complete: drafts may complete a block. first: a block's "
-        "first forward may carry drafts. fold: it stores the block before (cache block)."
-    ),
-]
-
-
-def block_edges(words: str) -> BlockEdges:
-    """Read what `--edges` allows.
-
-    Raises
-    ------
-    SpiffyError
-        If a word is unknown.
-    """
-    from spiffy.runtime import BlockEdges
-
-    known = [switch.name for switch in fields(BlockEdges)]
-    allowed = [word.strip() for word in words.split(",")]
-    if allowed == ["all"] or allowed == ["none"]:
-        allowed = known if allowed == ["all"] else []
-    for word in allowed:
-        if word not in known:
-            raise SpiffyError(
-                f"--edges {words!r}: {word!r} does not belong there: give all, none, or a list of "
-                f"{', '.join(known)}"
-            )
-    return BlockEdges(**{name: name in allowed for name in known})
-
-
 def note_if_inexact(settings: DecodingSettings) -> None:
     """Say so wherever the one cache shows up that is not exact."""
     if not settings.exact:
@@ -105,21 +50,11 @@ def note_skipped(lines: int, dataset: str) -> None:
         log.print(f"{lines} broken lines of {dataset} left out", soft_wrap=True)
 
 
-def model_of(artifact: DraftGraph, path: Path | None, device: str, dtype: str) -> DiffusionLM:
-    """The model a graph was calibrated for: by its id, or the checkpoint folder the graph is in."""
-    from spiffy.runtime import load_model
-
-    if path is not None and (path.parent / "config.json").is_file():
-        return load_model(str(path.parent), device=device, dtype=dtype)
-    record = artifact.model
-    return load_model(record.id, device=device, dtype=dtype, revision=record.revision)
-
-
 def decodable(
     lm: DiffusionLM, settings: DecodingSettings, texts: list[str]
 ) -> list[tuple[int, str]]:
     """Prompts that can be decoded, numbered from 0; the others are named and left out."""
-    from spiffy.runtime.generate import make_task
+    from spiffy.runtime.decode import make_task
 
     prompts = []
     for index, text in enumerate(texts):
@@ -138,7 +73,7 @@ def decodable(
 
 def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> None:
     """Say what of the artifact does not hold here: settings, an acceptance model it cannot read."""
-    from spiffy.runtime.acceptance import acceptance_of
+    from spiffy.runtime.draft.acceptance import acceptance_of
 
     if artifact.acceptance is not None and acceptance_of(artifact) is None:
         log.print(

@@ -10,7 +10,8 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from spiffy.cli.common import VERSION_OPTION, console, log, run_app
+from spiffy.cli.common import console, log, run_app
+from spiffy.cli.options import VersionOption
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
 from spiffy.schemas.io import check_writable, read_json, write_atomically
 
@@ -21,7 +22,7 @@ File = Annotated[Path, typer.Argument(help="Draft graph, as written by spiffy-ca
 
 
 @app.callback()
-def _common(version: Annotated[bool, VERSION_OPTION] = False) -> None:
+def _common(version: VersionOption = False) -> None:
     """Look into draft graphs: print, compare, draw, check, describe the format."""
 
 

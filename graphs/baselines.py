@@ -5,7 +5,7 @@ counts of its parents, and has no public code. Every function here is *our* read
 sentence. They share what is not in doubt: start from the root, add one fill at a time, only fills
 that were observed right after one that is in the graph, the best score first (ties to the smaller
 fill). The count of a fill is the number of roots whose future passed through it; the root itself
-has none. `benchmarks/graphs.py` measures them all.
+has none. `studies/graphs.py` measures them all.
 """
 
 from __future__ import annotations

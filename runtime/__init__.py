@@ -5,7 +5,7 @@
 Imports torch, transformers and pydantic, and nothing of calibration or graph search.
 """
 
-from spiffy.runtime.cache import BlockEdges
+from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.generate import Output, decoding_settings, generate
 from spiffy.runtime.models import ALIASES, DiffusionLM, load_model
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime import DiffusionLM, load_model
-from spiffy.runtime.cache import BlockEdges
-from spiffy.runtime.canvas import Cursor
-from spiffy.runtime.decode import Task, run
+from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import Candidates, Drafter
-from spiffy.runtime.generate import make_task
+from spiffy.runtime.forward.cache import BlockEdges
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings
 
 PARITY = Path(__file__).parent / "parity"

@@ -10,20 +10,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from spiffy.calib.acceptance import _fit_sets, _fit_softmax, can_fit
-from spiffy.runtime.acceptance import (
-    POSITION_FEATURES,
-    TOKEN_FEATURES,
-    AcceptanceWeights,
-    Bigrams,
-    Counts,
-    Outlook,
-    Rejected,
-    States,
-    position_features,
-    token_features,
-)
-from spiffy.runtime.expand import expand
+from spiffy.calib.fit import _fit_sets, _fit_softmax, can_fit
+from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
+from spiffy.runtime.draft.expand import expand
+from spiffy.runtime.draft.features import States, position_features, token_features
+from spiffy.runtime.draft.ngrams import Bigrams, Counts
+from spiffy.runtime.draft.outlook import Outlook, Rejected
 from spiffy.schemas import DecodingSettings
 
 MASK, EOS, VOCAB = 9, 8, 10
@@ -394,7 +386,7 @@ def test_no_level_is_left_out_that_drafts_come_from(
     at, weights = Outlook.at(**root, rejected=rejected, **facts), random_weights(seed, sets)
     room = len(at.positions)
     choice, p = expand(weights, at, budget, room)
-    with patch("spiffy.runtime.expand._reach", lambda outlook, children: np.inf):
+    with patch("spiffy.runtime.draft.expand._reach", lambda outlook, children: np.inf):
         everywhere, probabilities = expand(weights, at, budget, room)
     assert choice.tolist() == everywhere.tolist()
     assert p.tolist() == probabilities.tolist()

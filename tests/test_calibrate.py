@@ -12,14 +12,13 @@ from helpers import decode, parity_model, random_prompt
 from spiffy.calib.pipeline import Traces, build_graph, chain_counts
 from spiffy.calib.prompts import PromptSet, load_prompts
 from spiffy.calib.record import Recorder, Trace
-from spiffy.calib.replay import replay_drafter
+from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.calib.synthetic import final_answer, problems
 from spiffy.graphs import count_chains, grow, replay
 from spiffy.runtime import BlockEdges, decoding_settings
-from spiffy.runtime.acceptance import AcceptanceWeights
-from spiffy.runtime.decode import run
+from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
-from spiffy.runtime.generate import make_task
+from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.schemas import DraftGraph, SpiffyError
 
 LAYOUTS = [("llada-a", "none"), ("llada-a", "dual"), ("dream-a", "dual"), ("sdar-a", "block")]

@@ -13,7 +13,7 @@ import pytest
 from helpers import PARITY
 
 from spiffy.calib import pipeline
-from spiffy.cli import calibrate, decode, graph
+from spiffy.cli import calibrate, calibration_tables, decode, graph
 from spiffy.schemas import DraftGraph
 
 COMMANDS = {"calibrate": calibrate, "decode": decode, "graph": graph}
@@ -70,7 +70,7 @@ def test_calibrate_writes_an_artifact_and_reports_held_out_steps(
 def test_more_than_can_be_held_is_refused_or_left_out(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "_MOST_COMPARED", 3)
+    monkeypatch.setattr(calibration_tables, "_MOST_COMPARED", 3)
     out = tmp_path / "graph.json"
     code, printed, log = call("calibrate", "--model", TINY, *QUICK, "--out", out)
     assert code == 0

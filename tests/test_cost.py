@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +14,14 @@ from hypothesis import strategies as st
 from spiffy.calib.pipeline import Traces, build_graph
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, Trace
-from spiffy.runtime import cost, decoding_settings, generate
-from spiffy.runtime.auto import Pays, best_plan, forward_seconds
-from spiffy.runtime.canvas import Canvas
-from spiffy.runtime.decode import Task
+from spiffy.runtime import decoding_settings, generate
+from spiffy.runtime.budget import auto, cost
+from spiffy.runtime.budget.auto import Pays, auto_drafter, best_plan, forward_seconds
+from spiffy.runtime.budget.roofline import Accelerator, Shape, layout, predicted_profile
+from spiffy.runtime.budget.roofline import forward_seconds as roofline_seconds
+from spiffy.runtime.decode import Task, make_task
 from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
-from spiffy.runtime.generate import auto_drafter, make_task
-from spiffy.runtime.roofline import Accelerator, Shape, layout, predicted_profile
-from spiffy.runtime.roofline import forward_seconds as roofline_seconds
+from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import (
     AcceptanceModel,
     CostPoint,
@@ -169,8 +168,7 @@ def calibrated() -> tuple[Task, DraftGraph]:
 
 def under(measured: CostProfile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this be what measuring finds."""
-    module = sys.modules["spiffy.runtime.generate"]  # the package exports a function of that name
-    monkeypatch.setattr(module, "cost_profile", lambda *_: measured)
+    monkeypatch.setattr(auto, "cost_profile", lambda *_: measured)
 
 
 @pytest.mark.parametrize("selection", ["model", "graph"])

@@ -20,11 +20,11 @@ from helpers import decode
 from scipy.stats import chisquare
 from torch import Tensor
 
-from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.decode import Task, denoising_step
 from spiffy.runtime.draft import Candidates, Drafter, GraphDrafter
 from spiffy.runtime.models.base import DiffusionLM, KeyValues
 from spiffy.runtime.models.llada import LLADA
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings
 
 MASK, BLOCK, VOCAB = 2, 4, 3
@@ -235,7 +235,7 @@ def test_drawing_again_after_a_miss_breaks_the_law(monkeypatch: pytest.MonkeyPat
         current.append(Recording(graph_drafter(1.0)))
         return current[-1]
 
-    monkeypatch.setattr("spiffy.runtime.decode.denoising_step", redrawing_step)
+    monkeypatch.setattr("spiffy.runtime.decode.loop.denoising_step", redrawing_step)
     paths, _ = sample(1.0, range(SAMPLES), drafter)
     assert max(p_values(paths, 1.0)) < 1e-6
 

@@ -16,11 +16,10 @@ from helpers import decode, parity_model, random_prompt, states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiffy.runtime.acceptance import POSITION_FEATURES, TOKEN_FEATURES
-from spiffy.runtime.auto import best_plan, expected_steps
-from spiffy.runtime.decode import Task
-from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
-from spiffy.runtime.generate import auto_drafter, graph_drafter, make_task
+from spiffy.runtime.budget.auto import auto_drafter, best_plan, expected_steps
+from spiffy.runtime.decode import Task, make_task
+from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, graph_drafter
+from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import (
     AcceptanceModel,
@@ -37,7 +36,7 @@ from spiffy.schemas.graph import MAX_NODES
 
 
 def _benchmark(name: str) -> Any:
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    path = Path(__file__).parent.parent / "studies" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -241,7 +240,7 @@ seconds = st.sampled_from([1e-9, 1e-3, 1.0, 1e6])
 @given(data=st.data())
 def test_absurd_costs_and_expectations_change_no_token(data: st.DataObject) -> None:
     """Through `budget auto`, with a profile that claims to be of this very machine."""
-    from spiffy.runtime.cost import conditions
+    from spiffy.runtime.budget.cost import conditions
 
     layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
     model, setting = setting_of(layout, 0)
@@ -297,7 +296,7 @@ def largest_nodes(shape: str) -> tuple[Node, ...]:
 def test_the_largest_graphs_change_no_token_and_forwards_stay_bounded(
     layout: str, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spiffy.runtime import cache as caches
+    from spiffy.runtime.forward import cache as caches
 
     monkeypatch.setattr(caches, "_MOST_STACKED", 64 * 27)
     monkeypatch.setattr(caches, "_MOST_PACKED", 64 * 8)

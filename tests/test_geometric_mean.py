@@ -13,8 +13,8 @@ from torch import Tensor
 from spiffy.calib.pipeline import nodes_of
 from spiffy.calib.record import Recorder, Trace
 from spiffy.graphs import ChainCounts, count_chains, grow
-from spiffy.runtime.canvas import Cursor
 from spiffy.runtime.draft import Candidates, GeometricMeanDrafter, GraphDrafter
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings, Node
 
 POSITIONS, RANKS = 5, 3

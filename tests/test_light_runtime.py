@@ -24,7 +24,7 @@ import torch
 from spiffy.runtime import load_model
 from spiffy.runtime.decode import run
 from spiffy.runtime.draft import GraphDrafter
-from spiffy.runtime.generate import make_task
+from spiffy.runtime.decode import make_task
 from spiffy.schemas import DecodingSettings
 
 torch.set_num_threads(1)

@@ -20,20 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiffy.runtime.acceptance import (
-    POSITION_FEATURES,
-    TOKEN_FEATURES,
-    AcceptanceWeights,
-    Bigrams,
-    Rejected,
-)
-from spiffy.runtime.cache import BlockEdges
-from spiffy.runtime.canvas import Cursor
-from spiffy.runtime.decode import Task, run
+from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Candidates, Drafter, GraphDrafter
-from spiffy.runtime.generate import answer_ids, make_task
+from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
+from spiffy.runtime.draft.ngrams import Bigrams
+from spiffy.runtime.draft.outlook import Rejected
+from spiffy.runtime.forward.cache import BlockEdges
+from spiffy.runtime.generate import answer_ids
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.runtime.policy import gumbel_noise
+from spiffy.runtime.step.canvas import Cursor
+from spiffy.runtime.step.policy import gumbel_noise
 from spiffy.schemas import DecodingSettings
 
 Fills = list[list[tuple[int, int]]]

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiffy.runtime.cache import CACHES, BlockEdges, DualCache, Evaluation
-from spiffy.runtime.canvas import Canvas, Cursor
+from spiffy.runtime.forward.cache import CACHES, BlockEdges, DualCache, Evaluation
+from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
 from spiffy.runtime.models.base import DiffusionLM, KeyValues
-from spiffy.runtime.pack import Row, RowOutput, Segment, forward, pack
+from spiffy.runtime.step.canvas import Canvas, Cursor
 
 CHECKPOINTS = ("llada-a", "dream-a", "sdar-a")
 TOLERANCE = 1e-9

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spiffy.runtime import generate
-from spiffy.runtime.cache import BlockEdges
-from spiffy.runtime.decode import run
-from spiffy.runtime.generate import make_task
+from spiffy.runtime.decode import make_task, run
+from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.schemas import DecodingSettings, SpiffyError
 
 CHECKPOINTS = ("llada-a", "dream-a", "sdar-a")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spiffy.runtime.draft import rank_candidates
-from spiffy.runtime.policy import Distribution, choose, gumbel_noise, select, step_quota
+from spiffy.runtime.step.policy import Distribution, choose, gumbel_noise, select, step_quota
 from spiffy.schemas import DecodingSettings, SpiffyError
 
 STATIC = DecodingSettings.parse()

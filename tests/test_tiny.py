@@ -15,9 +15,9 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import final_answer, problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.decode import Task, run
-from spiffy.runtime.draft import AcceptanceDrafter
-from spiffy.runtime.generate import collect, graph_drafter, make_task
+from spiffy.runtime.decode import Task, make_task, run
+from spiffy.runtime.draft import AcceptanceDrafter, graph_drafter
+from spiffy.runtime.generate import collect
 from spiffy.schemas import DraftGraph
 
 GEN_LENGTH = 64

@@ -20,10 +20,8 @@ from spiffy.calib.audit import audit
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.provenance import portable
 from spiffy.runtime import ALIASES, load_model
-from spiffy.runtime import decode as decode_module
-from spiffy.runtime.decode import run
-from spiffy.runtime.generate import make_task
-from spiffy.runtime.pack import forward
+from spiffy.runtime.decode import driver, make_task, run
+from spiffy.runtime.forward.pack import forward
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 SHIPPED = Path(ALIASES["tiny-llada"])
@@ -329,7 +327,7 @@ def test_drafts_that_do_not_fit_are_halved_and_no_token_changes(
     plainly = [decode(model, prompt, settings) for prompt in prompts]
     tasks = [make_task(model, p.prompt, settings, Oracle(p, 8)) for p in plainly]
     memory = Memory(max(most, 27) * batch, error)
-    monkeypatch.setattr(decode_module, "forward", memory)
+    monkeypatch.setattr(driver, "forward", memory)
     for _ in run(model, tasks, batch):
         pass
     assert [states(task) for task in tasks] == [states(task) for task in plainly]
@@ -345,7 +343,7 @@ def test_plain_decoding_that_does_not_fit_is_an_error(
     call: Call,  # noqa: F811
 ) -> None:
     for error in ERRORS:
-        monkeypatch.setattr(decode_module, "forward", Memory(10, error))
+        monkeypatch.setattr(driver, "forward", Memory(10, error))
         code, _, log = call("decode", "--model", TINY, "--prompt", "x", "--gen-length", 32)
         assert code == 2
         assert log.startswith("error: out of memory")
@@ -357,7 +355,7 @@ def test_another_error_of_a_forward_is_not_taken_for_want_of_memory(
 ) -> None:
     model = parity_model("llada-a")
     settings = DecodingSettings.parse(block_length=8, gen_length=16)
-    monkeypatch.setattr(decode_module, "forward", Memory(10, RuntimeError("shapes differ")))
+    monkeypatch.setattr(driver, "forward", Memory(10, RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         decode(model, random_prompt(model, 8), settings)
 

@@ -29,7 +29,8 @@ from spiffy.calib.store import About, Stored, TraceFile, scan
 from spiffy.calib.workdir import WorkDir, join, manifest_of
 from spiffy.cli import calibrate
 from spiffy.runtime import decoding_settings
-from spiffy.runtime.canvas import Cursor
+from spiffy.runtime.budget import auto
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.workdir import Manifest
 
@@ -40,9 +41,8 @@ Calibrate = Callable[..., tuple[int, str]]
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_predict", lambda *_: None)  # its tables are not asked for here
-    module = sys.modules["spiffy.runtime.generate"]
-    monkeypatch.setattr(module, "auto_profile", lambda *_: None)  # nor are times
+    monkeypatch.setattr(calibrate, "predict", lambda *_: None)  # its tables are not asked for here
+    monkeypatch.setattr(auto, "auto_profile", lambda *_: None)  # nor are times
 
 
 @pytest.fixture
@@ -215,7 +215,8 @@ from pathlib import Path
 import kill, spiffy.calib.workdir
 from spiffy.calib.ranks import Ranks
 from spiffy.cli import calibrate
-sys.modules["spiffy.runtime.generate"].auto_profile = lambda *_: None  # times forwards for seconds
+# it times forwards for seconds
+sys.modules["spiffy.runtime.budget.auto"].auto_profile = lambda *_: None
 folder = Path(sys.argv[2])
 log = folder / "log"
 plain = folder / "plain.json"
@@ -237,14 +238,14 @@ def port():
 
 def children(script: str, folder: Path) -> None:
     """Run a script that forks many runs from one process that has imported everything."""
-    benchmarks = Path(__file__).parent.parent / "benchmarks"
-    command = [sys.executable, "-c", _CHILDREN + script, str(benchmarks), str(folder)]
+    studies = Path(__file__).parent.parent / "studies"
+    command = [sys.executable, "-c", _CHILDREN + script, str(studies), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    """A small version of benchmarks/kill.py: in a record, in a sync, before the last rename."""
+    """A small version of studies/kill.py: in a record, in a sync, before the last rename."""
     script = """
 for number in (1, 4, 13):
     out, work = folder / f"{number}.json", folder / f"{number}"

@@ -1,0 +1,95 @@
+"""The tables that `spiffy-calibrate` ends in: what a graph saves, and what it pays where."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from spiffy.cli.common import console, log, note_if_inexact
+
+if TYPE_CHECKING:
+    from spiffy.calib.pipeline import Traces
+    from spiffy.runtime.decode import Task
+    from spiffy.schemas import CostProfile, DraftGraph, Objective
+
+_MOST_COMPARED = 200_000  # distinct chains; the paper's rule unpacks each, 2 kB and 40 microseconds
+_SHOWN_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def summarise(graph: DraftGraph, traces: Traces) -> None:
+    """Print expected steps per forward by number of drafts, beside those of the other rule."""
+    from spiffy.calib.pipeline import chain_counts, grow_by, steps_per_forward
+
+    record, settings = graph.calibration, graph.decoding
+    rival: Objective = "paper" if record.objective == "expected-steps" else "expected-steps"
+    counts = chain_counts(traces)
+    measured = traces.held_out or traces.growing
+    other: list[float] = []
+    if rival == "expected-steps" or len(counts) <= _MOST_COMPARED:
+        rivals = grow_by(rival, counts, graph.budget)
+        other = steps_per_forward((trace.chains for trace in measured), rivals)
+    on = "held-out prompts" if traces.held_out else "prompt that the graph also grew on"
+    table = Table(
+        title=f"Denoising steps per forward on {len(measured)} {on} "
+        f"({settings.policy}, cache {settings.cache}, block {settings.block_length})"
+    )
+    table.add_column("drafts", justify="right")
+    points = () if graph.acceptance is None else graph.acceptance.expected_steps
+    chosen = {point.drafts: point.steps for point in points}
+    if chosen:
+        table.add_column("chosen at run time", justify="right")
+    table.add_column(f"this graph ({record.objective})", justify="right")
+    if other:
+        table.add_column(f"{rival} objective", justify="right")
+    for drafts in sorted({*(b for b in _SHOWN_BUDGETS if b < graph.budget), graph.budget}):
+        table.add_row(
+            str(drafts),
+            *([f"{chosen[drafts]:.2f}"] if chosen else []),
+            f"{graph.expected_steps[drafts]:.2f}",
+            *([f"{other[min(drafts, len(other) - 1)]:.2f}"] if other else []),
+        )
+    console.print(table)
+    if not other:
+        log.print(f"{rival} objective: left out, {len(counts)} distinct chains are too many for it")
+    note_if_inexact(settings)
+    log.print(
+        f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "
+        f"{traces.nfe} forwards, {traces.positions_computed} positions"
+    )
+
+
+def predict(graph: DraftGraph, measured: CostProfile, task: Task) -> None:
+    """Print how many drafts pay, here and on named accelerators, and what they should bring."""
+    from spiffy.runtime.budget.auto import best_plan, expected_steps
+    from spiffy.runtime.budget.roofline import ACCELERATORS, predicted_profile
+
+    budgets = [point.drafts for point in measured.points]
+    profiles = {f"this machine ({measured.dtype})": ("measured", measured)}
+    for accelerator in ACCELERATORS:
+        predicted = predicted_profile(
+            task.model, accelerator, task.canvas, task.settings.cache, budgets, measured.drafting
+        )
+        profiles[f"{accelerator.name} (bfloat16)"] = ("roofline", predicted)
+    table = Table(title="Predicted speedup over plain decoding")
+    for heading in ("device", "forward times"):
+        table.add_column(heading)
+    for heading in ("plain forward", "drafts", "chosen by", "speedup"):
+        table.add_column(heading, justify="right")
+    for device, (source, profile) in profiles.items():
+        plan = best_plan(expected_steps(graph), profile)
+        table.add_row(
+            device,
+            source,
+            f"{1000 * profile.points[0].seconds:.3g} ms",
+            str(plan.drafts),
+            plan.selection or "-",
+            f"{plan.speedup:.2f}x",
+        )
+    console.print(table)
+    log.print(
+        "predictions: held-out steps per forward, over seconds of forward and drafting. Roofline: "
+        "bandwidth and peak of the data sheet, without kernel launches (which decide on models of "
+        "millions of parameters), drafting as timed on this machine",
+        soft_wrap=True,
+    )

@@ -1,0 +1,162 @@
+"""Decoding prompts with one or several drafters, and what is printed about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from spiffy.cli.common import log, note_if_inexact
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spiffy.runtime import BlockEdges
+    from spiffy.runtime.draft import Drafter
+    from spiffy.runtime.generate import Output
+    from spiffy.runtime.models import DiffusionLM
+    from spiffy.schemas import DecodingSettings
+
+
+@dataclass
+class Runs:
+    """Decodes prompts with one or several drafters, and keeps the outputs by drafter."""
+
+    lm: DiffusionLM
+    settings: DecodingSettings
+    seed: int
+    edges: BlockEdges
+    prompts: list[tuple[int, str]]
+    drafters: dict[str, Drafter | None] = field(default_factory=dict)
+    outputs: dict[str, list[Output]] = field(default_factory=dict)
+    fitting: dict[str, int] = field(default_factory=dict)  # drafts that memory allows
+
+    @property
+    def shown(self) -> str:
+        """Whose answers are printed."""
+        return next(reversed(self.drafters))
+
+    def decode(self, prompt: tuple[int, str], name: str) -> None:
+        """Decode one prompt with one drafter."""
+        for _ in self.stream(prompt, name):
+            pass
+
+    def stream(self, prompt: tuple[int, str], name: str) -> Iterator[str]:
+        """Decode one prompt; yields the text of each block when it is finished."""
+        from spiffy.runtime.decode import make_task, run
+        from spiffy.runtime.generate import answer_ids, collect
+
+        sequence, text = prompt
+        drafter = self.drafters[name]
+        task = make_task(self.lm, text, self.settings, drafter, self.seed, sequence, self.edges)
+        task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
+        printed, block = "", 0
+        for _ in run(self.lm, [task]):
+            cursor = task.path[-1] if task.path else None
+            if cursor is not None and (cursor.block > block or cursor.finished):
+                block = cursor.block
+                # A character may still lack bytes that the next block brings.
+                full = self.lm.decode_text(answer_ids(task))
+                full = full if cursor.finished else full.rstrip("\ufffd")
+                yield full[len(printed) :]
+                printed = full
+        if task.stats.halvings:
+            self.fitting[name] = task.most_drafts
+            log.print(
+                f"out of memory: going on with at most {task.most_drafts} drafts per forward, "
+                "the tokens stay the same",
+                soft_wrap=True,
+            )
+        self.outputs.setdefault(name, []).append(collect(task))
+
+
+def _totals(outputs: Sequence[Output]) -> dict[str, float]:
+    """Sums over prompts."""
+    stats = [asdict(output.stats) for output in outputs]
+    totals: dict[str, float] = {key: sum(s[key] for s in stats) for key in stats[0]}
+    totals["tokens"] = sum(len(output.token_ids) for output in outputs)
+    return totals
+
+
+def compare(runs: Runs, out: Console) -> bool:
+    """Print the table that --verify ends in; whether all answers are those of plain decoding."""
+    settings, plain = runs.settings, runs.outputs["plain"]
+    base = _totals(plain)
+    table = Table(
+        title=f"{runs.lm.name}: {settings.policy}, cache {settings.cache}, "
+        f"block {settings.block_length}, {len(plain)} prompts"
+    )
+    table.add_column("")
+    table.add_column("plain", justify="right")
+    rows: dict[str, list[str]] = {
+        "prompts": [str(len(plain))],
+        "tokens identical": ["-"],
+        "NFE (model forwards)": [f"{base['nfe']:.0f}"],
+        "positions computed": [f"{base['positions_computed']:.0f}"],
+        "steps per forward": [f"{base['steps'] / base['nfe']:.2f}"],
+        "tokens/s": [f"{base['tokens'] / base['seconds']:.1f}"],
+    }
+    differing = 0
+    for name, outputs in runs.outputs.items():
+        if name == "plain":
+            continue
+        table.add_column(name, justify="right")
+        ours = _totals(outputs)
+        wrong = sum(a.token_ids != b.token_ids for a, b in zip(plain, outputs, strict=True))
+        differing += wrong
+        speed = (ours["tokens"] / ours["seconds"]) / (base["tokens"] / base["seconds"])
+        rows["prompts"].append(str(len(outputs)))
+        rows["tokens identical"].append(f"no ({wrong} prompts differ)" if wrong else "yes")
+        rows["NFE (model forwards)"].append(
+            f"{ours['nfe']:.0f} ({base['nfe'] / ours['nfe']:.2f}x fewer)"
+        )
+        rows["positions computed"].append(
+            f"{ours['positions_computed']:.0f} "
+            f"({ours['positions_computed'] / base['positions_computed']:.2f}x)"
+        )
+        rows["steps per forward"].append(f"{ours['steps'] / ours['nfe']:.2f}")
+        rows["tokens/s"].append(f"{ours['tokens'] / ours['seconds']:.1f} ({speed:.2f}x)")
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    out.print(table)
+    note_if_inexact(settings)
+    return not differing
+
+
+def report(runs: Runs) -> None:
+    """Print what the answers cost."""
+    totals = _totals(runs.outputs[runs.shown])
+    log.print(
+        f"{totals['tokens']:.0f} tokens, {totals['nfe']:.0f} forwards, "
+        f"{totals['positions_computed']:.0f} positions, "
+        f"{totals['steps'] / totals['nfe']:.2f} steps per forward, "
+        f"{totals['tokens'] / totals['seconds']:.1f} tokens/s"
+    )
+    if runs.shown != "plain":
+        note_if_inexact(runs.settings)
+
+
+def write(text: str) -> None:
+    """Print an answer as it is: rich would expand tabs and emoji codes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_json(index: int, output: Output) -> None:
+    """Print one answer as a line of JSON."""
+    stats = output.stats
+    record: dict[str, Any] = {
+        "index": index,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "nfe": stats.nfe,
+        "positions_computed": stats.positions_computed,
+        "steps": stats.steps,
+        "accepted": stats.accepted,
+        "seconds": round(stats.seconds, 6),
+    }
+    write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,251 @@
+"""Options that several commands share: declared once and read once.
+
+An option group is a dataclass whose fields are options. A command takes groups as parameters and
+`spread` shows typer their fields, so a group's options, help and reading stand in one place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial, wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.graph import MAX_NODES
+
+if TYPE_CHECKING:
+    from spiffy.calib.prompts import PromptSet
+    from spiffy.runtime import BlockEdges
+    from spiffy.runtime.models import DiffusionLM
+    from spiffy.schemas import DecodingSettings
+
+#: Options by the panel of `--help` that they stand in.
+model_option = partial(typer.Option, rich_help_panel="Model")
+prompt_option = partial(typer.Option, rich_help_panel="Prompts")
+decoding_option = partial(typer.Option, rich_help_panel="Decoding")
+drafting_option = partial(typer.Option, rich_help_panel="Drafting")
+recording_option = partial(typer.Option, rich_help_panel="Recording")
+output_option = partial(typer.Option, rich_help_panel="Output")
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let typer see the fields of a command's option groups as options of the command."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {}
+    shown: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if not is_dataclass(parameter.annotation):
+            shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = parameter.annotation
+        hints = get_type_hints(parameter.annotation, include_extras=True)
+        shown += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(parameter.annotation)
+        ]
+
+    @wraps(command)
+    def gathered(**options: Any) -> None:
+        for name, group in groups.items():
+            options[name] = group(**{f.name: options.pop(f.name) for f in fields(group)})
+        command(**options)
+
+    gathered.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    gathered.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return gathered
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spiffy-dllm {version('spiffy-dllm')}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+]
+Device = Annotated[str, model_option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, model_option(help="auto, float32, bfloat16, float16, float64.")]
+SkipBad = Annotated[
+    bool,
+    prompt_option("--skip-bad", help="Leave out broken lines of a JSONL file, and say how many."),
+]
+Dataset = Annotated[
+    str,
+    prompt_option(
+        help="synthetic, gsm8k, humaneval, mbpp, math500, or a JSONL file with a 'prompt' or "
+        "'question' field."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ModelOfGraph:
+    """The model that a draft graph belongs to, or another one."""
+
+    model: Annotated[
+        str | None, model_option(help="Alias, hub id or folder. Default: the graph's model.")
+    ] = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+    def load(self, artifact: DraftGraph | None, path: Path | None) -> DiffusionLM:
+        """Load the model: the one given, else that of the graph (which lies at `path`).
+
+        That is found by its id, or in the checkpoint folder that the graph is in.
+
+        Raises
+        ------
+        SpiffyError
+            If neither is given, or the model cannot be loaded.
+        """
+        from spiffy.runtime import load_model
+
+        if self.model is not None:
+            return load_model(self.model, device=self.device, dtype=self.dtype)
+        if artifact is None or path is None:
+            raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
+        if (path.parent / "config.json").is_file():
+            return load_model(str(path.parent), device=self.device, dtype=self.dtype)
+        record = artifact.model
+        return load_model(record.id, device=self.device, dtype=self.dtype, revision=record.revision)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a sequence is decoded; what is not given is the graph's, else the family's default."""
+
+    policy: Annotated[
+        str | None,
+        decoding_option(
+            help="Unmasking policy: static, threshold or sequential. Default: the graph's, else "
+            "static."
+        ),
+    ] = None
+    tokens_per_step: Annotated[
+        int | None,
+        decoding_option(help="Tokens that a static step commits. Default: the graph's, else 1."),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        decoding_option(help="Confidence that commits at once. Default: the graph's, else 0.9."),
+    ] = None
+    block_length: Annotated[
+        int | None,
+        decoding_option(
+            help="Positions per block. Default: the graph's, else 32 (SDAR: the model's own)."
+        ),
+    ] = None
+    gen_length: Annotated[
+        int | None,
+        decoding_option(help="Positions reserved for the answer. Default: the graph's, else 256."),
+    ] = None
+    cache: Annotated[
+        str | None,
+        decoding_option(
+            help="none, dual, prefix (near-lossless), or block (SDAR's). Default: the graph's, "
+            "else block for SDAR, none for others."
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        decoding_option(help="0 decodes greedily. Default: the graph's, else 0."),
+    ] = None
+    seed: Annotated[int, decoding_option(help="Draws the prompts, and the noise if any.")] = 0
+    edges: Annotated[
+        str,
+        decoding_option(
+            help="What may happen where a block ends; changes the cost, never the tokens: all, "
+            "none, or a list such as fold,first. complete: drafts may complete a block. first: a "
+            "block's first forward may carry drafts. fold: it stores the block before (cache "
+            "block)."
+        ),
+    ] = "all"
+
+    def settings(self, model: DiffusionLM, artifact: DraftGraph | None = None) -> DecodingSettings:
+        """Decoding settings of a model.
+
+        Raises
+        ------
+        SpiffyError
+            If an option is invalid, or the family cannot decode that way.
+        """
+        from spiffy.runtime import decoding_settings
+
+        return decoding_settings(
+            model,
+            artifact,
+            policy=self.policy,
+            tokens_per_step=self.tokens_per_step,
+            threshold=self.threshold,
+            block_length=self.block_length,
+            gen_length=self.gen_length,
+            cache=self.cache,
+            temperature=self.temperature,
+        )
+
+    def block_edges(self) -> BlockEdges:
+        """Read what `--edges` allows.
+
+        Raises
+        ------
+        SpiffyError
+            If a word is unknown.
+        """
+        from spiffy.runtime import BlockEdges
+
+        known = [switch.name for switch in fields(BlockEdges)]
+        allowed = [word.strip() for word in self.edges.split(",")]
+        if allowed == ["all"] or allowed == ["none"]:
+            allowed = known if allowed == ["all"] else []
+        for word in allowed:
+            if word not in known:
+                raise SpiffyError(
+                    f"--edges {self.edges!r}: {word!r} does not belong there: give all, none, or a "
+                    f"list of {', '.join(known)}"
+                )
+        return BlockEdges(**{name: name in allowed for name in known})
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What graph is grown from recorded decodes."""
+
+    budget: Annotated[int, drafting_option(help="Drafts per forward that the graph may hold.")] = 32
+    objective: Annotated[
+        Literal["expected-steps", "paper"],
+        drafting_option(
+            help="expected-steps (steps that drafts save), or paper (degree-1 accumulation, in the "
+            "reading that did best)."
+        ),
+    ] = "expected-steps"
+
+    def check(self) -> None:
+        """Refuse a budget that no artifact can hold."""
+        if not 1 <= self.budget <= MAX_NODES:
+            raise SpiffyError(f"--budget {self.budget}: must be between 1 and {MAX_NODES} drafts")
+
+
+def draw(
+    dataset: str, samples: int | None, seed: int, *, test: bool, skip_bad: bool = False
+) -> PromptSet:
+    """Draw prompts, from the end of a data set that calibration or that tests use."""
+    from spiffy.calib.prompts import load_prompts
+
+    return load_prompts(
+        dataset, samples, seed, split="test" if test else "calibration", skip_bad=skip_bad
+    )

@@ -1,0 +1,1 @@
+"""How many drafts pay: what a forward costs (`cost`, `roofline`), and the choice (`auto`)."""

@@ -1,0 +1,379 @@
+"""What verifying drafts costs here: measured once per machine and setting, then remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from spiffy.runtime.decode import (
+    Task,
+    denoising_step,
+    find,
+    is_out_of_memory,
+    synchronize,
+)
+from spiffy.runtime.draft import Drafter, rank_candidates
+from spiffy.runtime.forward.cache import CACHES, Cache, Evaluation, Forwards
+from spiffy.runtime.forward.pack import forward
+from spiffy.runtime.step.canvas import Cursor
+from spiffy.runtime.step.policy import Distribution
+from spiffy.schemas import CostPoint, CostProfile, SpiffyError
+from spiffy.schemas.io import canonical_json, read_json, write_atomically
+
+_BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_ROUNDS = 20
+_SITES = 3
+#: A forward this many times the price of a plain one never pays: walks are not that long.
+_HOPELESS = 6.0
+
+#: Fields of `CostProfile` that say what it was measured for.
+_CONDITIONS = (
+    "device",
+    "dtype",
+    "threads",
+    "torch",
+    "model",
+    "block_length",
+    "cache",
+    "policy",
+    "prefix_length",
+)
+
+#: From a number of drafts to a drafter of at most that many.
+MakeDrafter = Callable[[int], Drafter]
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """A root on the way through a task's first block, and what is known there."""
+
+    root: Cursor
+    known: Distribution
+    fresh: Tensor
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The decode loop's parts, to be run one by one at some roots of a task's first block.
+
+    Roots differ: the first of a block has most masked positions, the last ones have drafts that
+    complete it. So several are taken, spread evenly over a plain decode of the block.
+    """
+
+    task: Task
+    cache: Cache
+    sites: tuple[_Site, ...]
+
+    @classmethod
+    def set_for(cls, task: Task, limit: float) -> _Stage:
+        """Decode the first block plainly, for at most about `limit` seconds."""
+        started = perf_counter()
+        task = _whole_blocks(task)
+        model, canvas = task.model, task.canvas
+        cache = CACHES[task.settings.cache](model, canvas, task.edges)
+        cursor = canvas.start(task.prompt, model.mask_token_id)
+        passed: list[_Site] = []
+        while True:
+            evaluation = _run(task, cache.evaluate(cursor, cursor.ids[None]))
+            known = evaluation.distribution(0, canvas.masked(cursor, model.mask_token_id))
+            if not passed:  # what is known before a block's first forward is known less well
+                passed.append(_Site(cursor, known, known.positions[:0]))
+            following = denoising_step(task, cursor, known, evaluation.first_only)
+            if following.block > cursor.block or following.finished:
+                break
+            fresh = (following.ids != cursor.ids).nonzero()[:, 0]
+            passed.append(_Site(following, known, fresh))
+            if perf_counter() - started > limit:
+                break
+            cursor = following
+        if not cache.crosses:  # a block's first forward has no drafts
+            passed = passed[1:] or passed
+        count = min(len(passed), _SITES)
+        return cls(
+            task,
+            cache,
+            tuple(passed[(2 * k + 1) * len(passed) // (2 * count)] for k in range(count)),
+        )
+
+    def draft(self, site: _Site, drafter: Drafter) -> Tensor:
+        """Root and drafts, int64 [1 + n, length]."""
+        task, root = self.task, site.root
+        masked = task.canvas.masked(root, task.model.mask_token_id)
+        candidates = rank_candidates(
+            site.known,
+            task.settings,
+            task.model.mask_token_id,
+            drafter.token_ranks,
+            masked,
+            site.fresh,
+        )
+        may_complete = self.cache.crosses and root.block + 1 < task.canvas.blocks
+        drafts = drafter(root, candidates, len(masked) - (not may_complete))
+        return torch.cat((root.ids[None], drafts))
+
+    def forward(self, site: _Site, states: Tensor) -> Evaluation:
+        """One forward over root and drafts."""
+        return _run(self.task, self.cache.evaluate(site.root, states))
+
+    def step(self, site: _Site, states: Tensor, evaluation: Evaluation) -> None:
+        """One denoising step of the walk."""
+        masked = self.task.canvas.masked(site.root, self.task.model.mask_token_id)
+        following = denoising_step(self.task, site.root, evaluation.distribution(0, masked))
+        find(states, following.ids)
+
+
+def _whole_blocks(task: Task) -> Task:
+    """The task without the end of its prompt that opens the first block, if it does."""
+    canvas = task.canvas
+    if canvas.first in (0, canvas.prompt_length):
+        return task
+    shorter = replace(canvas, prompt_length=canvas.first)
+    return replace(task, prompt=task.prompt[: canvas.first], canvas=shorter, path=[])
+
+
+def _run(task: Task, forwards: Forwards) -> Evaluation:
+    rows = next(forwards)
+    while True:
+        try:
+            rows = forwards.send(forward(task.model, rows))
+        except StopIteration as done:
+            evaluation: Evaluation = done.value
+            return evaluation
+
+
+@dataclass
+class _Timings:
+    """Seconds by what was done, for how many drafts, and at which site (None: not warmed up)."""
+
+    device: torch.device
+    seconds: dict[tuple[str, int], dict[_Site | None, list[float]]] = field(default_factory=dict)
+
+    def time(self, what: str, n: int, site: _Site | None, action: Callable[[], _Result]) -> _Result:
+        synchronize(self.device)
+        started = perf_counter()
+        result = action()
+        synchronize(self.device)
+        by_site = self.seconds.setdefault((what, n), {})
+        by_site.setdefault(site, []).append(perf_counter() - started)
+        return result
+
+    def of(self, what: str, n: int) -> float:
+        """Mean over the sites of their medians; what was not warmed up counts if all else lacks."""
+        medians = {site: median(values) for site, values in self.seconds[what, n].items()}
+        return fmean([v for site, v in medians.items() if site is not None] or medians.values())
+
+
+def measure_cost(
+    task: Task,
+    largest: int,
+    drafters: Mapping[str, MakeDrafter] | None = None,
+    limit: float = 4.0,
+) -> CostProfile:
+    """Time what a forward with 0 to `largest` drafts costs behind the task's prompt.
+
+    Drafting, forwards and denoising steps are those of the decode loop, in its order and several
+    turns in a row: what runs before leaves the processor's caches in its own state, which makes a
+    tenth of a small model's forward. Numbers of drafts are interleaved, so that drift of the
+    machine hits them alike, for up to `limit` seconds; medians are reported. On slow models one
+    draft is tried in any case.
+    """
+    if largest < 1:
+        raise ValueError(f"largest {largest}: must be at least 1")
+    stage = _Stage.set_for(task, limit / 4)
+    timings = _Timings(task.model.device)
+    budgets = [n for n in _BUDGETS if n < largest] + [largest]
+    made = {who: {n: make(n) for n in budgets[1:]} for who, make in (drafters or {}).items()}
+    started = perf_counter()
+
+    def late() -> bool:
+        return perf_counter() - started > limit
+
+    def plain_turn(n: int, site: _Site, warm: bool) -> None:
+        at, states = site if warm else None, site.root.ids.repeat(1 + n, 1)
+        evaluation = timings.time("forward", n, at, partial(stage.forward, site, states))
+        timings.time("step", 0, at, partial(stage.step, site, states, evaluation))
+
+    def turn(who: str, n: int, site: _Site, warm: bool) -> None:
+        at = site if warm else None
+        states = timings.time(who, n, at, partial(stage.draft, site, made[who][n]))
+        # Choosing drafts also chills the processor's caches for the forward behind it.
+        after = f"forward after {who}"
+        evaluation = timings.time(after, n, at, partial(stage.forward, site, states))
+        timings.time("step", 0, at, partial(stage.step, site, states, evaluation))
+
+    middle = stage.sites[len(stage.sites) // 2]
+    timed, promising = [], []
+    for n in budgets:  # warms up, and finds out how far to go
+        if n > 1 and late():
+            break
+        try:
+            plain_turn(n, middle, warm=False)
+            for who in made if n else ():
+                turn(who, n, middle, warm=False)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not n:
+                raise
+            break
+        timed.append(n)
+        if timings.of("forward", n) > _HOPELESS * timings.of("forward", 0):
+            break
+        promising.append(n)
+    for _ in range(_ROUNDS):
+        for n in promising:
+            if late():
+                break
+            plain_turn(n, middle, warm=False)
+            for site in [middle] if n else 2 * stage.sites:  # everything is compared with 0 drafts
+                plain_turn(n, site, warm=True)
+            for who in made if n else ():
+                turn(who, n, stage.sites[-1], warm=False)
+                for site in stage.sites:
+                    turn(who, n, site, warm=True)
+
+    def points(of: Callable[[int], float], least: int = 1) -> tuple[CostPoint, ...]:
+        return tuple(CostPoint(drafts=n, seconds=of(n)) for n in timed if n >= least)
+
+    def whole_turn(who: str, n: int) -> float:
+        return timings.of(who, n) + timings.of(f"forward after {who}", n)
+
+    return CostProfile(
+        points=points(partial(timings.of, "forward"), least=0),
+        step_seconds=timings.of("step", 0),
+        drafting={who: points(partial(timings.of, who)) for who in made},
+        turns={who: points(partial(whole_turn, who)) for who in made},
+        largest=largest,
+        **conditions(task),
+    )
+
+
+def conditions(task: Task) -> dict[str, Any]:
+    """What a cost profile depends on, as fields of `CostProfile`."""
+    model, settings, canvas = task.model, task.settings, task.canvas
+    kind = model.device.type
+    outside = canvas.first if settings.cache == "block" else canvas.length - canvas.block_length
+    return {
+        "device": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if kind == "cpu" else None,
+        "torch": torch.__version__,
+        "model": model.fingerprint,
+        "block_length": settings.block_length,
+        "cache": settings.cache,
+        "policy": settings.policy,
+        "prefix_length": outside,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU or CPU model by its own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "cpu"
+
+
+def _key(conditions: Mapping[str, Any]) -> str:
+    """The same for conditions under which the same cost is expected."""
+    length = conditions["prefix_length"]
+    bucket = None if length is None else int(length).bit_length()  # doubles from one to the next
+    return canonical_json({**conditions, "prefix_length": bucket})
+
+
+def cost_profile(
+    task: Task,
+    largest: int,
+    drafters: Mapping[str, MakeDrafter] | None = None,
+    stored: tuple[CostProfile, ...] = (),
+    remeasure: bool = False,
+) -> CostProfile:
+    """The cost profile for a task: this machine's if it is known, else measured now and kept.
+
+    Parameters
+    ----------
+    stored
+        Profiles that came with an artifact; one that was measured under these conditions serves.
+    remeasure
+        Measure in any case, and replace what was kept.
+    """
+    largest = min(largest, task.most_drafts)
+    here = conditions(task)
+    key = _key(here)
+    path = _profile_path(key)
+    wanted = set(drafters or {})
+    if not remeasure:
+        known = (_remembered.get(key), _load(path), *stored)
+        for profile in known:
+            if profile is not None and _serves(profile, key, largest, wanted):
+                return profile
+    profile = measure_cost(task, largest, drafters)
+    _remembered[key] = profile
+    _save(path, profile)
+    return profile
+
+
+_remembered: dict[str, CostProfile] = {}  # by key, for machines where nothing can be written
+
+
+def _serves(profile: CostProfile, key: str, largest: int, drafters: set[str]) -> bool:
+    theirs = profile.model_dump(include=set(_CONDITIONS))
+    enough = profile.largest is not None and profile.largest >= largest
+    return _key(theirs) == key and enough and drafters <= set(profile.turns)
+
+
+def cache_folder() -> Path | None:
+    """Where measurements are kept; None if this user has no home.
+
+    `$SPIFFY_CACHE`, else `$XDG_CACHE_HOME/spiffy`, else `~/.cache/spiffy`.
+    """
+    if own := os.environ.get("SPIFFY_CACHE"):
+        return Path(own)
+    if users := os.environ.get("XDG_CACHE_HOME"):
+        return Path(users) / "spiffy"
+    try:
+        return Path.home() / ".cache" / "spiffy"
+    except RuntimeError:
+        return None
+
+
+def _profile_path(key: str) -> Path | None:
+    folder = cache_folder()
+    name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    return None if folder is None else folder / "cost" / name
+
+
+def _load(path: Path | None) -> CostProfile | None:
+    """A kept profile; None if there is none or it is damaged: it can be measured again."""
+    try:
+        if path is None or not path.is_file():
+            return None
+        return CostProfile.model_validate_json(canonical_json(read_json(path)))
+    except (SpiffyError, ValueError, OSError):  # pydantic's errors are ValueErrors
+        return None
+
+
+def _save(path: Path | None, profile: CostProfile) -> None:
+    """Keep a profile where that is possible."""
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, canonical_json(profile.model_dump(mode="json")) + "\n")
+    except (SpiffyError, OSError):
+        return

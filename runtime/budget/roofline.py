@@ -1,0 +1,154 @@
+"""What a forward would cost on a named accelerator: a prediction from four public numbers.
+
+A forward takes the longer of moving its bytes and doing its arithmetic. That ignores the time to
+launch kernels, everything short of peak, and everything a host does: good enough to tell whether a
+model of billions of parameters is memory-bound, worthless for one of millions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.step.canvas import Canvas
+from spiffy.schemas import CacheName, CostPoint, CostProfile
+
+_BYTES = 2  # per number: everything in bfloat16
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Data-sheet numbers: bytes/s of memory, dense bfloat16 FLOP/s."""
+
+    name: str
+    bandwidth: float
+    peak: float
+
+
+#: From the vendors' data sheets, without sparsity.
+ACCELERATORS = (
+    Accelerator("A100 80GB SXM", 2.039e12, 312e12),
+    Accelerator("H100 SXM", 3.35e12, 989e12),
+    Accelerator("L4", 300e9, 121e12),
+    Accelerator("RTX 4090", 1.008e12, 165e12),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's forward moves and computes.
+
+    Attributes
+    ----------
+    shared
+        Parameters that every position goes through, without embedding and output head.
+    experts
+        Parameters of all experts together; 0 if there are none.
+    experts_share
+        Share of them that one position goes through.
+    layers, width, kv_width
+        Layers; numbers in a position's queries and in its keys, per layer.
+    head
+        Parameters of the output head.
+    """
+
+    shared: int
+    experts: int
+    experts_share: float
+    layers: int
+    width: int
+    kv_width: int
+    head: int
+
+    @classmethod
+    def of(cls, model: DiffusionLM) -> Shape:
+        """From the parameters and the config that transformers runs."""
+        module: Any = model.module
+        sizes = {name: p.numel() for name, p in module.named_parameters()}
+        embedding = module.model.embed_tokens.weight.numel()
+        head = module.lm_head.weight.numel()
+        tied = "lm_head.weight" not in sizes
+        experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        config = module.config
+        chosen = config.num_experts_per_tok / config.num_experts if experts else 1.0
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            shared=sum(sizes.values()) - experts - embedding - (0 if tied else head),
+            experts=experts,
+            experts_share=chosen,
+            layers=config.num_hidden_layers,
+            width=heads * head_dim,
+            kv_width=config.num_key_value_heads * head_dim,
+            head=head,
+        )
+
+
+def layout(canvas: Canvas, cache: CacheName, drafts: int) -> tuple[int, int, int]:
+    """How a forward with drafts lies: (rows, query positions per row, frozen positions).
+
+    For a block in the middle of the answer.
+    """
+    block, states = canvas.block_length, 1 + drafts
+    before = canvas.span(canvas.blocks // 2).start
+    after = canvas.length - before - block
+    if cache == "none":
+        return states, canvas.length, 0
+    if cache == "dual":
+        return 1, states * block, before + after
+    if cache == "prefix":
+        return 1, states * block + after, before
+    return 1, states * block, before
+
+
+def seconds(accelerator: Accelerator, moved: float, flops: float) -> float:
+    """The longer of moving bytes and computing."""
+    return max(moved / accelerator.bandwidth, flops / accelerator.peak)
+
+
+def forward_seconds(
+    shape: Shape, accelerator: Accelerator, canvas: Canvas, cache: CacheName, drafts: int
+) -> float:
+    """Seconds of one forward, without the output head."""
+    rows, queries, frozen = layout(canvas, cache, drafts)
+    positions = rows * queries
+    # Every position picks its own experts; few positions leave some of the weights unread.
+    read = 1 - (1 - shape.experts_share) ** positions
+    weights = shape.shared + read * shape.experts
+    kept = 2 * shape.layers * shape.kv_width * (frozen + positions)
+    through = shape.shared + shape.experts_share * shape.experts
+    attention = 4 * shape.layers * shape.width * positions * (frozen + queries)
+    return seconds(accelerator, _BYTES * (weights + kept), 2 * through * positions + attention)
+
+
+def predicted_profile(
+    model: DiffusionLM,
+    accelerator: Accelerator,
+    canvas: Canvas,
+    cache: CacheName,
+    budgets: Sequence[int],
+    drafting: dict[str, tuple[CostPoint, ...]] | None = None,
+) -> CostProfile:
+    """The cost profile of a model on an accelerator, as far as its data sheet tells.
+
+    Parameters
+    ----------
+    budgets
+        Numbers of drafts, ascending from 0.
+    drafting
+        Seconds of choosing drafts, which is a matter of the host and taken as it is.
+    """
+    shape = Shape.of(model)
+    masked = -(-canvas.block_length // 2)  # on average
+    return CostProfile(
+        device=accelerator.name,
+        dtype="bfloat16",
+        points=tuple(
+            CostPoint(drafts=n, seconds=forward_seconds(shape, accelerator, canvas, cache, n))
+            for n in budgets
+        ),
+        step_seconds=seconds(accelerator, _BYTES * shape.head, 2 * shape.head * masked),
+        drafting=drafting or {},
+    )

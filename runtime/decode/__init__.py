@@ -1,0 +1,21 @@
+"""Decoding: the loop, plain and speculative, and the driver that runs its forwards.
+
+`loop` is meant to be read in one sitting. `task` is one sequence and what has become of it,
+`driver` runs one or many at a time.
+"""
+
+from spiffy.runtime.decode.driver import is_out_of_memory, run, synchronize
+from spiffy.runtime.decode.loop import denoise, denoising_step, find
+from spiffy.runtime.decode.task import Stats, Task, make_task
+
+__all__ = [
+    "Stats",
+    "Task",
+    "denoise",
+    "denoising_step",
+    "find",
+    "is_out_of_memory",
+    "make_task",
+    "run",
+    "synchronize",
+]

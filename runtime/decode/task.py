@@ -1,0 +1,126 @@
+"""One sequence to decode: what decides its tokens, what has become of it, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spiffy.runtime.draft import Drafter
+from spiffy.runtime.forward.cache import BlockEdges, most_drafts
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.step.canvas import Canvas, Cursor
+from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas.graph import MAX_NODES
+
+
+@dataclass
+class Stats:
+    """Raw counts of one decode; ratios are for reports.
+
+    Attributes
+    ----------
+    nfe
+        Model forwards, every one: cache refreshes, prefill and stores too.
+    positions_computed
+        Token positions that those forwards ran.
+    steps
+        Denoising steps made. Without drafts each needs a forward, unless the one before committed
+        nothing (Dream's timesteps).
+    drafted, accepted
+        Draft states evaluated, and steps gained by hopping to one.
+    halvings
+        Times that a forward did not fit into memory and its drafts were halved.
+    seconds
+        Wall-clock time from prompt ids to answer ids; forwards shared by several sequences count
+        in full for each.
+    forward_seconds, draft_seconds, verify_seconds
+        What of it went into the transformer; into ranking candidates and choosing drafts; into the
+        walk (output head, softmax, unmasking policy), which plain decoding makes step by step too.
+    """
+
+    nfe: int = 0
+    positions_computed: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    halvings: int = 0
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+
+@dataclass
+class Task:
+    """One sequence to decode: what decides its tokens, and what has become of it so far.
+
+    Attributes
+    ----------
+    prompt
+        int64 [prompt], on the model's device.
+    seed, sequence
+        The noise of a denoising step is a function of these and of the step alone.
+    most_drafts
+        Drafts per forward that memory allows: a forward that does not fit halves it.
+    path
+        The state after every denoising step made so far.
+    """
+
+    model: DiffusionLM
+    settings: DecodingSettings
+    canvas: Canvas
+    prompt: Tensor
+    seed: int = 0
+    sequence: int = 0
+    drafter: Drafter | None = None
+    edges: BlockEdges = field(default_factory=BlockEdges)
+    most_drafts: int = MAX_NODES
+    path: list[Cursor] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+
+
+def make_task(
+    model: DiffusionLM,
+    prompt: str | Tensor,
+    settings: DecodingSettings,
+    drafter: Drafter | None = None,
+    seed: int = 0,
+    sequence: int = 0,
+    edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+) -> Task:
+    """Prepare the decoding of one prompt (text, or int64 [length] ids).
+
+    Raises
+    ------
+    SpiffyError
+        If the prompt is empty, holds ids outside the vocabulary, or leaves no room for the answer.
+    """
+    ids = model.encode(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt)
+    if ids.dim() != 1 or not len(ids) or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise SpiffyError(
+            f"prompt ids must be a non-empty 1-D tensor of integers, got {ids.dtype} of shape "
+            f"{[*ids.shape]}"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
+        raise SpiffyError(f"prompt ids must lie in [0, {model.vocab_size})")
+    canvas = Canvas.plan(
+        len(ids), settings.gen_length, settings.block_length, model.family.block_causal
+    )
+    if model.max_length is not None and canvas.length > model.max_length:
+        raise SpiffyError(
+            f"prompt of {len(ids)} tokens plus gen_length {settings.gen_length} exceeds the "
+            f"{model.max_length} positions of {model.name}: shorten the prompt or gen_length"
+        )
+    return Task(
+        model,
+        settings,
+        canvas,
+        ids.to(model.device, torch.long),
+        seed,
+        sequence,
+        drafter,
+        edges,
+        most_drafts(settings, canvas),
+    )

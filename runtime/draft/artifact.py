@@ -1,0 +1,48 @@
+"""An artifact as a drafter."""
+
+from __future__ import annotations
+
+from spiffy.runtime.draft.acceptance import acceptance_of, acceptance_weights
+from spiffy.runtime.draft.by_graph import GraphDrafter
+from spiffy.runtime.draft.by_model import AcceptanceDrafter
+from spiffy.runtime.draft.candidates import Drafter, Selection
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.graph import MOST_UNASKED
+
+
+def graph_drafter(
+    model: DiffusionLM,
+    graph: DraftGraph,
+    settings: DecodingSettings,
+    budget: int | None = None,
+    selection: Selection = "model",
+) -> Drafter:
+    """An artifact as a drafter of up to `budget` drafts per forward (default: its nodes, or 128).
+
+    With `selection="model"` the artifact's acceptance model chooses the drafts at run time, where
+    it has one for this unmasking policy; otherwise, and with "graph", they are the first nodes.
+
+    Raises
+    ------
+    SpiffyError
+        If the budget is not positive.
+    """
+    if budget is not None and budget < 1:
+        raise SpiffyError(f"budget {budget}: must be at least 1; to draft nothing, use no graph")
+    budget = budget or min(graph.budget, MOST_UNASKED)
+    acceptance = acceptance_of(graph) if selection == "model" else None
+    if acceptance is not None and _same_steps(graph, settings):
+        weights = acceptance_weights(acceptance, model.vocab_size)
+        return AcceptanceDrafter(weights, budget, model)
+    return GraphDrafter([node.fill for node in graph.nodes[:budget]], model)
+
+
+def _same_steps(graph: DraftGraph, settings: DecodingSettings) -> bool:
+    """Whether a denoising step commits what it did when the graph was calibrated."""
+    calibrated = graph.decoding
+    return (settings.policy, settings.tokens_per_step, settings.steps_per_block) == (
+        calibrated.policy,
+        calibrated.tokens_per_step,
+        calibrated.steps_per_block,
+    )

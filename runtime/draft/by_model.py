@@ -1,0 +1,97 @@
+"""Drafts chosen at run time: the states that the acceptance model finds most probable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spiffy.runtime.draft.acceptance import TOKEN_RANKS, AcceptanceWeights
+from spiffy.runtime.draft.candidates import Candidates
+from spiffy.runtime.draft.expand import expand
+from spiffy.runtime.draft.ngrams import Floats
+from spiffy.runtime.draft.outlook import Outlook
+from spiffy.runtime.step.canvas import Cursor
+
+
+class Vocabulary(Protocol):
+    """What choosing drafts by an acceptance model has to know of a model."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """Token id of the mask."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> Collection[int]:
+        """Token ids that end an answer."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits per position."""
+        ...
+
+
+class AcceptanceDrafter:
+    """Drafts the states that an acceptance model finds most probable at the root at hand.
+
+    Parameters
+    ----------
+    weights
+        The acceptance model.
+    budget
+        Most drafts per forward.
+    pays
+        From the probabilities of the drafts (float64 [k], descending) to how many are worth their
+        cost; all of them by default.
+    asks_rejected
+        Whether rejected drafts are asked too.
+    """
+
+    token_ranks = TOKEN_RANKS
+
+    def __init__(
+        self,
+        weights: AcceptanceWeights,
+        budget: int,
+        model: Vocabulary,
+        pays: Callable[[Floats], int] = len,
+        asks_rejected: bool = True,
+    ) -> None:
+        self.weights = weights
+        self.budget = budget
+        self.pays = pays
+        self.asks_rejected = asks_rejected
+        self.mask_token_id = model.mask_token_id
+        self.eos_token_ids = np.array(sorted(model.eos_token_ids), dtype=np.int64)
+        self.vocab_size = model.vocab_size
+
+    def outlook(self, root: Cursor, candidates: Candidates) -> Outlook:
+        """Lay out the root for the acceptance model."""
+        return Outlook.at(
+            root.ids.cpu().numpy(),
+            candidates.positions.cpu().numpy(),
+            candidates.tokens.cpu().numpy(),
+            candidates.log_p.cpu().numpy(),
+            candidates.fresh.cpu().numpy(),
+            mask_token_id=self.mask_token_id,
+            eos_token_ids=self.eos_token_ids,
+            vocab=self.vocab_size,
+            rejected=candidates.rejected,
+        )
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        """See `Drafter`."""
+        if not len(candidates.positions) or room < 1:
+            return root.ids.new_empty((0, len(root.ids)))
+        outlook = self.outlook(root, candidates)
+        choice, p = expand(self.weights, outlook, self.budget, room)
+        choice = choice[: self.pays(p)]
+        states = np.repeat(root.ids.cpu().numpy()[None], len(choice), 0)
+        at, m = (choice >= 0).nonzero()
+        states[at, outlook.positions[m]] = outlook.tokens[m, choice[at, m]]
+        return torch.from_numpy(states).to(root.ids.device)

@@ -1,0 +1,104 @@
+"""From the distribution that produced a root to draft coordinates, and what a drafter is.
+
+Draft coordinates (paper section 4): take the prediction that produced the root. Position rank 0 is
+its best-scored position among those the root still masks; token rank 0 is its most likely token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spiffy.runtime.draft.outlook import Rejected
+from spiffy.runtime.step.canvas import Cursor
+from spiffy.runtime.step.policy import Distribution, choose
+from spiffy.schemas import DecodingSettings
+
+#: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
+Selection = Literal["model", "graph"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A root's masked positions in draft coordinates, and what is known about them.
+
+    Attributes
+    ----------
+    positions
+        int64 [M], positions of the sequence by rank.
+    tokens
+        int64 [M, J], the most likely tokens of each position by rank.
+    log_p
+        float64 [M, J], their log-probabilities.
+    fresh
+        int64 [k], positions whose tokens in the root the distribution has not seen: it comes from
+        a state before the root.
+    rejected
+        What drafts say that the walk has not come to; None where none is asked.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+    log_p: Tensor
+    fresh: Tensor
+    rejected: Rejected | None = None
+
+
+def rank_candidates(
+    distribution: Distribution,
+    settings: DecodingSettings,
+    mask_token_id: int,
+    token_ranks: int,
+    masked: Tensor | None = None,
+    fresh: Tensor | None = None,
+) -> Candidates:
+    """Rank positions by score and tokens by probability; ties to the lower position, lower id.
+
+    `masked` (int64 [M], ascending, default: all) are those of the distribution's positions that the
+    root still masks; `fresh` those whose tokens the distribution has not seen. Sorted on the CPU:
+    the arrays are small.
+    """
+    log_p, tokens = (part.cpu().numpy() for part in distribution.top(token_ranks + 1))
+    positions = distribution.positions.cpu().numpy()
+    log_p = np.where(tokens == mask_token_id, -np.inf, log_p)  # never drafted
+    rows = np.arange(len(positions))[:, None]
+    ranked = np.lexsort((tokens, -log_p))
+    log_p, tokens = log_p[rows, ranked], tokens[rows, ranked]
+    if settings.policy != "sequential" and settings.score == "confidence":
+        score = torch.from_numpy(log_p[:, 0]).exp()  # `choose` without passing over all tokens
+    else:
+        score = choose(distribution, settings, mask_token_id)[1].cpu()
+    order = (-score.numpy()).argsort(kind="stable")
+    if masked is not None:
+        left = np.zeros(len(positions), dtype=np.bool_)
+        left[positions.searchsorted(masked.cpu().numpy())] = True
+        order = order[left[order]]
+    kept = min(token_ranks, distribution.log_p.shape[-1] - 1)
+    device = distribution.positions.device
+    return Candidates(
+        torch.from_numpy(positions[order]).to(device),
+        torch.from_numpy(tokens[order, :kept]).to(device),
+        torch.from_numpy(log_p[order, :kept]).to(device),
+        distribution.positions[:0] if fresh is None else fresh,
+    )
+
+
+class Drafter(Protocol):
+    """Proposes future states; whatever it proposes, the tokens decoded stay the same."""
+
+    #: How many tokens of each position it wants to know.
+    token_ranks: int
+    #: Whether it wants to know what rejected drafts say.
+    asks_rejected: bool
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        """Draft states int64 [n, length] for the root.
+
+        `candidates` are the root's masked positions as the distribution before it saw them; a
+        draft may fill at most `room` of them.
+        """
+        ...

@@ -1,0 +1,229 @@
+"""From an acceptance model to drafts: expand the most probable future states, best first.
+
+Probabilities multiply along paths, and paths that lead to the same state add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spiffy.runtime.draft.acceptance import OFFSETS, AcceptanceWeights
+from spiffy.runtime.draft.features import States, position_features
+from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
+from spiffy.runtime.draft.outlook import NEVER, Outlook
+
+_DEPTH = 16  # steps that drafts look ahead
+_MOST = 1 << 16  # positions of all states of a level: some 30 MB of features
+_RARE = 1e-5  # probability below which a state is not expanded
+# Part of the least probable draft's probability that a path to a new state has to bring along.
+_SHARE, _SHARE_OF_SETS = 1 / 4, 1 / 12
+
+
+def _softmax(score: Floats) -> Floats:
+    weights = np.exp(score - score.max(-1, keepdims=True))
+    softmax: Floats = weights / weights.sum(-1, keepdims=True)
+    return softmax
+
+
+def _weighed(coefficients: Floats, features: Floats) -> Floats:
+    """Sum [n, M] of features [F, n, M] times coefficients [F]."""
+    score = coefficients @ features.reshape(len(features), -1)
+    return score.reshape(features.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Children:
+    """Possible next states: parent [k], choice [k, M], probability [k]."""
+
+    parent: Ints
+    choice: Ints
+    p: Floats
+
+
+def _one_step(
+    model: AcceptanceWeights,
+    outlook: Outlook,
+    states: States,
+    p: Floats,
+    limit: float,
+    budget: int,
+) -> _Children:
+    """Children by static unmasking with one token per step."""
+    features, masked = position_features(outlook, states)
+    where = _softmax(np.where(masked, _weighed(model.position, features), NEVER))
+    joint = p[:, None, None] * where[:, :, None] * np.exp(states.log_p)
+    flat = joint.ravel()
+    # Several paths may add up to one state, so look at more of them than states are wanted.
+    (wanted,) = (flat > limit * _SHARE).nonzero()
+    if len(wanted) > 4 * budget:
+        wanted = wanted[np.argpartition(-flat[wanted], 4 * budget)[: 4 * budget]]
+    parent, m, j = np.unravel_index(wanted, joint.shape)
+    choice = states.choice[parent]
+    choice[np.arange(len(parent)), m] = j
+    return _Children(parent, choice, flat[wanted])
+
+
+_UNCERTAIN = 6  # positions per state of which every subset is tried
+_OTHER_TOKENS = ((0, 1), (0, 2), (0, 3), (1, 1))  # n-th least certain position, token rank
+_FORCED = 4  # positions tried where none reaches the threshold
+
+
+def _likely_sets(odds: Floats, masked: Bools, score: Floats) -> tuple[Bools, Floats]:
+    """Sets of positions [n, S, M] and their log-probabilities [n, S], each position on its own.
+
+    `odds` are log-odds of being committed, `score` says which one is if none would be; both [n, M].
+    """
+    n, count = masked.shape
+    odds = np.clip(odds, -14, 14)
+    likely = (odds > 0) & masked
+    # log P(exactly the likely ones), and what flipping a position costs.
+    together = -np.where(masked, np.log1p(np.exp(-np.abs(odds))), 0).sum(1)
+    cost = np.where(masked, np.abs(odds), np.inf)
+    width = min(_UNCERTAIN, count)
+    uncertain = np.argsort(cost, axis=1)[:, :width]
+    flips = (np.arange(1 << width)[:, None] >> np.arange(width) & 1).astype(np.bool_)
+    flip_cost = np.take_along_axis(cost, uncertain, 1)
+    log_p = together[:, None] - np.where(flips[None], flip_cost[:, None, :], 0.0).sum(-1)
+    sets = np.repeat(likely[:, None], len(flips), 1)
+    rows, columns = np.arange(n)[:, None, None], np.arange(len(flips))[None, :, None]
+    sets[rows, columns, uncertain[:, None, :]] ^= flips[None]
+    log_p = np.where(sets.any(-1), log_p, -np.inf)
+    # None above the threshold: the most confident one is committed all the same.
+    none = -np.where(masked, np.log1p(np.exp(odds)), 0).sum(1)
+    forced = np.argsort(-score, axis=1)[:, : min(_FORCED, count)]
+    single = np.zeros((n, forced.shape[1], count), dtype=np.bool_)
+    single[np.arange(n)[:, None], np.arange(forced.shape[1])[None], forced] = True
+    single &= masked[:, None]
+    log_single = none[:, None] + np.log(np.take_along_axis(_softmax(score), forced, 1) + 1e-30)
+    log_single = np.where(single.any(-1), log_single, -np.inf)
+    return np.concatenate((sets, single), 1), np.concatenate((log_p, log_single), 1)
+
+
+def _one_set(
+    model: AcceptanceWeights, outlook: Outlook, states: States, p: Floats, limit: float, room: int
+) -> _Children:
+    """Children by threshold unmasking: sets of positions that share an offset of their log-odds."""
+    assert model.commit is not None  # fitted for threshold unmasking
+    features, masked = position_features(outlook, states)
+    count = masked.shape[1]
+    odds = _weighed(model.commit[:-1], features) + model.commit[-1]
+    score = np.where(masked, _weighed(model.position, features), NEVER)
+    # Equal sets of several offsets add up where equal states do, in `_merged`.
+    found_sets, found_log_p = [], []
+    for offset, share in OFFSETS if model.spread else ((0.0, 1.0),):
+        shifted, log_shifted = _likely_sets(odds + offset * model.spread, masked, score)
+        found_sets.append(shifted)
+        found_log_p.append(log_shifted + np.log(share))
+    sets, log_p = np.concatenate(found_sets, 1), np.concatenate(found_log_p, 1)
+
+    by_rank = np.argsort(-states.log_p, axis=-1, kind="stable")
+    top = np.take_along_axis(states.log_p, by_rank, -1)
+    log_p = log_p + (sets * top[:, None, :, 0]).sum(-1) + np.log(p)[:, None]
+    # Several paths and offsets may add up to one state, so look further than what is wanted.
+    small = sets.sum(-1) + (states.choice >= 0).sum(1)[:, None] <= room
+    parent, k = np.nonzero(small & (log_p > np.log(max(limit * _SHARE_OF_SETS, 1e-6))))
+    chosen = sets[parent, k]
+    choice = np.where(chosen, by_rank[parent, :, 0], states.choice[parent])
+    probability = np.exp(log_p[parent, k])
+    # The same sets with a less likely token where the first is least certain.
+    second = top[:, :, min(1, top.shape[-1] - 1)]
+    doubt = np.where(chosen, second[parent] - top[parent, :, 0], -np.inf)
+    weakest = np.argsort(-doubt, axis=1)
+    lines = np.arange(len(parent))
+    found = [(parent, choice, probability)]
+    for nth, token in _OTHER_TOKENS:
+        if nth >= count or token >= top.shape[-1]:
+            continue
+        k = np.flatnonzero(chosen[lines, weakest[:, nth]])
+        m = weakest[k, nth]
+        other = choice[k]
+        other[np.arange(len(k)), m] = by_rank[parent[k], m, token]
+        change = np.exp(top[parent[k], m, token] - top[parent[k], m, 0])
+        found.append((parent[k], other, probability[k] * change))
+    parents, choices, probabilities = zip(*found, strict=True)
+    return _Children(
+        np.concatenate(parents), np.concatenate(choices), np.concatenate(probabilities)
+    )
+
+
+_HASHES = np.random.default_rng(2509_18085).integers(1, 1 << 62, size=(4096, 16), dtype=np.int64)
+
+
+def _merged(children: _Children, budget: int) -> _Children:
+    """Equal states once, with the sum of their probabilities; the `budget` most probable."""
+    rows = np.arange(children.choice.shape[1]) % len(_HASHES)
+    key = np.where(children.choice >= 0, _HASHES[rows, children.choice], 0).sum(1)  # may overflow
+    order = key.argsort(kind="stable")
+    key = key[order]
+    is_first = np.ones(len(key), dtype=np.bool_)
+    np.not_equal(key[1:], key[:-1], out=is_first[1:])
+    (first,) = is_first.nonzero()
+    p = np.add.reduceat(children.p[order], first)
+    best = (-p).argsort(kind="stable")[:budget]
+    kept = order[first[best]]
+    return _Children(children.parent[kept], children.choice[kept], p[best])
+
+
+def expand(
+    model: AcceptanceWeights, outlook: Outlook, budget: int, room: int
+) -> tuple[Ints, Floats]:
+    """The most probable future states of a root.
+
+    Level by level: all states that lie the same number of steps ahead are expanded together, so
+    paths to the same state have met before it is looked at.
+
+    Returns
+    -------
+    choice int64 [k, M] (token rank per masked position, -1 where masked) and probability [k],
+    k <= `budget`, most probable first; no state fills more than `room` positions.
+    """
+    count = outlook.tokens.shape[0]
+    budget = min(budget, max(1, _MOST // count))
+    nothing = np.full((1, count), -1, dtype=np.int64)
+    states = States.of(outlook, model, nothing, np.zeros(1, dtype=np.int64))
+    p = np.ones(1)
+    best = _Children(np.zeros(0, np.int64), np.zeros((0, count), np.int64), np.zeros(0))
+    limit = 0.0
+    share = _SHARE if model.commit is None else _SHARE_OF_SETS
+    for depth in range(1, min(_DEPTH, room) + 1):
+        if model.commit is None:
+            children = _one_step(model, outlook, states, p, limit, budget)
+        else:
+            children = _one_set(model, outlook, states, p, limit, room)
+        if not len(children.p):
+            break
+        children = _merged(children, budget)
+        found = _Children(
+            np.concatenate((best.parent, children.parent)),
+            np.concatenate((best.choice, children.choice)),
+            np.concatenate((best.p, children.p)),
+        )
+        # Under threshold unmasking a state may lie at several depths.
+        best = _merged(found, budget) if model.commit is not None else _top(found, budget)
+        limit = float(best.p[-1]) if len(best.p) == budget else 0.0
+        if depth == min(_DEPTH, room):
+            break
+        reach = _reach(outlook, children)
+        worth = (children.p >= max(limit, _RARE)) & (reach > limit * share)
+        if not worth.any():
+            break
+        parent, choice, p = children.parent[worth], children.choice[worth], children.p[worth]
+        states = states.filled(outlook, model, parent, choice)
+    return best.choice, best.p
+
+
+def _reach(outlook: Outlook, children: _Children) -> Floats:
+    """What no state after these is more probable than: [k], 0 if there is none.
+
+    The next step fills a position, with a token that is at most as probable as all of them.
+    """
+    mass = np.exp(outlook.log_mass.max(0))
+    reach: Floats = children.p * np.where(children.choice < 0, mass, 0.0).max(1)
+    return reach
+
+
+def _top(children: _Children, budget: int) -> _Children:
+    best = (-children.p).argsort(kind="stable")[:budget]
+    return _Children(children.parent[best], children.choice[best], children.p[best])

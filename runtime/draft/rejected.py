@@ -1,0 +1,88 @@
+"""What rejected drafts say about states further on: their forward has been computed anyway."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from spiffy.runtime.draft.candidates import Candidates
+from spiffy.runtime.draft.ngrams import Floats
+from spiffy.runtime.draft.outlook import Rejected
+from spiffy.runtime.forward.cache import Evaluation
+from spiffy.runtime.step.canvas import Cursor
+
+_LIKELY = np.log(0.05)  # least log-probability of what an asked draft holds more
+_MOST_ASKED = 16  # rejected drafts
+_MOST_HEARD = 1 << 13  # positions of all of them: 64 MB of hidden states of 4,096 bfloat16
+_SURE = 1 - 1e-12
+
+
+def with_rejected(
+    candidates: Candidates,
+    evaluation: Evaluation,
+    root: Cursor,
+    states: Tensor,
+    seen: int,
+    span: range,
+    mask_token_id: int,
+) -> Candidates:
+    """Ask those of the last forward's states that hold more than the source of the candidates.
+
+    A draft of the root before may turn out true yet, in part: once the root's new tokens, which it
+    does not hold, are joined by its own. What it says then reaches further than the distribution
+    that produced the root. Only the candidates' tokens are asked about; all others together are
+    taken to have the weight (the sum of exponentiated logits) that they have there.
+
+    Parameters
+    ----------
+    root
+        The new root.
+    states
+        int64 [n, length], evaluated by `evaluation`.
+    seen
+        The state that the candidates are of.
+    span
+        Positions of the root's block.
+    """
+    log_p = candidates.log_p.cpu().numpy()
+    if len(states) == 1 or log_p.max() <= _LIKELY:
+        return candidates
+    block = slice(span.start, span.stop)
+    ids, held = root.ids[block].cpu().numpy(), states[:, block].cpu().numpy()
+    tokens = candidates.tokens.cpu().numpy()
+    positions = candidates.positions.cpu().numpy() - span.start
+    fresh = candidates.fresh.cpu().numpy() - span.start
+    masked = held == mask_token_id
+    # In this block they hold all that the candidates' source does, and nothing else than the root.
+    may = ((held == held[seen]) | masked[seen]).all(1)
+    may &= ((held == ids) | masked | (ids == mask_token_id)).all(1)
+    filled = ~masked[:, positions]
+    same = tokens == held[:, positions, None]
+    may &= (same.any(-1) | ~filled).all(1) & filled.any(1) & ~filled.all(1)
+    may &= np.where(same, log_p, 0.0).sum((1, 2)) > _LIKELY
+    may &= [window.covers(span) for window in evaluation.windows]
+    most = min(_MOST_ASKED, max(1, _MOST_HEARD // len(positions)))
+    asked = may.nonzero()[0][:most]
+    if not len(asked):
+        return candidates
+    logits = evaluation.logits_of([seen, *asked.tolist()], candidates.positions, candidates.tokens)
+    if logits is None:
+        return candidates
+    quoted = _log_p_of(logits[1:], logits[0], log_p)
+    numbers = np.isfinite(quoted).all((1, 2))  # a draft may overflow where the truth does not
+    asked, quoted = asked[numbers], quoted[numbers]
+    choice = np.where(filled[asked], same[asked].argmax(-1), -1)
+    return replace(candidates, rejected=Rejected(choice, quoted, masked[asked][:, fresh]))
+
+
+def _log_p_of(logits: Floats, known_logits: Floats, known_log_p: Floats) -> Floats:
+    """Log-probabilities of some tokens' logits [R, M, J], where those of other logits are known.
+
+    All tokens that are not among the J have the weight that they have there ([M, J] both).
+    """
+    others = np.log1p(-np.minimum(np.exp(known_log_p).sum(-1), _SURE))
+    others += known_logits[:, 0] - known_log_p[:, 0]
+    log_p: Floats = logits - np.logaddexp(np.logaddexp.reduce(logits, -1), others)[:, :, None]
+    return log_p

@@ -1,0 +1,320 @@
+"""Where states live in a forward: one class per kind of cache (docs/losslessness.md).
+
+A cache turns "evaluate the root and these drafts" into rows of a forward and back. Its `evaluate`
+is a generator that yields rows and is sent their outputs, so that one driver can run the forwards
+of many sequences together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spiffy.runtime.forward.pack import Row, RowOutput, Segment, pack
+from spiffy.runtime.models.base import DiffusionLM, KeyValues
+from spiffy.runtime.step.canvas import Canvas, Cursor
+from spiffy.runtime.step.policy import Distribution
+from spiffy.schemas import CacheName, DecodingSettings
+
+
+@dataclass(frozen=True)
+class BlockEdges:
+    """What may happen where one block ends and the next begins; never a matter of tokens.
+
+    Attributes
+    ----------
+    complete
+        Drafts may complete their block, where a forward can then also tell about the next one.
+    first
+        A block's first forward may carry drafts, where something is known about the block: with
+        `NoCache` always but at the very start, with `BlockCache` from a rejected draft that
+        completed the block before (so it needs `complete` there), with the others never.
+    fold
+        Finished blocks (and the prompt's) are stored by the next denoising forward instead of one
+        of their own, as the official loop does. Only `BlockCache` stores blocks.
+    """
+
+    complete: bool = True
+    first: bool = True
+    fold: bool = True
+
+
+class Window(NamedTuple):
+    """Hidden states [positions, hidden] of one state, from position `start` on."""
+
+    hidden: Tensor
+    start: int
+
+    def covers(self, span: range) -> bool:
+        """Whether it reaches over all positions of `span`."""
+        return self.start <= span.start and span.stop <= self.start + len(self.hidden)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a forward says about the root (state 0) and the drafts; logits only on demand.
+
+    Attributes
+    ----------
+    first_only
+        Whether a step from it commits the block's first masked position and nothing else.
+    """
+
+    model: DiffusionLM
+    windows: Sequence[Window]
+    first_only: bool = False
+
+    def distribution(self, state: int, positions: Tensor) -> Distribution:
+        """What one state says about the given masked positions (int64 [M])."""
+        window = self.windows[state]
+        rows = self.model.rows_of(positions, window.start)
+        return Distribution.of(self.model.head(window.hidden[rows]), positions)
+
+    def logits_of(
+        self, states: Sequence[int], positions: Tensor, tokens: Tensor
+    ) -> NDArray[np.float64] | None:
+        """What states say about some tokens (int64 [M, J]) of positions (int64 [M]).
+
+        Returns
+        -------
+        [states, M, J], or None where the model has no such short way.
+        """
+        windows = [self.windows[state] for state in states]
+        rows = {start: self.model.rows_of(positions, start) for _, start in windows}
+        hidden = torch.stack([window.hidden[rows[window.start]] for window in windows])
+        logits = self.model.head_of(hidden, tokens)
+        return None if logits is None else logits.double().cpu().numpy()
+
+
+Forwards = Generator[list[Row], list[RowOutput], Evaluation]
+
+
+class Cache(Protocol):
+    """One sequence's cache."""
+
+    #: Whether a draft may complete its block, because its forward then covers the next block too.
+    crosses: bool
+
+    def takes_drafts(self, cursor: Cursor) -> bool:
+        """Whether the next forward has room for drafts, or holds the root alone."""
+        ...
+
+    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+        """Evaluate the root (row 0 of int64 [states, length]) and its drafts."""
+        ...
+
+    def settle(self, state: int) -> None:
+        """Learn at which of the evaluated states the walk ended."""
+        ...
+
+
+class NoCache:
+    """Every state is a full sequence, one row each. Exact."""
+
+    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
+        self.model = model
+        self.crosses = edges.complete
+
+    def takes_drafts(self, cursor: Cursor) -> bool:
+        """Check nothing: any forward can carry more rows."""
+        return True
+
+    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+        """See `Cache`."""
+        positions = torch.arange(states.shape[1], device=states.device)
+        outputs = yield [Row(ids, positions) for ids in states]
+        return Evaluation(self.model, [Window(output.hidden, 0) for output in outputs])
+
+    def settle(self, state: int) -> None:
+        """Keep nothing."""
+
+
+class DualCache:
+    """Fast-dLLM's dual cache: prefix and suffix are frozen while a block is decoded. Exact.
+
+    A block starts with a full forward of the root, which also makes a denoising step; its keys and
+    values outside the block are the block's cache. Then the root's block and the drafts' blocks are
+    packed side by side: each attends to the frozen positions and to itself.
+    """
+
+    crosses = False
+
+    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
+        self.model = model
+        self.canvas = canvas
+        self.block = -1
+        self.frozen: KeyValues | None = None
+
+    def takes_drafts(self, cursor: Cursor) -> bool:
+        """Refuse them in the block's first forward: what they attend to is only computed in it."""
+        return self.block == cursor.block
+
+    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+        """See `Cache`."""
+        if self.block != cursor.block:
+            return (yield from self._refresh(cursor))
+        span = self.canvas.span(cursor.block)
+        blocks = [Segment(ids, span.start) for ids in states[:, span.start : span.stop]]
+        row = pack(blocks, [[k] for k in range(len(blocks))], self.frozen)
+        (output,) = yield [row]
+        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1])
+        return Evaluation(self.model, [Window(h, span.start) for h in hidden])
+
+    def settle(self, state: int) -> None:
+        """Keep nothing: the block's cache does not change until the next block."""
+
+    def _frozen_positions(self, span: range, device: torch.device) -> Tensor:
+        everything = torch.arange(self.canvas.length, device=device)
+        return everything[(everything < span.start) | (everything >= span.stop)]
+
+    def _refresh(self, cursor: Cursor) -> Forwards:
+        positions = torch.arange(self.canvas.length, device=cursor.ids.device)
+        (output,) = yield [Row(cursor.ids, positions, keep=True)]
+        assert output.kept is not None  # asked for above
+        span = self.canvas.span(cursor.block)
+        self.block = cursor.block
+        frozen = self._frozen_positions(span, cursor.ids.device)
+        self.frozen = output.kept.select(frozen) if len(frozen) else None
+        # A shifted family reads a block's first token one position before the block, which later
+        # forwards do not compute: this forward commits that token and nothing else (Fast-dLLM).
+        first_only = self.model.family.logit_shift > 0
+        return Evaluation(self.model, [Window(output.hidden, 0)], first_only)
+
+
+class PrefixCache(DualCache):
+    """Fast-dLLM's prefix cache: only what precedes the block is frozen. Near-lossless.
+
+    Every forward recomputes the suffix. In a packed forward that happens once, from the root, and
+    the drafts attend to the root's suffix: a draft's logits are not exactly those that its own
+    forward would give. The root's are exact.
+    """
+
+    def _frozen_positions(self, span: range, device: torch.device) -> Tensor:
+        return torch.arange(span.start, device=device)
+
+    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+        """See `Cache`."""
+        if self.block != cursor.block:
+            return (yield from self._refresh(cursor))
+        span = self.canvas.span(cursor.block)
+        blocks = [Segment(ids, span.start) for ids in states[:, span.start : span.stop]]
+        suffix = Segment(cursor.ids[span.stop :], span.stop)
+        last = len(blocks)
+        sees = [[k, last] for k in range(last)] + [[0, last]]
+        (output,) = yield [pack([*blocks, suffix], sees, self.frozen)]
+        hidden = output.hidden[: last * len(span)].view(last, len(span), -1)
+        return Evaluation(self.model, [Window(h, span.start) for h in hidden])
+
+
+class BlockCache:
+    """SDAR's cache: finished blocks are frozen, the current one is recomputed. Exact.
+
+    Blocks count from position 0 of the prompt; the part of the prompt that fills no whole block
+    opens the first decoded block. Finished blocks that are not stored yet ride in front of the
+    root in the next denoising forward (`BlockEdges.fold`), or get a forward of their own. A draft
+    that completes its block carries the next block's masks behind it; if it comes true, the block
+    is already stored.
+    """
+
+    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
+        self.model = model
+        self.canvas = canvas
+        self.crosses = edges.complete
+        self.fold = edges.fold
+        self.frozen: KeyValues | None = None
+        self.stored = 0  # positions that `frozen` covers
+        self.kept: KeyValues | None = None  # of the last forward's segments
+        self.completed: dict[int, range] = {}  # state -> where `kept` holds the block it completes
+
+    def takes_drafts(self, cursor: Cursor) -> bool:
+        """Check nothing: drafts ride behind the frozen prefix in every denoising forward."""
+        return True
+
+    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+        """See `Cache`."""
+        span = self.canvas.span(cursor.block)
+        waiting = self._waiting(cursor)
+        if not self.fold:
+            prompt = (self.canvas.first - self.stored) // self.canvas.block_length
+            for blocks in (waiting[: max(prompt, 0)], *([b] for b in waiting[max(prompt, 0) :])):
+                if blocks:
+                    (output,) = yield [pack(blocks, _causal(len(blocks)), self.frozen, keep=True)]
+                    self._store(output.kept, range(len(output.hidden)))
+            waiting = []
+
+        segments, sees = list(waiting), _causal(len(waiting))
+        before = list(range(len(waiting)))
+        last_of: list[int] = []  # each state's last segment
+        self.completed = {}
+        of_states = states[:, span.start : span.stop]
+        complete = (of_states != self.model.mask_token_id).all(-1).tolist()
+        follows = self.crosses and cursor.block + 1 < self.canvas.blocks
+        for state, block in enumerate(of_states.unbind()):
+            segments.append(Segment(block, span.start))
+            sees.append([*before, len(sees)])
+            if complete[state] and follows:
+                following = self.canvas.span(cursor.block + 1)
+                start = (len(segments) - 1) * len(span)
+                self.completed[state] = range(start, start + len(span))
+                ids = states[state, following.start : following.stop]
+                segments.append(Segment(ids, following.start))
+                sees.append([*before, len(sees) - 1, len(sees)])
+            last_of.append(len(segments) - 1)
+
+        keep = bool(waiting or self.completed)
+        (output,) = yield [pack(segments, sees, self.frozen, keep)]
+        self.kept = output.kept
+        if waiting:
+            self._store(output.kept, range(len(waiting) * len(span)))
+        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1]).unbind()
+        return Evaluation(self.model, [Window(hidden[k], segments[k].start) for k in last_of])
+
+    def settle(self, state: int) -> None:
+        """Store the block that the last state of the walk completes, if it does."""
+        if state in self.completed:
+            self._store(self.kept, self.completed[state])
+        self.kept = None
+        self.completed = {}
+
+    def _waiting(self, cursor: Cursor) -> list[Segment]:
+        """Blocks before the cursor's that are not stored yet."""
+        length = self.canvas.block_length
+        starts = range(self.stored, self.canvas.span(cursor.block).start, length)
+        return [Segment(cursor.ids[start : start + length], start) for start in starts]
+
+    def _store(self, kept: KeyValues | None, positions: range) -> None:
+        assert kept is not None  # the row asked for them
+        ours = kept.narrow(positions)
+        self.frozen = ours if self.frozen is None else self.frozen.append(ours)
+        self.stored += len(positions)
+
+
+def _causal(blocks: int) -> list[list[int]]:
+    """Each block sees itself and those before it."""
+    return [list(range(block + 1)) for block in range(blocks)]
+
+
+# Beyond these many positions per forward drafts never pay, and memory may end (docs/trust.md).
+_MOST_STACKED = 1 << 17  # rows of whole sequences
+_MOST_PACKED = 1 << 13  # in one row: the attention mask has the square of it
+
+
+def most_drafts(settings: DecodingSettings, canvas: Canvas) -> int:
+    """Drafts that a forward may carry, however many a graph holds; at least one."""
+    if settings.cache == "none":
+        return max(1, _MOST_STACKED // canvas.length)
+    return max(1, _MOST_PACKED // canvas.block_length)
+
+
+CACHES: dict[CacheName, type[NoCache] | type[DualCache] | type[BlockCache]] = {
+    "none": NoCache,
+    "dual": DualCache,
+    "prefix": PrefixCache,
+    "block": BlockCache,
+}

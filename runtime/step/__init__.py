@@ -1,0 +1,1 @@
+"""One denoising step: the sequence it is made in (`canvas`) and what it commits (`policy`)."""

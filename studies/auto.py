@@ -1,0 +1,167 @@
+"""Time `--budget auto` against plain decoding, prompt by prompt: about 10 minutes on a CPU.
+
+Every tiny model is calibrated on generated problems and decodes others, plainly and with the
+drafts that should pay on this machine. Both run one right after the other, in turns first and
+second, so that whatever else the machine does hits them alike; every prompt counts with the median
+of its repeats' ratios. Costs are measured afresh. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import torch
+from losslessness import POLICIES, fill
+from rich.progress import track
+
+from spiffy.calib.pipeline import build_graph, prepare, record
+from spiffy.calib.prompts import load_prompts
+from spiffy.calib.synthetic import problems
+from spiffy.runtime import DiffusionLM, decoding_settings, load_model
+from spiffy.runtime.budget.auto import auto_drafter
+from spiffy.runtime.budget.cost import device_name
+from spiffy.runtime.decode import make_task, run
+from spiffy.runtime.draft import Drafter
+from spiffy.runtime.generate import Output, collect
+from spiffy.schemas import CacheName, DecodingSettings, PolicyName
+
+CASES: tuple[tuple[str, CacheName], ...] = (
+    ("tiny-llada", "none"),
+    ("tiny-llada", "dual"),
+    ("tiny-dream", "dual"),
+    ("tiny-sdar", "block"),
+)
+BUDGET = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model and policy; `ratios` are plain seconds over ours, one per prompt."""
+
+    model: str
+    cache: str
+    policy: str
+    chosen: str
+    predicted: float
+    ratios: list[float]
+    fewer: float
+    differing: int
+
+
+def decode(
+    model: DiffusionLM, settings: DecodingSettings, question: str, drafter: Drafter | None
+) -> Output:
+    """Decode one question."""
+    task = make_task(model, question, settings, drafter)
+    for _ in run(model, [task]):
+        pass
+    return collect(task)
+
+
+def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Namespace) -> Row:
+    """Calibrate, let auto choose, and race it against plain decoding."""
+    model = load_model(name, device="cpu", dtype="float32")
+    settings = decoding_settings(model, gen_length=args.gen_length, cache=cache, policy=policy)
+    prompts = load_prompts("synthetic", args.calibrate)
+    graph = build_graph(
+        model, prompts, settings, record(model, prepare(model, prompts, settings)), BUDGET
+    )
+    questions = [problem.question for problem in islice(problems("test"), args.samples)]
+    tasks = sorted((make_task(model, q, settings) for q in questions), key=lambda t: len(t.prompt))
+    plan, drafter = auto_drafter(tasks[len(tasks) // 2], graph, remeasure=True)
+
+    ratios: list[list[float]] = [[] for _ in questions]
+    nfe = [0, 0]
+    differing = 0
+    for repeat in range(args.repeats):
+        for k, question in enumerate(questions):
+            plain_first = (repeat + k) % 2 == 0
+            order = (None, drafter) if plain_first else (drafter, None)
+            first, second = (decode(model, settings, question, who) for who in order)
+            plain, ours = (first, second) if plain_first else (second, first)
+            ratios[k].append(plain.stats.seconds / ours.stats.seconds)
+            nfe[0] += plain.stats.nfe
+            nfe[1] += ours.stats.nfe
+            differing += repeat == 0 and plain.token_ids != ours.token_ids
+    return Row(
+        name,
+        cache,
+        policy,
+        "plain" if plan.selection is None else f"{plan.drafts} by {plan.selection}",
+        plan.speedup,
+        [median(values) for values in ratios],
+        nfe[0] / nfe[1],
+        differing,
+    )
+
+
+def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """Bootstrap interval of the median, 95%."""
+    generator = random.Random(0)
+    medians = sorted(median(generator.choices(values, k=len(values))) for _ in range(draws))
+    return medians[draws // 40], medians[-draws // 40]
+
+
+def table(rows: Sequence[Row], samples: int) -> str:
+    """Markdown, one line per model and policy."""
+    lines = [
+        "| model | cache | policy | auto chose | predicted | measured speedup (95%) | fewer NFE "
+        "| prompts that differ |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        low, high = interval(row.ratios)
+        lines.append(
+            f"| {row.model} | {row.cache} | {row.policy} | {row.chosen} | {row.predicted:.2f}x "
+            f"| **{median(row.ratios):.2f}x** ({low:.2f} to {high:.2f}) | {row.fewer:.2f}x "
+            f"| {row.differing} of {samples} |"
+        )
+    return "\n".join(lines)
+
+
+def cases(only: Sequence[str]) -> Iterator[tuple[str, CacheName, PolicyName]]:
+    """What is measured."""
+    for name, cache in CASES:
+        if name in only:
+            for policy in POLICIES:
+                yield name, cache, policy
+
+
+def main() -> None:
+    """Print the table, or put it into a Markdown file between its markers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = list(dict.fromkeys(name for name, _ in CASES))
+    parser.add_argument("--models", nargs="+", default=names, choices=names)
+    parser.add_argument("--samples", type=int, default=15, help="test problems")
+    parser.add_argument("--repeats", type=int, default=5, help="races per problem")
+    parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
+    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    load = os.getloadavg()[0]
+    rows = [measure(*case, args) for case in track(list(cases(args.models)), description="racing")]
+    note = (
+        f"`python studies/auto.py --samples {args.samples} --repeats {args.repeats} --calibrate "
+        f"{args.calibrate} --gen-length {args.gen_length} --threads {args.threads}` "
+        f"({device_name(torch.device('cpu'))}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, float32; load average {load:.1f} at the start, "
+        f"{os.getloadavg()[0]:.1f} at the end)"
+    )
+    block = f"{note}\n\n{table(rows, args.samples)}"
+    print(f"\n{block}")
+    for path in args.into:
+        fill(path, "auto", block)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Measure what speculation itself costs: drafting, packing, verification, next to the forward.
+
+    python studies/overhead.py            # a tiny trained model and 300M random parameters
+    python studies/overhead.py --forwards 40
+
+Takes apart the time of each model call: the transformer; the output head at the masked positions it
+is asked for; the walk (float64 softmax and unmasking at one state after the other); comparing
+states; choosing drafts; and the rest (packing, bookkeeping). Head and walk are what plain decoding
+spends on each step too. Comparing, drafting and the rest are what speculation adds, less what a
+plain step spends on them.
+
+Decoding is deterministic: every decode is repeated, and each call's times are medians over the
+repeats. The 300M model has random weights, so its drafts seldom come true: its time per denoising
+step is a worst case.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+
+import torch
+from losslessness import fill
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from spiffy.calib.pipeline import build_graph, prepare, record
+from spiffy.calib.prompts import load_prompts
+from spiffy.runtime import DiffusionLM, decode, decoding_settings, load_model
+from spiffy.runtime.decode import make_task
+from spiffy.runtime.draft import AcceptanceDrafter, Drafter
+from spiffy.runtime.draft.acceptance import acceptance_weights
+from spiffy.runtime.forward.pack import forward
+from spiffy.runtime.models.sdar import SDAR
+from spiffy.schemas import AcceptanceModel, DecodingSettings
+
+PARTS = ("forward", "head", "walk", "compare", "draft", "rest")
+
+
+def random_model(layers: int) -> DiffusionLM:
+    """SDAR's layout, random parameters (20 layers: 302 million) and a vocabulary of 32,000."""
+    config = Qwen3Config(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    facts = {"mask_token_id": 0, "block_size": 8, "max_position_embeddings": 4096}
+    module = Qwen3ForCausalLM(config)
+    millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    return DiffusionLM(module, SDAR, facts, name=f"{millions:.0f}M random")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One model call: milliseconds by part, and the denoising steps that it was worth."""
+
+    ms: dict[str, float]
+    steps: int
+
+
+@contextmanager
+def timed(owner: Any, name: str) -> Iterator[list[float]]:
+    """Collect the milliseconds of each call of a function or method."""
+    function, spent = getattr(owner, name), []
+
+    def timing(*args: Any) -> Any:
+        started = perf_counter()
+        result = function(*args)
+        spent.append(1000 * (perf_counter() - started))
+        return result
+
+    setattr(owner, name, timing)
+    try:
+        yield spent
+    finally:
+        setattr(owner, name, function)
+
+
+def take_apart(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    prompt: torch.Tensor,
+    drafter: Drafter | None,
+    forwards: int,
+) -> list[Call]:
+    """The first model calls of a decode, without the very first, which also warms up."""
+    task = make_task(model, prompt, settings)
+    task.drafter = drafter
+    stats, calls = task.stats, []
+    with timed(model, "head") as heads, timed(decode, "find") as finds:
+        decoding = decode.denoise(task)
+        rows = next(decoding)
+        for _ in range(forwards):
+            before = replace(stats)
+            heads.clear()
+            finds.clear()
+            started = perf_counter()
+            outputs = forward(model, rows)
+            forwarded = perf_counter()
+            try:
+                rows = decoding.send(outputs)
+            except StopIteration:
+                break
+            rest = 1000 * (perf_counter() - forwarded)
+            walk = 1000 * (stats.verify_seconds - before.verify_seconds)
+            draft = 1000 * (stats.draft_seconds - before.draft_seconds)
+            steps = stats.steps - before.steps
+            head = sum(heads[:steps])  # drafting may ask about the next block after that
+            ms = {
+                "forward": 1000 * (forwarded - started),
+                "head": head,
+                "walk": walk - head - sum(finds),
+                "compare": sum(finds),
+                "draft": draft,
+                "rest": rest - walk - draft,
+            }
+            calls.append(Call(ms, steps))
+    return calls[1:]
+
+
+def repeated(repeats: int, *args: Any) -> list[Call]:
+    """`take_apart` several times: each call's times are medians."""
+    decodes = [take_apart(*args) for _ in range(repeats)]
+    return [
+        Call({part: median(call.ms[part] for call in same) for part in PARTS}, same[0].steps)
+        for same in zip(*decodes, strict=True)
+    ]
+
+
+def lines(
+    name: str,
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    prompt: torch.Tensor,
+    acceptance: AcceptanceModel,
+    forwards: int,
+    repeats: int,
+) -> Iterator[str]:
+    """Markdown rows of one model, plain decoding first."""
+    weights = acceptance_weights(acceptance, model.vocab_size)
+    plain = 0.0  # what a plain step spends on what is not counted as every step's
+    for budget in (0, 8, 32):
+        drafter = AcceptanceDrafter(weights, budget, model) if budget else None
+        calls = repeated(repeats, model, settings, prompt, drafter, forwards)
+        steps = mean(call.steps for call in calls)
+        ms = {part: mean(call.ms[part] for call in calls) for part in PARTS}
+        spent = ms["compare"] + ms["draft"] + ms["rest"]
+        if not budget:
+            plain = spent / steps
+        added = max(spent - plain * steps, 0.0)
+        yield (
+            f"| {name} | {budget} | {steps:.2f} "
+            + "".join(f"| {ms[part]:.2f} " for part in PARTS)
+            + f"| {added / steps:.2f} | {added / ms['forward']:.1%} |"
+        )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--forwards", type=int, default=16, help="model calls to take apart")
+    parser.add_argument("--repeats", type=int, default=3, help="decodes that medians are over")
+    parser.add_argument("--layers", type=int, default=20, help="of the random model (20: 302M)")
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    args = parser.parse_args()
+    model = load_model("tiny-sdar", device="cpu", dtype="float32")
+    settings = decoding_settings(model, gen_length=256)
+    prompts = load_prompts("synthetic", 16)
+    traces = record(model, prepare(model, prompts, settings))
+    acceptance = build_graph(model, prompts, settings, traces, 32).acceptance
+    assert acceptance is not None  # 16 prompts are enough for one
+    found = [
+        "| model | drafts | steps per call | transformer, ms | head, ms | walk, ms | comparing, ms "
+        "| drafting, ms | rest, ms | added per step, ms | added, of the transformer |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    ]
+    prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
+    counts = (args.forwards, args.repeats)
+    found += lines("tiny-sdar", model, settings, prompt, acceptance, *counts)
+    large = random_model(args.layers)
+    settings = decoding_settings(large, gen_length=256, block_length=8, stop_at_eos=False)
+    prompt = torch.arange(1, 129)
+    without = acceptance.model_copy(update={"bigrams": ()})  # of another vocabulary
+    for block in (8, 32):
+        sized = settings.model_copy(update={"block_length": block})
+        name = f"{large.name}, block {block}"
+        found += lines(name, large, sized, prompt, without, *counts)
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32"
+    table = "\n".join(found)
+    arguments = f"--forwards {args.forwards} --repeats {args.repeats} --layers {args.layers}"
+    note = f"`python studies/overhead.py {arguments}` ({machine})"
+    print(table)
+    for path in args.into:
+        fill(path, "overhead", f"{note}\n\n{table}")
+
+
+if __name__ == "__main__":
+    main()
