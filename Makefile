@@ -4,7 +4,7 @@ MODEL ?= tiny-llada
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help demo bench results test lint types clean
+.PHONY: help demo bench results test lint types links docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
 	@echo "make results       measure the other tables in docs/ again (about an hour)"
 	@echo "make lint types    ruff, and mypy --strict on the installed layout"
+	@echo "make docs          the pages in docs/ and the API reference as a site, in .work/site"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -43,12 +44,20 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy cannot follow the import hook of an editable install: give it the installed layout as links.
+# mypy and mkdocstrings cannot follow the import hook of an editable install: give them the installed
+# layout as links.
 FOLDERS := bench calib cli graphs runtime schemas
-types: $(READY)
+links:
 	mkdir -p .work/types/spiffy
 	for folder in $(FOLDERS); do ln -sfn $(CURDIR)/$$folder .work/types/spiffy/$$folder; done
+
+types: $(READY) links
 	MYPYPATH=.work/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p spiffy
+
+# A link that leads nowhere, or a page that is not in the navigation, ends the build.
+docs: $(READY) links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the pages are in .work/site; .venv/bin/mkdocs serve shows them at http://127.0.0.1:8000"
 
 clean:
 	rm -rf .venv .work build *.egg-info

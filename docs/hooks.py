@@ -1,0 +1,57 @@
+"""What `make docs` does beyond the pages in docs/: pages from elsewhere, and their links.
+
+The first page is the repository's README, and some other Markdown files become pages too. Links
+that hold in the repository are rewritten to hold on the site; a link to a file that is no page
+keeps its words and loses its target.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from posixpath import normpath, relpath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+#: Files of the repository that become pages, by the page's name.
+PAGES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "training.md": "training/README.md",
+}
+_NAMES = {source: page for page, source in PAGES.items()}
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages from elsewhere."""
+    root = PurePosixPath(config.config_file_path).parent
+    for page, source in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(root / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Rewrite the page's links."""
+    name = page.file.src_uri
+    source = PurePosixPath(PAGES.get(name, f"docs/{name}"))
+
+    def rewritten(link: re.Match[str]) -> str:
+        image, text, target, anchor = link.groups(default="")
+        if not target or ":" in target:
+            return link[0]
+        file = normpath(source.parent / target)
+        page_name = _NAMES.get(file, file.removeprefix("docs/"))
+        if file not in _NAMES and not file.startswith("docs/"):
+            return text if text.startswith("`") else f"`{text}`"
+        return f"{image}[{text}]({relpath(page_name, PurePosixPath(name).parent)}{anchor})"
+
+    return _LINK.sub(rewritten, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Name source files as the repository does, not by the links that they are read through."""
+    return output.replace(".work/types/spiffy/", "")
