@@ -13,7 +13,16 @@ from spiffy.calib.prompts import PromptSet
 from spiffy.calib.provenance import provenance
 from spiffy.calib.record import Recorder, Trace
 from spiffy.calib.replay_drafts import replay_drafter
-from spiffy.graphs import ChainCounts, Fill, Prompt, Replay, grow_counted, grow_paper, replay
+from spiffy.graphs import (
+    ChainCounts,
+    Fill,
+    Prompt,
+    Replay,
+    grow_by_transitions,
+    grow_counted,
+    grow_paper,
+    replay,
+)
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Vocabulary
 from spiffy.runtime.draft.acceptance import acceptance_weights
@@ -31,7 +40,7 @@ from spiffy.schemas import (
     SpiffyError,
 )
 from spiffy.schemas.errors import printable
-from spiffy.schemas.graph import MAX_PROMPTS
+from spiffy.schemas.records import MAX_PROMPTS
 from spiffy.schemas.workdir import ModelFacts
 
 _MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # budgets
@@ -246,10 +255,11 @@ def expected_steps(
 
 
 def grow_by(objective: Objective, counts: ChainCounts, budget: int) -> list[Fill]:
-    """Grow by our objective or by the paper's."""
-    if objective == "paper":
-        return grow_paper(counts.chains(), budget)
-    return grow_counted(counts, budget)
+    """Grow by our objective, by the paper's published rule, or by transitions."""
+    if objective == "expected-steps":
+        return grow_counted(counts, budget)
+    grow = grow_paper if objective == "paper" else grow_by_transitions
+    return grow(counts.chains(), budget)
 
 
 def model_facts(model: DiffusionLM) -> ModelFacts:

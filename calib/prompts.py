@@ -198,8 +198,8 @@ def _from_hub(name: str, source: HubDataset) -> _Found:
         load_dataset = import_module("datasets").load_dataset
     except ImportError:
         raise SpiffyError(
-            f"dataset {name!r} comes from the hub: pip install 'spiffy-dllm[datasets]', or pass a "
-            "JSONL file"
+            f"dataset {name!r} comes from the hub through the package datasets, which is not "
+            "installed: pip install datasets, or pass a JSONL file"
         ) from None
     try:
         rows = load_dataset(source.path, source.name, split=source.split)

@@ -14,7 +14,7 @@ from spiffy.runtime.decode import Task
 from spiffy.runtime.draft import Candidates
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.schemas.graph import MAX_RANK
+from spiffy.schemas.records import MAX_RANK
 
 # Deeper futures are never worth a draft (docs/calibration.md).
 MAX_DEPTH = 12

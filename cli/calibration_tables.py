@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.table import Table
 
 from spiffy.cli.common import console, log, note_if_inexact
+from spiffy.schemas import Objective
 
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
     from spiffy.runtime.decode import Task
-    from spiffy.schemas import CostProfile, DraftGraph, Objective
+    from spiffy.schemas import CostProfile, DraftGraph
 
-_MOST_COMPARED = 200_000  # distinct chains; the paper's rule unpacks each, 2 kB and 40 microseconds
+_MOST_COMPARED = 200_000  # distinct chains; rival rules unpack each, 2 kB and 40 microseconds
+_OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 _SHOWN_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -22,36 +24,41 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
     from spiffy.calib.pipeline import chain_counts, grow_by, steps_per_forward
 
     record, settings = graph.calibration, graph.decoding
-    rival: Objective = "paper" if record.objective == "expected-steps" else "expected-steps"
     counts = chain_counts(traces)
     measured = traces.held_out or traces.growing
-    other: list[float] = []
-    if rival == "expected-steps" or len(counts) <= _MOST_COMPARED:
-        rivals = grow_by(rival, counts, graph.budget)
-        other = steps_per_forward((trace.chains for trace in measured), rivals)
+    columns: dict[str, list[float]] = {}
+    points = () if graph.acceptance is None else graph.acceptance.expected_steps
+    chosen = {point.drafts: point.steps for point in points}
+    for objective in _OBJECTIVES:
+        if objective == record.objective:
+            continue
+        if objective != "expected-steps" and len(counts) > _MOST_COMPARED:
+            log.print(
+                f"{objective} objective: left out, {len(counts)} distinct chains are too many "
+                "for it"
+            )
+            continue
+        rival = grow_by(objective, counts, graph.budget)
+        columns[objective] = steps_per_forward((trace.chains for trace in measured), rival)
     on = "held-out prompts" if traces.held_out else "prompt that the graph also grew on"
     table = Table(
         title=f"Denoising steps per forward on {len(measured)} {on} "
         f"({settings.policy}, cache {settings.cache}, block {settings.block_length})"
     )
     table.add_column("drafts", justify="right")
-    points = () if graph.acceptance is None else graph.acceptance.expected_steps
-    chosen = {point.drafts: point.steps for point in points}
     if chosen:
         table.add_column("chosen at run time", justify="right")
     table.add_column(f"this graph ({record.objective})", justify="right")
-    if other:
-        table.add_column(f"{rival} objective", justify="right")
+    for name in columns:
+        table.add_column(f"{name} objective", justify="right")
     for drafts in sorted({*(b for b in _SHOWN_BUDGETS if b < graph.budget), graph.budget}):
         table.add_row(
             str(drafts),
             *([f"{chosen[drafts]:.2f}"] if chosen else []),
             f"{graph.expected_steps[drafts]:.2f}",
-            *([f"{other[min(drafts, len(other) - 1)]:.2f}"] if other else []),
+            *(f"{steps[min(drafts, len(steps) - 1)]:.2f}" for steps in columns.values()),
         )
     console.print(table)
-    if not other:
-        log.print(f"{rival} objective: left out, {len(counts)} distinct chains are too many for it")
     note_if_inexact(settings)
     log.print(
         f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "

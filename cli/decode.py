@@ -32,7 +32,7 @@ from spiffy.cli.options import (
     spread,
 )
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.graph import MOST_UNASKED
+from spiffy.schemas.records import MOST_UNASKED
 
 if TYPE_CHECKING:
     from spiffy.runtime.budget.auto import Plan

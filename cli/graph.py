@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.tree import Tree
 
 from spiffy.cli.common import console, log, run_app
 from spiffy.cli.options import VersionOption
+from spiffy.graphs.labels import beyond_parent
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
 from spiffy.schemas.io import check_writable, read_json, write_atomically
 
@@ -61,9 +63,6 @@ def show(file: File) -> None:
 
 def _node_line(graph: DraftGraph, number: int) -> str:
     node = graph.nodes[number - 1]
-    parent = node.parents[0]
-    known = graph.nodes[parent - 1].fill if parent else ()
-    fill = " ".join(f"+{i}.{j}" for i, j in node.fill if (i, j) not in known)
     facts = [f"{node.count} roots"]
     if graph.calibration.roots:
         facts = [f"{node.count} roots, {node.count / graph.calibration.roots:.1%}"]
@@ -72,7 +71,7 @@ def _node_line(graph: DraftGraph, number: int) -> str:
         facts.append(f"{gain:+.3f} steps")
     if node.parents[1:]:
         facts.append(f"also from {', '.join(map(str, node.parents[1:]))}")
-    return f"{number}: {fill}  ({'; '.join(facts)})"
+    return f"{number}: {beyond_parent(graph.nodes, number)}  ({'; '.join(facts)})"
 
 
 def _acceptance_line(graph: DraftGraph) -> str:
@@ -135,6 +134,38 @@ def plot(
         write_calibration_report(graph, out)
     else:
         write_atomically(out, graph_picture(graph).file(kind))
+    log.print(f"wrote {out}", soft_wrap=True)
+
+
+class Format(StrEnum):
+    """What `spiffy-graph export` writes."""
+
+    GRAPHML = "graphml"
+    DOT = "dot"
+    JSON = "json"
+
+
+@app.command()
+def export(
+    file: File,
+    format: Annotated[
+        Format,
+        typer.Option(help="graphml (Gephi, yEd), dot (Graphviz), json (networkx node-link data)."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: print it.")] = None,
+) -> None:
+    """Write the nodes for graph tools: node 0 is the root, an edge is one denoising step.
+
+    Nodes carry fill, count and expected_gain; the same as DraftGraph.to_networkx() in Python.
+    """
+    from spiffy.graphs.export import exported
+
+    text = exported(DraftGraph.load(file), format.value)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    check_writable(out)
+    write_atomically(out, text)
     log.print(f"wrote {out}", soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.graph import MAX_NODES
+from spiffy.schemas.records import MAX_NODES
 
 if TYPE_CHECKING:
     from spiffy.calib.prompts import PromptSet
@@ -227,10 +227,11 @@ class Growth:
 
     budget: Annotated[int, drafting_option(help="Drafts per forward that the graph may hold.")] = 32
     objective: Annotated[
-        Literal["expected-steps", "paper"],
+        Literal["expected-steps", "paper", "transitions"],
         drafting_option(
-            help="expected-steps (steps that drafts save), or paper (degree-1 accumulation, in the "
-            "reading that did best)."
+            help="expected-steps (steps that drafts save), paper (the published degree-1 "
+            "accumulation: count of a node plus counts of its parents), or transitions (counts "
+            "along edges)."
         ),
     ] = "expected-steps"
 

@@ -9,12 +9,12 @@ from spiffy.graphs.baselines import (
     grow_by_children,
     grow_by_chosen_parents,
     grow_by_count,
-    grow_by_edges,
-    grow_by_nodes_and_edges,
+    grow_by_nodes_and_transitions,
+    grow_by_transitions,
     grow_paper,
 )
-from spiffy.graphs.chains import Chain, Fill, Prompt, count_chains, edges
-from spiffy.graphs.counts import ChainCounts, grow_counted, pack, unpack
+from spiffy.graphs.chains import Chain, Fill, Prompt, count_chains, transitions
+from spiffy.graphs.counts import ChainCounts, chain_from_bytes, chain_to_bytes, grow_counted
 from spiffy.graphs.grow import grow, grow_on_replay
 from spiffy.graphs.replay import Replay, replay
 
@@ -24,19 +24,19 @@ __all__ = [
     "Fill",
     "Prompt",
     "Replay",
+    "chain_from_bytes",
+    "chain_to_bytes",
     "count_chains",
-    "edges",
     "grow",
     "grow_by_all_parents",
     "grow_by_children",
     "grow_by_chosen_parents",
     "grow_by_count",
-    "grow_by_edges",
-    "grow_by_nodes_and_edges",
+    "grow_by_nodes_and_transitions",
+    "grow_by_transitions",
     "grow_counted",
     "grow_on_replay",
     "grow_paper",
-    "pack",
     "replay",
-    "unpack",
+    "transitions",
 ]

@@ -18,7 +18,7 @@ def count_chains(prompts: Iterable[Prompt]) -> Counter[Chain]:
     return Counter(chain for prompt in prompts for chain in prompt if chain)
 
 
-def edges(chains: Mapping[Chain, int]) -> dict[Fill, Counter[Fill]]:
+def transitions(chains: Mapping[Chain, int]) -> dict[Fill, Counter[Fill]]:
     """For every fill, how often each fill came right before it; `()` stands for the root."""
     before: dict[Fill, Counter[Fill]] = {}
     for chain, count in chains.items():

@@ -43,12 +43,12 @@ class ChainCounts:
         """From counted chains."""
         counts = cls()
         for chain, count in chains.items():
-            counts._take(_rows([pack(chain)], count))
+            counts._take(_rows([chain_to_bytes(chain)], count))
         return counts
 
     def add(self, prompt: Prompt) -> None:
         """Count the roots of one decoded prompt; empty chains teach nothing and are left out."""
-        self.add_packed([pack(chain) for chain in prompt if chain])
+        self.add_packed([chain_to_bytes(chain) for chain in prompt if chain])
 
     def add_packed(self, chains: Sequence[bytes]) -> None:
         """Count roots whose chains are packed already."""
@@ -193,7 +193,7 @@ def _hash(fill: Fill) -> int:
     return int(sum(int(_WORDS[i << _TOKEN_BITS | j]) for i, j in fill) % (1 << 64))
 
 
-def pack(chain: Chain) -> bytes:
+def chain_to_bytes(chain: Chain) -> bytes:
     """A chain as bytes, up to the first rank that has no room there."""
     words: list[int] = []
     before: Fill = ()
@@ -236,10 +236,10 @@ def _words(chains: _Array) -> _Array:
 
 def _unpacked(rows: Mapping[int, _Rows]) -> Counter[Chain]:
     pairs = (pair for chains, counts in rows.values() for pair in zip(chains, counts, strict=True))
-    return Counter({unpack(bytes(chain)): int(count) for chain, count in pairs})
+    return Counter({chain_from_bytes(bytes(chain)): int(count) for chain, count in pairs})
 
 
-def unpack(packed: bytes) -> Chain:
+def chain_from_bytes(packed: bytes) -> Chain:
     """The chain that was packed."""
     chain: list[Fill] = []
     pairs: list[tuple[int, int]] = []

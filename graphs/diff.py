@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
+from spiffy.graphs.labels import written
 from spiffy.schemas import AcceptanceModel, DraftGraph, Node
-from spiffy.schemas.graph import Fill
 
 _NAMED = 12  # nodes listed one by one
 _BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -25,11 +25,6 @@ def differences(a: DraftGraph, b: DraftGraph) -> list[str]:
         *_expected(a, b),
         *_acceptance(a.acceptance, b.acceptance),
     ]
-
-
-def written(fill: Fill) -> str:
-    """A fill as "+position rank.token rank ..."."""
-    return " ".join(f"+{i}.{j}" for i, j in fill)
 
 
 def _fields(what: str, a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:

@@ -8,12 +8,12 @@ from spiffy.schemas.decoding import (
     ScoreName,
 )
 from spiffy.schemas.errors import SpiffyError
-from spiffy.schemas.graph import (
+from spiffy.schemas.graph import DraftGraph
+from spiffy.schemas.records import (
     AcceptanceModel,
     CalibrationRecord,
     CostPoint,
     CostProfile,
-    DraftGraph,
     ExpectedSteps,
     ModelRecord,
     Node,

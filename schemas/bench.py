@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.errors import SpiffyError
-from spiffy.schemas.graph import CostProfile, ModelRecord, Node
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
+from spiffy.schemas.records import CostProfile, ModelRecord, Node
 
 FORMAT = "spiffy.bench"
 VERSION = "1.0"

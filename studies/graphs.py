@@ -38,8 +38,8 @@ from spiffy.graphs import (
     grow_by_children,
     grow_by_chosen_parents,
     grow_by_count,
-    grow_by_edges,
-    grow_by_nodes_and_edges,
+    grow_by_nodes_and_transitions,
+    grow_by_transitions,
     grow_on_replay,
     replay,
 )
@@ -67,9 +67,9 @@ BASELINES: dict[str, Growth] = {
     "connected count": grow_by_count,
     "paper: q + all parents": grow_by_all_parents,
     "paper: q + chosen parents": grow_by_chosen_parents,
-    "paper: nodes + edges": grow_by_nodes_and_edges,
-    "paper: edges": grow_by_edges,
-    "paper: q + children": grow_by_children,
+    "nodes + transitions": grow_by_nodes_and_transitions,
+    "transitions": grow_by_transitions,
+    "q + children": grow_by_children,
 }
 GREEDY = "**greedy, expected steps**"
 ON_REPLAY = "greedy on replayed forwards"
@@ -144,11 +144,15 @@ def held_out(case: Case) -> dict[str, list[float]]:
     steps[ON_REPLAY] = static(grow_on_replay(calibration, max(DRAFTS)))
 
     large = nodes_of(grow(case.counts, POOL * max(DRAFTS)), ChainCounts.of(case.counts))
-    papers = nodes_of(grow_by_edges(case.counts, POOL * max(DRAFTS)), ChainCounts.of(case.counts))
+    pool = nodes_of(
+        grow_by_transitions(case.counts, POOL * max(DRAFTS)), ChainCounts.of(case.counts)
+    )
     prune = GeometricMeanDrafter
     steps |= {
         "geometric mean": drawn(lambda n: prune(large[: POOL * n], case.model, n)),
-        "geometric mean, paper's pool": drawn(lambda n: prune(papers[: POOL * n], case.model, n)),
+        "geometric mean, pool by transitions": drawn(
+            lambda n: prune(pool[: POOL * n], case.model, n)
+        ),
         "geometric mean, mean with children": drawn(
             lambda n: prune(large[: POOL * n], case.model, n, "mean")
         ),

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiffy.graphs import Chain, ChainCounts, edges, grow, grow_counted, pack, unpack
+from spiffy.graphs import (
+    Chain,
+    ChainCounts,
+    chain_from_bytes,
+    chain_to_bytes,
+    grow,
+    grow_counted,
+    transitions,
+)
 
 
 def chain_of(draw: random.Random, ranks: int, steps: int, at_most: int) -> Chain:
@@ -35,12 +43,12 @@ def random_chains(seed: int, roots: int, **shape: int) -> list[Chain]:
 @settings(max_examples=30, deadline=None)
 def test_a_packed_chain_comes_back(seed: int, at_most: int) -> None:
     for chain in random_chains(seed, 20, at_most=at_most):
-        assert unpack(pack(chain)) == chain
+        assert chain_from_bytes(chain_to_bytes(chain)) == chain
 
 
 def test_a_chain_is_cut_where_a_rank_has_no_room() -> None:
     near, far = ((3, 1),), ((3, 1), (1024, 0))
-    assert unpack(pack((near, far))) == (near,)
+    assert chain_from_bytes(chain_to_bytes((near, far))) == (near,)
     counts = ChainCounts()
     counts.add([(near, far), None, (), (((0, 32),),)])
     assert counts.chains() == {(near,): 1}
@@ -75,7 +83,7 @@ def test_growth_from_counts_is_growth_from_all_chains(budget: int, at_most: int)
 @pytest.mark.parametrize("at_most", [1, 2])
 def test_passages_are_the_edges_among_some_fills(at_most: int) -> None:
     chains = Counter(random_chains(5, 500, at_most=at_most))
-    before = edges(chains)
+    before = transitions(chains)
     fills = grow(chains, 10)
     passed, parents = ChainCounts.of(chains).passages(fills)
     assert passed == [before[fill].total() for fill in fills]

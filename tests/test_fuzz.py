@@ -32,7 +32,7 @@ from spiffy.schemas import (
     Node,
     SpiffyError,
 )
-from spiffy.schemas.graph import MAX_NODES
+from spiffy.schemas.records import MAX_NODES
 
 
 def _benchmark(name: str) -> Any:

@@ -16,17 +16,17 @@ from spiffy.graphs import (
     Chain,
     Fill,
     count_chains,
-    edges,
     grow,
     grow_by_all_parents,
     grow_by_children,
     grow_by_chosen_parents,
     grow_by_count,
-    grow_by_edges,
-    grow_by_nodes_and_edges,
+    grow_by_nodes_and_transitions,
+    grow_by_transitions,
     grow_on_replay,
     grow_paper,
     replay,
+    transitions,
 )
 from spiffy.graphs.optimum import optimum
 from spiffy.graphs.replay import accepted_steps
@@ -35,8 +35,8 @@ BASELINES = (
     grow_by_count,
     grow_by_all_parents,
     grow_by_chosen_parents,
-    grow_by_nodes_and_edges,
-    grow_by_edges,
+    grow_by_nodes_and_transitions,
+    grow_by_transitions,
     grow_by_children,
 )
 
@@ -77,7 +77,7 @@ def value(counts: Counter[Chain], graph: set[Fill]) -> int:
 
 
 def is_connected(fills: list[Fill], counts: Counter[Chain]) -> bool:
-    before, known = edges(counts), {()}
+    before, known = transitions(counts), {()}
     for fill in fills:
         if known.isdisjoint(before[fill]):
             return False
@@ -103,7 +103,7 @@ def test_a_hop_needs_every_state_on_the_way() -> None:
 
 def test_a_state_reached_in_two_orders_is_one_node() -> None:
     counts = count_chains([[(A, AB)] * 3, [(B, AB)] * 2])
-    assert edges(counts)[AB] == {A: 3, B: 2}
+    assert transitions(counts)[AB] == {A: 3, B: 2}
     assert set(grow(counts, 3)) == {A, B, AB}
 
 
@@ -240,9 +240,9 @@ READINGS = Counter({(A, AB): 4, (A,): 1, (B, AB): 2, (B,): 4, (C, AC): 3})
         # AB follows B: 6 + 6.
         (grow_by_chosen_parents, [B, AB, A, C, AC]),
         # A: 5 + 5; AB after B: 6 + 2, after A too: 6 + 6.
-        (grow_by_nodes_and_edges, [B, A, AB, C, AC]),
+        (grow_by_nodes_and_transitions, [B, A, AB, C, AC]),
         # AB after B only: 2; after A too: 6.
-        (grow_by_edges, [B, A, AB, C, AC]),
+        (grow_by_transitions, [B, A, AB, C, AC]),
         # B: 6 + 6; A: 5 + 6; C: 3 + 3, which ties with AB, the larger fill.
         (grow_by_children, [B, A, C, AB, AC]),
     ],
@@ -269,4 +269,4 @@ def test_growth_stops_when_nothing_is_left_to_gain() -> None:
 
 
 def test_the_papers_rule_is_the_reading_that_measured_best() -> None:
-    assert grow_paper is grow_by_edges
+    assert grow_paper is grow_by_chosen_parents

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from spiffy.bench.plots.acceptance import acceptance
 from spiffy.bench.plots.artifact import coefficients, cost, expected
-from spiffy.bench.plots.draft_graph import beyond_parent, draft_graph
+from spiffy.bench.plots.draft_graph import draft_graph
 from spiffy.bench.plots.runs import nfe, positions, speed, time_split, tokens_per_second, trade
 from spiffy.bench.plots.style import WHO, Picture
 from spiffy.schemas.bench import Bench
@@ -15,7 +15,6 @@ __all__ = [
     "WHO",
     "Picture",
     "acceptance",
-    "beyond_parent",
     "coefficients",
     "cost",
     "draft_graph",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
+
+import networkx as nx
 
 from spiffy.bench.plots.style import (
     COLOURS,
@@ -16,6 +18,7 @@ from spiffy.bench.plots.style import (
     new_figure,
     styled,
 )
+from spiffy.graphs.labels import beyond_parent, written
 from spiffy.schemas import Node
 
 _LABELLED = 48  # nodes that get a label, the most often accepted first
@@ -62,8 +65,7 @@ def draft_graph(nodes: Sequence[Node], roots: int) -> Picture | None:
             zorder=2,
             gid=gid,
         )
-        fill = " ".join(f"+{i}.{j}" for i, j in node.fill)
-        tips[gid] = f"node {number}: {fill}, {_share(node, roots)}"
+        tips[gid] = f"node {number}: {written(node.fill)}, {_share(node, roots)}"
         if number in labelled:
             axes.annotate(
                 beyond_parent(nodes, number),
@@ -98,14 +100,6 @@ def draft_graph(nodes: Sequence[Node], roots: int) -> Picture | None:
     )
 
 
-def beyond_parent(nodes: Sequence[Node], number: int) -> str:
-    """What a node fills in beyond its first parent, as "+position rank.token rank"."""
-    node = nodes[number - 1]
-    parent = node.parents[0]
-    known = nodes[parent - 1].fill if parent else ()
-    return " ".join(f"+{i}.{j}" for i, j in node.fill if (i, j) not in known)
-
-
 def _share(node: Node, roots: int) -> str:
     return f"{node.count / roots:.1%} of roots" if roots else f"{node.count} roots"
 
@@ -114,26 +108,27 @@ Point = tuple[float, float]
 
 
 def _layout(nodes: Sequence[Node]) -> tuple[list[Point], list[tuple[int, int, bool]]]:
-    """Columns by steps from the root; a first child beside its parent, the others below."""
-    depth = [0]
-    for node in nodes:
-        depth.append(1 + max(depth[parent] for parent in node.parents))
-    columns: defaultdict[int, list[int]] = defaultdict(list)
-    for number in range(1, len(nodes) + 1):
-        columns[depth[number]].append(number)
-    y = [0.0] * (len(nodes) + 1)
-    siblings: Counter[int] = Counter()
-    for _, column in sorted(columns.items()):
-        # Parents from above to below, so that no two edges to first parents cross.
-        column.sort(key=lambda k: (y[nodes[k - 1].parents[0]], k))
-        above = -1.0
-        for number in column:
-            parent = nodes[number - 1].parents[0]
-            above = y[number] = max(y[parent] + siblings[parent], above + 1)
-            siblings[parent] += 1
+    """Where nodes stand, by number, and edges as (parent, child, whether it is the first parent).
+
+    A column per step from the root (networkx's topological generations); a first child stands
+    beside its parent, the others below, which networkx's layouts cannot do.
+    """
     edges = [
         (parent, number, parent == node.parents[0])
         for number, node in enumerate(nodes, start=1)
         for parent in node.parents
     ]
-    return [(float(depth[k]), -y[k]) for k in range(len(y))], edges
+    graph = nx.DiGraph((parent, number) for parent, number, _ in edges)
+    place: dict[int, Point] = {}
+    siblings: Counter[int] = Counter()
+    for column, numbers in enumerate(nx.topological_generations(graph)):
+        # Parents from above to below, so that no two edges to first parents cross.
+        first = {k: nodes[k - 1].parents[0] for k in numbers if k}
+        above = -1.0
+        for number in sorted(numbers, key=lambda k: (-place[first[k]][1] if k else 0.0, k)):
+            if number:
+                beside = -place[first[number]][1] + siblings[first[number]]
+                siblings[first[number]] += 1
+                above = max(beside, above + 1)
+            place[number] = (float(column), -max(above, 0.0))
+    return [place[k] for k in range(len(nodes) + 1)], edges

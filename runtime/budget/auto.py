@@ -19,7 +19,7 @@ from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, graph_dr
 from spiffy.runtime.draft.acceptance import acceptance_of
 from spiffy.runtime.draft.ngrams import Floats
 from spiffy.schemas import CostPoint, CostProfile, DraftGraph, ExpectedSteps, SpiffyError
-from spiffy.schemas.graph import MOST_UNASKED
+from spiffy.schemas.records import MOST_UNASKED
 
 #: Drafts must promise this much over plain decoding, or there are none: measured on a machine that
 #: does other things too, a promise was wrong by up to a tenth.

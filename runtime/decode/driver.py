@@ -11,7 +11,7 @@ from spiffy.runtime.decode.loop import Decoding, TooLargeError, denoise
 from spiffy.runtime.decode.task import Task
 from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.schemas.graph import MAX_NODES
+from spiffy.schemas.records import MAX_NODES
 
 
 def synchronize(device: torch.device) -> None:

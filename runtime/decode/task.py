@@ -12,7 +12,7 @@ from spiffy.runtime.forward.cache import BlockEdges, most_drafts
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import DecodingSettings, SpiffyError
-from spiffy.schemas.graph import MAX_NODES
+from spiffy.schemas.records import MAX_NODES
 
 
 @dataclass

@@ -8,7 +8,7 @@ from spiffy.runtime.draft.by_model import AcceptanceDrafter
 from spiffy.runtime.draft.candidates import Drafter, Selection
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-from spiffy.schemas.graph import MOST_UNASKED
+from spiffy.schemas.records import MOST_UNASKED
 
 
 def graph_drafter(
