@@ -31,11 +31,11 @@ bench: $(READY)
 
 results: $(READY)
 	$(BIN)/python studies/losslessness.py --into docs/losslessness.md
-	$(BIN)/python studies/edges.py --into docs/results.md
-	$(BIN)/python studies/graphs.py --into docs/drafting.md --plot docs/drafting.svg
-	$(BIN)/python studies/ablations.py --into docs/drafting.md
-	$(BIN)/python studies/auto.py --into docs/drafting.md
-	$(BIN)/python studies/overhead.py --into docs/drafting.md
+	$(BIN)/python studies/edges.py --into docs/results-edges.md
+	$(BIN)/python studies/graphs.py --into docs/results-drafting.md --plot docs/results-drafting.svg
+	$(BIN)/python studies/ablations.py --into docs/results-drafting.md
+	$(BIN)/python studies/auto.py --into docs/results-time.md
+	$(BIN)/python studies/overhead.py --into docs/results-time.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup

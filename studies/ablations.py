@@ -1,5 +1,7 @@
 """Measure what the acceptance model's parts are worth: about 5 minutes on one core.
 
+Part of `make results`; the table is in docs/results-drafting.md.
+
 Every tiny model decodes generated problems plainly, once to calibrate and once, on others, to
 measure. Then the model is fitted again without some of its evidence, and replayed, exactly.
 """

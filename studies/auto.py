@@ -1,5 +1,7 @@
 """Time `--budget auto` against plain decoding, prompt by prompt: about 10 minutes on a CPU.
 
+Part of `make results`; the table is in docs/results-time.md.
+
 Every tiny model is calibrated on generated problems and decodes others, plainly and with the
 drafts that should pay on this machine. Both run one right after the other, in turns first and
 second, so that whatever else the machine does hits them alike; every prompt counts with the median

@@ -1,4 +1,4 @@
-"""Measure what each block edge is worth (docs/results.md): part of `make results`.
+"""Measure what each block edge is worth (docs/results-edges.md): part of `make results`.
 
 It takes 7 minutes on one CPU core.
 

@@ -1,5 +1,7 @@
 """Measure what speculation itself costs: drafting, packing, verification, next to the forward.
 
+Part of `make results`; the table is in docs/results-time.md.
+
     python studies/overhead.py            # a tiny trained model and 300M random parameters
     python studies/overhead.py --forwards 40
 
