@@ -56,7 +56,7 @@ types: $(READY) links
 
 # A link that leads nowhere, or a page that is not in the navigation, ends the build.
 docs: $(READY) links
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the pages are in .work/site; .venv/bin/mkdocs serve shows them at http://127.0.0.1:8000"
 
 clean:

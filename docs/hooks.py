@@ -2,13 +2,15 @@
 
 The first page is the repository's README, and some other Markdown files become pages too. Links
 that hold in the repository are rewritten to hold on the site; a link to a file that is no page
-keeps its words and loses its target.
+keeps its words and loses its target. A module that no reference page shows is a warning, which ends
+the build.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -23,14 +25,27 @@ PAGES = {
     "training.md": "training/README.md",
 }
 _NAMES = {source: page for page, source in PAGES.items()}
+_FOLDERS = ("runtime", "schemas", "graphs", "calib", "bench")  # commands have --help instead
+_SHOWN = re.compile(r"^::: (\S+)", re.MULTILINE)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 
 
+log = logging.getLogger("mkdocs.hooks.spiffy")
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from elsewhere."""
-    root = PurePosixPath(config.config_file_path).parent
+    """Add the pages from elsewhere; miss no module in the reference."""
+    root = Path(config.config_file_path).parent
     for page, source in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(root / source)))
+    pages = (root / "docs/reference").glob("*.md")
+    shown = {name for page in pages for name in _SHOWN.findall(page.read_text(encoding="utf-8"))}
+    for folder in _FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            module = ".".join(("spiffy", *parts)).removesuffix(".__init__")
+            if not any(name == module or name.startswith(f"{module}.") for name in shown):
+                log.warning("%s is on no page of docs/reference: add '::: %s'", module, module)
     return files
 
 
