@@ -21,28 +21,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from corpus import EOS_ID, MASK_ID, Bucket, Example, Examples, read_gsm8k, unseen
+from masking import NEAR_PADDING, SMALLEST_RATIO, Batch, mask_batch, padded
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
-from train_tiny import (
-    EOS_ID,
-    MASK_ID,
-    NEAR_PADDING,
-    SMALLEST_RATIO,
-    Batch,
-    Bucket,
-    Example,
-    Examples,
-    mask_batch,
-    padded,
-    read_gsm8k,
-    unseen,
-)
 
 from spiffy.calib.synthetic import final_answer
 from spiffy.runtime import decoding_settings, load_model
-from spiffy.runtime.generate import generate_batch, make_task
+from spiffy.runtime.decode import make_task
+from spiffy.runtime.generate import generate_batch
 from spiffy.runtime.models.dream import DREAM
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.sdar import SDAR
