@@ -5,13 +5,13 @@ Part of `make results`; the table is in docs/results-time.md.
     python studies/overhead.py            # a tiny trained model and 300M random parameters
     python studies/overhead.py --forwards 40
 
-Takes apart the time of each model call: the transformer; the output head at the masked positions it
-is asked for; the walk (float64 softmax and unmasking at one state after the other); comparing
-states; choosing drafts; and the rest (packing, bookkeeping). Head and walk are what plain decoding
-spends on each step too. Comparing, drafting and the rest are what speculation adds, less what a
-plain step spends on them.
+Takes apart the time of each turn, a forward and its walk: the transformer; the output head at the
+masked positions it is asked for; the walk (float64 softmax and unmasking at one state after the
+other); comparing states; choosing drafts; and the rest (packing, bookkeeping). Head and walk are
+what plain decoding spends on each step too. Comparing, drafting and the rest are what speculation
+adds, less what a plain step spends on them.
 
-Decoding is deterministic: every decode is repeated, and each call's times are medians over the
+Decoding is deterministic: every decode is repeated, and each turn's times are medians over the
 repeats. The 300M model has random weights, so its drafts seldom come true: its time per denoising
 step is a worst case.
 """
@@ -33,8 +33,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
-from spiffy.runtime import DiffusionLM, decode, decoding_settings, load_model
-from spiffy.runtime.decode import make_task
+from spiffy.runtime import DiffusionLM, decoding_settings, load_model
+from spiffy.runtime.decode import loop, make_task
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter
 from spiffy.runtime.draft.acceptance import acceptance_weights
 from spiffy.runtime.forward.pack import forward
@@ -64,8 +64,8 @@ def random_model(layers: int) -> DiffusionLM:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One model call: milliseconds by part, and the denoising steps that it was worth."""
+class Turn:
+    """One turn: milliseconds by part, and the denoising steps that it was worth."""
 
     ms: dict[str, float]
     steps: int
@@ -95,13 +95,13 @@ def take_apart(
     prompt: torch.Tensor,
     drafter: Drafter | None,
     forwards: int,
-) -> list[Call]:
-    """The first model calls of a decode, without the very first, which also warms up."""
+) -> list[Turn]:
+    """The first turns of a decode, without the very first, which also warms up."""
     task = make_task(model, prompt, settings)
     task.drafter = drafter
-    stats, calls = task.stats, []
-    with timed(model, "head") as heads, timed(decode, "find") as finds:
-        decoding = decode.denoise(task)
+    stats, turns = task.stats, []
+    with timed(model, "head") as heads, timed(loop, "find") as finds:
+        decoding = loop.denoise(task)
         rows = next(decoding)
         for _ in range(forwards):
             before = replace(stats)
@@ -127,15 +127,15 @@ def take_apart(
                 "draft": draft,
                 "rest": rest - walk - draft,
             }
-            calls.append(Call(ms, steps))
-    return calls[1:]
+            turns.append(Turn(ms, steps))
+    return turns[1:]
 
 
-def repeated(repeats: int, *args: Any) -> list[Call]:
-    """`take_apart` several times: each call's times are medians."""
+def repeated(repeats: int, *args: Any) -> list[Turn]:
+    """`take_apart` several times: each turn's times are medians."""
     decodes = [take_apart(*args) for _ in range(repeats)]
     return [
-        Call({part: median(call.ms[part] for call in same) for part in PARTS}, same[0].steps)
+        Turn({part: median(turn.ms[part] for turn in same) for part in PARTS}, same[0].steps)
         for same in zip(*decodes, strict=True)
     ]
 
@@ -154,9 +154,9 @@ def lines(
     plain = 0.0  # what a plain step spends on what is not counted as every step's
     for budget in (0, 8, 32):
         drafter = AcceptanceDrafter(weights, budget, model) if budget else None
-        calls = repeated(repeats, model, settings, prompt, drafter, forwards)
-        steps = mean(call.steps for call in calls)
-        ms = {part: mean(call.ms[part] for call in calls) for part in PARTS}
+        turns = repeated(repeats, model, settings, prompt, drafter, forwards)
+        steps = mean(turn.steps for turn in turns)
+        ms = {part: mean(turn.ms[part] for turn in turns) for part in PARTS}
         spent = ms["compare"] + ms["draft"] + ms["rest"]
         if not budget:
             plain = spent / steps
@@ -171,7 +171,7 @@ def lines(
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--forwards", type=int, default=16, help="model calls to take apart")
+    parser.add_argument("--forwards", type=int, default=16, help="forwards to take apart")
     parser.add_argument("--repeats", type=int, default=3, help="decodes that medians are over")
     parser.add_argument("--layers", type=int, default=20, help="of the random model (20: 302M)")
     parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
@@ -183,8 +183,9 @@ def main() -> None:
     acceptance = build_graph(model, prompts, settings, traces, 32).acceptance
     assert acceptance is not None  # 16 prompts are enough for one
     found = [
-        "| model | drafts | steps per call | transformer, ms | head, ms | walk, ms | comparing, ms "
-        "| drafting, ms | rest, ms | added per step, ms | added, of the transformer |\n"
+        "| model | drafts | steps per forward | transformer, ms | head, ms | walk, ms "
+        "| comparing, ms | drafting, ms | rest, ms | added per step, ms "
+        "| added, of the transformer |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     ]
     prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
