@@ -2,8 +2,9 @@
 
 The first page is the repository's README, and some other Markdown files become pages too. Links
 that hold in the repository are rewritten to hold on the site; a link to a file that is no page
-keeps its words and loses its target. A module that no reference page shows is a warning, which ends
-the build.
+keeps its words and loses its target. A reference page that shows a package shows all of its
+modules: those that it names, in its order, and behind them the others. A package that no page shows
+is a warning, which ends the build.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PAGES = {
     "training.md": "training/README.md",
 }
 _NAMES = {source: page for page, source in PAGES.items()}
-_FOLDERS = ("runtime", "schemas", "graphs", "calib", "bench")  # commands have --help instead
+_FOLDERS = ("runtime", "schemas", "graphs", "calib", "bench")  # commands have --help
 _SHOWN = re.compile(r"^::: (\S+)", re.MULTILINE)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 
@@ -34,25 +35,26 @@ log = logging.getLogger("mkdocs.hooks.spiffy")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from elsewhere; miss no module in the reference."""
+    """Add the pages from elsewhere; miss no package in the reference."""
     root = Path(config.config_file_path).parent
     for page, source in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(root / source)))
     pages = (root / "docs/reference").glob("*.md")
     shown = {name for page in pages for name in _SHOWN.findall(page.read_text(encoding="utf-8"))}
     for folder in _FOLDERS:
-        for path in sorted((root / folder).rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            module = ".".join(("spiffy", *parts)).removesuffix(".__init__")
-            if not any(name == module or name.startswith(f"{module}.") for name in shown):
-                log.warning("%s is on no page of docs/reference: add '::: %s'", module, module)
+        for path in sorted((root / folder).rglob("__init__.py")):
+            name = ".".join(("spiffy", *path.parent.relative_to(root).parts))
+            if name not in shown:
+                log.warning("%s is on no page of docs/reference: add '::: %s'", name, name)
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite the page's links."""
+    """Rewrite the page's links; on a reference page, show the modules that it does not name."""
     name = page.file.src_uri
     source = PurePosixPath(PAGES.get(name, f"docs/{name}"))
+    if name.startswith("reference/"):
+        markdown += _others(markdown, Path(config.config_file_path).parent)
 
     def rewritten(link: re.Match[str]) -> str:
         image, text, target, anchor = link.groups(default="")
@@ -65,6 +67,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{image}[{text}]({relpath(page_name, PurePosixPath(name).parent)}{anchor})"
 
     return _LINK.sub(rewritten, markdown)
+
+
+def _others(markdown: str, root: Path) -> str:
+    """Directives for the modules of a page's packages that it does not name."""
+    shown = _SHOWN.findall(markdown)
+    lines = []
+    for package in shown:
+        folder = root.joinpath(*package.split(".")[1:])
+        for path in sorted(folder.glob("[!_]*.py")):
+            module = f"{package}.{path.stem}"
+            if not any(name == module or name.startswith(f"{module}.") for name in shown):
+                lines.append(f"\n::: {module}\n")
+    return "".join(lines)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
