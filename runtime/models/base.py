@@ -7,17 +7,21 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 
 from spiffy.schemas import CacheName, SpiffyError
 from spiffy.schemas.io import is_unicode
 
 Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
+
+# transformers 5.24 renamed it, for all of its models.
+_CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class KeyValues:
 
 
 class _AttentionCache:
-    """What transformers' attention calls `past_key_values`: puts frozen positions in front.
+    """What transformers' attention takes as its cache: puts frozen positions in front.
 
     Unlike transformers' caches it never grows: a draft's keys and values must not outlive the
     forward that verified it.
@@ -215,8 +219,8 @@ class DiffusionLM:
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask[:, None],
-            past_key_values=cache,
             use_cache=False,
+            **{_CACHE: cache},
         ).last_hidden_state
         return hidden, KeyValues(cache.fresh) if keep else None
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from spiffy.runtime.models.base import DiffusionLM, Family
@@ -171,6 +172,11 @@ def _module(
     # transformers only warns about these; a half-loaded model would decode nonsense.
     for problem in ("missing", "unexpected", "mismatched"):
         _refuse(name, family, problem, report.get(f"{problem}_keys") or ())
+    if module.lm_head.weight.is_meta and not hasattr(module.lm_head, "_hf_hook"):
+        raise SpiffyError(
+            f"{name}: transformers {transformers_version} cannot leave a whole model on disk: "
+            "upgrade it, or let device_map name a device for a part"
+        )
     return module
 
 
