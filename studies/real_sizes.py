@@ -1,0 +1,323 @@
+"""Drafting at real sizes: tiny models grown into real ones' shapes, plain against drafts.
+
+A grown model decodes the tiny model's tokens by the tiny model's states, and a forward costs what
+the real model's costs (`spiffy.bench.grow`). So acceptance is the tiny model's, here that of
+generated problems which neither training nor calibration saw; times are the real model's on this
+machine. The draft graph is calibrated on the tiny model. Ways of decoding take turns prompt by
+prompt.
+
+    python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --blocks 4,8
+    python studies/real_sizes.py --shapes 0.3b --weights disk --prompts 1 --budgets 2,8
+    python studies/real_sizes.py --shapes llada-8b --models tiny-llada --dtypes bfloat16   # a GPU
+
+With `--weights disk` the layers come from disk for every forward (accelerate's offload), the pages
+that the system has cached of them dropped before; embedding and head stay in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from losslessness import decode_all, fill
+from rich.console import Console
+
+from spiffy.bench.grow import grow, grow_graph
+from spiffy.bench.measure import Row, measure, speedup
+from spiffy.bench.methods import Method, methods
+from spiffy.calib.pipeline import build_graph, prepare, record
+from spiffy.calib.prompts import load_prompts
+from spiffy.calib.synthetic import problems
+from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
+from spiffy.runtime.budget.cost import device_name
+from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName, SpiffyError
+
+NODES = 16  # of the calibrated graphs
+CACHE: dict[str, CacheName] = {"tiny-llada": "dual", "tiny-dream": "dual", "tiny-sdar": "block"}
+log = Console(stderr=True, highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one machine; `weights` lie in "memory" or on "disk"."""
+
+    model: str
+    shape: str
+    block: int
+    dtype: str
+    weights: str
+    policy: PolicyName
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way of decoding, summed up over prompts and repeats.
+
+    Attributes
+    ----------
+    seconds, forward_seconds
+        Medians over all decodes: of one decode, and of one forward.
+    nfe, positions
+        Of all prompts together.
+    differing, of_tiny
+        Answers that are not the grown model's plain ones, and that are not the tiny model's, of
+        `prompts`.
+    """
+
+    case: Case
+    cache: str
+    where: str
+    parameters: int
+    way: str
+    prompts: int
+    forward_seconds: float
+    seconds: float
+    nfe: int
+    positions: int
+    speedup: float
+    differing: int
+    of_tiny: int
+
+
+@cache
+def calibrated(
+    name: str, block: int, policy: PolicyName, prompts: int, gen_length: int
+) -> DraftGraph:
+    """A draft graph of a tiny model."""
+    model = load_model(name, device="cpu", dtype="float32")
+    drawn = load_prompts("synthetic", prompts)
+    settings = decoding_settings(
+        model, gen_length=gen_length, block_length=block, cache=CACHE[name], policy=policy
+    )
+    traces = record(model, prepare(model, drawn, settings))
+    return build_graph(model, drawn, settings, traces, NODES)
+
+
+def ways(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    graph: DraftGraph,
+    budgets: Sequence[int],
+    questions: Sequence[str],
+) -> list[Method]:
+    """Plain decoding, fixed budgets, and auto."""
+    return methods(model, settings, graph, ("model", "auto"), budgets, prompts=questions)
+
+
+def run(case: Case, args: argparse.Namespace) -> list[Line]:
+    """Grow, check the tokens against the tiny model's, and race."""
+    graph = calibrated(case.model, case.block, case.policy, args.calibrate, args.gen_length)
+    tiny = load_model(case.model, device=args.device, dtype=case.dtype)
+    grown = grow(tiny, case.shape)
+    parameters = sum(weight.numel() for weight in grown.module.parameters())
+    artifact = grow_graph(graph, tiny, grown)
+    settings = decoding_settings(grown, artifact)
+    questions = [problem.question for problem in islice(problems("test"), args.prompts)]
+    expected = [out.text for out in decode_all(tiny, settings, questions, None, BlockEdges())]
+    with streamed(grown, args.offload) if case.weights == "disk" else resident(grown):
+        found = ways(grown, settings, artifact, args.budgets, questions)
+        measured = measure(
+            grown,
+            found,
+            questions,
+            records=[{} for _ in questions],
+            repeats=args.repeats,
+            warm_up=0,
+        )
+    rows: dict[str, list[Row]] = {method.name: [] for method in found}
+    for row in measured.rows:
+        rows[row.method].append(row)
+
+    def line(method: Method) -> Line:
+        ours, base = rows[method.name], rows[found[0].name]
+        once = [row for row in ours if row.repeat == 0]
+        return Line(
+            case,
+            settings.cache,
+            where(grown),
+            parameters,
+            way=_way(method),
+            prompts=len(questions),
+            forward_seconds=median(row.forward_seconds / row.nfe for row in ours),
+            seconds=median(row.seconds for row in ours),
+            nfe=sum(row.nfe for row in once),
+            positions=sum(row.positions_computed for row in once),
+            speedup=speedup(ours, base).value,
+            differing=sum(bool(row.differs) for row in once),
+            of_tiny=sum(row.text != expected[row.prompt] for row in once),
+        )
+
+    return [line(method) for method in found]
+
+
+def _way(method: Method) -> str:
+    if method.kind == "auto":
+        return f"auto ({method.note})"
+    return f"{method.budget or 0} drafts"
+
+
+def where(model: DiffusionLM) -> str:
+    """The machine's part that ran it."""
+    name = device_name(model.device)
+    return f"{name}, {torch.get_num_threads()} threads" if model.device.type == "cpu" else name
+
+
+@contextmanager
+def resident(model: DiffusionLM) -> Iterator[None]:
+    """Weights in memory, where they are."""
+    yield
+
+
+@contextmanager
+def streamed(model: DiffusionLM, folder: Path | None) -> Iterator[None]:
+    """The layers' weights on disk, read by every forward."""
+    module: Any = model.module
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        device = str(model.device)
+        places = {"model.layers": "disk"}
+        places |= dict.fromkeys(
+            ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), device
+        )
+        dispatch_model(module, places, main_device=device, offload_dir=scratch)
+        files = list(Path(scratch).glob("*.dat"))
+        for file in files:  # only what has reached the disk can be dropped
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+        def drop(*_: object) -> None:
+            for file in files:
+                with file.open("rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        module.model.register_forward_pre_hook(drop)
+        yield
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Markdown: a table per case; of each plain decoding first, then fixed budgets and auto."""
+    found = []
+    for case in dict.fromkeys(line.case for line in lines):
+        ours = [line for line in lines if line.case == case]
+        found += [_heading(ours[0]), "", *_HEADS, *map(_row, ours), ""]
+    return "\n".join(found).rstrip()
+
+
+_HEADS = (
+    "| | ms per forward | s per prompt | NFE | positions | speedup | differ (plain, tiny) |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+)
+
+
+def _heading(line: Line) -> str:
+    case = line.case
+    lie = {"memory": "in memory", "disk": "streamed from disk"}[case.weights]
+    return (
+        f"**{case.model} in the shape {case.shape}** ({line.parameters / 1e6:,.0f}M parameters, "
+        f"{case.dtype}, {lie}): block {case.block}, cache {line.cache}, {case.policy}; {line.where}"
+    )
+
+
+def _row(line: Line) -> str:
+    cells = (
+        line.way,
+        f"{1000 * line.forward_seconds:.0f}",
+        f"{line.seconds:.2f}",
+        str(line.nfe),
+        str(line.positions),
+        f"{line.speedup:.2f}x",
+        f"{line.differing}, {line.of_tiny} of {line.prompts}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """What is measured, small shapes first as they are given."""
+    for shape in args.shapes:
+        for name in args.models:
+            for block in args.blocks if name == "tiny-sdar" else [32]:
+                for dtype in args.dtypes:
+                    for weights in args.weights:
+                        for policy in args.policies:
+                            yield Case(name, shape, block, dtype, weights, policy)
+
+
+def words(text: str) -> list[str]:
+    """A list, from its form on the command line."""
+    return [word.strip() for word in text.split(",")]
+
+
+def numbers(text: str) -> list[int]:
+    """A list of numbers, from its form on the command line."""
+    return [int(word) for word in words(text)]
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", type=words, default=["0.3b", "qwen3-0.6b", "qwen3-1.7b"])
+    parser.add_argument("--models", type=words, default=["tiny-sdar", "tiny-llada", "tiny-dream"])
+    parser.add_argument("--blocks", type=numbers, default=[4, 8], help="of SDAR; others: 32")
+    parser.add_argument("--dtypes", type=words, default=["float32"])
+    parser.add_argument("--weights", type=words, default=["memory"], help="memory, disk, or both")
+    parser.add_argument("--policies", type=words, default=["static"])
+    parser.add_argument("--budgets", type=numbers, default=[1, 2, 4, 8])
+    parser.add_argument("--prompts", type=int, default=2, help="test problems")
+    parser.add_argument("--repeats", type=int, default=1, help="decodes of each in every way")
+    parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
+    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
+    parser.add_argument("--offload", type=Path, help="folder on the disk to stream from")
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Print the table after every case, and put it into Markdown files between their markers.
+
+    Returns
+    -------
+    1 if an answer in float32 is not plain decoding's or not the tiny model's, else 0.
+    """
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    command = shlex.join(["python", "studies/real_sizes.py", *sys.argv[1:]]).split(" --into")[0]
+    load = os.getloadavg()[0]
+    lines: list[Line] = []
+    for case in cases(args):
+        try:
+            with log.status(str(case)):
+                lines += run(case, args)
+        except SpiffyError as misfit:  # such as a shape that does not hold this model
+            log.print(f"left out: {misfit}", soft_wrap=True)
+            continue
+        note = (
+            f"`{command}` (torch {torch.__version__}, Python {platform.python_version()}; load "
+            f"average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end)"
+        )
+        block = f"{note}\n\n{table(lines)}"
+        print(f"\n{block}", flush=True)
+        for path in args.into:
+            fill(path, "real-sizes", block)
+    wrong = [line for line in lines if line.case.dtype == "float32"]
+    return int(any(line.differing or line.of_tiny for line in wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
