@@ -414,6 +414,7 @@ def test_a_device_map_places_layers_and_changes_no_logits(source: str, device_ma
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_of_a_few_tokens_are_those_of_the_head(dtype: str) -> None:
     model = load_model(str(PARITY / "llada-a"), dtype=dtype)
+    last_bit = 1e-5 if dtype == "float32" else 2**-7
     head = model.module.lm_head
     hidden = torch.randn(3, 4, model.module.config.hidden_size, dtype=model.dtype)
     tokens = torch.randint(model.vocab_size, (4, 5))
@@ -422,7 +423,8 @@ def test_logits_of_a_few_tokens_are_those_of_the_head(dtype: str) -> None:
         few = model.head_of(hidden, tokens)
         assert few is not None
         whole = model.head(hidden).gather(-1, tokens.expand(3, 4, 5))
-        assert (few - whole).abs().max() < (1e-5 if dtype == "float32" else 0.05)
+        # The last bit may differ, of the product and again where the bias is added.
+        assert (few - whole).abs().max() <= whole.abs().max() * last_bit
 
     class Quantised(torch.nn.Linear):
         """Whose weights are not what they seem."""

@@ -1,0 +1,121 @@
+"""Try a fast part of the suite with other versions of the dependencies than the pinned ones.
+
+    python .ci/versions.py oldest newest         # beside the installed torch: CI does this
+    python .ci/versions.py --with-torch oldest   # torch too, which may be gigabytes
+
+`oldest` are the lower bounds in pyproject.toml, each of them; `newest` is what pip finds. Prints
+the versions tried and the seconds that installing and testing took; leaves nothing installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EXTRAS = ("report", "large")
+
+# What a dependency could break: the official outputs, loading, losslessness, the commands.
+LOSSLESS = "tests/test_losslessness.py::test_"
+CLI = "tests/test_cli.py::test_"
+FAST = (
+    "tests/test_warnings.py",
+    "tests/test_load.py",
+    "tests/test_parity.py::test_logits_equal_the_official_models",
+    "tests/test_parity.py::test_trajectory_equals_the_official_loop",
+    f"{LOSSLESS}any_drafts_leave_every_state_as_it_was",
+    f"{LOSSLESS}garbage_drafts_change_nothing",
+    f"{LOSSLESS}batched_decoding_equals_one_by_one",
+    f"{CLI}verify_compares_with_plain_decoding",
+    f"{CLI}json_has_one_object_per_prompt",
+    f"{CLI}graph_commands_describe_an_artifact",
+    f"{CLI}help_and_version",
+    f"{CLI}bad_decode_input_is_one_line",
+)
+SHOW = """
+import sys
+from importlib.metadata import version
+print(", ".join(f"{name} {version(name)}" for name in sys.argv[1:]))
+"""
+TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
+
+
+def bounds() -> dict[str, str]:
+    """Dependencies of users, extras included, and their lower bounds."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"]]
+    for extra in EXTRAS:
+        listed += project["optional-dependencies"][extra]
+    found = [re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement) for requirement in listed]
+    assert all(found), f"a dependency without a plain lower bound: {listed}"
+    return {match[1]: match[2] for match in found if match}
+
+
+def requirements(which: str, with_torch: bool) -> list[str]:
+    """What to ask pip for. Accelerate comes with torch and would bring another one along."""
+    versions = bounds()
+    chosen = {k: v for k, v in versions.items() if with_torch or k not in ("torch", "accelerate")}
+    if which == "newest":
+        return [*chosen]
+    exact = [f"{name}=={version}" for name, version in chosen.items() if name != "torch"]
+    # transformers 5.0 asks for typer-slim, which once held the same files as typer.
+    exact.append(f"typer-slim=={versions['typer']}")
+    return [*exact, f"torch=={versions['torch']}.*"] if with_torch else exact
+
+
+def run(command: list[str], **variables: str) -> int:
+    """Run a command in the checkout and return its exit status."""
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, check=False
+    ).returncode
+
+
+def try_versions(which: str, with_torch: bool) -> int:
+    """Install, test, say what was tried and how long it took; nonzero if anything failed."""
+    pip = ["-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    with tempfile.TemporaryDirectory(dir=ROOT / ".work", prefix=f"{which}-") as folder:
+        began = time.monotonic()
+        python, variables = sys.executable, {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+        wanted = requirements(which, with_torch)
+        if with_torch:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            python, variables["PYTHONPATH"] = f"{folder}/bin/python", ""
+            failed = run([python, *pip, *wanted, *TEST_TOOLS])
+            failed = failed or run([python, *pip, "--no-deps", "-e", "."])
+        else:
+            failed = run([python, *pip, "--target", folder, *wanted])
+        installed = time.monotonic()
+        if failed:
+            print(f"{which}: cannot be installed", flush=True)
+            return failed
+        print(f"{which}: ", end="", flush=True)
+        run([python, "-c", SHOW, *sorted(bounds())], **variables)
+        test = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup"]
+        failed = run([*test, "-p", "no:cacheprovider", *FAST], **variables)
+        print(
+            f"{which}{' with torch' if with_torch else ''}: {'FAILED' if failed else 'passed'}; "
+            f"{installed - began:.0f} s to install, {time.monotonic() - installed:.0f} s to test",
+            flush=True,
+        )
+    return failed
+
+
+def main() -> int:
+    """Try the versions asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("which", nargs="+", choices=("oldest", "newest"))
+    parser.add_argument("--with-torch", action="store_true", help="torch as well: gigabytes")
+    args = parser.parse_args()
+    (ROOT / ".work").mkdir(exist_ok=True)
+    return max(try_versions(which, args.with_torch) for which in args.which)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
