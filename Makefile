@@ -4,7 +4,7 @@ MODEL ?= tiny-llada
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help demo bench results test lint types links docs clean
+.PHONY: help demo bench results test lint types links imports docs package versions oldest newest clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,8 +12,12 @@ help:
 	@echo "make test          run the whole test suite"
 	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
 	@echo "make results       measure the other tables in docs/ again (about an hour)"
-	@echo "make lint types    ruff, and mypy --strict on the installed layout"
+	@echo "make lint types    ruff and who may import whom; mypy --strict on the installed layout"
+	@echo "make imports       which room of the package imports which"
 	@echo "make docs          the pages in docs/ and the API reference as a site, in .work/site"
+	@echo "make package       build sdist and wheel, check them, use the wheel in a clean environment"
+	@echo "make versions      a fast part of the tests with the oldest and the newest dependencies"
+	@echo "make oldest newest the same with the oldest and the newest torch (gigabytes)"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -43,6 +47,10 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+imports: $(READY)
+	$(BIN)/python studies/imports.py
 
 # mypy and mkdocstrings cannot follow the import hook of an editable install: give them the installed
 # layout as links.
@@ -58,6 +66,16 @@ types: $(READY) links
 docs: $(READY) links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the pages are in .work/site; .venv/bin/mkdocs serve shows them at http://127.0.0.1:8000"
+
+package: $(READY)
+	$(BIN)/python .ci/package.py
+
+# Beside the installed torch; the other two install their own, which on Linux comes with CUDA.
+versions: $(READY)
+	$(BIN)/python .ci/versions.py oldest newest
+
+oldest newest: $(READY)
+	$(BIN)/python .ci/versions.py --with-torch $@
 
 clean:
 	rm -rf .venv .work build *.egg-info
