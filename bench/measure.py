@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,15 @@ import torch
 
 from spiffy.bench.methods import Method
 from spiffy.bench.score import score
-from spiffy.bench.watch import Forward, Watched, acceptance, decode, token_text, turn
+from spiffy.bench.watch import (
+    Forward,
+    Watched,
+    WatchedAdviser,
+    acceptance,
+    decode,
+    token_text,
+    turn,
+)
 from spiffy.calib.provenance import provenance
 from spiffy.runtime import BlockEdges, DiffusionLM
 from spiffy.runtime.budget.cost import device_name
@@ -45,6 +54,8 @@ class Row:
         None where the dataset does not say what is right.
     peak_bytes
         None where the system does not tell.
+    budgets, why
+        What an adviser chose for how many forwards, and what its choice at the end rests on.
     """
 
     method: str
@@ -61,6 +72,8 @@ class Row:
     draft_seconds: float
     verify_seconds: float
     halvings: int
+    budgets: Mapping[str, int]
+    why: str
     peak_bytes: int | None
     differs: bool | None
     correct: bool | None
@@ -106,7 +119,9 @@ def measure(
     def prepared(method: Method, prompt: int) -> Task:
         drafter = method.drafter(plain[prompt][0] if prompt in plain else ())
         watched = None if drafter is None else Watched(drafter)
-        return make_task(model, texts[prompt], method.settings, watched, seed, prompt, edges)
+        task = make_task(model, texts[prompt], method.settings, watched, seed, prompt, edges)
+        task.adviser = None if method.adviser is None else WatchedAdviser(method.adviser)
+        return task
 
     for prompt in range(len(texts)):  # also warms up the baseline
         task = prepared(baseline, prompt)
@@ -191,8 +206,8 @@ def _result(
     return Result(
         name=method.name,
         kind=method.kind,
-        budget=method.budget,
-        note=method.note,
+        budget=_usual_budget(once) if method.adviser is not None else method.budget,
+        note=_used(once),
         nfe=total("nfe"),
         positions_computed=total("positions_computed"),
         steps=total("steps"),
@@ -209,6 +224,20 @@ def _result(
         correct=sum(row.correct is True for row in scored),
         acceptance=acceptance((look.canvas, look.forwards) for look in looks),
     )
+
+
+def _used(rows: Sequence[Row]) -> str:
+    """What an adviser chose, in words; empty for other methods."""
+    used: Counter[str] = sum((Counter(row.budgets) for row in rows), Counter())
+    counts = ", ".join(f"{name} {count}" for name, count in used.most_common())
+    return f"forwards by drafts: {counts}; at the end {rows[-1].why}" if used else ""
+
+
+def _usual_budget(rows: Sequence[Row]) -> int:
+    """The number of drafts that was chosen for most forwards; 0: none."""
+    used: Counter[str] = sum((Counter(row.budgets) for row in rows), Counter())
+    most = max(used, key=lambda name: used[name], default="plain")
+    return 0 if most == "plain" else int(most.rsplit(" ", 1)[-1])
 
 
 def _speed(rows: Sequence[Row]) -> float:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime import BlockEdges, DiffusionLM
-from spiffy.runtime.budget.auto import auto_drafter
-from spiffy.runtime.decode import Task, make_task
+from spiffy.runtime.budget.auto import auto_budget
+from spiffy.runtime.decode import Adviser, Task, make_task
 from spiffy.runtime.draft import (
     Candidates,
     Drafter,
@@ -47,7 +47,7 @@ class Method:
     settings: DecodingSettings
     drafter: MakeDrafter
     budget: int | None = None
-    note: str = ""
+    adviser: Adviser | None = None
 
 
 class PerfectDrafter:
@@ -148,28 +148,12 @@ def methods(
     if acceptance_of(graph) is not None:
         for n in budgets:
             add("model", n, fixed(graph_drafter(model, graph, settings, n, "model")))
-    if "auto" in kinds and graph.expected_steps:
-        found.append(_auto(model, settings, graph, prompts, edges))
+    if "auto" in kinds:
+        adviser = auto_budget(median_task(model, settings, prompts, edges), graph)
+        found.append(Method("auto", "auto", settings, fixed(None), adviser=adviser))
     for n in budgets:
         add("perfect", n, lambda path, n=n: PerfectDrafter(path, n))  # type: ignore[misc]
     return found
-
-
-def _auto(
-    model: DiffusionLM,
-    settings: DecodingSettings,
-    graph: DraftGraph,
-    prompts: Sequence[str],
-    edges: BlockEdges,
-) -> Method:
-    plan, drafter = auto_drafter(median_task(model, settings, prompts, edges), graph)
-    chosen = (
-        "no drafts"
-        if plan.selection is None
-        else f"up to {plan.drafts} drafts by the {plan.selection}"
-    )
-    note = f"chose {chosen}, predicted {plan.speedup:.2f}x"
-    return Method("auto", "auto", settings, lambda path: drafter, plan.drafts, note)
 
 
 def median_task(

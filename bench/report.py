@@ -111,7 +111,7 @@ def graph_picture(graph: DraftGraph) -> Picture:
 
 def _chosen(graph: DraftGraph, profile: int) -> int:
     """Drafts that `--budget auto` takes with a cost profile; 0: none pays."""
-    auto = import_module("spiffy.runtime.auto")  # imports torch, which no other report needs
+    auto = import_module("spiffy.runtime.budget.auto")  # imports torch, which no other report needs
     plan = auto.best_plan(auto.expected_steps(graph), graph.cost_profiles[profile])
     drafts: int = plan.drafts
     return drafts

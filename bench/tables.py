@@ -251,10 +251,10 @@ def headline(bench: Bench) -> Headline:
         )
     auto = next((r for r in bench.results if r.kind == "auto"), None)
     if auto is not None and not auto.drafted:
-        sentence += " Asked beforehand, auto decided not to draft."
+        sentence += " Learning while it decoded, auto decided not to draft."
     elif auto is not None and auto.name != best.name:
         sentence += (
-            f" Chosen before decoding (auto): {interval(auto.speedup)}; the fastest is named after "
+            f" Learned while decoding (auto): {interval(auto.speedup)}; the fastest is named after "
             f"{len(lossless)} were measured."
         )
     for other in bench.results:

@@ -10,7 +10,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from spiffy.runtime.decode import Task, run
+from spiffy.runtime.decode import Advice, Adviser, Task, run
 from spiffy.runtime.draft import Candidates, Drafter
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
@@ -19,19 +19,43 @@ from spiffy.schemas.bench import Acceptance, Draft, RankTally, Tally, Turn
 Fill = dict[int, int]  # positions to token ids
 
 
+#: What a drafter was told and proposed, by denoising steps made before.
+Calls = dict[int, tuple[Candidates, Tensor]]
+
+
 class Watched:
     """A drafter that remembers what it proposed."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, calls: Calls | None = None) -> None:
         self.drafter = drafter
         self.token_ranks, self.asks_rejected = drafter.token_ranks, drafter.asks_rejected
-        self.calls: dict[int, tuple[Candidates, Tensor]] = {}  # by denoising steps made before
+        self.calls: Calls = {} if calls is None else calls
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """See `spiffy.runtime.draft.Drafter`."""
         states = self.drafter(root, candidates, room)
         self.calls[root.step] = candidates, states
         return states
+
+
+class WatchedAdviser:
+    """An adviser whose drafters' proposals are remembered."""
+
+    def __init__(self, adviser: Adviser) -> None:
+        self.adviser = adviser
+        self.begin, self.why = adviser.begin, adviser.why
+        self.calls: Calls = {}
+
+    def advise(self) -> Advice:
+        """See `spiffy.runtime.decode.Adviser`."""
+        drafter, choice = self.adviser.advise()
+        return Advice(None if drafter is None else Watched(drafter, self.calls), choice)
+
+    def learn(
+        self, advice: Advice, drafts: int, steps: int, forward_seconds: float, draft_seconds: float
+    ) -> None:
+        """See `spiffy.runtime.decode.Adviser`."""
+        self.adviser.learn(advice, drafts, steps, forward_seconds, draft_seconds)
 
 
 @dataclass(frozen=True)
@@ -61,9 +85,9 @@ class Forward:
 
 
 def decode(task: Task) -> list[Forward]:
-    """Decode a task to its end; its drafter, if any, must be `Watched`."""
-    watched = task.drafter
-    calls = watched.calls if isinstance(watched, Watched) else {}
+    """Decode a task to its end; its drafter or adviser, if any, must be a watched one."""
+    watched = task.adviser or task.drafter
+    calls = watched.calls if isinstance(watched, (Watched, WatchedAdviser)) else {}
     root = task.canvas.start(task.prompt, task.model.mask_token_id)
     forwards = []
     steps = accepted = 0

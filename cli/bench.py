@@ -33,6 +33,7 @@ from spiffy.cli.options import (
     prompt_option,
     spread,
 )
+from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
 from spiffy.schemas.io import write_atomically
@@ -260,9 +261,11 @@ def _prepared(
     """Load the model, draw the prompts, set up the methods."""
     from spiffy.bench.methods import methods as methods_of
 
+    threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
     lm = model.load(artifact, path)
     settings, edges = decoding.settings(lm, artifact), decoding.block_edges()
+    set_threads(lm, settings, threads)
     warn_of_differences(artifact, settings)
     chosen = decodable(lm, settings, list(drawn.texts))
     texts = [text for _, text in chosen]

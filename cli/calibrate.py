@@ -20,6 +20,7 @@ from spiffy.cli.options import (
     Dtype,
     Growth,
     SkipBad,
+    Threads,
     VersionOption,
     draw,
     model_option,
@@ -28,6 +29,7 @@ from spiffy.cli.options import (
     recording_option,
     spread,
 )
+from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import check_writable
 
@@ -67,6 +69,7 @@ class _Model:
     ]
     device: Device = "auto"
     dtype: Dtype = "auto"
+    threads: Threads = "auto"
     device_map: Annotated[
         str | None,
         model_option(help="auto, balanced, ...: spread a model over devices (needs accelerate)."),
@@ -217,6 +220,7 @@ def calibrate(
     from spiffy.calib.ranks import Ranks
 
     growth.check()
+    threads = read_threads(model.threads)
     if abs(decoding.seed) >= 1 << 53:
         raise SpiffyError(f"--seed {decoding.seed}: must be between -2^53 and 2^53")
     ranks = Ranks.from_environment()
@@ -229,6 +233,7 @@ def calibrate(
 
             lm = model.load(ranks)
             settings, edges = decoding.settings(lm), decoding.block_edges()
+            set_threads(lm, settings, threads)
             tasks = prepare(lm, drawn, settings, decoding.seed, edges)
         _note_left_out(drawn, tasks, settings)
         traces = _recorded(recording, lm, drawn, tasks, ranks)

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from spiffy.cli.threads import wait_passively
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 if TYPE_CHECKING:
@@ -84,13 +85,14 @@ def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> Non
     if different := artifact.differences(settings):
         log.print(
             f"other settings than the graph's: {', '.join(different)}; its expected steps do not "
-            "hold, --budget auto will not draft: calibrate with these",
+            "hold, and drafts are accepted less often: calibrate with these",
             soft_wrap=True,
         )
 
 
 def run_app(app: Callable[[], None]) -> None:
     """Run a typer app; bad input ends in one line and exit code 2."""
+    wait_passively()
     try:
         app()
     except SpiffyError as error:

@@ -18,7 +18,7 @@ from spiffy.cli.common import (
     run_app,
     warn_of_differences,
 )
-from spiffy.cli.decode_runs import Runs, compare, print_json, report, write
+from spiffy.cli.decode_runs import Runs, Way, compare, print_json, report, write
 from spiffy.cli.options import (
     Decoding,
     ModelOfGraph,
@@ -31,12 +31,11 @@ from spiffy.cli.options import (
     prompt_option,
     spread,
 )
+from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.records import MOST_UNASKED
 
 if TYPE_CHECKING:
-    from spiffy.runtime.budget.auto import Plan
-    from spiffy.runtime.draft import Drafter
+    from spiffy.runtime.budget.auto import AutoBudget
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -87,14 +86,14 @@ class _Drafting:
     budget: Annotated[
         str | None,
         drafting_option(
-            help="Drafts per forward. Default: all of the graph's, at most 128. auto: as many as "
-            "pay on this machine. With --verify also several, such as 1,8,32."
+            help="Drafts per forward. auto (default): as many as pay on this machine, none where "
+            "none do, learned while decoding. With --verify also several, such as auto,8,32."
         ),
     ] = None
     remeasure: Annotated[
         bool,
         drafting_option(
-            "--remeasure", help="With --budget auto: time this machine again, forget earlier times."
+            "--remeasure", help="With --budget auto: time this machine first, forget earlier times."
         ),
     ] = False
     speculation: Annotated[
@@ -102,7 +101,7 @@ class _Drafting:
     ] = True
 
     def budgets(self, artifact: DraftGraph | None, several: bool) -> list[Budget]:
-        """Budgets asked for; the graph's own if none. `several` says whether more than one may be.
+        """Budgets asked for; auto if none. `several` says whether more than one may be.
 
         Raises
         ------
@@ -114,7 +113,7 @@ class _Drafting:
                 raise SpiffyError("--budget counts drafts: give --graph, and drop --no-speculation")
             found: list[Budget] = []
         elif self.budget is None:
-            found = [min(artifact.budget, MOST_UNASKED)]
+            found = ["auto"]
         else:
             found = [self._budget(word.strip(), artifact) for word in self.budget.split(",")]
         if self.remeasure and "auto" not in found:
@@ -127,8 +126,6 @@ class _Drafting:
 
     def _budget(self, word: str, artifact: DraftGraph) -> Budget:
         if word == "auto":
-            if not artifact.expected_steps:
-                raise SpiffyError("--budget auto: the graph has no expected_steps; calibrate again")
             return "auto"
         if word.removeprefix("-").isdecimal() and len(word) < 10:
             if int(word) < 1:
@@ -136,26 +133,25 @@ class _Drafting:
             return min(int(word), artifact.budget)
         raise SpiffyError(f"--budget {self.budget!r}: give a number of drafts, or auto")
 
-    def drafters(
+    def ways(
         self, runs: Runs, artifact: DraftGraph | None, budgets: list[Budget]
-    ) -> dict[str, Drafter | None]:
-        """A drafter for every budget, by name; plain decoding if there is none."""
+    ) -> dict[str, Way]:
+        """A way of decoding for every budget, by name; plain if there is none."""
         from spiffy.runtime.draft import graph_drafter
 
         if artifact is None or not budgets:
-            return {"plain": None}
-        drafters: dict[str, Drafter | None] = {}
+            return {"plain": Way()}
+        ways: dict[str, Way] = {}
         for budget in budgets:
             if budget == "auto":
-                plan, drafter = self._auto(runs, artifact)
-                drafters[f"auto: {plan.drafts} drafts"] = drafter
+                ways["auto"] = Way(adviser=self._auto(runs, artifact))
             else:
-                named = f"{budget} drafts"
-                drafters[named] = graph_drafter(runs.lm, artifact, runs.settings, budget)
-        return drafters
+                drafter = graph_drafter(runs.lm, artifact, runs.settings, budget)
+                ways[f"{budget} drafts"] = Way(drafter)
+        return ways
 
-    def _auto(self, runs: Runs, artifact: DraftGraph) -> tuple[Plan, Drafter | None]:
-        from spiffy.runtime.budget.auto import auto_drafter
+    def _auto(self, runs: Runs, artifact: DraftGraph) -> AutoBudget | None:
+        from spiffy.runtime.budget.auto import auto_budget, auto_profile
         from spiffy.runtime.decode import make_task
 
         tasks = [
@@ -163,16 +159,8 @@ class _Drafting:
         ]
         tasks.sort(key=lambda task: len(task.prompt))
         task = tasks[len(tasks) // 2]
-        plan, drafter = auto_drafter(task, artifact, remeasure=self.remeasure)
-        log.print(f"budget auto: {_describe(plan)}")
-        return plan, drafter
-
-
-def _describe(plan: Plan) -> str:
-    if plan.selection is None:
-        return "no drafts, plain decoding is fastest here"
-    chosen = "acceptance model" if plan.selection == "model" else "graph"
-    return f"up to {plan.drafts} drafts by the {chosen}, predicted {plan.speedup:.2f}x plain"
+        prior = auto_profile(task, artifact, remeasure=True) if self.remeasure else None
+        return auto_budget(task, artifact, prior=prior)
 
 
 @dataclass(frozen=True)
@@ -226,15 +214,17 @@ def decode(
         raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
     output.check(drafts=artifact is not None and drafting.speculation)
     budgets = drafting.budgets(artifact, several=output.verify)
+    threads = read_threads(model.threads)
     texts = prompts.texts(decoding.seed)
     with log.status("loading"):
         edges = decoding.block_edges()
         lm = model.load(artifact, graph)
         settings = decoding.settings(lm, artifact)
+        set_threads(lm, settings, threads)
         runs = Runs(lm, settings, decoding.seed, edges, decodable(lm, settings, texts))
         if artifact is not None and budgets:
             warn_of_differences(artifact, settings)
-        runs.drafters = drafting.drafters(runs, artifact, budgets)
+        runs.ways = drafting.ways(runs, artifact, budgets)
     if output.verify:
         _verify(runs, output.json)
     else:
@@ -243,12 +233,12 @@ def decode(
 
 def _verify(runs: Runs, json_lines: bool) -> None:
     """Decode plainly too, and compare; exit code 1 if a token differs."""
-    runs.drafters = {"plain": None, **runs.drafters}
+    runs.ways = {"plain": Way(), **runs.ways}
     runs.decode(runs.prompts[0], "plain")  # warm-up, not counted
     runs.outputs.clear()
     with progress_bar() as bar:
         for prompt in bar.track(runs.prompts, description="decoding both ways"):
-            for name in runs.drafters:  # prompt by prompt, so that drift hits all alike
+            for name in runs.ways:  # prompt by prompt, so that drift hits all alike
                 runs.decode(prompt, name)
     identical = compare(runs, log if json_lines else console)
     if json_lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from spiffy.runtime import BlockEdges
+    from spiffy.runtime.decode import Adviser
     from spiffy.runtime.draft import Drafter
     from spiffy.runtime.generate import Output
     from spiffy.runtime.models import DiffusionLM
     from spiffy.schemas import DecodingSettings
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of decoding: who drafts, or who chooses that; neither: plain."""
+
+    drafter: Drafter | None = None
+    adviser: Adviser | None = None
 
 
 @dataclass
@@ -31,14 +41,14 @@ class Runs:
     seed: int
     edges: BlockEdges
     prompts: list[tuple[int, str]]
-    drafters: dict[str, Drafter | None] = field(default_factory=dict)
+    ways: dict[str, Way] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     fitting: dict[str, int] = field(default_factory=dict)  # drafts that memory allows
 
     @property
     def shown(self) -> str:
         """Whose answers are printed."""
-        return next(reversed(self.drafters))
+        return next(reversed(self.ways))
 
     def decode(self, prompt: tuple[int, str], name: str) -> None:
         """Decode one prompt with one drafter."""
@@ -51,8 +61,9 @@ class Runs:
         from spiffy.runtime.generate import answer_ids, collect
 
         sequence, text = prompt
-        drafter = self.drafters[name]
-        task = make_task(self.lm, text, self.settings, drafter, self.seed, sequence, self.edges)
+        way, edges = self.ways[name], self.edges
+        task = make_task(self.lm, text, self.settings, way.drafter, self.seed, sequence, edges)
+        task.adviser = way.adviser
         task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
         printed, block = "", 0
         for _ in run(self.lm, [task]):
@@ -77,7 +88,8 @@ class Runs:
 def _totals(outputs: Sequence[Output]) -> dict[str, float]:
     """Sums over prompts."""
     stats = [asdict(output.stats) for output in outputs]
-    totals: dict[str, float] = {key: sum(s[key] for s in stats) for key in stats[0]}
+    numbers = [key for key, value in stats[0].items() if isinstance(value, (int, float))]
+    totals: dict[str, float] = {key: sum(s[key] for s in stats) for key in numbers}
     totals["tokens"] = sum(len(output.token_ids) for output in outputs)
     return totals
 
@@ -123,6 +135,8 @@ def compare(runs: Runs, out: Console) -> bool:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     out.print(table)
+    for outputs in runs.outputs.values():
+        note_budgets(outputs)
     note_if_inexact(settings)
     return not differing
 
@@ -136,8 +150,20 @@ def report(runs: Runs) -> None:
         f"{totals['steps'] / totals['nfe']:.2f} steps per forward, "
         f"{totals['tokens'] / totals['seconds']:.1f} tokens/s"
     )
+    note_budgets(runs.outputs[runs.shown])
     if runs.shown != "plain":
         note_if_inexact(runs.settings)
+
+
+def note_budgets(outputs: Sequence[Output]) -> None:
+    """Say what `auto` chose, and what that rests on."""
+    used: Counter[str] = sum((output.stats.budgets for output in outputs), Counter())
+    if used:
+        counts = ", ".join(f"{name} {count}" for name, count in used.most_common())
+        log.print(
+            f"budget auto: forwards by drafts: {counts}; at the end {outputs[-1].stats.why}",
+            soft_wrap=True,
+        )
 
 
 def write(text: str) -> None:

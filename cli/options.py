@@ -80,6 +80,13 @@ VersionOption = Annotated[
 ]
 Device = Annotated[str, model_option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, model_option(help="auto, float32, bfloat16, float16, float64.")]
+Threads = Annotated[
+    str,
+    model_option(
+        help="Threads of the CPU, or auto: as many as this process may use, one where the model is "
+        "too small for more."
+    ),
+]
 SkipBad = Annotated[
     bool,
     prompt_option("--skip-bad", help="Leave out broken lines of a JSONL file, and say how many."),
@@ -102,6 +109,7 @@ class ModelOfGraph:
     ] = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    threads: Threads = "auto"
 
     def load(self, artifact: DraftGraph | None, path: Path | None) -> DiffusionLM:
         """Load the model: the one given, else that of the graph (which lies at `path`).

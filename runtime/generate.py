@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from spiffy.runtime.budget.auto import auto_drafter
+from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Stats, Task, make_task, run
 from spiffy.runtime.draft import Selection, graph_drafter
 from spiffy.runtime.forward.cache import BlockEdges
@@ -66,7 +66,7 @@ def generate(
     prompt: str | Tensor,
     *,
     graph: DraftGraph | None = None,
-    budget: int | Literal["auto"] | None = None,
+    budget: int | Literal["auto"] = "auto",
     selection: Selection = "model",
     seed: int = 0,
     sequence: int = 0,
@@ -83,9 +83,9 @@ def generate(
     graph
         Draft graph of this model, also the source of options not given; None decodes plainly.
     budget
-        Drafts per forward, the root not counted; by default the graph's size, 128 at most.
-        "auto": as many as pay on this machine, measured in the first few seconds and remembered
-        (`auto_drafter`).
+        Drafts per forward, the root not counted. "auto" learns while decoding how many pay, plain
+        decoding included (`AutoBudget`); `Output.stats` says what was used and why. A number is
+        taken as it is.
     selection
         "model" lets the artifact's acceptance model choose the drafts, where it has one; "graph"
         takes its nodes in order.
@@ -103,13 +103,13 @@ def generate(
     SpiffyError
         If an option, the prompt, or the graph does not fit the model.
     """
-    if graph is None and budget is not None:
+    if graph is None and budget != "auto":
         raise SpiffyError(f"budget {budget} counts drafts: give a graph")
     settings = decoding_settings(model, graph, **options)
     task = make_task(model, prompt, settings, None, seed, sequence, edges)
     if graph is not None:
         if budget == "auto":
-            _, task.drafter = auto_drafter(task, graph, selection)
+            task.adviser = auto_budget(task, graph, selection)
         else:
             task.drafter = graph_drafter(model, graph, settings, budget, selection)
     for _ in run(model, [task]):
@@ -141,6 +141,8 @@ def answer_ids(task: Task) -> list[int]:
 
 def collect(task: Task, trace: bool = False) -> Output:
     """The output of a finished task."""
+    if task.adviser is not None:
+        task.stats.why = task.adviser.why()
     ids = answer_ids(task)
     states = [cursor.ids.tolist() for cursor in task.path] if trace else []
     return Output(task.model.decode_text(ids), ids, task.stats, states)

@@ -5,7 +5,7 @@ Part of `make results`; the table is in docs/results-time.md.
 Every tiny model is calibrated on generated problems and decodes others, plainly and with the
 drafts that should pay on this machine. Both run one right after the other, in turns first and
 second, so that whatever else the machine does hits them alike; every prompt counts with the median
-of its repeats' ratios. Costs are measured afresh. Run it on an idle machine.
+of its repeats' ratios. `auto` starts knowing nothing, and learning counts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import argparse
 import os
 import platform
 import random
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,10 +31,9 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.budget.auto import auto_drafter
+from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.budget.cost import device_name
-from spiffy.runtime.decode import make_task, run
-from spiffy.runtime.draft import Drafter
+from spiffy.runtime.decode import Adviser, make_task, run
 from spiffy.runtime.generate import Output, collect
 from spiffy.schemas import CacheName, DecodingSettings, PolicyName
 
@@ -51,25 +53,25 @@ class Row:
     model: str
     cache: str
     policy: str
-    chosen: str
-    predicted: float
+    used: Counter[str]
     ratios: list[float]
     fewer: float
     differing: int
 
 
 def decode(
-    model: DiffusionLM, settings: DecodingSettings, question: str, drafter: Drafter | None
+    model: DiffusionLM, settings: DecodingSettings, question: str, adviser: Adviser | None
 ) -> Output:
     """Decode one question."""
-    task = make_task(model, question, settings, drafter)
+    task = make_task(model, question, settings)
+    task.adviser = adviser
     for _ in run(model, [task]):
         pass
     return collect(task)
 
 
 def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Namespace) -> Row:
-    """Calibrate, let auto choose, and race it against plain decoding."""
+    """Calibrate, and race auto, which starts knowing nothing, against plain decoding."""
     model = load_model(name, device="cpu", dtype="float32")
     settings = decoding_settings(model, gen_length=args.gen_length, cache=cache, policy=policy)
     prompts = load_prompts("synthetic", args.calibrate)
@@ -77,28 +79,27 @@ def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Name
         model, prompts, settings, record(model, prepare(model, prompts, settings)), BUDGET
     )
     questions = [problem.question for problem in islice(problems("test"), args.samples)]
-    tasks = sorted((make_task(model, q, settings) for q in questions), key=lambda t: len(t.prompt))
-    plan, drafter = auto_drafter(tasks[len(tasks) // 2], graph, remeasure=True)
-
+    adviser = auto_budget(make_task(model, questions[0], settings), graph)
+    used: Counter[str] = Counter()
     ratios: list[list[float]] = [[] for _ in questions]
     nfe = [0, 0]
     differing = 0
     for repeat in range(args.repeats):
         for k, question in enumerate(questions):
             plain_first = (repeat + k) % 2 == 0
-            order = (None, drafter) if plain_first else (drafter, None)
+            order = (None, adviser) if plain_first else (adviser, None)
             first, second = (decode(model, settings, question, who) for who in order)
             plain, ours = (first, second) if plain_first else (second, first)
             ratios[k].append(plain.stats.seconds / ours.stats.seconds)
             nfe[0] += plain.stats.nfe
             nfe[1] += ours.stats.nfe
+            used += ours.stats.budgets
             differing += repeat == 0 and plain.token_ids != ours.token_ids
     return Row(
         name,
         cache,
         policy,
-        "plain" if plan.selection is None else f"{plan.drafts} by {plan.selection}",
-        plan.speedup,
+        used,
         [median(values) for values in ratios],
         nfe[0] / nfe[1],
         differing,
@@ -112,18 +113,24 @@ def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     return medians[draws // 40], medians[-draws // 40]
 
 
+def _shares(used: Counter[str]) -> str:
+    """The three most used choices with their shares of the forwards."""
+    return ", ".join(f"{name} {count / used.total():.0%}" for name, count in used.most_common(3))
+
+
 def table(rows: Sequence[Row], samples: int) -> str:
     """Markdown, one line per model and policy."""
     lines = [
-        "| model | cache | policy | auto chose | predicted | measured speedup (95%) | fewer NFE "
+        "| model | cache | policy | forwards by drafts | speedup (95%) | worst prompt | fewer NFE "
         "| prompts that differ |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         low, high = interval(row.ratios)
         lines.append(
-            f"| {row.model} | {row.cache} | {row.policy} | {row.chosen} | {row.predicted:.2f}x "
-            f"| **{median(row.ratios):.2f}x** ({low:.2f} to {high:.2f}) | {row.fewer:.2f}x "
+            f"| {row.model} | {row.cache} | {row.policy} | {_shares(row.used)} "
+            f"| **{median(row.ratios):.2f}x** ({low:.2f} to {high:.2f}) | {min(row.ratios):.2f}x "
+            f"| {row.fewer:.2f}x "
             f"| {row.differing} of {samples} |"
         )
     return "\n".join(lines)
@@ -147,14 +154,22 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--busy", action="store_true", help="beside a process that works")
     parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     load = os.getloadavg()[0]
-    rows = [measure(*case, args) for case in track(list(cases(args.models)), description="racing")]
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if args.busy else None
+    try:
+        todo = list(cases(args.models))
+        rows = [measure(*case, args) for case in track(todo, description="racing")]
+    finally:
+        if spin is not None:
+            spin.kill()
     note = (
         f"`python studies/auto.py --samples {args.samples} --repeats {args.repeats} --calibrate "
-        f"{args.calibrate} --gen-length {args.gen_length} --threads {args.threads}` "
+        f"{args.calibrate} --gen-length {args.gen_length} --threads {args.threads}"
+        f"{' --busy' if args.busy else ''}` "
         f"({device_name(torch.device('cpu'))}, torch {torch.__version__}, Python "
         f"{platform.python_version()}, float32; load average {load:.1f} at the start, "
         f"{os.getloadavg()[0]:.1f} at the end)"
@@ -162,7 +177,7 @@ def main() -> None:
     block = f"{note}\n\n{table(rows, args.samples)}"
     print(f"\n{block}")
     for path in args.into:
-        fill(path, "auto", block)
+        fill(path, "auto-busy" if args.busy else "auto", block)
 
 
 if __name__ == "__main__":

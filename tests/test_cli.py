@@ -202,7 +202,7 @@ def test_auto_budget_decodes_with_and_without_an_acceptance_model(
     arguments = ("--graph", artifact, "--prompt", PROMPT)
     plain = call("decode", *arguments, "--no-speculation")[1]
     assert call("decode", *arguments, "--budget", "auto", "--remeasure")[:2] == (0, plain)
-    assert call("decode", *arguments, "--remeasure")[0] == 2
+    assert call("decode", *arguments, "--budget", "2", "--remeasure")[0] == 2
 
 
 def test_decoding_with_other_settings_than_the_graphs_says_so(call: Call, artifact: Path) -> None:
@@ -211,7 +211,6 @@ def test_decoding_with_other_settings_than_the_graphs_says_so(call: Call, artifa
         code, _, log = call("decode", *arguments, budget)
         assert code == 0
         assert "block_length 16 (32)" in log.replace("\n", " ")
-    assert "no drafts" in log
 
 
 def test_calibrate_predicts_and_stores_costs_outside_the_digest(

@@ -15,12 +15,18 @@ from spiffy.calib.pipeline import Traces, build_graph
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, Trace
 from spiffy.runtime import decoding_settings, generate
-from spiffy.runtime.budget import auto, cost
-from spiffy.runtime.budget.auto import Pays, auto_drafter, best_plan, forward_seconds
+from spiffy.runtime.budget import cost
+from spiffy.runtime.budget.auto import (
+    Pays,
+    auto_budget,
+    best_plan,
+    expected_steps,
+    forward_seconds,
+)
 from spiffy.runtime.budget.roofline import Accelerator, Shape, layout, predicted_profile
 from spiffy.runtime.budget.roofline import forward_seconds as roofline_seconds
 from spiffy.runtime.decode import Task, make_task
-from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
+from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, graph_drafter
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import (
     AcceptanceModel,
@@ -29,7 +35,6 @@ from spiffy.schemas import (
     DecodingSettings,
     DraftGraph,
     ExpectedSteps,
-    SpiffyError,
 )
 
 
@@ -166,65 +171,47 @@ def calibrated() -> tuple[Task, DraftGraph]:
     return tasks[0], graph.model_copy(update={"acceptance": acceptance})
 
 
-def under(measured: CostProfile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this be what measuring finds."""
-    monkeypatch.setattr(auto, "cost_profile", lambda *_: measured)
-
-
-@pytest.mark.parametrize("selection", ["model", "graph"])
-def test_auto_drafts_all_under_a_flat_cost_and_nothing_under_a_steep_one(
-    calibrated: tuple[Task, DraftGraph], selection: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain, graph = calibrated
-    under(profile((0, 1.0), (8, 1.0)), monkeypatch)
-    plan, drafter = auto_drafter(plain, graph, selection)  # type: ignore[arg-type]
-    assert (plan.selection, plan.drafts) == (selection, 8)
-    assert isinstance(drafter, AcceptanceDrafter if selection == "model" else GraphDrafter)
-    ours = decode(plain.model, plain.prompt, plain.settings, drafter)
-    assert states(ours) == states(plain)
-    assert ours.stats.nfe < plain.stats.nfe
-
-    under(profile((0, 1.0), (8, 20.0)), monkeypatch)
-    assert auto_drafter(plain, graph, selection)[1] is None  # type: ignore[arg-type]
-    out = generate(plain.model, plain.prompt, graph=graph, budget="auto", trace=True)
-    assert out.states == states(plain)
-    assert out.stats.drafted == 0
-
-
-def test_auto_leaves_out_drafts_that_do_not_pay_at_a_root(
-    calibrated: tuple[Task, DraftGraph], monkeypatch: pytest.MonkeyPatch
+def test_drafts_that_do_not_pay_at_a_root_are_left_out(
+    calibrated: tuple[Task, DraftGraph],
 ) -> None:
     plain, graph = calibrated
     drafted = []
     for dear in (1.0, 3.0):
-        under(profile((0, 1.0), (8, dear)), monkeypatch)
-        plan, drafter = auto_drafter(plain, graph)
-        assert plan.drafts == 8
+        drafter = graph_drafter(plain.model, graph, plain.settings, 8)
+        assert isinstance(drafter, AcceptanceDrafter)
+        plan = best_plan(expected_steps(graph), profile((0, 1.0), (8, dear)))
+        drafter.pays = Pays(plan.rate, forward_seconds(profile((0, 1.0), (8, dear)), 8))
         ours = decode(plain.model, plain.prompt, plain.settings, drafter)
         assert states(ours) == states(plain)
         drafted.append(ours.stats.drafted / ours.stats.nfe)
     assert 0 < drafted[1] < drafted[0]
 
 
-def test_expected_steps_of_other_settings_are_not_trusted(
-    calibrated: tuple[Task, DraftGraph], monkeypatch: pytest.MonkeyPatch
+def test_settings_for_which_expected_steps_do_not_hold_are_named(
+    calibrated: tuple[Task, DraftGraph],
 ) -> None:
     plain, graph = calibrated
-    under(profile((0, 1.0), (8, 1.0)), monkeypatch)
     other = DecodingSettings.parse(**{**plain.settings.model_dump(), "policy": "threshold"})
     assert graph.differences(other) == ("policy threshold (static)",)
-    task = make_task(plain.model, plain.prompt, other)
-    assert auto_drafter(task, graph)[1] is None
     # How long an answer may be does not matter, nor a threshold that is not looked at.
     assert not graph.differences(plain.settings.model_copy(update={"gen_length": 8}))
     assert not graph.differences(plain.settings.model_copy(update={"threshold": 0.5}))
+    # Auto drafts all the same, and learns; but not by a model fitted to other steps.
+    task = make_task(plain.model, plain.prompt, other)
+    budget = auto_budget(task, graph)
+    assert budget is not None
+    assert {choice.way for choice in budget.controller._choices} == {None, "graph"}
 
 
-def test_auto_needs_expected_steps(calibrated: tuple[Task, DraftGraph]) -> None:
+def test_auto_needs_no_expected_steps(calibrated: tuple[Task, DraftGraph]) -> None:
     plain, graph = calibrated
     bare = graph.model_copy(update={"acceptance": None, "expected_steps": ()})
-    with pytest.raises(SpiffyError, match="calibrate again"):
-        auto_drafter(plain, bare)
+    out = generate(plain.model, plain.prompt, graph=bare, trace=True)
+    assert out.states == states(plain)
+    assert out.stats.budgets.total() > 0
+    empty = bare.model_copy(update={"nodes": ()})
+    assert auto_budget(plain, empty) is None
+    assert generate(plain.model, plain.prompt, graph=empty, trace=True).states == states(plain)
 
 
 # Measuring, and keeping what was measured

@@ -16,8 +16,8 @@ from helpers import decode, parity_model, random_prompt, states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiffy.runtime.budget.auto import auto_drafter, best_plan, expected_steps
-from spiffy.runtime.decode import Task, make_task
+from spiffy.runtime.budget.auto import auto_budget, best_plan, expected_steps
+from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, graph_drafter
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES
 from spiffy.runtime.models.base import DiffusionLM
@@ -274,10 +274,14 @@ def test_absurd_costs_and_expectations_change_no_token(data: st.DataObject) -> N
         cost_profiles=(profile,),
     )
     assert best_plan(expected_steps(graph), profile).drafts <= MAX_NODES
-    plan, drafter = auto_drafter(task, graph)
-    assert plan.drafts <= MAX_NODES
-    ours = decode(model, plainly.prompt, setting, drafter)
-    assert states(ours) == states(plainly)
+    budget = auto_budget(task, graph)
+    assert budget is not None
+    for _ in range(2):  # what was learned from the first decode serves the second
+        ours = make_task(model, plainly.prompt, setting)
+        ours.adviser = budget
+        for _ in run(model, [ours]):
+            pass
+        assert states(ours) == states(plainly)
 
 
 def largest_nodes(shape: str) -> tuple[Node, ...]:

@@ -326,7 +326,7 @@ def test_the_headline_never_praises_bounds_or_what_loses_tokens() -> None:
 
 def test_the_headline_says_what_auto_chose() -> None:
     bench = with_speed("graph 4", 1.5, 1.2, 1.8)
-    assert "Chosen before decoding (auto): 0.50x (0.40-0.60)" in tables.headline(bench).sentence
+    assert "Learned while decoding (auto): 0.50x (0.40-0.60)" in tables.headline(bench).sentence
     none = bench.results[-1].model_copy(update={"drafted": 0, "budget": 0})
     bench = bench.model_copy(update={"results": (*bench.results[:-1], none)})
     assert "auto decided not to draft" in tables.headline(bench).sentence

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
-from spiffy.runtime.budget.cost import cost_profile
-from spiffy.runtime.decode import Task
+from spiffy.runtime.budget.controller import Choice, Controller
+from spiffy.runtime.budget.cost import cost_profile, known_profile
+from spiffy.runtime.decode import Advice, Task
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, graph_drafter
 from spiffy.runtime.draft.acceptance import acceptance_of
+from spiffy.runtime.draft.artifact import same_steps
 from spiffy.runtime.draft.ngrams import Floats
-from spiffy.schemas import CostPoint, CostProfile, DraftGraph, ExpectedSteps, SpiffyError
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.step.canvas import Canvas
+from spiffy.schemas import CostPoint, CostProfile, DecodingSettings, DraftGraph, ExpectedSteps
 from spiffy.schemas.records import MOST_UNASKED
 
 #: Drafts must promise this much over plain decoding, or there are none: measured on a machine that
@@ -141,41 +146,6 @@ class Pays:
         return int(worth.argmax())  # the fewest of equals
 
 
-def auto_drafter(
-    task: Task, graph: DraftGraph, selection: Selection = "model", remeasure: bool = False
-) -> tuple[Plan, Drafter | None]:
-    """What pays on this machine for tasks like this one; no drafter where plain decoding is best.
-
-    Costs are measured with the task's model, settings and prompt, or taken from an earlier
-    measurement (`cost_profile`); expected steps are the artifact's. Where it was calibrated with
-    other settings they do not hold, and there are no drafts. With `selection="model"` the graph's
-    nodes compete too: choosing by the acceptance model takes time.
-
-    Raises
-    ------
-    SpiffyError
-        If the artifact states no expected steps.
-    """
-    steps = expected_steps(graph)
-    if selection == "graph":
-        steps.pop("model", None)
-    if not steps:
-        raise SpiffyError("budget auto: the graph has no expected_steps; calibrate again")
-    model, settings = task.model, task.settings
-    if graph.differences(settings) or not graph.nodes:
-        return Plan(None, 0, 1.0, 0.0), None
-    profile = auto_profile(task, graph, remeasure)
-    plan = best_plan(steps, profile)
-    if plan.selection is None:
-        return plan, None
-    drafter = graph_drafter(model, graph, settings, plan.drafts, plan.selection)
-    if isinstance(drafter, AcceptanceDrafter):
-        # The plan holds on average; where much is likely, twice as many may pay.
-        drafter.budget = min(2 * plan.drafts, profile.points[-1].drafts, graph.budget, MOST_UNASKED)
-        drafter.pays = Pays(plan.rate, forward_seconds(profile, drafter.budget))
-    return plan, drafter
-
-
 def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> CostProfile:
     """Cost profile of drafting with a graph on this machine, measured unless it is known."""
 
@@ -185,3 +155,117 @@ def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> Cost
     makers: dict[str, Callable[[int], Drafter]] = {who: maker(who) for who in expected_steps(graph)}
     largest = min(graph.budget, MOST_UNASKED)
     return cost_profile(task, largest, makers, graph.cost_profiles, remeasure)
+
+
+class AutoBudget:
+    """Drafts by an artifact, as many as pay, as a `Controller` learns it: an `Adviser`.
+
+    One serves all sequences of a process that are decoded with the same model, graph and settings
+    (`auto_budget`).
+
+    Parameters
+    ----------
+    prior
+        What forwards cost here as measured before, if it was.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionLM,
+        graph: DraftGraph,
+        settings: DecodingSettings,
+        selection: Selection = "model",
+        prior: CostProfile | None = None,
+    ) -> None:
+        self.graph, self.settings = graph, settings
+        self._model = ref(model)  # whose `AutoBudget` lives no longer than it
+        steps = expected_steps(graph) or {"graph": _UNSTATED}
+        if selection == "graph" or not same_steps(graph, settings):
+            steps.pop("model", None)
+        points = {who: [(p.drafts, p.steps) for p in curve] for who, curve in steps.items()}
+        seconds = [] if prior is None else _pairs(prior.points)
+        self.controller = Controller(points, min(graph.budget, MOST_UNASKED), seconds)
+        self._drafters: dict[Choice, Drafter] = {}
+
+    def begin(self, canvas: Canvas) -> None:
+        """See `Adviser`: without a cache, a longer sequence is a longer forward."""
+        whole = self.settings.cache == "none"
+        self.controller.start(canvas.length if whole else canvas.block_length)
+
+    def advise(self) -> Advice:
+        """See `Adviser`."""
+        choice = self.controller.choose()
+        if choice.way is None:
+            return Advice(None, choice)
+        drafter = self._drafters.get(choice)
+        if drafter is None:
+            drafter = self._drafters[choice] = self._drafter(choice.way, choice.drafts)
+        if isinstance(drafter, AcceptanceDrafter):
+            drafter.pays = self._pays(choice)
+        return Advice(drafter, choice)
+
+    def learn(
+        self, advice: Advice, drafts: int, steps: int, forward_seconds: float, draft_seconds: float
+    ) -> None:
+        """See `Adviser`."""
+        self.controller.learn(advice.choice, drafts, steps, forward_seconds, draft_seconds)
+
+    def why(self) -> str:
+        """See `Adviser`."""
+        return self.controller.why()
+
+    def _drafter(self, way: Selection, drafts: int) -> Drafter:
+        """Drafters by the acceptance model share their weights."""
+        model = self._model()
+        assert model is not None  # it is decoding
+        for known in self._drafters.values() if way == "model" else ():
+            if isinstance(known, AcceptanceDrafter):
+                return AcceptanceDrafter(known.weights, drafts, model)
+        return graph_drafter(model, self.graph, self.settings, drafts, way)
+
+    def _pays(self, choice: Choice) -> Callable[[Floats], int]:
+        """Which of a root's drafts to keep: all, where their number is only being tried."""
+        if self.controller.trying:
+            return len
+        seconds = np.array(self.controller.forward_seconds(choice.drafts))
+        return Pays(1 / self.controller.seconds_per_step(choice), seconds)
+
+
+#: Steps per forward where an artifact states none: about what the tiny models accept.
+_UNSTATED = tuple(
+    ExpectedSteps(drafts=n, steps=s) for n, s in ((0, 1.0), (1, 1.5), (3, 2.0), (8, 2.5), (32, 3.5))
+)
+_MOST_KEPT = 16  # per model
+
+_known: WeakKeyDictionary[DiffusionLM, dict[tuple[int, str, Selection], AutoBudget]]
+_known = WeakKeyDictionary()
+
+
+def auto_budget(
+    task: Task,
+    graph: DraftGraph,
+    selection: Selection = "model",
+    prior: CostProfile | None = None,
+) -> AutoBudget | None:
+    """The process's `AutoBudget` for tasks like this one; None where there is nothing to draft.
+
+    With `selection="model"` the graph's nodes compete too: choosing by the acceptance model takes
+    time.
+
+    Parameters
+    ----------
+    prior
+        What forwards cost here; by default what was measured before for such tasks, if it was.
+    """
+    if not graph.nodes:
+        return None
+    model, settings = task.model, task.settings
+    same = settings.model_dump_json(exclude={"gen_length", "stop_at_eos"})
+    budgets = _known.setdefault(model, {})
+    key = (id(graph), same, selection)  # it holds on to the graph
+    if prior is not None or key not in budgets:
+        if len(budgets) >= _MOST_KEPT:
+            del budgets[next(iter(budgets))]
+        prior = prior or known_profile(task, graph.cost_profiles)
+        budgets[key] = AutoBudget(model, graph, settings, selection, prior)
+    return budgets[key]

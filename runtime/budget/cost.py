@@ -329,6 +329,13 @@ def cost_profile(
     return profile
 
 
+def known_profile(task: Task, stored: tuple[CostProfile, ...] = ()) -> CostProfile | None:
+    """What was measured for such tasks on this machine, of whatever drafts; None if nothing was."""
+    key = _key(conditions(task))
+    known = (_remembered.get(key), _load(_profile_path(key)), *stored)
+    return next((p for p in known if p is not None and _serves(p, key, 0, set())), None)
+
+
 _remembered: dict[str, CostProfile] = {}  # by key, for machines where nothing can be written
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.decode.task import Task
-from spiffy.runtime.draft import Candidates, rank_candidates
+from spiffy.runtime.draft import Candidates, Drafter, rank_candidates
 from spiffy.runtime.draft.rejected import with_rejected
 from spiffy.runtime.forward.cache import CACHES, Cache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
@@ -33,16 +33,21 @@ def denoise(task: Task) -> Decoding:
     canvas, stats = task.canvas, task.stats
     cache = CACHES[task.settings.cache](task.model, canvas, task.edges)
     root = canvas.start(task.prompt, task.model.mask_token_id)
+    drafter, advice = task.drafter, None
     candidates: Candidates | None = None  # what is known about the root before its forward
+    drafting = 0.0  # seconds
+    if task.adviser is not None:
+        task.adviser.begin(canvas)
     while not root.finished:
         turned = perf_counter()
         states = root.ids[None]
-        if task.drafter is not None and candidates is not None:
+        if drafter is not None and candidates is not None:
             may_complete = cache.crosses and root.block + 1 < canvas.blocks
             room = len(candidates.positions) - (not may_complete)
-            drafts = task.drafter(root, candidates, room)[: task.most_drafts]
+            drafts = drafter(root, candidates, room)[: task.most_drafts]
             states = torch.cat((states, drafts))
-            stats.draft_seconds += perf_counter() - turned
+            drafting += perf_counter() - turned
+        drafted = perf_counter()
         states, evaluation = yield from _evaluated(task, cache, root, states)
         stats.drafted += len(states) - 1
 
@@ -65,12 +70,23 @@ def denoise(task: Task) -> Decoding:
             here = verified
         walked = perf_counter()
         stats.verify_seconds += walked - arrived
+        stats.draft_seconds += drafting
+        if task.adviser is not None and advice is not None:
+            steps = cursor.step - root.step
+            task.adviser.learn(advice, len(states) - 1, steps, arrived - drafted, drafting)
+            stats.budgets[str(advice.choice)] += 1
 
         cache.settle(here)
-        root, candidates = cursor, None
-        if task.drafter is not None and not root.finished and cache.takes_drafts(root):
-            candidates = _candidates(task, root, states, evaluation, here, distribution)
-            stats.draft_seconds += perf_counter() - walked
+        root, candidates, advice, drafting = cursor, None, None, 0.0
+        if not root.finished and cache.takes_drafts(root):
+            if task.adviser is not None:
+                advice = task.adviser.advise()
+                drafter = advice.drafter
+            if drafter is not None:
+                candidates = _candidates(
+                    task, drafter, root, states, evaluation, here, distribution
+                )
+                drafting = perf_counter() - walked
 
 
 class TooLargeError(Exception):
@@ -99,6 +115,7 @@ def _evaluated(
 
 def _candidates(
     task: Task,
+    drafter: Drafter,
     root: Cursor,
     states: Tensor,
     evaluation: Evaluation,
@@ -122,12 +139,12 @@ def _candidates(
             if evaluation.windows[seen].covers(span):
                 origin = evaluation.distribution(seen, masked)
                 break
-    if origin is None or task.drafter is None:
+    if origin is None:
         return None
     fresh = (states[seen] != root.ids).nonzero()[:, 0]
-    mask, ranks = task.model.mask_token_id, task.drafter.token_ranks
+    mask, ranks = task.model.mask_token_id, drafter.token_ranks
     candidates = rank_candidates(origin, task.settings, mask, ranks, masked, fresh)
-    if origin is distribution and task.drafter.asks_rejected:
+    if origin is distribution and drafter.asks_rejected:
         span = task.canvas.span(root.block)
         return with_rejected(candidates, evaluation, root, states, seen, span, mask)
     return candidates

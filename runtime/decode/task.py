@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +40,10 @@ class Stats:
     forward_seconds, draft_seconds, verify_seconds
         What of it went into the transformer; into ranking candidates and choosing drafts; into the
         walk (output head, softmax, unmasking policy), which plain decoding makes step by step too.
+    budgets
+        With budget "auto": forwards by what was chosen for them ("plain", "graph 8", "model 4").
+    why
+        What the choice at the end rests on, in words.
     """
 
     nfe: int = 0
@@ -50,6 +56,37 @@ class Stats:
     forward_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    budgets: Counter[str] = field(default_factory=Counter)
+    why: str = ""
+
+
+class Advice(NamedTuple):
+    """Who drafts the next forward (None: nobody), and as what that is learned from."""
+
+    drafter: Drafter | None
+    choice: Any
+
+
+class Adviser(Protocol):
+    """Chooses the drafter of every forward that may have drafts, and is told what came of it."""
+
+    def begin(self, canvas: Canvas) -> None:
+        """Meet a sequence."""
+        ...
+
+    def advise(self) -> Advice:
+        """Choose for the next forward; called where it may have drafts."""
+        ...
+
+    def learn(
+        self, advice: Advice, drafts: int, steps: int, forward_seconds: float, draft_seconds: float
+    ) -> None:
+        """Take in a forward: drafts that it held, denoising steps that it was worth, seconds."""
+        ...
+
+    def why(self) -> str:
+        """What the present choice rests on, in words."""
+        ...
 
 
 @dataclass
@@ -62,6 +99,8 @@ class Task:
         int64 [prompt], on the model's device.
     seed, sequence
         The noise of a denoising step is a function of these and of the step alone.
+    drafter, adviser
+        The drafter of all forwards, or who chooses one for each; neither: plain decoding.
     most_drafts
         Drafts per forward that memory allows: a forward that does not fit halves it.
     path
@@ -79,6 +118,7 @@ class Task:
     most_drafts: int = MAX_NODES
     path: list[Cursor] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
+    adviser: Adviser | None = None
 
 
 def make_task(

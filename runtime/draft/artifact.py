@@ -32,13 +32,13 @@ def graph_drafter(
         raise SpiffyError(f"budget {budget}: must be at least 1; to draft nothing, use no graph")
     budget = budget or min(graph.budget, MOST_UNASKED)
     acceptance = acceptance_of(graph) if selection == "model" else None
-    if acceptance is not None and _same_steps(graph, settings):
+    if acceptance is not None and same_steps(graph, settings):
         weights = acceptance_weights(acceptance, model.vocab_size)
         return AcceptanceDrafter(weights, budget, model)
     return GraphDrafter([node.fill for node in graph.nodes[:budget]], model)
 
 
-def _same_steps(graph: DraftGraph, settings: DecodingSettings) -> bool:
+def same_steps(graph: DraftGraph, settings: DecodingSettings) -> bool:
     """Whether a denoising step commits what it did when the graph was calibrated."""
     calibrated = graph.decoding
     return (settings.policy, settings.tokens_per_step, settings.steps_per_block) == (

@@ -1,0 +1,166 @@
+"""What learning costs: simulated decodes under `--budget auto`, against the best fixed choice.
+
+    python studies/regret.py                    # a table; --into docs/what-pays.md
+
+No model and no clock: a forward takes what a cost curve says, a little more or less, now and then
+several times as long; it accepts a random number of drafts, on average as many as an artifact
+expects or a share of that. Two figures count: the expected time after the first 50 forwards over
+that of the best fixed choice, and the expected time of a whole decode of 200 steps over plain
+decoding's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from losslessness import fill
+
+from spiffy.runtime.budget.controller import LADDER, PLAIN, Choice, Controller, interpolated
+
+#: Steps per forward by drafts, as an artifact of tiny-llada expects them.
+EXPECTED = {
+    "graph": [(0, 1.0), (1, 1.6), (2, 1.9), (4, 2.4), (8, 2.95), (16, 3.5), (32, 4.2)],
+    "model": [(0, 1.0), (1, 1.6), (2, 1.95), (4, 2.5), (8, 3.2), (16, 4.0), (32, 4.8)],
+}
+MOST = 32
+
+#: Seconds of a forward by drafts and number of the forward, in plain forwards.
+Curve = Callable[[int, int], float]
+CURVES: dict[str, Curve] = {
+    "flat": lambda n, t: 1.0,
+    "1% a draft": lambda n, t: 1 + 0.01 * n,
+    "10% a draft": lambda n, t: 1 + 0.1 * n,
+    "30% a draft": lambda n, t: 1 + 0.3 * n,
+    "100% a draft": lambda n, t: 1.0 + n,
+    "steps at 4 and 16": lambda n, t: 1.0 + (n >= 4) + 2 * (n >= 16),
+    "3 times slower from forward 100": lambda n, t: (1 + 0.02 * n) * (3 if t >= 100 else 1),
+    "drifts from 1% to 30% a draft": lambda n, t: 1 + (0.01 + 0.29 * min(t / 300, 1)) * n,
+}
+
+
+@dataclass
+class World:
+    """A machine, a prompt and an acceptance, that a controller meets.
+
+    Attributes
+    ----------
+    curve
+        Seconds of a forward.
+    share
+        Accepted drafts over those expected.
+    drafting
+        Seconds of choosing drafts.
+    noise
+        Spread of the seconds (log-normal); one forward in 50 also takes 2 to 6 times as long.
+    """
+
+    curve: Curve
+    share: float = 1.0
+    drafting: dict[str, float] = field(default_factory=lambda: {"graph": 0.03, "model": 0.3})
+    noise: float = 0.03
+
+    def steps(self, choice: Choice) -> float:
+        """Expected denoising steps of a forward."""
+        if choice.way is None:
+            return 1.0
+        return 1 + self.share * (interpolated(EXPECTED[choice.way], choice.drafts) - 1)
+
+    def seconds(self, choice: Choice, forward: int) -> float:
+        """Expected seconds of a forward and its drafting."""
+        drafting = 0.0 if choice.way is None else self.drafting[choice.way]
+        return self.curve(choice.drafts, forward) + drafting
+
+    def seconds_per_step(self, choice: Choice, forward: int) -> float:
+        """Expected seconds of a step."""
+        return self.seconds(choice, forward) / self.steps(choice)
+
+
+CHOICES = [PLAIN, *(Choice(way, n) for way in EXPECTED for n in LADDER if n <= MOST)]
+
+
+def decode(world: World, steps: int, seed: int) -> tuple[Controller, list[tuple[Choice, int]]]:
+    """Decode until that many steps are made; what was chosen for each forward and its steps."""
+    rng = random.Random(seed)
+    controller = Controller(EXPECTED, MOST)
+    controller.start(1.0)
+    forwards: list[tuple[Choice, int]] = []
+    left = steps
+    while left > 0:
+        choice = controller.choose()
+        seconds = world.curve(choice.drafts, len(forwards)) * rng.lognormvariate(0, world.noise)
+        if rng.random() < 0.02:
+            seconds *= rng.uniform(2, 6)
+        made = 1 + (_accepted(rng, world.steps(choice) - 1, choice.drafts) if choice.way else 0)
+        drafting = 0.0 if choice.way is None else world.drafting[choice.way]
+        controller.learn(choice, choice.drafts, min(made, left), seconds, drafting)
+        forwards.append((choice, min(made, left)))
+        left -= made
+    return controller, forwards
+
+
+def _accepted(rng: random.Random, mean: float, drafts: int) -> int:
+    """A number of accepted drafts that varies as widely as real ones do (beta-binomial)."""
+    p = min(1.0, mean / drafts)
+    if 0 < p < 1:
+        p = rng.betavariate(3 * p, 3 * (1 - p))
+    return sum(rng.random() < p for _ in range(drafts))
+
+
+def regret(world: World, forwards: list[tuple[Choice, int]], after: int = 50) -> float:
+    """Expected time of the steps made after some forwards, over the best fixed choice's."""
+    late = list(enumerate(forwards))[after:]
+    if not late:
+        return 1.0
+    ours = sum(world.seconds_per_step(c, t) * made for t, (c, made) in late)
+    fixed = (sum(world.seconds_per_step(c, t) * made for t, (_, made) in late) for c in CHOICES)
+    return ours / min(fixed)
+
+
+def over_plain(world: World, forwards: list[tuple[Choice, int]]) -> float:
+    """Expected time of the forwards made, over plain decoding's for the same steps."""
+    ours = sum(world.seconds(choice, t) for t, (choice, _) in enumerate(forwards))
+    plain = sum(world.seconds(PLAIN, t) * made for t, (_, made) in enumerate(forwards))
+    return ours / plain
+
+
+def table(seeds: int) -> str:
+    """Markdown: a line per curve, regret and time over plain for several acceptances."""
+    shares = (0.0, 0.5, 1.0, 1.4)
+    lines = [
+        "| cost of a forward | " + " | ".join(f"accepted x {share:g}" for share in shares) + " |",
+        "| --- |" + " ---: |" * len(shares),
+    ]
+    for name, curve in CURVES.items():
+        cells = []
+        for share in shares:
+            world = World(curve, share)
+            late = [regret(world, decode(world, 1200, seed)[1]) for seed in range(seeds)]
+            whole = [over_plain(world, decode(world, 200, seed)[1]) for seed in range(seeds)]
+            cells.append(f"{fmean(late) - 1:+.1%}, {max(whole):.3f}x")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table, or put it into a Markdown file between its markers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    args = parser.parse_args()
+    block = (
+        f"`python studies/regret.py --seeds {args.seeds}` (simulated; mean regret after 50 "
+        "forwards of decodes of 1,200 steps; slowest decode of 200 steps over plain decoding)"
+        f"\n\n{table(args.seeds)}"
+    )
+    print(block)
+    for path in args.into:
+        fill(path, "regret", block)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""One thread against all: milliseconds of a forward by its positions.
+
+    python studies/threads.py [--busy]
+
+Each line is measured in a process of its own, because OpenMP's waiting is settled when it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+
+from spiffy.cli.threads import usable_cpus
+
+TIMED = """
+import json, sys
+from statistics import median
+from time import perf_counter
+import torch
+from spiffy.runtime import load_model
+torch.set_num_threads(int(sys.argv[1]))
+model = load_model(sys.argv[2], device="cpu", dtype="float32")
+found = {}
+for n in map(int, sys.argv[3].split(",")):
+    ids = torch.arange(n)[None] % 900
+    times = []
+    for _ in range(25):
+        started = perf_counter()
+        model.hidden_states(ids, torch.arange(n)[None])
+        times.append(1000 * (perf_counter() - started))
+    found[n] = median(times[5:])
+print(json.dumps(found))
+"""
+POSITIONS = (8, 32, 64, 128, 256, 512)
+
+
+def timed(threads: int, policy: str, model: str) -> dict[str, float]:
+    """Median milliseconds by number of positions."""
+    command = [sys.executable, "-c", TIMED, str(threads), model, ",".join(map(str, POSITIONS))]
+    env = {**os.environ, "OMP_WAIT_POLICY": policy}
+    env.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="tiny-sdar")
+    parser.add_argument("--busy", action="store_true", help="beside a process that works")
+    args = parser.parse_args()
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if args.busy else None
+    with spin if spin is not None else nullcontext():
+        print("| threads | waiting | " + " | ".join(f"{n} positions" for n in POSITIONS) + " |")
+        print("| ---: | --- |" + " ---: |" * len(POSITIONS))
+        for threads in sorted({1, usable_cpus()}):
+            for policy in ("ACTIVE", "PASSIVE") if threads > 1 else ("PASSIVE",):
+                found = timed(threads, policy, args.model)
+                cells = " | ".join(f"{found[str(n)]:.1f} ms" for n in POSITIONS)
+                print(f"| {threads} | {policy.lower()} | {cells} |")
+        if spin is not None:
+            spin.kill()
+
+
+if __name__ == "__main__":
+    main()

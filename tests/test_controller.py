@@ -1,0 +1,270 @@
+"""How many drafts pay, learned while decoding: simulated with invented clocks, and for real."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from helpers import parity_model, random_prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spiffy.runtime import generate, load_model
+from spiffy.runtime.budget import auto
+from spiffy.runtime.budget.controller import (
+    PLAIN,
+    Choice,
+    Controller,
+    ForwardSeconds,
+    ForwardSteps,
+    interpolated,
+)
+from spiffy.runtime.decode import make_task, run
+from spiffy.schemas import DecodingSettings, DraftGraph
+
+
+def _study(name: str) -> Any:
+    folder = str(Path(__file__).parent.parent / "studies")
+    sys.path.insert(0, folder)
+    try:
+        spec = importlib.util.spec_from_file_location(f"study_{name}", f"{folder}/{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+regret = _study("regret")
+World = regret.World
+
+
+# Whole decodes on invented machines
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("name", regret.CURVES)
+def test_after_fifty_forwards_it_is_close_to_the_best_fixed_choice(name: str, share: float) -> None:
+    world = World(regret.CURVES[name], share)
+    late = [regret.regret(world, regret.decode(world, 1200, seed)[1]) for seed in range(6)]
+    assert fmean(late) < 1.05
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", regret.CURVES)
+def test_a_decode_takes_no_longer_than_plain_decoding(name: str, share: float) -> None:
+    world = World(regret.CURVES[name], share)
+    ratios = [regret.over_plain(world, regret.decode(world, 200, seed)[1]) for seed in range(4)]
+    assert fmean(ratios) < 1.02
+    assert max(ratios) < 1.04
+
+
+@given(
+    slope=st.floats(0, 1),
+    jump=st.floats(0, 3),
+    at=st.integers(1, 32),
+    share=st.floats(0, 1.5),
+    drafting=st.floats(0, 0.5),
+    seed=st.integers(0, 1 << 30),
+)
+@settings(max_examples=60)
+def test_no_cost_curve_makes_it_much_slower_than_plain_decoding(
+    slope: float, jump: float, at: int, share: float, drafting: float, seed: int
+) -> None:
+    """Any that more states can have: n more cost at most n forwards more."""
+
+    def curve(n: int, t: int) -> float:
+        return min(1.0 + slope * n + jump * (n >= at), 1.0 + n)
+
+    world = World(curve, share, {"graph": drafting / 10, "model": drafting})
+    assert regret.over_plain(world, regret.decode(world, 200, seed)[1]) < 1.06
+
+
+def test_a_machine_that_gets_dearer_is_followed_within_thirty_forwards() -> None:
+    world = World(lambda n, t: 1 + (0.01 if t < 60 else 1.0) * n)
+    for seed in range(5):
+        _, forwards = regret.decode(world, 800, seed)
+        choices = [choice for choice, _ in forwards]
+        assert Counter(choices[40:60]).most_common(1)[0][0].drafts >= 8
+        assert choices[90:].count(PLAIN) > 0.9 * len(choices[90:])
+
+
+def test_a_machine_that_gets_cheaper_is_noticed_from_plain_decoding() -> None:
+    world = World(lambda n, t: 1 + (1.0 if t < 100 else 0.01) * n)
+    for seed in range(5):
+        _, forwards = regret.decode(world, 800, seed)
+        choices = [choice for choice, _ in forwards]
+        assert choices[50:100].count(PLAIN) > 40
+        assert Counter(choices[150:]).most_common(1)[0][0].drafts >= 4
+
+
+def test_one_interrupted_forward_changes_nothing() -> None:
+    controller = Controller(regret.EXPECTED, 8)
+    controller.start(1.0)
+    for forward in range(80):
+        choice = controller.choose()
+        seconds = 1 + 0.01 * choice.drafts
+        steps = 1 if choice == PLAIN else 3
+        controller.learn(choice, choice.drafts, steps, seconds * (100 if forward == 60 else 1), 0.0)
+        if forward > 40:
+            assert choice == PLAIN or controller.seconds_per_step(choice) < 0.6
+    assert controller.used[PLAIN] < 6
+
+
+# What it estimates
+
+
+def test_forwards_in_between_are_interpolated_and_more_drafts_never_cost_less() -> None:
+    known = ForwardSeconds()
+    for drafts, seconds in ((0, 1.0), (4, 2.0), (8, 1.8)):
+        known.observe(drafts, seconds)
+    assert known.expected(0) == 1.0
+    assert known.expected(2) == pytest.approx(1.5)
+    assert known.expected(8) == known.expected(6) == 2.0
+    assert known.at_worst(17) == pytest.approx(2.0 * 18 / 9)
+    assert known.at_best(6) == 2.0
+
+
+def test_what_was_measured_before_says_how_unknown_forwards_compare() -> None:
+    known = ForwardSeconds([(0, 10.0), (4, 15.0), (8, 40.0)])
+    known.observe(0, 1.0)
+    assert known.expected(4) == pytest.approx(1.5)
+    assert known.expected(8) == pytest.approx(4.0)
+
+
+def test_three_odd_forwards_in_a_row_are_another_machine() -> None:
+    known = ForwardSeconds()
+    for _ in range(5):
+        assert not known.observe(4, 1.0)
+    known.observe(0, 0.8)
+    assert [known.observe(4, 3.0) for _ in range(3)] == [False, False, True]
+    assert not known.knows(0)
+    assert known.expected(4) == 3.0
+
+
+def test_acceptance_seen_at_one_number_of_drafts_moves_all() -> None:
+    worth = ForwardSteps(regret.EXPECTED)
+    for _ in range(200):
+        worth.observe(Choice("graph", 8), 2)
+    half = (2 - 1) / (interpolated(regret.EXPECTED["graph"], 8) - 1)
+    assert worth.expected(Choice("graph", 8)) == pytest.approx(2.0, abs=0.05)
+    for choice in (Choice("graph", 2), Choice("model", 16)):
+        artifact = interpolated(regret.EXPECTED[choice.way], choice.drafts)
+        assert worth.expected(choice) - 1 == pytest.approx(half * (artifact - 1), rel=0.15)
+    assert worth.expected(PLAIN) == 1.0
+
+
+# In real decodes
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> DraftGraph:
+    from spiffy.calib.pipeline import build_graph, prepare, record
+    from spiffy.calib.prompts import load_prompts
+    from spiffy.runtime import decoding_settings
+
+    model, prompts = load_model("tiny-sdar", device="cpu"), load_prompts("synthetic", 8)
+    given_settings = decoding_settings(model, gen_length=48)
+    traces = record(model, prepare(model, prompts, given_settings))
+    return build_graph(model, prompts, given_settings, traces, 16)
+
+
+def under(monkeypatch: pytest.MonkeyPatch, curve: Any) -> None:
+    """Let a forward take what an invented machine takes."""
+
+    def learn(self: Any, advice: Any, drafts: int, steps: int, forward: float, _: float) -> None:
+        self.controller.learn(advice.choice, drafts, steps, curve(drafts), 0.0)
+
+    monkeypatch.setattr(auto.AutoBudget, "learn", learn)
+
+
+PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
+
+
+@pytest.mark.parametrize("selection", ["model", "graph"])
+def test_auto_drafts_where_a_forward_stays_cheap_and_seldom_where_it_does_not(
+    graph: DraftGraph, selection: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model("tiny-sdar", device="cpu")
+    plain = generate(model, PROMPT, graph=None, gen_length=48)
+    for curve, cheap in ((lambda n: 1.0, True), (lambda n: 1.0 + n, False)):
+        monkeypatch.setattr(auto, "_known", type(auto._known)())
+        under(monkeypatch, curve)
+        outputs = [generate(model, PROMPT, graph=graph, selection=selection) for _ in range(4)]
+        assert all(output.token_ids == plain.token_ids for output in outputs)
+        used: Counter[str] = sum((output.stats.budgets for output in outputs), Counter())
+        assert (used["plain"] < 0.2 * used.total()) == cheap
+        assert ("plain" in outputs[-1].stats.why) or cheap
+        if selection == "graph":
+            assert not any(name.startswith("model") for name in used)
+    assert outputs[-1].stats.why.startswith("plain: ")
+
+
+def test_one_budget_serves_a_process_until_its_model_is_gone(graph: DraftGraph) -> None:
+    model = load_model("tiny-sdar", device="cpu")
+    setting = DecodingSettings.parse(**graph.decoding.model_dump())
+    first, second = (auto.auto_budget(make_task(model, PROMPT, setting), graph) for _ in range(2))
+    longer = make_task(model, PROMPT, setting.model_copy(update={"gen_length": 64}))
+    assert first is second is auto.auto_budget(longer, graph)
+    other = setting.model_copy(update={"policy": "threshold"})
+    assert auto.auto_budget(make_task(model, PROMPT, other), graph) is not first
+    known = len(auto._known)
+    del first, second, longer, model
+    import gc
+
+    gc.collect()
+    assert len(auto._known) < known
+
+
+@pytest.mark.parametrize("name", ["llada-a", "dream-a", "sdar-a"])
+@given(seed=st.integers(0, 1 << 30))
+@settings(max_examples=10)
+def test_whatever_is_chosen_tokens_are_the_same(name: str, seed: int) -> None:
+    """A budget that changes at every forward, on random weights, where drafts seldom hold."""
+    model = parity_model(name, "float64")
+    rng = random.Random(seed)
+    cache = rng.choice([kind for kind in model.family.caches if kind != "prefix"])
+    setting = DecodingSettings.parse(
+        block_length=8, gen_length=24, cache=cache, stop_at_eos=False, policy="static"
+    )
+    prompt = random_prompt(model, 9, seed % 1000)
+    base = _artifact(name)
+
+    class Whimsical(auto.AutoBudget):
+        def advise(self) -> Any:
+            whims = [PLAIN, *(Choice("graph", n) for n in range(1, base.budget + 1))]
+            self.controller._now, self.controller._left = rng.choice(whims), 1
+            return super().advise()
+
+    paths = []
+    for adviser in (None, Whimsical(model, base, setting)):
+        task = make_task(model, prompt, setting)
+        task.adviser = adviser
+        for _ in run(model, [task]):
+            pass
+        paths.append([cursor.ids.tolist() for cursor in task.path])
+    assert paths[0] == paths[1]
+
+
+def _artifact(name: str) -> DraftGraph:
+    from test_fuzz import artifact
+
+    from spiffy.schemas import Node
+
+    model = parity_model(name, "float64")
+    fills = [((0, 0),), ((1, 0),), ((0, 0), (1, 0)), ((0, 1),)]
+    parents = [(0,), (0,), (1, 2), (0,)]
+    nodes = tuple(Node(fill=f, parents=p, count=1) for f, p in zip(fills, parents, strict=True))
+    setting = DecodingSettings.parse(block_length=8, gen_length=24)
+    return artifact(
+        model, setting, nodes=nodes, expected_steps=(1.0, 1.5, 1.7, 1.9, 2.0), cost_profiles=()
+    )

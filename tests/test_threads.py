@@ -1,0 +1,77 @@
+"""How many threads the commands compute with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from spiffy.cli.threads import read_threads, set_threads, usable_cpus
+from spiffy.runtime import decoding_settings, load_model
+from spiffy.schemas import SpiffyError
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize(
+    ("limit", "cpus"),
+    [("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1), ("350000 100000", 4)],
+)
+def test_a_quota_of_control_groups_version_2_counts(tmp_path: Path, limit: str, cpus: int) -> None:
+    write(tmp_path / "proc/self/cgroup", "0::/pod/container\n")
+    write(tmp_path / "sys/fs/cgroup/pod/cpu.max", f"{limit}\n")  # set for the group above
+    assert usable_cpus(tmp_path) == cpus
+    write(tmp_path / "proc/self/cgroup", "0::/of/the/host\n")  # a container that sees its own root
+    write(tmp_path / "sys/fs/cgroup/cpu.max", f"{limit}\n")
+    assert usable_cpus(tmp_path) == cpus
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize(("quota", "cpus"), [(-1, 64), (300000, 3)])
+def test_a_quota_of_control_groups_version_1_counts(tmp_path: Path, quota: int, cpus: int) -> None:
+    write(tmp_path / "proc/self/cgroup", "5:memory:/x\n4:cpu,cpuacct:/docker/x\n")
+    for folder in ("cpu,cpuacct/docker/x", "cpu"):
+        write(tmp_path / "sys/fs/cgroup" / folder / "cpu.cfs_quota_us", f"{quota}\n")
+        write(tmp_path / "sys/fs/cgroup" / folder / "cpu.cfs_period_us", "100000\n")
+    assert usable_cpus(tmp_path) == cpus
+
+
+@pytest.mark.usefixtures("many")
+def test_without_control_groups_it_is_the_affinity(tmp_path: Path) -> None:
+    assert usable_cpus(tmp_path) == 64
+    write(tmp_path / "proc/self/cgroup", "nonsense\n0::/x\n")
+    write(tmp_path / "sys/fs/cgroup/x/cpu.max", "what\n")
+    assert usable_cpus(tmp_path) == 64
+
+
+@pytest.mark.parametrize("words", ["0", "-1", "two", "1.5", ""])
+def test_what_is_no_number_of_threads_is_refused(words: str) -> None:
+    with pytest.raises(SpiffyError, match="--threads"):
+        read_threads(words)
+
+
+def test_small_forwards_get_one_thread_and_a_number_is_taken_as_it_is() -> None:
+    model = load_model("tiny-llada", device="cpu")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        set_threads(model, decoding_settings(model, block_length=8, cache="dual"), None)
+        assert torch.get_num_threads() == 1
+        torch.set_num_threads(2)
+        set_threads(model, decoding_settings(model, cache="none"), None)
+        assert torch.get_num_threads() == 2
+        set_threads(model, decoding_settings(model, cache="none"), read_threads("1"))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
