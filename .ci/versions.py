@@ -70,6 +70,14 @@ def requirements(which: str, with_torch: bool) -> list[str]:
     return [*exact, f"torch=={versions['torch']}.*"] if with_torch else exact
 
 
+def install(command: list[str]) -> int:
+    """Run pip; what it says of packages that are not tried here is of interest only if it fails."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="", flush=True)
+    return done.returncode
+
+
 def run(command: list[str], **variables: str) -> int:
     """Run a command in the checkout and return its exit status."""
     return subprocess.run(
@@ -79,7 +87,7 @@ def run(command: list[str], **variables: str) -> int:
 
 def try_versions(which: str, with_torch: bool) -> int:
     """Install, test, say what was tried and how long it took; nonzero if anything failed."""
-    pip = ["-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    pip = ["-m", "pip", "install", "-q", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory(dir=ROOT / ".work", prefix=f"{which}-") as folder:
         began = time.monotonic()
         python, variables = sys.executable, {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
@@ -87,10 +95,10 @@ def try_versions(which: str, with_torch: bool) -> int:
         if with_torch:
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
             python, variables["PYTHONPATH"] = f"{folder}/bin/python", ""
-            failed = run([python, *pip, *wanted, *TEST_TOOLS])
-            failed = failed or run([python, *pip, "--no-deps", "-e", "."])
+            failed = install([python, *pip, *wanted, *TEST_TOOLS])
+            failed = failed or install([python, *pip, "--no-deps", "-e", "."])
         else:
-            failed = run([python, *pip, "--target", folder, *wanted])
+            failed = install([python, *pip, "--target", folder, *wanted])
         installed = time.monotonic()
         if failed:
             print(f"{which}: cannot be installed", flush=True)
