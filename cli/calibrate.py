@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spiffy.cli.calibration_tables import predict, summarise
+from spiffy.cli.calibration_tables import predict, shape_like, summarise
 from spiffy.cli.common import console, log, note_skipped, progress_bar, run_app
 from spiffy.cli.options import (
     Dataset,
@@ -169,6 +169,14 @@ class _Output:
         ),
     ] = False
 
+    predict_for: Annotated[
+        str | None,
+        output_option(
+            help="Also predict what a model of this real shape would gain on accelerators if it "
+            "accepted drafts like this one: qwen3-0.6b, sdar-8b, llada-8b, dream-7b, ..."
+        ),
+    ] = None
+
     def path_for(self, model: str) -> Path:
         """Where the artifact goes; fails before hours of work where nothing can be written."""
         folder, alias = Path(model), model.rsplit("/", 1)[-1].lower()
@@ -177,6 +185,8 @@ class _Output:
         check_writable(path)
         if self.report is not None:
             _check_report(self.report, path)
+        if self.predict_for is not None:
+            shape_like(self.predict_for)
         return path
 
     def write(self, graph: DraftGraph, measured: CostProfile | None, path: Path) -> None:
@@ -254,7 +264,7 @@ def calibrate(
         output.write(graph, measured, path)
         summarise(graph, traces)
         if measured is not None:
-            predict(graph, measured, task)
+            predict(graph, measured, task, output.predict_for)
         log.print(f"wrote {path}", soft_wrap=True)
         output.write_report(graph, measured)
 

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, get_args
 from rich.table import Table
 
 from spiffy.cli.common import console, log, note_if_inexact
-from spiffy.schemas import Objective
+from spiffy.schemas import Objective, SpiffyError
 
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
+    from spiffy.runtime.budget.roofline import Shape
     from spiffy.runtime.decode import Task
     from spiffy.schemas import CostProfile, DraftGraph
 
 _MOST_COMPARED = 200_000  # distinct chains; rival rules unpack each, 2 kB and 40 microseconds
 _OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+_LARGE = 100e6  # parameters from which a roofline says something
 _SHOWN_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -66,37 +68,61 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
     )
 
 
-def predict(graph: DraftGraph, measured: CostProfile, task: Task) -> None:
-    """Print how many drafts pay, here and on named accelerators, and what they should bring."""
-    from spiffy.runtime.budget.auto import best_plan, expected_steps
-    from spiffy.runtime.budget.roofline import ACCELERATORS, predicted_profile
+def predict(graph: DraftGraph, measured: CostProfile, task: Task, like: str | None) -> None:
+    """Print how many drafts pay, here and on named accelerators, and what they should bring.
 
+    Accelerators are left out for small models: kernel launches decide there, which a roofline does
+    not know. `like` names a shape that they are predicted for instead.
+    """
+    from spiffy.runtime.budget.auto import best_plan, expected_steps
+    from spiffy.runtime.budget.roofline import ACCELERATORS, Shape, predicted_profile
+
+    shape = Shape.of(task.model) if like is None else shape_like(like)
     budgets = [point.drafts for point in measured.points]
-    profiles = {f"this machine ({measured.dtype})": ("measured", measured)}
-    for accelerator in ACCELERATORS:
+    profiles = {"this machine": measured}
+    for accelerator in ACCELERATORS if shape.parameters >= _LARGE else ():
         predicted = predicted_profile(
-            task.model, accelerator, task.canvas, task.settings.cache, budgets, measured.drafting
+            shape, accelerator, task.canvas, task.settings.cache, budgets, measured.drafting
         )
-        profiles[f"{accelerator.name} (bfloat16)"] = ("roofline", predicted)
+        profiles[accelerator.name if like is None else f"{like} on {accelerator.name}"] = predicted
     table = Table(title="Predicted speedup over plain decoding")
     for heading in ("device", "forward times"):
         table.add_column(heading)
     for heading in ("plain forward", "drafts", "chosen by", "speedup"):
         table.add_column(heading, justify="right")
-    for device, (source, profile) in profiles.items():
+    for device, profile in profiles.items():
         plan = best_plan(expected_steps(graph), profile)
         table.add_row(
             device,
-            source,
+            f"{'measured' if profile is measured else 'roofline'}, {profile.dtype}",
             f"{1000 * profile.points[0].seconds:.3g} ms",
             str(plan.drafts),
             plan.selection or "-",
             f"{plan.speedup:.2f}x",
         )
     console.print(table)
-    log.print(
-        "predictions: held-out steps per forward, over seconds of forward and drafting. Roofline: "
-        "bandwidth and peak of the data sheet, without kernel launches (which decide on models of "
-        "millions of parameters), drafting as timed on this machine",
-        soft_wrap=True,
-    )
+    note = "predictions: held-out steps per forward, over seconds of forward and drafting"
+    if len(profiles) > 1:
+        note += (
+            ". Roofline: bandwidth and peak of the data sheet, without kernel launches, drafting "
+            "as timed on this machine"
+        )
+    log.print(note, soft_wrap=True)
+
+
+def shape_like(name: str) -> Shape:
+    """A real model's shape by name.
+
+    Raises
+    ------
+    SpiffyError
+        If it is none of those known.
+    """
+    from spiffy.bench.grow import SHAPES
+    from spiffy.runtime.budget.roofline import Shape
+
+    known = SHAPES.get(name)
+    if known is None:
+        raise SpiffyError(f"--predict-for {name}: no such shape; give one of {', '.join(SHAPES)}")
+    sizes = (known.layers, known.hidden, known.heads, known.kv_heads, known.head_dim)
+    return Shape.dense(*sizes, known.feed_forward, known.vocabulary)

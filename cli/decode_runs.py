@@ -157,7 +157,7 @@ def report(runs: Runs) -> None:
 
 def note_budgets(outputs: Sequence[Output]) -> None:
     """Say what `auto` chose, and what that rests on."""
-    used: Counter[str] = sum((output.stats.budgets for output in outputs), Counter())
+    used: Counter[str] = sum((Counter(output.stats.budgets) for output in outputs), Counter())
     if used:
         counts = ", ".join(f"{name} {count}" for name, count in used.most_common())
         log.print(

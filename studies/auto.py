@@ -93,7 +93,7 @@ def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Name
             ratios[k].append(plain.stats.seconds / ours.stats.seconds)
             nfe[0] += plain.stats.nfe
             nfe[1] += ours.stats.nfe
-            used += ours.stats.budgets
+            used += Counter(ours.stats.budgets)
             differing += repeat == 0 and plain.token_ids != ours.token_ids
     return Row(
         name,

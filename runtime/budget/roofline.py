@@ -62,6 +62,27 @@ class Shape:
     kv_width: int
     head: int
 
+    @property
+    def parameters(self) -> int:
+        """All that a forward reads, output head included."""
+        return self.shared + self.experts + self.head
+
+    @classmethod
+    def dense(
+        cls,
+        layers: int,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        feed_forward: int,
+        vocabulary: int,
+    ) -> Shape:
+        """From the sizes of a dense model of Llama's kind, norms and biases left out."""
+        width, kv_width = heads * head_dim, kv_heads * head_dim
+        layer = hidden * (2 * width + 2 * kv_width + 3 * feed_forward)
+        return cls(layers * layer, 0, 1.0, layers, width, kv_width, vocabulary * hidden)
+
     @classmethod
     def of(cls, model: DiffusionLM) -> Shape:
         """From the parameters and the config that transformers runs."""
@@ -124,14 +145,14 @@ def forward_seconds(
 
 
 def predicted_profile(
-    model: DiffusionLM,
+    shape: Shape,
     accelerator: Accelerator,
     canvas: Canvas,
     cache: CacheName,
     budgets: Sequence[int],
     drafting: dict[str, tuple[CostPoint, ...]] | None = None,
 ) -> CostProfile:
-    """The cost profile of a model on an accelerator, as far as its data sheet tells.
+    """The cost profile of a model of this shape on an accelerator, as far as a data sheet tells.
 
     Parameters
     ----------
@@ -140,7 +161,6 @@ def predicted_profile(
     drafting
         Seconds of choosing drafts, which is a matter of the host and taken as it is.
     """
-    shape = Shape.of(model)
     masked = -(-canvas.block_length // 2)  # on average
     return CostProfile(
         device=accelerator.name,

@@ -74,7 +74,8 @@ def denoise(task: Task) -> Decoding:
         if task.adviser is not None and advice is not None:
             steps = cursor.step - root.step
             task.adviser.learn(advice, len(states) - 1, steps, arrived - drafted, drafting)
-            stats.budgets[str(advice.choice)] += 1
+            chosen = str(advice.choice)
+            stats.budgets[chosen] = stats.budgets.get(chosen, 0) + 1
 
         cache.settle(here)
         root, candidates, advice, drafting = cursor, None, None, 0.0

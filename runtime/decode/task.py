@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -56,7 +55,7 @@ class Stats:
     forward_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
-    budgets: Counter[str] = field(default_factory=Counter)
+    budgets: dict[str, int] = field(default_factory=dict)
     why: str = ""
 
 
