@@ -23,12 +23,11 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from losslessness import decode_all, fill
 from rich.console import Console
 
 from spiffy.bench.grow import grow, grow_graph
-from spiffy.bench.measure import Row, measure, speedup
+from spiffy.bench.measure import measure, results
 from spiffy.bench.methods import Method, methods
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
@@ -45,6 +44,7 @@ from spiffy.calib.synthetic import problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.budget.cost import device_name
 from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName, SpiffyError
+from spiffy.schemas.bench import MethodKind, Result
 
 NODES = 16  # of the calibrated graphs
 CACHE: dict[str, CacheName] = {"tiny-llada": "dual", "tiny-dream": "dual", "tiny-sdar": "block"}
@@ -65,31 +65,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Line:
-    """One way of decoding, summed up over prompts and repeats.
+    """One way of decoding.
 
     Attributes
     ----------
-    seconds, forward_seconds
-        Medians over all decodes: of one decode, and of one forward.
-    nfe, positions
-        Of all prompts together.
-    differing, of_tiny
-        Answers that are not the grown model's plain ones, and that are not the tiny model's, of
-        `prompts`.
+    where
+        The machine's part that ran it.
+    of_tiny
+        Answers that are not the tiny model's.
     """
 
     case: Case
-    cache: str
     where: str
+    cache: str
     parameters: int
-    way: str
     prompts: int
-    forward_seconds: float
-    seconds: float
-    nfe: int
-    positions: int
-    speedup: float
-    differing: int
+    result: Result
     of_tiny: int
 
 
@@ -115,7 +106,8 @@ def ways(
     questions: Sequence[str],
 ) -> list[Method]:
     """Plain decoding, fixed budgets, and auto."""
-    return methods(model, settings, graph, ("model", "auto"), budgets, prompts=questions)
+    fixed: MethodKind = "graph" if graph.acceptance is None else "model"
+    return methods(model, settings, graph, (fixed, "auto"), budgets, prompts=questions)
 
 
 def run(case: Case, args: argparse.Namespace) -> list[Line]:
@@ -130,7 +122,7 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
     settings = decoding_settings(grown, artifact)
     questions = [problem.question for problem in islice(problems("test"), args.prompts)]
     expected = [out.text for out in decode_all(tiny, settings, questions, None, BlockEdges())]
-    with streamed(grown, args.offload) if case.weights == "disk" else resident(grown):
+    with streamed(grown, args.offload) if case.weights == "disk" else nullcontext():
         found = ways(grown, settings, artifact, args.budgets, questions)
         measured = measure(
             grown,
@@ -140,42 +132,28 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
             repeats=args.repeats,
             warm_up=0,
         )
-    rows: dict[str, list[Row]] = {method.name: [] for method in found}
-    for row in measured.rows:
-        rows[row.method].append(row)
-
-    def line(method: Method) -> Line:
-        ours, base = rows[method.name], rows[found[0].name]
-        once = [row for row in ours if row.repeat == 0]
-        return Line(
+    return [
+        Line(
             case,
-            settings.cache,
             where(grown),
+            settings.cache,
             parameters,
-            way=_way(method),
-            prompts=len(questions),
-            forward_seconds=median(row.forward_seconds / row.nfe for row in ours),
-            seconds=median(row.seconds for row in ours),
-            nfe=sum(row.nfe for row in once),
-            positions=sum(row.positions_computed for row in once),
-            speedup=speedup(ours, base).value,
-            differing=sum(bool(row.differs) for row in once),
-            of_tiny=sum(row.text != expected[row.prompt] for row in once),
+            len(questions),
+            result,
+            sum(
+                row.text != expected[row.prompt]
+                for row in measured.rows
+                if (row.method, row.repeat) == (result.name, 0)
+            ),
         )
-
-    return [line(method) for method in found]
-
-
-def _way(method: Method) -> str:
-    if method.kind == "auto":
-        return f"auto ({method.note})"
-    return f"{method.budget or 0} drafts"
+        for result in results(found, measured)
+    ]
 
 
 def where(model: DiffusionLM) -> str:
     """The machine's part that ran it."""
-    name = device_name(model.device)
-    return f"{name}, {torch.get_num_threads()} threads" if model.device.type == "cpu" else name
+    name, threads = device_name(model.device), torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}" if model.device.type == "cpu" else name
 
 
 @contextmanager
@@ -184,12 +162,6 @@ def forgetting_costs() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["SPIFFY_CACHE"] = scratch
         yield
-
-
-@contextmanager
-def resident(model: DiffusionLM) -> Iterator[None]:
-    """Weights in memory, where they are."""
-    yield
 
 
 @contextmanager
@@ -218,7 +190,11 @@ def streamed(model: DiffusionLM, folder: Path | None) -> Iterator[None]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Markdown: a table per case; of each plain decoding first, then fixed budgets and auto."""
+    """Markdown: a table per case; of each plain decoding first, then fixed budgets and auto.
+
+    Seconds are medians over repeats and means over prompts, speedups medians over prompts, counts
+    sums over prompts.
+    """
     found = []
     for case in dict.fromkeys(line.case for line in lines):
         ours = [line for line in lines if line.case == case]
@@ -242,14 +218,18 @@ def _heading(line: Line) -> str:
 
 
 def _row(line: Line) -> str:
+    result = line.result
+    seconds = result.seconds
+    total = seconds.forward + seconds.draft + seconds.verify + seconds.rest
+    way = result.name if result.kind in ("plain", "auto") else f"{result.budget} drafts"
     cells = (
-        line.way,
-        f"{1000 * line.forward_seconds:.0f}",
-        f"{line.seconds:.2f}",
-        str(line.nfe),
-        str(line.positions),
-        f"{line.speedup:.2f}x",
-        f"{line.differing}, {line.of_tiny} of {line.prompts}",
+        f"{way} ({result.note})" if result.note else way,
+        f"{1000 * seconds.forward / result.nfe:.0f}",
+        f"{total / line.prompts:.2f}",
+        str(result.nfe),
+        str(result.positions_computed),
+        f"{result.speedup.value:.2f}x",
+        f"{result.differing}, {line.of_tiny} of {line.prompts}",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -326,7 +306,7 @@ def main() -> int:
         for path in args.into:
             fill(path, "real-sizes", block)
     wrong = [line for line in lines if line.case.dtype == "float32"]
-    return int(any(line.differing or line.of_tiny for line in wrong))
+    return int(any(line.result.differing or line.of_tiny for line in wrong))
 
 
 if __name__ == "__main__":
