@@ -62,6 +62,28 @@ def _compare(files: tuple[Path, Path] | None) -> None:
 
 
 @dataclass(frozen=True)
+class _Shape:
+    """A real size without real weights."""
+
+    shape: Annotated[
+        str | None,
+        model_option(
+            help="Grow the model into a real one's shape, such as qwen3-0.6b: same tokens, and "
+            "forwards that cost what that model's cost."
+        ),
+    ] = None
+
+    def grown(self, model: DiffusionLM, artifact: DraftGraph) -> tuple[DiffusionLM, DraftGraph]:
+        """Model and graph, grown if that is asked for."""
+        from spiffy.bench.grow import grow, grow_graph
+
+        if self.shape is None:
+            return model, artifact
+        large = grow(model, self.shape)
+        return large, grow_graph(artifact, model, large)
+
+
+@dataclass(frozen=True)
 class _Prompts:
     """The prompts to measure on."""
 
@@ -218,6 +240,7 @@ class _Run:
 def bench(
     graph: Annotated[Path, model_option(help="Draft graph, as written by spiffy-calibrate.")],
     model: ModelOfGraph,
+    shape: _Shape,
     prompts: _Prompts,
     decoding: Decoding,
     methods: _Methods,
@@ -238,7 +261,7 @@ def bench(
         from spiffy.bench.measure import load_average, machine
 
         load = load_average()
-        run = _prepared(artifact, graph, model, prompts, decoding, methods)
+        run = _prepared(artifact, graph, model, shape, prompts, decoding, methods)
     found = _measured(run, methods, decoding.seed)
     with log.status("summing up"):
         summary = _summary(run, found, machine(run.lm, load))
@@ -254,6 +277,7 @@ def _prepared(
     artifact: DraftGraph,
     path: Path,
     model: ModelOfGraph,
+    shape: _Shape,
     prompts: _Prompts,
     decoding: Decoding,
     methods: _Methods,
@@ -263,7 +287,7 @@ def _prepared(
 
     threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
-    lm = model.load(artifact, path)
+    lm, artifact = shape.grown(model.load(artifact, path), artifact)
     settings, edges = decoding.settings(lm, artifact), decoding.block_edges()
     set_threads(lm, settings, threads)
     warn_of_differences(artifact, settings)

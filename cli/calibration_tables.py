@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 from rich.table import Table
 
 from spiffy.cli.common import console, log, note_if_inexact
-from spiffy.schemas import Objective, SpiffyError
+from spiffy.schemas import Objective
 
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
@@ -118,11 +118,9 @@ def shape_like(name: str) -> Shape:
     SpiffyError
         If it is none of those known.
     """
-    from spiffy.bench.grow import SHAPES
+    from spiffy.bench.grow import shape_named
     from spiffy.runtime.budget.roofline import Shape
 
-    known = SHAPES.get(name)
-    if known is None:
-        raise SpiffyError(f"--predict-for {name}: no such shape; give one of {', '.join(SHAPES)}")
+    known = shape_named(name)
     sizes = (known.layers, known.hidden, known.heads, known.kv_heads, known.head_dim)
     return Shape.dense(*sizes, known.feed_forward, known.vocabulary)

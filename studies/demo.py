@@ -1,0 +1,172 @@
+"""The first minute: three trained tiny models with and without drafts, then a real model's size.
+
+    make demo
+
+Calibrates every model on generated problems, decodes others that neither training nor calibration
+saw, plainly and with `auto`, prompt by prompt, and compares the tokens. The last line grows the
+tiny model into the shape of Qwen3-0.6B (`spiffy.bench.grow`): same tokens, and forwards that cost
+what that model's cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from spiffy.cli.common import console, log, progress_bar
+from spiffy.cli.threads import set_threads, wait_passively
+
+wait_passively()  # before torch is imported
+
+from rich.table import Table  # noqa: E402
+
+from spiffy.bench.grow import grow, grow_graph  # noqa: E402
+from spiffy.calib.pipeline import build_graph, prepare, record  # noqa: E402
+from spiffy.calib.prompts import load_prompts  # noqa: E402
+from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model  # noqa: E402
+from spiffy.schemas import CacheName, DraftGraph  # noqa: E402
+
+CASES: tuple[tuple[str, CacheName], ...] = (
+    ("tiny-sdar", "block"),
+    ("tiny-llada", "dual"),
+    ("tiny-dream", "dual"),
+)
+SHAPE = "qwen3-0.6b"
+DRAFTS = 8  # of the count that says what a device that waits for memory would gain
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one model.
+
+    Attributes
+    ----------
+    nfe
+        Forwards plain, with `auto`, and with 8 drafts (0: not counted).
+    speeds
+        Tokens per second, plain and with `auto`.
+    ratio
+        Seconds of plain decoding over ours, the median prompt.
+    """
+
+    name: str
+    cache: str
+    identical: bool
+    nfe: tuple[int, int, int]
+    speeds: tuple[float, float]
+    ratio: float
+
+
+def calibrated(model: DiffusionLM, cache: CacheName, prompts: int) -> DraftGraph:
+    """A draft graph of up to 32 nodes."""
+    settings = decoding_settings(model, gen_length=64, cache=cache)
+    drawn = load_prompts("synthetic", prompts)
+    set_threads(model, settings, None)
+    return build_graph(model, drawn, settings, record(model, prepare(model, drawn, settings)), 32)
+
+
+def race(
+    name: str, model: DiffusionLM, graph: DraftGraph, texts: Sequence[str], count: bool
+) -> Line:
+    """Decode every prompt plainly and with `auto`, in turns first.
+
+    With `count` also with 8 drafts, whose forwards are counted.
+    """
+    settings = decoding_settings(model, graph)
+    set_threads(model, settings, None)
+    options = settings.model_dump()
+    generate(model, texts[0], **options)  # warms up
+    identical, nfe = True, [0, 0, 0]
+    tokens, seconds, ratios = 0, [0.0, 0.0], []
+    with progress_bar() as bar:
+        for number, text in enumerate(bar.track(texts, description=f"decoding, {name}")):
+            ways = (None, graph) if number % 2 else (graph, None)
+            outputs = {way is not None: generate(model, text, graph=way, **options) for way in ways}
+            plain, ours = outputs[False], outputs[True]
+            identical &= plain.token_ids == ours.token_ids
+            nfe[0] += plain.stats.nfe
+            nfe[1] += ours.stats.nfe
+            if count:
+                fixed = generate(model, text, graph=graph, budget=DRAFTS, **options)
+                identical &= plain.token_ids == fixed.token_ids
+                nfe[2] += fixed.stats.nfe
+            tokens += len(plain.token_ids)
+            seconds = [seconds[0] + plain.stats.seconds, seconds[1] + ours.stats.seconds]
+            ratios.append(plain.stats.seconds / ours.stats.seconds)
+    speeds = (tokens / seconds[0], tokens / seconds[1])
+    cache = settings.cache
+    return Line(name, cache, identical, (nfe[0], nfe[1], nfe[2]), speeds, median(ratios))
+
+
+def table(lines: Sequence[Line], prompts: int) -> Table:
+    """One row per model, best first."""
+    shown = Table(title=f"{prompts} word problems that neither training nor calibration saw")
+    for heading in ("model, cache", "tokens identical"):
+        shown.add_column(heading)
+    for heading in ("NFE plain -> ours", "tokens/s plain -> ours, with auto"):
+        shown.add_column(heading, justify="right")
+    for line in sorted(lines, key=lambda line: -line.ratio):
+        plain, ours, _ = line.nfe
+        shown.add_row(
+            f"{line.name}, {line.cache}",
+            "yes" if line.identical else "NO",
+            f"{plain} -> {ours} ({plain / ours:.2f}x fewer)",
+            f"{line.speeds[0]:.1f} -> {line.speeds[1]:.1f} ({line.ratio:.2f}x)",
+        )
+    return shown
+
+
+def main() -> int:
+    """Print the table; exit code 1 if a token differs."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--calibrate", type=int, default=20, help="prompts to calibrate on")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where graphs are written")
+    parser.add_argument("--small", action="store_true", help=f"leave the shape of {SHAPE} out")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    texts = load_prompts("synthetic", args.prompts, split="test").texts
+    lines = []
+    for name, cache in CASES:
+        with log.status(f"calibrating {name} on {args.calibrate} prompts"):
+            model = load_model(name, device="cpu", dtype="float32")
+            graph = calibrated(model, cache, args.calibrate)
+            graph.save(args.out / f"{name}.json")
+        lines.append(race(name, model, graph, texts, count=True))
+    console.print(table(lines, len(texts)))
+    best = max(lines, key=lambda line: line.nfe[0] / line.nfe[2])
+    console.print(
+        f"Here computing limits, and auto drafts as much as pays. A device that waits for memory "
+        f"gains forwards: with {DRAFTS} drafts {best.name} needs {best.nfe[0] / best.nfe[2]:.2f}x "
+        "fewer.",
+        soft_wrap=True,
+    )
+    if not args.small:
+        with log.status(f"growing tiny-sdar into the shape of {SHAPE}"):
+            tiny = load_model("tiny-sdar", device="cpu", dtype="float32")
+            graph = DraftGraph.load(args.out / "tiny-sdar.json")
+            large = grow(tiny, SHAPE)
+        line = race(f"{SHAPE} shape", large, grow_graph(graph, tiny, large), texts[:2], count=False)
+        console.print(
+            f"At the size of {SHAPE} (tiny-sdar grown, 2 prompts): "
+            f"{line.speeds[0]:.2f} -> {line.speeds[1]:.2f} tokens/s ({line.ratio:.2f}x), "
+            f"NFE {line.nfe[0]} -> {line.nfe[1]}, tokens identical: "
+            f"{'yes' if line.identical else 'NO'}",
+            soft_wrap=True,
+        )
+        lines.append(line)
+    console.print(
+        f"To step through a decode in the browser: .venv/bin/spiffy-bench --graph "
+        f"{args.out}/tiny-sdar.json --samples 4 --repeats 1 --methods graph,auto --budgets 8 "
+        f"--out {args.out}, then open {args.out}/report.html",
+        soft_wrap=True,
+    )
+    return int(not all(line.identical for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
