@@ -66,15 +66,16 @@ class Traces:
     @property
     def growing(self) -> Sequence[Trace]:
         """Prompts that the graph is grown on."""
-        held_out = set(self._held_out_indices())
+        held_out = set(self.held_out_indices())
         return _Some(self.prompts, [k for k in range(len(self.prompts)) if k not in held_out])
 
     @property
     def held_out(self) -> Sequence[Trace]:
         """Prompts that the graph is measured on; none if there is only one prompt."""
-        return _Some(self.prompts, self._held_out_indices())
+        return _Some(self.prompts, self.held_out_indices())
 
-    def _held_out_indices(self) -> Sequence[int]:
+    def held_out_indices(self) -> Sequence[int]:
+        """Their places among all prompts."""
         every = min(HOLD_OUT_EVERY, len(self.prompts))
         return range(every - 1, len(self.prompts), every) if every > 1 else ()
 

@@ -249,6 +249,7 @@ def calibrate(
         traces = _recorded(recording, lm, drawn, tasks, ranks)
         if traces is None:
             return
+        command = ("spiffy-calibrate", *sys.argv[1:])
         graph = build_graph(
             lm,
             drawn,
@@ -258,8 +259,9 @@ def calibrate(
             decoding.seed,
             growth.objective,
             edges,
-            ("spiffy-calibrate", *sys.argv[1:]),
+            command,
         )
+        graph = _measured(graph, tasks, traces)
         task, measured = _timed(tasks, graph)
         output.write(graph, measured, path)
         summarise(graph, traces)
@@ -379,6 +381,15 @@ def _record_into(
         work.record(model, mine, lambda done: bar.update(line, completed=done), stopped)
         if stopped():
             raise KeyboardInterrupt
+
+
+def _measured(graph: DraftGraph, tasks: Sequence[Task], traces: Traces) -> DraftGraph:
+    """The graph with steps per forward as held-out prompts have them, decoded with drafts."""
+    from spiffy.calib.measure import decodes, measure_steps
+
+    with progress_bar() as bar:
+        line = bar.add_task("decoding held-out prompts with drafts", total=decodes(graph, traces))
+        return measure_steps(graph, tasks, traces, lambda: bar.advance(line))
 
 
 def _timed(tasks: Sequence[Task], graph: DraftGraph) -> tuple[Task, CostProfile | None]:

@@ -61,6 +61,13 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
             *(f"{steps[min(drafts, len(steps) - 1)]:.2f}" for steps in columns.values()),
         )
     console.print(table)
+    for way, found in graph.measured_steps.items():
+        steps = ", ".join(f"{point.drafts}: {point.steps:.2f}" for point in found)
+        log.print(
+            f"held-out prompts decoded with drafts by the {way}, tokens compared: steps per "
+            f"forward at drafts {steps}",
+            soft_wrap=True,
+        )
     note_if_inexact(settings)
     log.print(
         f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "

@@ -17,18 +17,20 @@ from spiffy.schemas.records import (
     AcceptanceModel,
     CalibrationRecord,
     CostProfile,
+    ExpectedSteps,
     ModelRecord,
     Node,
     Provenance,
     Record,
     Steps,
+    Text,
 )
 
 if TYPE_CHECKING:
     import networkx as nx
 
 FORMAT = "spiffy.draft-graph"
-MAJOR, MINOR = 1, 2
+MAJOR, MINOR = 1, 3
 _MAX_PAIRS = 1 << 23  # in the fills of all nodes' parents together: what checking them takes
 
 
@@ -45,6 +47,10 @@ class DraftGraph(Record):
     expected_steps
         Denoising steps per forward at budgets 0, 1, ... len(nodes), replayed on calibration
         prompts that were held out from growing the graph.
+    measured_steps
+        Denoising steps per forward by who chooses the drafts ("graph", "model"), of held-out
+        prompts that were decoded with drafts; not part of the digest, because graphs joined from
+        work directories, without the model, state none.
     acceptance
         Chooses the drafts at run time; without one the nodes are the drafts.
     """
@@ -56,6 +62,10 @@ class DraftGraph(Record):
     nodes: Annotated[tuple[Node, ...], Field(max_length=MAX_NODES), FailFast()]
     expected_steps: Annotated[tuple[Steps, ...], Field(max_length=MAX_NODES + 1), FailFast()] = ()
     acceptance: AcceptanceModel | None = None
+    measured_steps: Annotated[
+        dict[Text, Annotated[tuple[ExpectedSteps, ...], Field(max_length=256)]],
+        Field(max_length=16),
+    ] = Field(default_factory=dict)
     cost_profiles: Annotated[
         tuple[CostProfile, ...], Field(max_length=MAX_PROFILES), FailFast()
     ] = ()
@@ -95,6 +105,10 @@ class DraftGraph(Record):
                 f"expected_steps: {len(self.expected_steps)} values for budgets 0 to "
                 f"{len(self.nodes)}"
             )
+        for way, points in self.measured_steps.items():
+            drafts = [point.drafts for point in points]
+            if drafts != sorted(set(drafts)) or 0 in drafts:
+                raise ValueError(f"measured_steps.{way}: numbers of drafts must ascend from 1")
         return self
 
     @property
@@ -137,12 +151,14 @@ class DraftGraph(Record):
         return tuple(f"{name} {ours} ({theirs})" for name, ours, theirs in pairs if ours != theirs)
 
     def digest(self) -> str:
-        """SHA-256 over the canonical JSON of everything but cost profiles and provenance.
+        """SHA-256 over the canonical JSON, without costs, measured steps and provenance.
 
         What only newer minor versions know is left out where it is not given, so that the digests
         of older files stay what they were.
         """
-        content = self.model_dump(mode="json", exclude={"cost_profiles", "provenance"})
+        content = self.model_dump(
+            mode="json", exclude={"cost_profiles", "measured_steps", "provenance"}
+        )
         for field in ("prompts", "prompt_digests", "edges"):
             if content["calibration"][field] is None:
                 del content["calibration"][field]

@@ -139,7 +139,7 @@ def test_digests_of_the_format_before_are_still_checked(tmp_path: Path) -> None:
     old = json.loads(graph.model_copy(update={"calibration": record}).to_json())
     for field in later:
         del old["calibration"][field]
-    del old["provenance"]
+    del old["provenance"], old["measured_steps"]
     old["version"] = "1.1"
     covered = {k: old[k] for k in old if k not in ("format", "version", "digest", "cost_profiles")}
     text = json.dumps(covered, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -272,6 +272,12 @@ def test_absurd_costs_and_expectations_change_no_token(data: st.DataObject) -> N
         expected_steps=tuple(data.draw(st.lists(steps, min_size=5, max_size=5))),
         acceptance=acceptance,
         cost_profiles=(profile,),
+        measured_steps={
+            who: (
+                ExpectedSteps(drafts=data.draw(st.sampled_from(many[1:])), steps=data.draw(steps)),
+            )
+            for who in ("graph", "model")
+        },
     )
     assert best_plan(expected_steps(graph), profile).drafts <= MAX_NODES
     budget = auto_budget(task, graph)

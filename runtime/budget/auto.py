@@ -63,7 +63,27 @@ def expected_steps(graph: DraftGraph) -> dict[Selection, tuple[ExpectedSteps, ..
     acceptance = acceptance_of(graph)
     if acceptance is not None and acceptance.expected_steps:
         steps["model"] = acceptance.expected_steps
-    return steps
+    return {
+        who: _as_measured(curve, graph.measured_steps.get(who, ())) for who, curve in steps.items()
+    }
+
+
+def _as_measured(
+    replayed: tuple[ExpectedSteps, ...], measured: tuple[ExpectedSteps, ...]
+) -> tuple[ExpectedSteps, ...]:
+    """A replayed curve, its accepted drafts scaled to those of the points measured."""
+    curve = [(p.drafts, p.steps) for p in replayed]
+    scale = [
+        (p.drafts, float(np.clip((p.steps - 1) / (at - 1), 0.2, 5)))
+        for p in measured
+        if (at := interpolated(curve, p.drafts)) > 1
+    ]
+    if not scale:
+        return replayed
+    return tuple(
+        ExpectedSteps(drafts=n, steps=min(1 + (s - 1) * interpolated(scale, n), n + 1.0))
+        for n, s in curve
+    )
 
 
 def best_plan(

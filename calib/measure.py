@@ -1,0 +1,98 @@
+"""Steps per forward of what will really be run: held-out prompts, decoded with drafts.
+
+Replays do without what rejected drafts say, so they expect a little less than comes. Here some
+held-out prompts are decoded for real, and every answer is compared with the recorded one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+from spiffy.calib.pipeline import Traces
+from spiffy.calib.record import Trace
+from spiffy.runtime.decode import Task, make_task, run
+from spiffy.runtime.draft import Selection, graph_drafter
+from spiffy.runtime.draft.acceptance import acceptance_of
+from spiffy.schemas import DraftGraph, ExpectedSteps, SpiffyError
+from spiffy.schemas.records import MOST_UNASKED
+
+MOST_PROMPTS = 4
+_BUDGETS = (8, 2, 32)  # in this order, as far as positions go
+_POSITIONS = 1.0  # times those that recording took: more is not spent
+
+
+def measure_steps(
+    graph: DraftGraph,
+    tasks: Sequence[Task],
+    traces: Traces,
+    on_decode: Callable[[], None] = lambda: None,
+) -> DraftGraph:
+    """The graph with `measured_steps`, of up to 4 held-out prompts.
+
+    Parameters
+    ----------
+    tasks
+        Of the traces' prompts, in their order.
+    on_decode
+        Called after every decode.
+
+    Raises
+    ------
+    SpiffyError
+        If drafts changed a token.
+    """
+    held_out = [(tasks[k], traces.prompts[k]) for k in traces.held_out_indices()][:MOST_PROMPTS]
+    left = _POSITIONS * traces.positions_computed
+    found: dict[Selection, list[ExpectedSteps]] = {way: [] for way in _ways(graph)}
+    for n, way in _choices(graph) if held_out else ():
+        if left <= 0:
+            break
+        steps = forwards = 0
+        for task, trace in held_out:
+            ours = _decoded(graph, task, trace, way, n)
+            steps += ours.stats.steps
+            forwards += ours.stats.steps - ours.stats.accepted
+            left -= ours.stats.positions_computed
+            on_decode()
+        point = ExpectedSteps(drafts=n, steps=round(max(steps / forwards, 1.0), 6))
+        found[way].append(point)
+    curves = {
+        way: tuple(sorted(points, key=lambda point: point.drafts))
+        for way, points in found.items()
+        if points
+    }
+    return graph.model_copy(update={"measured_steps": curves})
+
+
+def decodes(graph: DraftGraph, traces: Traces) -> int:
+    """How many decodes `measure_steps` makes at most."""
+    prompts = min(len(traces.held_out_indices()), MOST_PROMPTS)
+    return prompts * sum(1 for _ in _choices(graph))
+
+
+def _ways(graph: DraftGraph) -> tuple[Selection, ...]:
+    return ("graph",) if acceptance_of(graph) is None else ("model", "graph")
+
+
+def _choices(graph: DraftGraph) -> Iterator[tuple[int, Selection]]:
+    most = min(graph.budget, MOST_UNASKED)
+    budgets = dict.fromkeys(min(n, most) for n in _BUDGETS)
+    return product(budgets, _ways(graph)) if most else iter(())
+
+
+def _decoded(graph: DraftGraph, task: Task, trace: Trace, way: Selection, drafts: int) -> Task:
+    """Decode a prompt with drafts, to the recorded tokens."""
+    drafter = graph_drafter(task.model, graph, task.settings, drafts, way)
+    ours = make_task(
+        task.model, task.prompt, task.settings, drafter, task.seed, task.sequence, task.edges
+    )
+    for _ in run(task.model, [ours]):
+        pass
+    if task.settings.exact and ours.path[-1].ids.tolist() != trace.path[-1].ids.tolist():
+        raise SpiffyError(
+            f"drafts changed a token of prompt {task.sequence} ({drafts} drafts by the {way}): "
+            "recorded in batches, decoded alone, a floating-point tie can do that; try --dtype "
+            "float32 or --batch-size 1"
+        )
+    return ours
