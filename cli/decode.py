@@ -206,7 +206,8 @@ def decode(
     The prompt is --prompt, or every prompt of --prompts, or standard input. Decoding settings come
     from the graph unless given.
 
-    Example: spiffy-decode --graph llada.json --prompt "Tom has 3 apples. He buys 4 more. How many?"
+    Example: spiffy-decode --graph llada.json --prompt "Lily has 9 old pens and buys 2 new pens. How
+    many pens are there now?"
     """
     prompts.check()
     artifact = None if graph is None else DraftGraph.load(graph)

@@ -1,0 +1,78 @@
+"""Expected steps of what is really run: held-out prompts decoded with drafts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from spiffy.calib.measure import decodes, measure_steps
+from spiffy.calib.pipeline import Traces, build_graph, prepare, record
+from spiffy.calib.prompts import load_prompts
+from spiffy.runtime import decoding_settings, generate, load_model
+from spiffy.runtime.budget.auto import expected_steps
+from spiffy.schemas import DraftGraph, ExpectedSteps, SpiffyError
+
+Calibrated = tuple[list[Any], Traces, DraftGraph]
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Calibrated:
+    model, prompts = load_model("tiny-sdar", device="cpu"), load_prompts("synthetic", 12)
+    settings = decoding_settings(model, gen_length=48)
+    tasks = prepare(model, prompts, settings)
+    traces = record(model, tasks)
+    return tasks, traces, build_graph(model, prompts, settings, traces, 12)
+
+
+def test_steps_are_those_of_decoding_with_drafts(calibrated: Calibrated) -> None:
+    tasks, traces, graph = calibrated
+    done: list[None] = []
+    measured = measure_steps(graph, tasks, traces, lambda: done.append(None))
+    assert 0 < len(done) <= decodes(graph, traces)
+    assert measured.digest() == graph.digest()
+    held_out = [tasks[k] for k in traces.held_out_indices()]
+    for way, points in measured.measured_steps.items():
+        for point in points:
+            outputs = [
+                generate(
+                    task.model,
+                    task.prompt,
+                    graph=graph,
+                    budget=point.drafts,
+                    selection=way,  # type: ignore[arg-type]
+                )
+                for task in held_out
+            ]
+            steps = sum(output.stats.steps for output in outputs)
+            accepted = sum(output.stats.accepted for output in outputs)
+            assert point.steps == pytest.approx(steps / (steps - accepted), abs=1e-6)
+
+
+def test_the_replayed_curve_goes_through_what_was_measured(calibrated: Calibrated) -> None:
+    _, _, graph = calibrated
+    point = ExpectedSteps(drafts=8, steps=3.0)
+    corrected = graph.model_copy(update={"measured_steps": {"graph": (point,)}})
+    before, after = expected_steps(graph), expected_steps(corrected)
+    assert after["model"] == before["model"]
+    at = {p.drafts: p.steps for p in after["graph"]}
+    assert at[8] == pytest.approx(3.0)
+    assert at[0] == 1.0
+    replayed = {p.drafts: p.steps for p in before["graph"]}
+    assert at[4] - 1 == pytest.approx((replayed[4] - 1) * 2.0 / (replayed[8] - 1))
+    assert at[1] <= 2.0
+
+
+def test_a_token_that_drafts_change_is_an_error(calibrated: Calibrated) -> None:
+    tasks, traces, graph = calibrated
+    other = traces.held_out_indices()[0]
+    wrong = [traces.prompts[other - 1] if k == other else t for k, t in enumerate(traces.prompts)]
+    with pytest.raises(SpiffyError, match="drafts changed a token of prompt"):
+        measure_steps(graph, tasks, Traces(tuple(wrong), traces.nfe, traces.positions_computed))
+
+
+def test_one_prompt_has_nothing_held_out_to_measure(calibrated: Calibrated) -> None:
+    tasks, traces, graph = calibrated
+    alone = Traces(traces.prompts[:1], traces.nfe, traces.positions_computed)
+    assert decodes(graph, alone) == 0
+    assert measure_steps(graph, tasks[:1], alone).measured_steps == {}

@@ -1,0 +1,52 @@
+"""What README and docs show a newcomer is what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from spiffy.runtime import generate, load_model
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cli" / "decode.py")
+#: What the shipped models are asked in them, and the answer.
+ASKED = {"Lily has 9 old pens and buys 2 new pens. How many pens are there now?": "11"}
+
+
+def prompts(page: Path) -> list[str]:
+    """Prompts that a page gives to a command or to `generate`."""
+    found = re.findall(r'(?:--prompt |prompt = )"([^"]+)"', page.read_text(encoding="utf-8"))
+    return [re.sub(r"\s+", " ", prompt) for prompt in found]
+
+
+def test_every_prompt_shown_is_one_whose_answer_is_known() -> None:
+    shown = {prompt for page in PAGES for prompt in prompts(page)}
+    assert shown == set(ASKED)
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream", "tiny-sdar"])
+@pytest.mark.parametrize("prompt", ASKED)
+def test_the_shipped_models_answer_it_correctly(name: str, prompt: str) -> None:
+    out = generate(load_model(name, device="cpu"), prompt, gen_length=64)
+    assert out.text.endswith(f"#### {ASKED[prompt]}")
+
+
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spiffy.calib.pipeline import build_graph, prepare, record
+    from spiffy.calib.prompts import load_prompts
+    from spiffy.runtime import decoding_settings
+
+    model, drawn = load_model("tiny-llada", device="cpu"), load_prompts("synthetic", 5)
+    settings = decoding_settings(model, gen_length=32)
+    traces = record(model, prepare(model, drawn, settings))
+    build_graph(model, drawn, settings, traces, 8).save(tmp_path / "llada.json")
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.S)
+    assert code
+    for snippet in code:
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert "#### 11" in capsys.readouterr().out
