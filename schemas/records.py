@@ -56,7 +56,7 @@ class Node(Record):
     ----------
     fill
         (position rank, token rank) pairs, sorted, position ranks distinct. Position rank 0 is the
-        most confident masked position of the root under the logits that produced it; token rank 0
+        best-scored masked position of the root under the logits that produced it; token rank 0
         is the most likely token there.
     parents
         Numbers of the nodes it follows by one denoising step; 0 is the root, node k of the list

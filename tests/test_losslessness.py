@@ -2,6 +2,7 @@
 
 The models have random weights and run in float64: a matmul of another shape rounds differently,
 and in float32 that could flip a near-tie of two scores, which is no fault of the decoder.
+Longer than other files: what the project stands for is to be read in one place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Reports: well-formed, self-contained, escaped, honest about what is missing; and comparisons."""
+"""Reports: well-formed, self-contained, escaped, honest about what is missing; and comparisons.
+
+Longer than other files, because all of it looks at the same pages, which take a minute to make.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Work directories: nothing lost, nothing half-written read, the same bytes however it went."""
+"""Work directories: nothing lost, nothing half-written read, the same bytes however it went.
+
+Longer than other files, because everything that can stop a recording is tried on one run.
+"""
 
 from __future__ import annotations
 

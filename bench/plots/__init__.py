@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from spiffy.bench.plots.acceptance import acceptance
-from spiffy.bench.plots.artifact import coefficients, cost, expected
+from spiffy.bench.plots.calibration import coefficients, cost, expected
 from spiffy.bench.plots.draft_graph import draft_graph
+from spiffy.bench.plots.drafts import acceptance
 from spiffy.bench.plots.runs import nfe, positions, speed, time_split, tokens_per_second, trade
 from spiffy.bench.plots.style import WHO, Picture
 from spiffy.schemas.bench import Bench

@@ -131,21 +131,21 @@ def _candidates(
     last two are what `BlockEdges.first` switches.
     """
     masked = task.canvas.masked(root, task.model.mask_token_id)
-    origin = None
+    source = None
     if root.block_step > 0 and not evaluation.first_only:
-        origin, seen = distribution, here
+        source, seen = distribution, here
     elif root.block_step > 0 or task.edges.first:
         span = task.canvas.span(root.block)
         for seen in (here, *range(len(evaluation.windows))):
             if evaluation.windows[seen].covers(span):
-                origin = evaluation.distribution(seen, masked)
+                source = evaluation.distribution(seen, masked)
                 break
-    if origin is None:
+    if source is None:
         return None
     fresh = (states[seen] != root.ids).nonzero()[:, 0]
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
-    candidates = rank_candidates(origin, task.settings, mask, ranks, masked, fresh)
-    if origin is distribution and drafter.asks_rejected:
+    candidates = rank_candidates(source, task.settings, mask, ranks, masked, fresh)
+    if source is distribution and drafter.asks_rejected:
         span = task.canvas.span(root.block)
         return with_rejected(candidates, evaluation, root, states, seen, span, mask)
     return candidates
