@@ -27,6 +27,7 @@ from spiffy.runtime.budget.controller import (
     interpolated,
 )
 from spiffy.runtime.decode import make_task, run
+from spiffy.runtime.generate import collect
 from spiffy.schemas import DecodingSettings, DraftGraph, Node
 
 
@@ -208,6 +209,23 @@ def test_auto_drafts_where_a_forward_stays_cheap_and_seldom_where_it_does_not(
         if selection == "graph":
             assert not any(name.startswith("model") for name in used)
     assert outputs[-1].stats.why.startswith("plain: ")
+
+
+def test_sequences_that_share_forwards_share_a_budget(graph: DraftGraph) -> None:
+    model = load_model("tiny-sdar", device="cpu")
+    setting = DecodingSettings.parse(**graph.decoding.model_dump())
+    texts = [f"{PROMPT} {k}" for k in range(4)]
+    plain = [generate(model, text, gen_length=48) for text in texts]
+    adviser = auto.AutoBudget(model, graph, setting)
+    tasks = [make_task(model, text, setting) for text in texts]
+    for task in tasks:
+        task.adviser = adviser
+    for _ in run(model, tasks, batch_size=4):
+        pass
+    assert [collect(task).token_ids for task in tasks] == [out.token_ids for out in plain]
+    assert sum(adviser.controller.used.values()) == sum(
+        sum(task.stats.budgets.values()) for task in tasks
+    )
 
 
 def test_one_budget_serves_a_process_until_its_model_is_gone(graph: DraftGraph) -> None:

@@ -88,6 +88,7 @@ class ForwardSeconds:
         news: of the machine, or, where the others were long ago, of this number of drafts.
         """
         self._forwards += 1
+        seconds = max(seconds, 1e-9)
         recent = self._recent.setdefault(drafts, deque(maxlen=_KEPT))
         ratio = seconds / median_low(recent) if recent else 1.0
         if 1 / _CHANGED < ratio < _CHANGED:
@@ -276,6 +277,8 @@ class Controller:
     def choose(self) -> Choice:
         """Who drafts the next forward, and up to how many."""
         if self._left <= 0:
+            if not self._forwards:  # several sequences ask before the first forward has been made
+                return PLAIN
             self._plan()
         self._left -= 1
         return self._now
