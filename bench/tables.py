@@ -237,7 +237,9 @@ def headline(bench: Bench) -> Headline:
         verdict, words = "slower", "is slower than plain decoding: nothing pays here"
     else:
         verdict, words = "unclear", "is as fast as plain decoding, as far as can be told"
-    sentence = (
+    auto = next((r for r in bench.results if r.kind == "auto"), None)
+    sentence = "" if auto is None else _of_auto(bench, auto)
+    sentence += (
         f"The fastest lossless method, {best.name}, {words}: {interval(best.speedup)} its speed, "
         f"with {fewer_forwards(bench, best):.2f}x fewer forwards ({best.nfe:,} instead of "
         f"{plain.nfe:,}) over {more_positions(bench, best):.2f}x the positions."
@@ -248,14 +250,6 @@ def headline(bench: Bench) -> Headline:
             f" Fewest forwards: {fewest.name}, {fewer_forwards(bench, fewest):.2f}x fewer over "
             f"{more_positions(bench, fewest):.2f}x the positions, at "
             f"{fewest.speedup.value:.2f}x the speed."
-        )
-    auto = next((r for r in bench.results if r.kind == "auto"), None)
-    if auto is not None and not auto.drafted:
-        sentence += " Learning while it decoded, auto decided not to draft."
-    elif auto is not None and auto.name != best.name:
-        sentence += (
-            f" Learned while decoding (auto): {interval(auto.speedup)}; the fastest is named after "
-            f"{len(lossless)} were measured."
         )
     for other in bench.results:
         if other.kind == "plain" and other.name != bench.baseline:
@@ -270,6 +264,16 @@ def headline(bench: Bench) -> Headline:
                 )
             sentence += "."
     return Headline(verdict, best, sentence)
+
+
+def _of_auto(bench: Bench, auto: Result) -> str:
+    """What comes by default: the number of drafts is learned while decoding."""
+    if not auto.drafted:
+        return f"Learning while it decoded, auto decided not to draft: {interval(auto.speedup)}. "
+    return (
+        f"Learned while decoding (auto): {interval(auto.speedup)} plain decoding's speed, with "
+        f"{fewer_forwards(bench, auto):.2f}x fewer forwards. "
+    )
 
 
 def drafting(bench: Bench) -> list[Result]:
