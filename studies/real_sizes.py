@@ -221,7 +221,9 @@ def _row(line: Line) -> str:
     result = line.result
     seconds = result.seconds
     total = seconds.forward + seconds.draft + seconds.verify + seconds.rest
-    way = result.name if result.kind in ("plain", "auto") else f"{result.budget} drafts"
+    way = result.name
+    if result.kind not in ("plain", "auto"):
+        way = f"{result.budget} draft{'s' * (result.budget != 1)}"
     cells = (
         f"{way} ({result.note})" if result.note else way,
         f"{1000 * seconds.forward / result.nfe:.0f}",
