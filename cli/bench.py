@@ -73,14 +73,23 @@ class _Shape:
         ),
     ] = None
 
-    def grown(self, model: DiffusionLM, artifact: DraftGraph) -> tuple[DiffusionLM, DraftGraph]:
-        """Model and graph, grown if that is asked for."""
+    def check(self) -> None:
+        """Refuse an unknown shape before anything is loaded."""
+        from spiffy.bench.grow import shape_named
+
+        if self.shape is not None:
+            shape_named(self.shape)
+
+    def grown(
+        self, model: DiffusionLM, graphs: Sequence[DraftGraph | None]
+    ) -> tuple[DiffusionLM, list[DraftGraph | None]]:
+        """Model and graphs, grown if that is asked for."""
         from spiffy.bench.grow import grow, grow_graph
 
         if self.shape is None:
-            return model, artifact
+            return model, [*graphs]
         large = grow(model, self.shape)
-        return large, grow_graph(artifact, model, large)
+        return large, [None if g is None else grow_graph(g, model, large) for g in graphs]
 
 
 @dataclass(frozen=True)
@@ -256,6 +265,7 @@ def bench(
     """
     artifact = DraftGraph.load(graph)
     methods.check(artifact)
+    shape.check()
     output.make_folder()
     with log.status("loading"):
         from spiffy.bench.measure import load_average, machine
@@ -287,7 +297,9 @@ def _prepared(
 
     threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
-    lm, artifact = shape.grown(model.load(artifact, path), artifact)
+    rival = None if methods.paper is None else DraftGraph.load(methods.paper)
+    lm, (ours, rival) = shape.grown(model.load(artifact, path), (artifact, rival))
+    artifact = ours or artifact
     settings, edges = decoding.settings(lm, artifact), decoding.block_edges()
     set_threads(lm, settings, threads)
     warn_of_differences(artifact, settings)
@@ -296,7 +308,6 @@ def _prepared(
     known = prompts.known(texts, artifact)
     if methods.execute_code:
         log.print("--execute-code runs what the model writes, in a process with limits")
-    rival = None if methods.paper is None else DraftGraph.load(methods.paper)
     kinds, numbers = methods.kinds(), methods.numbers(artifact)
     return _Run(
         lm=lm,

@@ -20,6 +20,8 @@ from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.policy import Distribution, choose, gumbel_noise, select, step_quota
 from spiffy.schemas import SpiffyError
 
+_FORESEEN = 32  # rows that pass through a dear output head at once
+
 Decoding = Generator[list[Row], list[RowOutput], None]
 
 
@@ -57,6 +59,8 @@ def denoise(task: Task) -> Decoding:
             masked = canvas.masked(cursor, task.model.mask_token_id)
             if evaluation.first_only:
                 masked = masked[:1]
+            elif len(states) > 1 and task.model.head_is_dear and here not in evaluation.foreseen:
+                evaluation.foresee(_likely(task, cursor, states, evaluation, here))
             distribution = evaluation.distribution(here, masked)
             cursor = denoising_step(task, cursor, distribution, evaluation.first_only)
             task.path.append(cursor)
@@ -88,6 +92,31 @@ def denoise(task: Task) -> Decoding:
                     task, drafter, root, states, evaluation, here, distribution
                 )
                 drafting = perf_counter() - walked
+
+
+def _likely(
+    task: Task, cursor: Cursor, states: Tensor, evaluation: Evaluation, here: int
+) -> dict[int, Tensor]:
+    """The state of the cursor, and states that the walk may come to in its block, by number.
+
+    Drafts that extend it, the first ones first, with masks left; each with its masked positions.
+    """
+    span, mask = task.canvas.span(cursor.block), task.model.mask_token_id
+    blocks = states[:, span.start : span.stop]
+    extends = ((blocks == blocks[here]) | (blocks[here] == mask)).all(1)
+    extends &= (blocks == mask).any(1)
+    extends[here] = False
+    found = {here: task.canvas.masked(cursor, mask)}
+    rows = len(found[here])
+    for number in extends.nonzero()[:, 0].tolist():
+        if not evaluation.windows[number].covers(span):
+            continue
+        masked = task.canvas.masked(Cursor(states[number], cursor.block), mask)
+        rows += len(masked)
+        if rows > _FORESEEN:
+            break
+        found[number] = masked
+    return found
 
 
 class TooLargeError(Exception):

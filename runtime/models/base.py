@@ -18,6 +18,8 @@ from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 from spiffy.schemas import CacheName, SpiffyError
 from spiffy.schemas.io import is_unicode
 
+_DEAR = 1 << 24  # parameters of an output head
+
 Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
 
 # transformers 5.24 renamed it, for all of its models.
@@ -223,6 +225,12 @@ class DiffusionLM:
             **{_CACHE: cache},
         ).last_hidden_state
         return hidden, KeyValues(cache.fresh) if keep else None
+
+    @property
+    def head_is_dear(self) -> bool:
+        """Whether reading the output head takes long, beside multiplying some rows with it."""
+        weight: Any = self.module.lm_head.weight  # type: ignore[union-attr]
+        return int(weight.numel()) >= _DEAR
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""Several states through a dear output head at once: the same decode, fewer passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Oracle, decode, random_prompt
+from hypothesis import given
+from hypothesis import strategies as st
+from test_losslessness import (
+    COMBINATIONS,
+    EDGES,
+    assert_lossless,
+    future_fills,
+    plain,
+    setting_of,
+)
+from torch import Tensor
+
+from spiffy.runtime.draft import GraphDrafter
+from spiffy.runtime.models import base
+
+LENGTH = 11
+
+
+@pytest.fixture(autouse=True)
+def _dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_DEAR", 0)
+
+
+@pytest.mark.parametrize(("layout", "policy"), COMBINATIONS)
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_drafts_that_hold_change_nothing(layout: str, policy: str, temperature: float) -> None:
+    model, setting = setting_of(layout, policy, temperature)
+    plainly = plain(layout, policy, temperature, LENGTH, 0)
+    fills = future_fills(layout, policy, temperature, LENGTH, 3)[:12]
+    drafter = GraphDrafter(fills, model)
+    prompt = random_prompt(model, LENGTH)
+    assert_lossless(decode(model, prompt, setting, drafter, edges=EDGES[layout]), plainly)
+
+
+FILLS = st.lists(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 2)), min_size=1, max_size=4), max_size=8
+)
+
+
+@pytest.mark.parametrize(("layout", "policy"), COMBINATIONS[::3])
+@given(fills=FILLS)
+def test_no_graph_changes_a_token(
+    layout: str, policy: str, fills: list[list[tuple[int, int]]]
+) -> None:
+    base._DEAR = 0  # the fixture is gone by the second example
+    model, setting = setting_of(layout, policy)
+    ours = decode(
+        model,
+        random_prompt(model, LENGTH),
+        setting,
+        GraphDrafter(fills, model),
+        edges=EDGES[layout],
+    )
+    assert_lossless(ours, plain(layout, policy, 0.0, LENGTH, 0))
+
+
+def test_a_walk_along_its_likely_states_passes_the_head_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, setting = setting_of("llada-dual", "static-1")
+    plainly = plain("llada-dual", "static-1", 0.0, LENGTH, 0)
+    passed: list[int] = []
+    head = model.head
+
+    def counting(hidden: Tensor) -> Tensor:
+        passed.append(len(hidden))
+        return head(hidden)
+
+    monkeypatch.setattr(model, "head", counting)
+    ours = decode(model, random_prompt(model, LENGTH), setting, Oracle(plainly, 3))
+    assert_lossless(ours, plainly)
+    assert len(passed) < ours.stats.steps
+    assert max(passed) <= 32
+
+
+def test_what_was_foreseen_is_what_the_head_says() -> None:
+    from spiffy.runtime.forward.cache import Evaluation, Window
+
+    model, _ = setting_of("dream-dual", "static-1")
+    hidden = torch.randn(3, 20, model.module.config.hidden_size, dtype=model.dtype)
+    evaluation = Evaluation(model, [Window(part, 5) for part in hidden])
+    positions = [torch.tensor([6, 9]), torch.tensor([12]), torch.tensor([7, 8, 20])]
+    alone = [evaluation.distribution(k, at) for k, at in enumerate(positions)]
+    evaluation.foresee(dict(enumerate(positions)))
+    for k, at in enumerate(positions):
+        both = evaluation.distribution(k, at)
+        torch.testing.assert_close(both.log_p, alone[k].log_p)
+        assert both.positions is at
+    other = torch.tensor([9])  # asked about otherwise: the head is asked again
+    torch.testing.assert_close(evaluation.distribution(0, other).log_p, alone[0].log_p[1:])
