@@ -140,8 +140,8 @@ class Decoding:
     policy: Annotated[
         str | None,
         decoding_option(
-            help="Unmasking policy: static, threshold or sequential. Default: the graph's, else "
-            "static."
+            help="Unmasking policy: static, threshold, sequential or entropy-bounded. Default: the "
+            "graph's, else static."
         ),
     ] = None
     tokens_per_step: Annotated[
@@ -152,10 +152,18 @@ class Decoding:
         float | None,
         decoding_option(help="Confidence that commits at once. Default: the graph's, else 0.9."),
     ] = None
+    entropy_bound: Annotated[
+        float | None,
+        decoding_option(
+            help="Nats of entropy, without the largest, that positions committed at once may have "
+            "together (entropy-bounded). Default: the graph's, else 0.1."
+        ),
+    ] = None
     block_length: Annotated[
         int | None,
         decoding_option(
-            help="Positions per block. Default: the graph's, else 32 (SDAR: the model's own)."
+            help="Positions per block. Default: the graph's, else the model's own (32 where any "
+            "works)."
         ),
     ] = None
     gen_length: Annotated[
@@ -165,8 +173,8 @@ class Decoding:
     cache: Annotated[
         str | None,
         decoding_option(
-            help="none, dual, prefix (near-lossless), or block (SDAR's). Default: the graph's, "
-            "else block for SDAR, none for others."
+            help="none, dual, prefix (near-lossless), or block (SDAR and other block-causal "
+            "models). Default: the graph's, else block for those, none for others."
         ),
     ] = None
     temperature: Annotated[
@@ -200,6 +208,7 @@ class Decoding:
             policy=self.policy,
             tokens_per_step=self.tokens_per_step,
             threshold=self.threshold,
+            entropy_bound=self.entropy_bound,
             block_length=self.block_length,
             gen_length=self.gen_length,
             cache=self.cache,

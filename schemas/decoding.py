@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from spiffy.schemas.errors import SpiffyError
 
-PolicyName = Literal["static", "threshold", "sequential"]
+PolicyName = Literal["static", "threshold", "sequential", "entropy-bounded"]
 ScoreName = Literal["confidence", "margin", "entropy"]
-ScheduleName = Literal["even", "timestep"]
+ScheduleName = Literal["even", "timestep", "round"]
 CacheName = Literal["none", "prefix", "dual", "block"]
 
 #: More than any model was trained for: settings come from artifacts, too.
@@ -28,7 +36,8 @@ class DecodingSettings(BaseModel):
     policy: PolicyName = Field(
         "static",
         description="Unmasking policy: the most confident positions (static), all above the "
-        "threshold (threshold), or left to right (sequential).",
+        "threshold (threshold), left to right (sequential), or the most certain ones within a "
+        "bound on their entropy (entropy-bounded).",
     )
     tokens_per_step: int = Field(
         1, ge=1, le=MAX_POSITIONS, description="Tokens a static step commits."
@@ -41,11 +50,20 @@ class DecodingSettings(BaseModel):
         "if given.",
     )
     threshold: float = Field(0.9, ge=0.0, le=1.0, description="Confidence to commit at once.")
-    score: ScoreName = Field("confidence", description="What ranks the masked positions.")
+    entropy_bound: float = Field(
+        0.1,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Most entropy, in nats and without the largest, that positions committed at "
+        "once have together.",
+    )
+    score: ScoreName = Field(
+        "confidence", description="What ranks the masked positions (entropy-bounded: entropy)."
+    )
     schedule: ScheduleName = Field(
         "even",
-        description="How steps_per_block splits a block: evenly (LLaDA, SDAR) or by Dream's "
-        "timesteps.",
+        description="How steps_per_block splits a block: evenly (LLaDA, SDAR), by Dream's "
+        "timesteps, or as masks left over steps left, rounded (A2D).",
     )
     block_length: int = Field(32, ge=1, le=MAX_POSITIONS, description="Positions decoded together.")
     gen_length: int = Field(
@@ -68,9 +86,17 @@ class DecodingSettings(BaseModel):
                 f"steps_per_block {self.steps_per_block} is more than 16 steps for each of "
                 f"{self.block_length} positions"
             )
-        if self.schedule == "timestep" and self.steps_per_block is None:
-            raise ValueError("schedule 'timestep' needs steps_per_block")
+        if self.schedule != "even" and self.steps_per_block is None:
+            raise ValueError(f"schedule {self.schedule!r} needs steps_per_block")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what one policy alone reads: older artifacts keep their digests."""
+        content: dict[str, Any] = handler(self)
+        if self.policy != "entropy-bounded":
+            del content["entropy_bound"]
+        return content
 
     @property
     def exact(self) -> bool:

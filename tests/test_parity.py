@@ -21,7 +21,17 @@ from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.schemas import DecodingSettings, SpiffyError
 
-CHECKPOINTS = ("llada-a", "dream-a", "sdar-a")
+CHECKPOINTS = (
+    "llada-a",
+    "dream-a",
+    "sdar-a",
+    "llada2-a",
+    "illada-a",
+    "illadalike-a",
+    "sdc-a",
+    "a2d-mdlm-a",
+    "a2d-bd3lm-a",
+)
 GOLDEN: dict[str, dict[str, Any]] = {
     name: json.loads((PARITY / name / "golden.json").read_text()) for name in CHECKPOINTS
 }
@@ -33,6 +43,12 @@ def options_of(run: dict[str, Any]) -> dict[str, Any] | None:
     given, function = run["settings"], run["function"]
     if given.get("eps", 1e-3) != 1e-3 or given.get("draw") == "multinomial":
         return None  # we have no such options
+    if given.get("right_shift_logits") or given.get("eos_early_stop"):
+        return None  # nor these
+    if function == "stable_diffcoder.generate_block" and given["eos_id"] is not None:
+        return None  # it overwrites what follows an EOS in its block
+    if function == "dllm.mdlm.sample" and given["max_new_tokens"] % given["block_size"]:
+        return None  # blocks of a bidirectional model are whole
     if function == "dream.diffusion_generate":
         length, score = given["max_new_tokens"], SCORES[given["alg"]]
         options: dict[str, Any] = {"policy": "static", "score": score, "schedule": "timestep"}
@@ -52,6 +68,21 @@ def options_of(run: dict[str, Any]) -> dict[str, Any] | None:
         options |= {"steps_per_block": given["denoising_steps"]}
         if policy.get(strategy) == "threshold":
             options["threshold"] = given["confidence_threshold"]
+    elif function == "llada2.generate":
+        options = {"cache": "block", "steps_per_block": min(given["steps"], given["block_length"])}
+        if given["threshold"] < 1:  # no confidence exceeds 1: the schedule alone
+            options |= {"policy": "threshold", "threshold": given["threshold"]}
+    elif function == "stable_diffcoder.generate_block":
+        options = {"cache": "block"}
+        if given["threshold"] is None:
+            options["steps_per_block"] = given["steps_per_block"]
+        else:
+            options |= {"policy": "threshold", "threshold": given["threshold"]}
+    elif function.startswith("dllm."):
+        blocks = -(-given["max_new_tokens"] // given["block_size"])
+        steps = given.get("steps_per_block") or -(-given["steps"] // blocks)
+        options = {"cache": "none" if "mdlm" in function else "block", "schedule": "round"}
+        options |= {"steps_per_block": steps, "block_length": given["block_size"]}
     elif given.get("threshold") is not None:
         options = {"policy": "threshold", "threshold": given["threshold"]}
     else:
@@ -64,6 +95,13 @@ def options_of(run: dict[str, Any]) -> dict[str, Any] | None:
     gen_length = given.get("gen_length") or given["max_new_tokens"]
     geometry = {"gen_length": gen_length, "block_length": given.get("block_length", gen_length)}
     return {**geometry, **options}
+
+
+def stops_of(recorded: dict[str, Any]) -> list[int]:
+    """Tokens that end the official loop after their block."""
+    given = recorded["settings"]
+    eos = given.get("eos_id")
+    return given.get("stopping_criteria_idx") or ([] if eos in (None, -1) else [eos])
 
 
 def trajectories() -> list[Any]:
@@ -102,7 +140,8 @@ FORWARDS = [
 @pytest.mark.parametrize(("checkpoint", "case"), FORWARDS)
 def test_logits_equal_the_official_models(checkpoint: str, case: dict[str, Any]) -> None:
     model = parity_model(checkpoint)
-    ours = model.forward_logits(torch.tensor(case["input_ids"]), case.get("block_length"))
+    blocks = {key: case[key] for key in ("block_length", "first_block") if key in case}
+    ours = model.forward_logits(torch.tensor(case["input_ids"]), **blocks)
     official = load_file(PARITY / checkpoint / "golden.safetensors")[case["logits"]]
     if model.family.logit_shift:  # the official rows are raw: row k speaks of token k + 1
         ours, official = ours[:, 1:], official[:, :-1]
@@ -119,8 +158,16 @@ def test_a_shifted_family_keeps_the_raw_row_of_position_0() -> None:
 
 
 def test_bidirectional_families_refuse_an_attention_block_length() -> None:
-    with pytest.raises(SpiffyError, match="takes no block_length"):
-        parity_model("llada-a").forward_logits(torch.tensor([[1, 2, 3]]), block_length=4)
+    for option in ("block_length", "first_block"):
+        with pytest.raises(SpiffyError, match=f"takes no {option}"):
+            parity_model("llada-a").forward_logits(torch.tensor([[1, 2, 3]]), **{option: 4})
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_first_block_larger_than_the_others_is_refused(first: int) -> None:
+    model = parity_model("a2d-bd3lm-a")
+    with pytest.raises(SpiffyError, match=f"first_block {first} must be 1 to block_length 4"):
+        model.forward_logits(torch.tensor([[1, 2, 3]]), block_length=4, first_block=first)
 
 
 @pytest.mark.parametrize(("checkpoint", "recorded", "row"), trajectories())
@@ -129,10 +176,8 @@ def test_trajectory_equals_the_official_loop(
 ) -> None:
     options = options_of(recorded)
     assert options is not None
-    model = parity_model(checkpoint)
-    stops = recorded["settings"].get("stopping_criteria_idx")
-    if stops:
-        model = with_eos(model, stops)
+    stops = stops_of(recorded)
+    model = with_eos(parity_model(checkpoint), stops)
     prompt, official, final = row_of(recorded, row)
     task = decode(model, prompt, DecodingSettings.parse(**options, stop_at_eos=bool(stops)))
     start = [[*prompt.tolist(), *[model.mask_token_id] * (len(final) - len(prompt))]]
@@ -147,8 +192,8 @@ def test_plain_decoding_spends_a_forward_only_where_something_is_committed_or_st
     """The official loops' forwards, less those that neither commit nor are needed later."""
     options = options_of(recorded)
     assert options is not None
-    stops = recorded["settings"].get("stopping_criteria_idx")
-    model = with_eos(parity_model(checkpoint), stops or ())
+    stops = stops_of(recorded)
+    model = with_eos(parity_model(checkpoint), stops)
     prompt, official, _ = row_of(recorded, row)
     task = decode(model, prompt, DecodingSettings.parse(**options, stop_at_eos=bool(stops)))
     start = [*prompt.tolist(), *[model.mask_token_id] * (len(official[0]) - len(prompt))]
@@ -156,8 +201,12 @@ def test_plain_decoding_spends_a_forward_only_where_something_is_committed_or_st
     assert task.stats.nfe == committing  # stores ride in forwards that commit
     assert task.stats.accepted == task.stats.drafted == 0
     unfolded = decode(model, prompt, task.settings, edges=BlockEdges(fold=False))
-    # The official SDAR loop stores the last block as well, which nothing will read.
-    stores = recorded.get("nfe_prefill", 0) + max(recorded.get("nfe_store", 0) - 1, 0)
+    if recorded["function"] == "llada2.generate":  # it has no cache and stores nothing
+        stores = (task.canvas.first > 0) + task.path[-1].block - 1
+    elif "nfe_prefix" in recorded:  # computed again for every block, where we store the last one
+        stores = recorded["nfe_prefix"]
+    else:  # the official SDAR loop stores the last block as well, which nothing will read
+        stores = recorded.get("nfe_prefill", 0) + max(recorded.get("nfe_store", 0) - 1, 0)
     assert unfolded.stats.nfe == committing + stores
     assert states(unfolded) == states(task)
 

@@ -186,6 +186,7 @@ def denoising_step(
     """The next true state: the unmasking policy applied to what the model says at this one."""
     settings, model, canvas = task.settings, task.model, task.canvas
     positions, span = distribution.positions, canvas.span(cursor.block)
+    own = canvas.answer(cursor.block)
     if not distribution.is_number:
         raise _no_number(task, cursor)
     noise = None
@@ -195,11 +196,13 @@ def denoising_step(
         )
         noise = drawn.to(positions.device)[positions - span.start]
     tokens, score = choose(distribution, settings, model.mask_token_id, noise)
-    quota = 1 if first_only else step_quota(settings, cursor.block_step, len(positions))
+    shared = len(own) if model.family.splits_masks else None
+    steady = step_quota(settings, cursor.block_step, len(positions), shared)
+    quota = 1 if first_only else steady
     chosen = select(score, quota, settings, model.family.threshold_strict)
     ids = cursor.ids.scatter(0, positions[chosen], tokens[chosen])
 
-    answer = ids[max(span.start, canvas.prompt_length) : span.stop].tolist()
+    answer = ids[own.start : own.stop].tolist()
     step = cursor.step + 1
     if model.mask_token_id in answer:
         return Cursor(ids, cursor.block, cursor.block_step + 1, step)

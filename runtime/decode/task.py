@@ -144,8 +144,14 @@ def make_task(
         )
     if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
         raise SpiffyError(f"prompt ids must lie in [0, {model.vocab_size})")
+    family = model.family
     canvas = Canvas.plan(
-        len(ids), settings.gen_length, settings.block_length, model.family.block_causal
+        len(ids),
+        settings.gen_length,
+        settings.block_length,
+        family.block_causal,
+        ends_with_prompt=family.blocks_end_with_prompt,
+        cut=family.cuts_last_block,
     )
     if model.max_length is not None and canvas.length > model.max_length:
         raise SpiffyError(

@@ -239,11 +239,10 @@ class PrefixCache(DualCache):
 class BlockCache:
     """SDAR's cache: finished blocks are frozen, the current one is recomputed. Exact.
 
-    Blocks count from position 0 of the prompt; the part of the prompt that fills no whole block
-    opens the first decoded block. Finished blocks that are not stored yet ride in front of the
-    root in the next denoising forward (`BlockEdges.fold`), or get a forward of their own. A draft
-    that completes its block carries the next block's masks behind it; if it comes true, the block
-    is already stored.
+    Where blocks lie is the canvas's business. Finished blocks that are not stored yet ride in front
+    of the root in the next denoising forward (`BlockEdges.fold`), or get a forward of their own. A
+    draft that completes its block carries the next block's masks behind it; if it comes true, the
+    block is already stored.
     """
 
     def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
@@ -265,8 +264,8 @@ class BlockCache:
         span = self.canvas.span(cursor.block)
         waiting = self._waiting(cursor)
         if not self.fold:
-            prompt = (self.canvas.first - self.stored) // self.canvas.block_length
-            for blocks in (waiting[: max(prompt, 0)], *([b] for b in waiting[max(prompt, 0) :])):
+            prompt = sum(block.start < self.canvas.first for block in waiting)
+            for blocks in (waiting[:prompt], *([b] for b in waiting[prompt:])):
                 if blocks:
                     (output,) = yield [pack(blocks, _causal(len(blocks)), self.frozen, keep=True)]
                     self._store(output.kept, range(len(output.hidden)))
@@ -284,7 +283,7 @@ class BlockCache:
             sees.append([*before, len(sees)])
             if complete[state] and follows:
                 following = self.canvas.span(cursor.block + 1)
-                start = (len(segments) - 1) * len(span)
+                start = sum(len(segment.ids) for segment in segments) - len(span)
                 self.completed[state] = range(start, start + len(span))
                 ids = states[state, following.start : following.stop]
                 segments.append(Segment(ids, following.start))
@@ -295,8 +294,8 @@ class BlockCache:
         (output,) = yield [pack(segments, sees, self.frozen, keep)]
         self.kept = output.kept
         if waiting:
-            self._store(output.kept, range(len(waiting) * len(span)))
-        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1]).unbind()
+            self._store(output.kept, range(sum(len(block.ids) for block in waiting)))
+        hidden = torch.split(output.hidden, [len(segment.ids) for segment in segments])
         return Evaluation(self.model, [Window(hidden[k], segments[k].start) for k in last_of])
 
     def settle(self, state: int) -> None:
@@ -308,9 +307,8 @@ class BlockCache:
 
     def _waiting(self, cursor: Cursor) -> list[Segment]:
         """Blocks before the cursor's that are not stored yet."""
-        length = self.canvas.block_length
-        starts = range(self.stored, self.canvas.span(cursor.block).start, length)
-        return [Segment(cursor.ids[start : start + length], start) for start in starts]
+        blocks = self.canvas.attention_blocks(self.stored, self.canvas.span(cursor.block).start)
+        return [Segment(cursor.ids[block.start : block.stop], block.start) for block in blocks]
 
     def _store(self, kept: KeyValues | None, positions: range) -> None:
         assert kept is not None  # the row asked for them

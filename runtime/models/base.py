@@ -36,6 +36,10 @@ class Family:
         Short name, used in artifacts.
     model_types
         `model_type` values of `config.json` that belong to the family.
+    architectures
+        Names in `architectures` of `config.json`, where the model type alone does not tell.
+    named
+        What a checkpoint's name has to contain where no field of `config.json` tells (A2D).
     architecture
         From the checkpoint's `config.json` content to transformers' module class and its config;
         the module has `.model` (ids to hidden states) and `.lm_head`.
@@ -46,13 +50,31 @@ class Family:
     block_causal
         Attention is bidirectional inside a block and causal across blocks (SDAR), instead of
         bidirectional everywhere.
+    block_size
+        Positions of a block where the checkpoint does not say.
+    blocks_end_with_prompt
+        The prompt's last block ends where the prompt does and its first one is shorter (bd3lm),
+        instead of blocks that count from position 0, where the prompt's tail opens the first
+        decoded block (SDAR). Only block-causal families.
+    cuts_last_block
+        The last block ends with `gen_length` (Stable-DiffCoder, bd3lm), instead of being decoded
+        whole (SDAR). Only block-causal families.
+    splits_masks
+        `steps_per_block` splits the masks that a block starts with (Stable-DiffCoder, bd3lm),
+        instead of `block_length` (SDAR). Both are the same but in the first and the last block.
     threshold_strict
-        Threshold unmasking commits confidences > tau (SDAR) instead of >= tau (LLaDA, Dream).
+        Threshold unmasking commits confidences > tau (SDAR, LLaDA2) instead of >= tau (others).
     caches
         Cache kinds that the family can decode with; the first is the default.
     merged
         From `config.json` content to the names and shapes of stored parameters of which several
         make one of the module's (experts); by default there are none.
+    split
+        From `config.json` content to the names of stored parameters that hold several of the
+        module's, one below the other: for each, the module's names and their rows; by default there
+        are none.
+    mask_token_id
+        Published id of the mask token, for checkpoints where neither config nor tokenizer has it.
     """
 
     name: str
@@ -64,6 +86,14 @@ class Family:
     threshold_strict: bool
     caches: tuple[CacheName, ...]
     merged: Callable[[Mapping[str, Any]], Mapping[str, list[int]]] = lambda config: {}
+    split: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, int]]] = lambda config: {}
+    architectures: tuple[str, ...] = ()
+    named: str = ""
+    block_size: int = 32
+    blocks_end_with_prompt: bool = False
+    cuts_last_block: bool = False
+    splits_masks: bool = False
+    mask_token_id: int | None = None
 
 
 class KeyValues:
@@ -177,15 +207,16 @@ class DiffusionLM:
 
     @property
     def default_block_length(self) -> int:
-        """The block size the model was trained with, or 32 where any works.
+        """The block size that the model was trained with, or the family's where any works.
 
         The configs of SDAR's block-size variants (`-b32`) do not all state it; their names do.
         """
         if not self.family.block_causal:
-            return 32
+            return self.family.block_size
         # A name may also be a folder of the hub's cache: .../models--...-b32/snapshots/<commit>
         variant = re.search(r"-b(\d+)(/snapshots/[^/]+)?$", self.name.rstrip("/"))
-        return int(variant[1]) if variant else int(self.config.get("block_size", 4))
+        stated = self.config.get("block_size", self.family.block_size)
+        return int(variant[1]) if variant else int(stated)
 
     @torch.inference_mode()
     def hidden_states(
@@ -258,7 +289,9 @@ class DiffusionLM:
         logits = torch.einsum("...mh,mjh->...mj", hidden, head.weight[tokens])
         return logits if head.bias is None else logits + head.bias[tokens]
 
-    def forward_logits(self, input_ids: Tensor, block_length: int | None = None) -> Tensor:
+    def forward_logits(
+        self, input_ids: Tensor, block_length: int | None = None, first_block: int | None = None
+    ) -> Tensor:
         """Logits of whole sequences; row k is the distribution of the token at position k.
 
         Parameters
@@ -266,8 +299,10 @@ class DiffusionLM:
         input_ids
             int64 [batch, length].
         block_length
-            Only for block-causal families: size of the attention blocks, counted from position 0
-            (default: the config's).
+            Only for block-causal families: size of the attention blocks (default: the config's).
+        first_block
+            Only for block-causal families: size of the first block, where it differs from the
+            others, as that of prompts does where blocks end with the prompt.
 
         Returns
         -------
@@ -276,15 +311,21 @@ class DiffusionLM:
         Raises
         ------
         SpiffyError
-            If `block_length` is given for a bidirectional family.
+            If one of them is given for a bidirectional family, or the first block is larger than
+            the others.
         """
-        if block_length is not None and not self.family.block_causal:
-            raise SpiffyError(f"{self.family.name} attends everywhere: it takes no block_length")
+        for option, value in (("block_length", block_length), ("first_block", first_block)):
+            if value is not None and not self.family.block_causal:
+                raise SpiffyError(f"{self.family.name} attends everywhere: it takes no {option}")
         ids = input_ids.to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device)
         mask = None
         if self.family.block_causal:
-            mask = block_causal_mask(positions, block_length or self.default_block_length)[None]
+            size = block_length or self.default_block_length
+            first = size if first_block is None else first_block
+            if not 1 <= first <= size:
+                raise SpiffyError(f"first_block {first} must be 1 to block_length {size}")
+            mask = block_causal_mask(positions + size - first, size)[None]
         hidden, _ = self.hidden_states(ids, positions.expand_as(ids), mask)
         return self.head(hidden[:, self.rows_of(positions)]).float()
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.schemas import SpiffyError
+from spiffy.runtime.models.fields import refuse_others
 
 # Fields of the official config that select an architecture we would compute wrongly.
 _SUPPORTED = {
@@ -26,9 +26,7 @@ _SUPPORTED = {
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
-    for field, supported in _SUPPORTED.items():
-        if config.get(field, supported) != supported:
-            raise SpiffyError(f"LLaDA config: {field} = {config[field]!r} is not supported")
+    refuse_others("LLaDA", config, _SUPPORTED)
     heads = config["n_heads"]
     return LlamaForCausalLM, LlamaConfig(
         vocab_size=config.get("embedding_size") or config["vocab_size"],

@@ -18,14 +18,27 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
+from spiffy.runtime.models.a2d import A2D_BD3LM, A2D_MDLM
 from spiffy.runtime.models.base import DiffusionLM, Family
+from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
 from spiffy.runtime.models.dream import DREAM
+from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada import LLADA
+from spiffy.runtime.models.llada2 import LLADA2
 from spiffy.runtime.models.sdar import SDAR
 from spiffy.runtime.models.source import Source, read_json
 from spiffy.schemas import SpiffyError
 
-FAMILIES: tuple[Family, ...] = (LLADA, DREAM, SDAR)
+FAMILIES: tuple[Family, ...] = (
+    LLADA,
+    DREAM,
+    SDAR,
+    LLADA2,
+    ILLADA,
+    STABLE_DIFFCODER,
+    A2D_MDLM,
+    A2D_BD3LM,
+)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -45,6 +58,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    family: str | None = None,
 ) -> DiffusionLM:
     """Load a diffusion language model.
 
@@ -63,6 +77,8 @@ def load_model(
         Hub commit, tag or branch.
     device_map
         Passed to transformers, for models larger than one device (needs accelerate).
+    family
+        Name of the family, for checkpoints that neither config nor name tell apart (A2D).
 
     Raises
     ------
@@ -74,17 +90,19 @@ def load_model(
     source = Source.of(name, revision)
     config_file = source.file("config.json")
     config = read_json(config_file)
-    family = _family(name, config)
+    facts = _family(name, source, config, family)
     device = _device(device)
     tokenizer, tokenizer_digest = _tokenizer(source)
     if "mask_token_id" not in config and tokenizer is not None and tokenizer.mask_token is not None:
         config["mask_token_id"] = tokenizer.mask_token_id  # as SDAR's own generation does
-    module = _module(name, source, family, config, _dtype(dtype, device), device_map)
+    if "mask_token_id" not in config and facts.mask_token_id is not None:
+        config["mask_token_id"] = facts.mask_token_id  # in the official code only
+    module = _module(name, source, facts, config, _dtype(dtype, device), device_map)
     if device_map is None:
         module = module.to(device)
     return DiffusionLM(
         module,
-        family,
+        facts,
         config,
         name=name,
         revision=_commit(config_file),
@@ -94,14 +112,43 @@ def load_model(
     )
 
 
-def _family(name: str, config: Mapping[str, Any]) -> Family:
-    for family in FAMILIES:
-        if config.get("model_type") in family.model_types:
-            return family
-    known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-    raise SpiffyError(
-        f"{name}: model_type {config.get('model_type')!r} is not supported (known: {known})"
-    )
+def _family(name: str, source: Source, config: Mapping[str, Any], wanted: str | None) -> Family:
+    """The family of the config's model type, then its architecture, then the name asked for.
+
+    Where these leave several, the checkpoint's own name has to tell; never a guess.
+    """
+    kind, listed = config.get("model_type"), config.get("architectures")
+    classes = listed if isinstance(listed, list) else []
+    found = [
+        family
+        for family in FAMILIES
+        if kind in family.model_types
+        and (not family.architectures or any(a in classes for a in family.architectures))
+    ]
+    if not found:
+        known = dict.fromkeys(
+            f"{kind} of {' or '.join(family.architectures)}" if family.architectures else kind
+            for family in FAMILIES
+            for kind in family.model_types
+        )
+        raise SpiffyError(
+            f"{name}: model_type {kind!r} is not supported as {listed} (known: {', '.join(known)})"
+        )
+    if wanted is not None:
+        asked = [family for family in found if family.name == wanted]
+        if not asked:
+            ours = ", ".join(family.name for family in found)
+            raise SpiffyError(f"{name}: family {wanted!r} does not fit its config.json: {ours}")
+        return asked[0]
+    told = [family for family in found if family.named in source.own_name.lower()]
+    if len(told) != 1:
+        words = " or ".join(family.named for family in found)
+        ours = " or ".join(family.name for family in found)
+        raise SpiffyError(
+            f"{name}: config.json does not tell which kind of {kind} it is: give a folder whose "
+            f"name says {words}, or family= in Python ({ours})"
+        )
+    return told[0]
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -151,16 +198,20 @@ def _module(
     with _loading(name):
         stored = _stored_parameters(files)
     _check_merged(name, family, config, stored)
+    split = family.split(config)
+    stored = _in_parts(name, family, stored, split)
     _check_amount(name, architecture, module_config, stored)
-    # A device map may offload to disk, for which transformers has to know the files.
+    # A device map may offload to disk, for which transformers has to know the files; but of those
+    # it reads whole parameters.
+    from_files = device_map is not None and not split
     options: dict[str, Any] = {"device_map": device_map}
-    if device_map is None:
-        options = {"state_dict": stored}
+    if not from_files:
+        options["state_dict"] = stored
     if dtype == torch.float64 and family.merged(config):
         options["experts_implementation"] = "eager"  # torch's grouped_mm knows no float64
     with _loading(name):
         module, report = architecture.from_pretrained(
-            None if device_map is None else files[0].parent,
+            files[0].parent if from_files else None,
             config=module_config,
             key_mapping=dict(family.key_mapping),
             dtype=dtype,
@@ -203,13 +254,51 @@ def _stored_parameters(files: Iterable[Path]) -> dict[str, Any]:
     return stored
 
 
+class _Rows:
+    """Some rows of a stored tensor, read when they are taken (`[...]`); looks like a slice."""
+
+    def __init__(self, stored: Any, first: int, count: int) -> None:
+        self.stored = stored
+        self.first = first
+        self.count = count
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        rows: torch.Tensor = self.stored[self.first : self.first + self.count]
+        return rows[index]
+
+    def get_shape(self) -> list[int]:
+        return [self.count, *self.stored.get_shape()[1:]]
+
+    def get_dtype(self) -> str:
+        return str(self.stored.get_dtype())
+
+
+def _in_parts(
+    name: str,
+    family: Family,
+    stored: Mapping[str, Any],
+    split: Mapping[str, Mapping[str, int]],
+) -> dict[str, Any]:
+    """Stored tensors, those that hold several parameters in parts, of which none is read yet."""
+    parts = {key: value for key, value in stored.items() if key not in split}
+    for key in stored.keys() & split.keys():
+        if stored[key].get_shape()[0] != sum(split[key].values()):
+            _refuse(name, family, "mismatched", [key])
+        first = 0
+        for part, rows in split[key].items():
+            parts[part] = _Rows(stored[key], first, rows)
+            first += rows
+    return parts
+
+
 # Entries of the families' configs that decide how much is built, and the most they may be.
 _SIZES = {
     **dict.fromkeys(("n_layers", "num_hidden_layers"), 1 << 10),
     **dict.fromkeys(
         ("n_heads", "n_kv_heads", "num_attention_heads", "num_key_value_heads"), 1 << 12
     ),
-    **dict.fromkeys(("num_experts", "num_experts_per_tok"), 1 << 12),
+    **dict.fromkeys(("num_experts", "num_experts_per_tok", "num_shared_experts"), 1 << 12),
+    **dict.fromkeys(("n_group", "topk_group"), 1 << 12),
     **dict.fromkeys(("d_model", "hidden_size", "head_dim", "moe_intermediate_size"), 1 << 20),
     **dict.fromkeys(("mlp_hidden_size", "intermediate_size"), 1 << 20),
     **dict.fromkeys(("vocab_size", "embedding_size"), 1 << 24),

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.fields import expert_shapes, usual_fields
 
 _MIXTURE_FIELDS = (
     "moe_intermediate_size",
@@ -18,22 +19,10 @@ _MIXTURE_FIELDS = (
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
-    fields: dict[str, Any] = {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
-        "num_hidden_layers": config["num_hidden_layers"],
-        "num_attention_heads": config["num_attention_heads"],
-        "num_key_value_heads": config["num_key_value_heads"],
+    fields = usual_fields(config) | {
         "head_dim": config["head_dim"],
-        "max_position_embeddings": config["max_position_embeddings"],
-        "rms_norm_eps": config["rms_norm_eps"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]},
         "attention_bias": config.get("attention_bias", False),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "use_sliding_window": False,
-        "pad_token_id": None,
-        "attn_implementation": "sdpa",
     }
     if config["model_type"] == "sdar_moe":
         fields |= {field: config[field] for field in _MIXTURE_FIELDS}
@@ -47,23 +36,11 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def _experts(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Names and shapes of the experts' matrices, which checkpoints store one by one."""
     if config["model_type"] != "sdar_moe":
         return {}
-    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
-    shapes = {
-        "gate_proj": [width, hidden],
-        "up_proj": [width, hidden],
-        "down_proj": [hidden, width],
-    }
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    return {
-        f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight": shape
-        for layer in range(config["num_hidden_layers"])
-        if (layer + 1) % step == 0 and layer not in dense
-        for expert in range(config["num_experts"])
-        for matrix, shape in shapes.items()
-    }
+    layers = range(config["num_hidden_layers"])
+    return expert_shapes(config, [k for k in layers if (k + 1) % step == 0 and k not in dense])
 
 
 SDAR = Family(
@@ -75,5 +52,6 @@ SDAR = Family(
     block_causal=True,
     threshold_strict=True,
     caches=("block",),
+    block_size=4,
     merged=_experts,
 )

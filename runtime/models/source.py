@@ -43,6 +43,16 @@ ALIASES: Mapping[str, str] = {
     "sdar-30b-a3b": "JetLM/SDAR-30B-A3B-Chat",
     "sdar-30b-a3b-b32": "JetLM/SDAR-30B-A3B-Chat-b32",
     "sdar-30b-a3b-sci": "JetLM/SDAR-30B-A3B-Sci",
+    "llada2-mini": "inclusionAI/LLaDA2.0-mini",
+    "llada2-flash": "inclusionAI/LLaDA2.0-flash",
+    "illada-8b": "GSAI-ML/iLLaDA-8B-Instruct",
+    "illada-8b-base": "GSAI-ML/iLLaDA-8B-Base",
+    "stable-diffcoder-8b": "ByteDance-Seed/Stable-DiffCoder-8B-Instruct",
+    "stable-diffcoder-8b-base": "ByteDance-Seed/Stable-DiffCoder-8B-Base",
+    "qwen3-0.6b-mdlm": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",
+    "qwen3-0.6b-bd3lm": "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
+    "qwen2.5-coder-0.5b-mdlm": "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1",
+    "qwen2.5-coder-0.5b-bd3lm": "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1",
     "trado-4b": "Gen-Verse/TraDo-4B-Instruct",
     "trado-8b": "Gen-Verse/TraDo-8B-Instruct",
     "trado-8b-thinking": "Gen-Verse/TraDo-8B-Thinking",
@@ -97,6 +107,14 @@ class Source:
     def is_directory(self) -> bool:
         """Whether the files lie in a directory of the user's."""
         return Path(self.place).is_dir()
+
+    @property
+    def own_name(self) -> str:
+        """What the checkpoint itself is called, without the folders or the owner it is under."""
+        place = Path(self.place).resolve() if self.is_directory else Path(self.place)
+        if place.parent.name == "snapshots":  # models--<owner>--<name>/snapshots/<commit>
+            place = place.parent.parent
+        return place.name
 
     def file(self, name: str) -> Path:
         """Path of a file that has to be there, downloaded if needed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -17,42 +18,71 @@ class Canvas:
         In positions.
     first
         Position at which the first decoded block starts: the end of the prompt, or, for
-        block-causal models, the last multiple of `block_length` in it.
+        block-causal models whose blocks count from position 0, the last multiple of
+        `block_length` in it.
+    cut
+        Whether the last block ends with the answer instead of being whole.
     """
 
     prompt_length: int
     gen_length: int
     block_length: int
     first: int
+    cut: bool = False
 
     @classmethod
     def plan(
-        cls, prompt_length: int, gen_length: int, block_length: int, block_causal: bool
+        cls,
+        prompt_length: int,
+        gen_length: int,
+        block_length: int,
+        block_causal: bool,
+        *,
+        ends_with_prompt: bool = False,
+        cut: bool = False,
     ) -> Canvas:
-        """Lay out an answer behind a prompt."""
-        tail = prompt_length % block_length if block_causal else 0
-        return cls(prompt_length, gen_length, block_length, prompt_length - tail)
+        """Lay out an answer behind a prompt; the last two as the facts of `Family`."""
+        tail = prompt_length % block_length if block_causal and not ends_with_prompt else 0
+        return cls(prompt_length, gen_length, block_length, prompt_length - tail, cut)
 
     @property
     def blocks(self) -> int:
-        """Number of decoded blocks; block-causal answers are rounded up to whole blocks."""
+        """Number of decoded blocks, the last one included that may hold more than the answer."""
         return -((self.first - self.prompt_length - self.gen_length) // self.block_length)
 
     @property
     def length(self) -> int:
         """Positions of the whole sequence."""
+        if self.cut:
+            return self.prompt_length + self.gen_length
         return self.first + self.blocks * self.block_length
 
     def span(self, block: int) -> range:
         """Positions of a decoded block."""
         start = self.first + block * self.block_length
-        return range(start, start + self.block_length)
+        return range(start, min(start + self.block_length, self.length))
+
+    def answer(self, block: int) -> range:
+        """Positions of a decoded block that start as masks, not as the prompt's tail."""
+        span = self.span(block)
+        return range(max(span.start, self.prompt_length), span.stop)
+
+    def attention_blocks(self, start: int, stop: int) -> list[range]:
+        """The blocks, of the prompt too, that a run of whole ones consists of.
+
+        The prompt's first one is shorter where blocks end with the prompt.
+        """
+        if start >= stop:
+            return []
+        edge = start + 1 + (self.first - start - 1) % self.block_length
+        edges = [start, *range(edge, stop, self.block_length), stop]
+        return [range(*pair) for pair in pairwise(edges)]
 
     def masked(self, cursor: Cursor, mask_token_id: int) -> Tensor:
         """Masked positions of the cursor's block, int64 [M]; prompt tokens never count."""
-        span = self.span(cursor.block)
-        start = max(span.start, self.prompt_length)
-        return (cursor.ids[start : span.stop] == mask_token_id).nonzero()[:, 0] + start
+        answer = self.answer(cursor.block)
+        ids = cursor.ids[answer.start : answer.stop]
+        return (ids == mask_token_id).nonzero()[:, 0] + answer.start
 
     def start(self, prompt: Tensor, mask_token_id: int) -> Cursor:
         """The state that decoding starts from: the prompt (int64 [prompt]), then masks."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -99,6 +100,8 @@ def choose(
         tokens[masking] = others.argmax(-1)
     if settings.policy == "sequential":
         return tokens, torch.zeros_like(log_p[:, 0])  # ties go to the lower position
+    if settings.policy == "entropy-bounded":
+        return tokens, -torch.special.entr(log_p.exp()).sum(-1)
     return tokens, _score(log_p, tokens, settings.score)
 
 
@@ -115,34 +118,63 @@ def _score(log_p: Tensor, tokens: Tensor, kind: ScoreName) -> Tensor:
 def select(score: Tensor, quota: int, settings: DecodingSettings, strict: bool) -> Tensor:
     """Choose the positions to commit: bool [M].
 
-    The `quota` best scores, ties to the lower position; threshold unmasking adds every position
-    whose score exceeds the threshold (`strict`: SDAR) or reaches it (LLaDA, Dream).
+    The `quota` best scores, ties to the lower position. Threshold unmasking adds every position
+    whose score exceeds the threshold (`strict`: SDAR) or reaches it (LLaDA, Dream). Entropy-bounded
+    unmasking, whose scores are negative entropies, takes at least as many as keep the sum of their
+    entropies, without the largest, within the bound: one always does (EB-sampler, arXiv
+    2505.24857).
     """
+    best, order = score.sort(descending=True, stable=True)
+    if settings.policy == "entropy-bounded":
+        before = (-best).cumsum(0) + best  # of all entropies before each
+        quota = max(quota, int((before <= settings.entropy_bound).sum()))
     chosen = torch.zeros_like(score, dtype=torch.bool)
-    chosen[score.sort(descending=True, stable=True).indices[:quota]] = True
+    chosen[order[:quota]] = True
     if settings.policy == "threshold":
         tau = settings.threshold
         chosen |= (score > tau) if strict else (score >= tau)
     return chosen
 
 
-def step_quota(settings: DecodingSettings, block_step: int, masked: int) -> int:
+def step_quota(
+    settings: DecodingSettings, block_step: int, masked: int, shared: int | None = None
+) -> int:
     """How many tokens step `block_step` (0-based) of a block commits, with `masked` left.
 
     With `steps_per_block`, "even" gives the remainder to the first steps (LLaDA's and SDAR's
     `get_num_transfer_tokens`; 8 in 3 steps: 3, 3, 2) and "timestep" is Dream's truncated share of
-    the masks left, the last step taking the rest. A step may commit nothing (Dream).
+    the masks left, the last step taking the rest. A step may commit nothing (Dream). "round" is
+    dllm's: masks left over steps left, rounded, without the steps that get none.
+
+    `shared` is how many tokens "even" and "round" share out (default: the block's length).
     """
-    steps = settings.steps_per_block
+    steps, shared = settings.steps_per_block, shared or settings.block_length
     if steps is None:
         return min(settings.tokens_per_step, masked)
+    if settings.schedule == "round":
+        shares = _rounded_shares(shared, steps)
+        return min(shares[block_step], masked) if block_step < len(shares) else masked
     if block_step >= steps - 1:
         return masked
     if settings.schedule == "even":
-        base, remainder = divmod(settings.block_length, steps)
+        base, remainder = divmod(shared, steps)
         return min(base + (block_step < remainder), masked)
     times = torch.linspace(1, _EPS, steps + 1)
     return int(torch.tensor(float(masked)) * (1 - times[block_step + 1] / times[block_step]))
+
+
+@cache
+def _rounded_shares(tokens: int, steps: int) -> tuple[int, ...]:
+    """Tokens of each step that has any; together they are all.
+
+    With dllm's float32 of its timesteps, which decides what lies halfway between two numbers.
+    """
+    masked = 1 - (1 - torch.arange(steps, -1, -1).double().div(steps).float())
+    shares = []
+    for part in (1 - masked[1:] / masked[:-1]).tolist():
+        shares.append(round(tokens * part))
+        tokens -= shares[-1]
+    return tuple(share for share in shares if share)
 
 
 def gumbel_noise(seed: int, sequence: int, step: int, rows: int, vocab: int) -> Tensor:

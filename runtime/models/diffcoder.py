@@ -1,0 +1,36 @@
+"""Stable-DiffCoder (8B-Base, 8B-Instruct): Llama, bidirectional in a block, causal across."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.fields import refuse_others, usual_fields
+
+_SUPPORTED = {"attention_bias": False, "hidden_act": "silu", "mlp_bias": False}
+
+
+def _architecture(config: Mapping[str, Any]) -> Architecture:
+    refuse_others("Stable-DiffCoder", config, _SUPPORTED)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return LlamaForCausalLM, LlamaConfig(**usual_fields(config), head_dim=head_dim)
+
+
+STABLE_DIFFCODER = Family(
+    name="stable-diffcoder",
+    model_types=("llama",),
+    architectures=("StableDiffcoderForCausalLM",),
+    architecture=_architecture,
+    key_mapping={},
+    logit_shift=0,
+    block_causal=True,
+    threshold_strict=False,
+    caches=("block",),
+    block_size=4,
+    cuts_last_block=True,
+    splits_masks=True,
+    mask_token_id=5,
+)

@@ -1,0 +1,36 @@
+"""iLLaDA (8B-Base, 8B-Instruct): Llama with its own names, bidirectional, head tied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.fields import refuse_others, usual_fields
+
+_SUPPORTED = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "layer_norm_eps": None,  # a number selects LayerNorm instead of RMSNorm
+    "mlp_bias": False,
+}
+
+
+def _architecture(config: Mapping[str, Any]) -> Architecture:
+    refuse_others("iLLaDA", config, _SUPPORTED)
+    return LlamaForCausalLM, LlamaConfig(**usual_fields(config))
+
+
+ILLADA = Family(
+    name="illada",
+    model_types=("illada",),
+    architecture=_architecture,
+    key_mapping={},
+    logit_shift=0,
+    block_causal=False,
+    threshold_strict=False,
+    caches=("none", "dual", "prefix"),
+    mask_token_id=5,
+)
