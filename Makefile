@@ -1,6 +1,5 @@
 # `make demo` and `make test` are all a newcomer needs; each sets up .venv if it is missing.
 PYTHON ?= python3.11
-MODEL ?= tiny-llada
 BIN := .venv/bin
 READY := .venv/.installed
 
@@ -8,7 +7,7 @@ READY := .venv/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          calibrate $(MODEL), decode with and without drafts, compare"
+	@echo "make demo          three tiny models with and without drafts, and a real model's size"
 	@echo "make test          run the whole test suite"
 	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
 	@echo "make results       measure the other tables in docs/ again (about an hour)"
@@ -26,8 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/spiffy-calibrate --model $(MODEL) --budget 32 --out llada.json
-	$(BIN)/spiffy-decode --graph llada.json --prompts synthetic --samples 8 --verify --budget 1,8,32
+	$(BIN)/python studies/demo.py
 
 # GSM8K=FILE adds runs on that JSONL file: its hub is not always at hand.
 bench: $(READY)
@@ -39,7 +37,11 @@ results: $(READY)
 	$(BIN)/python studies/graphs.py --into docs/results-drafting.md --plot docs/results-drafting.svg
 	$(BIN)/python studies/ablations.py --into docs/results-drafting.md
 	$(BIN)/python studies/auto.py --into docs/results-time.md
+	$(BIN)/python studies/auto.py --busy --into docs/results-time.md
 	$(BIN)/python studies/overhead.py --into docs/results-time.md
+	$(BIN)/python studies/regret.py --into docs/what-pays.md
+	$(BIN)/python studies/threads.py --into docs/what-pays.md
+	$(BIN)/python studies/real_sizes.py --into docs/results-time.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup

@@ -1,8 +1,9 @@
 """One thread against all: milliseconds of a forward by its positions.
 
-    python studies/threads.py [--busy]
+    python studies/threads.py --into docs/what-pays.md
 
-Each line is measured in a process of its own, because OpenMP's waiting is settled when it starts.
+Quiet, and beside a process that keeps a core busy. Each line is measured in a process of its own,
+because OpenMP's waiting is settled when it starts.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from losslessness import fill
 
 from spiffy.cli.threads import usable_cpus
+from spiffy.runtime.budget.cost import device_name
 
 TIMED = """
 import json, sys
@@ -48,23 +53,43 @@ def timed(threads: int, policy: str, model: str) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="tiny-sdar")
-    parser.add_argument("--busy", action="store_true", help="beside a process that works")
-    args = parser.parse_args()
-    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if args.busy else None
-    with spin if spin is not None else nullcontext():
-        print("| threads | waiting | " + " | ".join(f"{n} positions" for n in POSITIONS) + " |")
-        print("| ---: | --- |" + " ---: |" * len(POSITIONS))
+def table(model: str, busy: bool) -> list[str]:
+    """Lines of a Markdown table."""
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    lines = []
+    try:
         for threads in sorted({1, usable_cpus()}):
             for policy in ("ACTIVE", "PASSIVE") if threads > 1 else ("PASSIVE",):
-                found = timed(threads, policy, args.model)
-                cells = " | ".join(f"{found[str(n)]:.1f} ms" for n in POSITIONS)
-                print(f"| {threads} | {policy.lower()} | {cells} |")
+                found = timed(threads, policy, model)
+                cells = " | ".join(f"{found[str(n)]:.1f}" for n in POSITIONS)
+                beside = "a busy process" if busy else "nothing"
+                lines.append(f"| {threads} | {policy.lower()} | {beside} | {cells} |")
+    finally:
         if spin is not None:
             spin.kill()
+    return lines
+
+
+def main() -> None:
+    """Print a Markdown table, or put it into a file between its markers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="tiny-sdar")
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    args = parser.parse_args()
+    block = "\n".join(
+        (
+            f"`python studies/threads.py --model {args.model}` (milliseconds of a forward by its "
+            f"positions, float32, {device_name(torch.device('cpu'))})",
+            "",
+            "| threads | waiting | beside | " + " | ".join(map(str, POSITIONS)) + " |",
+            "| ---: | --- | --- |" + " ---: |" * len(POSITIONS),
+            *table(args.model, busy=False),
+            *table(args.model, busy=True),
+        )
+    )
+    print(block)
+    for path in args.into:
+        fill(path, "threads", block)
 
 
 if __name__ == "__main__":
