@@ -52,6 +52,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "static-2": {"tokens_per_step": 2},
     "uneven": {"steps_per_block": 3},
     "threshold": {"policy": "threshold", "threshold": 0.5},
+    "entropy-bounded": {"policy": "entropy-bounded", "entropy_bound": 2.0},
     "margin": {"score": "margin"},
     "entropy": {"score": "entropy"},
     "sequential": {"policy": "sequential"},

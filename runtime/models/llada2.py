@@ -25,7 +25,9 @@ _SUPPORTED = {
 class _Mixture(Glm4MoeForCausalLM):  # type: ignore[misc]
     """GLM's own checkpoints carry layers that their loader skips; here a surplus is an error."""
 
-    _keys_to_ignore_on_load_unexpected = None
+    def __init__(self, config: Glm4MoeConfig) -> None:
+        super().__init__(config)
+        self._keys_to_ignore_on_load_unexpected: set[str] = set()
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
