@@ -1,4 +1,4 @@
-"""Measure what docs/drafting.md states about drafting: about 20 minutes on one core.
+"""Measure what docs/results-drafting.md states about drafting: about 20 minutes on one core.
 
 Every tiny model decodes generated problems plainly, once to calibrate and once, on others, to
 measure. Nearly all is replayed from these recordings, exactly: how close growth comes to the
