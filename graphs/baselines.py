@@ -121,5 +121,5 @@ def _transitions(counts: _Counts) -> _Score:
     return score
 
 
-#: The better of the two readings of the published rule (docs/results-drafting.md), for a strong baseline.
+#: The better of the two readings of the published rule (docs/results-drafting.md).
 grow_paper = grow_by_chosen_parents
