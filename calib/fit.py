@@ -69,7 +69,12 @@ class _Example:
 def can_fit(settings: DecodingSettings) -> bool:
     """Whether there is an acceptance model for this unmasking policy."""
     one = settings.tokens_per_step == 1 and settings.steps_per_block is None
-    return settings.policy == "threshold" or (settings.policy == "static" and one)
+    return _commits_sets(settings) or (settings.policy == "static" and one)
+
+
+def _commits_sets(settings: DecodingSettings) -> bool:
+    """Whether a step commits as many positions as the model is sure of."""
+    return settings.policy in ("threshold", "entropy-bounded")
 
 
 def fit_acceptance(
@@ -97,7 +102,7 @@ def fit_acceptance(
 
     token = _fit_tokens(examples, folds)
     folds = [replace(weights, token=token) for weights in folds]
-    position, commit = _fit_positions(examples, folds, settings.policy == "threshold")
+    position, commit = _fit_positions(examples, folds, _commits_sets(settings))
     return AcceptanceModel(
         position=dict(zip(POSITION_FEATURES, _rounded(position), strict=True)),
         commit=None

@@ -147,6 +147,8 @@ class DraftGraph(Record):
             fields += ["steps_per_block", "schedule"]
         if settings.policy == "threshold":
             fields.append("threshold")
+        if settings.policy == "entropy-bounded":
+            fields.append("entropy_bound")
         pairs = [(f, getattr(settings, f), getattr(self.decoding, f)) for f in fields]
         return tuple(f"{name} {ours} ({theirs})" for name, ours, theirs in pairs if ours != theirs)
 
