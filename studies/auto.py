@@ -23,6 +23,11 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
+from spiffy.cli.threads import set_threads, usable_cpus, wait_passively
+
+wait_passively()  # as the commands do, before torch is imported
+
+# ruff: noqa: E402
 import torch
 from losslessness import POLICIES, fill
 from rich.progress import track
@@ -74,6 +79,7 @@ def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Name
     """Calibrate, and race auto, which starts knowing nothing, against plain decoding."""
     model = load_model(name, device="cpu", dtype="float32")
     settings = decoding_settings(model, gen_length=args.gen_length, cache=cache, policy=policy)
+    set_threads(model, settings, args.threads)
     prompts = load_prompts("synthetic", args.calibrate)
     graph = build_graph(
         model, prompts, settings, record(model, prepare(model, prompts, settings)), BUDGET
@@ -153,11 +159,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="races per problem")
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="default: as the commands choose them")
     parser.add_argument("--busy", action="store_true", help="beside a process that works")
     parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     load = os.getloadavg()[0]
     spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if args.busy else None
     try:
@@ -168,10 +173,9 @@ def main() -> None:
             spin.kill()
     note = (
         f"`python studies/auto.py --samples {args.samples} --repeats {args.repeats} --calibrate "
-        f"{args.calibrate} --gen-length {args.gen_length} --threads {args.threads}"
-        f"{' --busy' if args.busy else ''}` "
-        f"({device_name(torch.device('cpu'))}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, float32; load average {load:.1f} at the start, "
+        f"{args.calibrate} --gen-length {args.gen_length}{' --busy' if args.busy else ''}` "
+        f"({device_name(torch.device('cpu'))}, {usable_cpus()} cores, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, float32; load average {load:.1f} at the start, "
         f"{os.getloadavg()[0]:.1f} at the end)"
     )
     block = f"{note}\n\n{table(rows, args.samples)}"

@@ -56,7 +56,8 @@ class World:
     drafting
         Seconds of choosing drafts.
     noise
-        Spread of the seconds (log-normal); one forward in 50 also takes 2 to 6 times as long.
+        Spread of the seconds (log-normal); one forward in 50 also takes 2 to 6 times as long, and
+        one that follows forwards of another kind a tenth longer.
     """
 
     curve: Curve
@@ -95,6 +96,8 @@ def decode(world: World, steps: int, seed: int) -> tuple[Controller, list[tuple[
         seconds = world.curve(choice.drafts, len(forwards)) * rng.lognormvariate(0, world.noise)
         if rng.random() < 0.02:
             seconds *= rng.uniform(2, 6)
+        if forwards and choice != forwards[-1][0]:
+            seconds *= 1.1
         made = 1 + (_accepted(rng, world.steps(choice) - 1, choice.drafts) if choice.way else 0)
         drafting = 0.0 if choice.way is None else world.drafting[choice.way]
         controller.learn(choice, choice.drafts, min(made, left), seconds, drafting)

@@ -29,7 +29,7 @@ LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 _KEPT = 9  # forwards whose median counts
 _PLAN_EVERY = 4  # forwards
-_LOOK_AGAIN = 24  # forwards between two looks at what was not tried for long
+_LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long
 _STALE = 48  # forwards after which a single odd one says that what was known is out of date
 _MARGIN = 0.02  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.1  # or this much if they did not keep it
@@ -266,6 +266,7 @@ class Controller:
         self._spent = self._lost = 0.0
         self._owed = 0.0  # plain forwards that would have made the same steps sooner
         self._looked = 0
+        self._before_this = PLAIN
         self._size = 0.0
 
     def start(self, size: float) -> None:
@@ -302,7 +303,10 @@ class Controller:
         self._forwards += 1
         self.used[choice] += 1
         self._tried[choice] = self._forwards
-        changed = self._forward.observe(drafts, forward)
+        # Right after forwards of another kind, the processor's caches are still theirs.
+        settled = choice == self._before_this or not self._forward.knows(drafts)
+        self._before_this = choice
+        changed = settled and self._forward.observe(drafts, forward)
         if choice.way is not None:
             recent = self._drafting.setdefault(choice.way, deque(maxlen=_KEPT))
             recent.append(drafting)
@@ -366,8 +370,8 @@ class Controller:
         self._before = self.seconds_per_step(best)
         if found is None:
             self._now, self._left = best, _PLAN_EVERY
-        else:  # a number of drafts never met before is slow for once: look twice
-            self._now, self._left = found, 1 if found in self._tried else 2
+        else:  # the first forward of its kind is a slow one: look twice
+            self._now, self._left = found, 2
 
     def _best(self) -> Choice:
         """The cheapest of what is known; drafts only where they promise something."""
