@@ -52,10 +52,10 @@ class WatchedAdviser:
         return Advice(None if drafter is None else Watched(drafter, self.calls), choice)
 
     def learn(
-        self, advice: Advice, drafts: int, steps: int, forward_seconds: float, draft_seconds: float
+        self, advice: Advice, steps: int, forward_seconds: float, draft_seconds: float
     ) -> None:
         """See `spiffy.runtime.decode.Adviser`."""
-        self.adviser.learn(advice, drafts, steps, forward_seconds, draft_seconds)
+        self.adviser.learn(advice, steps, forward_seconds, draft_seconds)
 
 
 @dataclass(frozen=True)

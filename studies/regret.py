@@ -100,7 +100,7 @@ def decode(world: World, steps: int, seed: int) -> tuple[Controller, list[tuple[
             seconds *= 1.1
         made = 1 + (_accepted(rng, world.steps(choice) - 1, choice.drafts) if choice.way else 0)
         drafting = 0.0 if choice.way is None else world.drafting[choice.way]
-        controller.learn(choice, choice.drafts, min(made, left), seconds, drafting)
+        controller.learn(choice, min(made, left), seconds, drafting)
         forwards.append((choice, min(made, left)))
         left -= made
     return controller, forwards

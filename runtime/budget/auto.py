@@ -225,10 +225,10 @@ class AutoBudget:
         return Advice(drafter, choice)
 
     def learn(
-        self, advice: Advice, drafts: int, steps: int, forward_seconds: float, draft_seconds: float
+        self, advice: Advice, steps: int, forward_seconds: float, draft_seconds: float
     ) -> None:
         """See `Adviser`."""
-        self.controller.learn(advice.choice, drafts, steps, forward_seconds, draft_seconds)
+        self.controller.learn(advice.choice, steps, forward_seconds, draft_seconds)
 
     def why(self) -> str:
         """See `Adviser`."""
@@ -247,7 +247,7 @@ class AutoBudget:
         """Which of a root's drafts to keep: all, where their number is only being tried."""
         if self.controller.trying:
             return len
-        seconds = np.array(self.controller.forward_seconds(choice.drafts))
+        seconds = np.array(self.controller.forward_seconds(choice))
         return Pays(1 / self.controller.seconds_per_step(choice), seconds)
 
 

@@ -3,7 +3,7 @@
 Decoding S steps takes S / E x (forward + drafting) seconds, where E is the number of denoising
 steps that a forward is worth; what a step itself costs (output head, unmasking policy) is the same
 with and without drafts. So the best choice has the fewest seconds per step, and both sides of that
-fraction are estimated while decoding: robustly (medians of few recent forwards), forgetting slowly,
+fraction are estimated while decoding: robustly (from few recent forwards), forgetting slowly,
 and at once anew where the machine has changed. Plain decoding is one of the choices.
 
 Trying something costs time. What a try may lose at worst is bounded beforehand (a forward over
@@ -27,11 +27,11 @@ from spiffy.runtime.draft import Selection
 #: Numbers of drafts that are tried.
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
-_KEPT = 9  # forwards whose median counts
-_PLAN_EVERY = 4  # forwards
+_KEPT = 9  # forwards that count
+_PLAN_EVERY = 6  # forwards
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long
-_STALE = 48  # forwards after which a single odd one says that what was known is out of date
-_MARGIN = 0.02  # drafts must promise this much over plain decoding,
+_STALE = 24  # forwards after which what was known is out of date
+_MARGIN = 0.05  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.1  # or this much if they did not keep it
 _ALLOWED = 0.01  # share of the time spent that may be lost
 _MOST_OWED = 1.5  # plain forwards that may be lost,
@@ -64,7 +64,10 @@ Points = Sequence[tuple[int, float]]
 
 
 class ForwardSeconds:
-    """What a forward takes by its number of drafts: medians of the last ones, and a guess between.
+    """What a forward takes by how many drafts it may have: by the last ones, and a guess between.
+
+    Some hold fewer drafts, some store a block besides: what counts is their mean, without those
+    that were interrupted.
 
     Parameters
     ----------
@@ -76,6 +79,7 @@ class ForwardSeconds:
         self._prior = prior
         self._recent: dict[int, deque[float]] = {}
         self._seen: dict[int, int] = {}  # number of the forward
+        self._usually: dict[int, float] = {}
         self._points: list[tuple[int, float]] = []
         self._odd: dict[int, int] = {}  # odd forwards in a row
         self._out_of_date = False
@@ -90,9 +94,11 @@ class ForwardSeconds:
         self._forwards += 1
         seconds = max(seconds, 1e-9)
         recent = self._recent.setdefault(drafts, deque(maxlen=_KEPT))
-        ratio = seconds / median_low(recent) if recent else 1.0
+        ratio = seconds / self._usually[drafts] if recent else 1.0
         if 1 / _CHANGED < ratio < _CHANGED:
             self._odd[drafts] = 0
+            if self._age(drafts) > _STALE:  # the machine may have drifted
+                recent.clear()
         elif self._odd.get(drafts, 0) == 0:
             self._odd[drafts], self._out_of_date = 1, self._age(drafts) > _STALE
         else:
@@ -107,7 +113,7 @@ class ForwardSeconds:
             self._odd[drafts] = 0
             if not self._out_of_date:
                 self._recent = {drafts: recent}
-        self._draw()
+        self._draw(drafts)
         return news and not self._out_of_date
 
     def _age(self, drafts: int) -> int:
@@ -117,16 +123,24 @@ class ForwardSeconds:
         """Whether the last forward with that many drafts was an odd one."""
         return self._odd.get(drafts, 0) > 0
 
+    def forget_all_but(self, drafts: int, seconds: float) -> None:
+        """Another machine: what was known does not hold, but for what was just seen."""
+        if drafts not in self._recent or len(self._recent) > 1:
+            self._recent = {drafts: deque([seconds], maxlen=_KEPT)}
+            self._draw(drafts)
+
     def scale(self, factor: float) -> None:
         """Take another sequence's forwards to be longer by this factor."""
         for drafts, recent in self._recent.items():
             self._recent[drafts] = deque((value * factor for value in recent), maxlen=_KEPT)
-        self._draw()
+        self._draw(*self._recent)
 
-    def _draw(self) -> None:
+    def _draw(self, *changed: int) -> None:
+        for drafts in changed:
+            self._usually[drafts] = _usual(self._recent[drafts])
         most, self._points = 0.0, []
         for drafts in sorted(self._recent):  # more drafts never cost less: that would be noise
-            most = max(most, median_low(self._recent[drafts]))
+            most = max(most, self._usually[drafts])
             self._points.append((drafts, most))
 
     def knows(self, drafts: int) -> bool:
@@ -161,6 +175,13 @@ class ForwardSeconds:
         fresh = [(n, s) for n, s in self._points if n <= drafts and self._age(n) <= _STALE]
         known, seconds = fresh[-1] if fresh else self._points[0]
         return seconds * max(1.0, (1 + drafts) / (1 + known))
+
+
+def _usual(values: Sequence[float]) -> float:
+    """Their mean, without those that are far from the median."""
+    middle = sorted(values)[(len(values) - 1) // 2]
+    kept = [value for value in values if middle / 2 <= value <= 2 * middle]
+    return sum(kept) / len(kept)
 
 
 def _between(a: tuple[int, float], b: tuple[int, float], at: float) -> float:
@@ -255,10 +276,11 @@ class Controller:
     def __post_init__(self) -> None:
         numbers = [*(n for n in LADDER if n < self.most), self.most]
         self._choices = [PLAIN, *(Choice(way, n) for way in self.steps for n in numbers)]
-        self._forward = ForwardSeconds(self.seconds)
+        # By the acceptance model a forward has fewer drafts than it may have; plain ones are alike.
+        self._forward = {way: ForwardSeconds(self.seconds) for way in self.steps}
+        self._plain = next(iter(self._forward.values()))
         self._worth = ForwardSteps(self.steps)
         self._drafting: dict[Selection, deque[float]] = {}
-        self._share: dict[Selection, _Gain] = {way: _Gain() for way in self.steps}
         self._tried: dict[Choice, int] = {}  # number of the forward
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
@@ -272,7 +294,8 @@ class Controller:
     def start(self, size: float) -> None:
         """Begin a sequence whose plain forwards are of this size (positions)."""
         if self._size and not 0.9 < size / self._size < 1.1:
-            self._forward.scale(size / self._size)
+            for forward in self._forward.values():
+                forward.scale(size / self._size)
         self._size = size
 
     def choose(self) -> Choice:
@@ -284,17 +307,13 @@ class Controller:
         self._left -= 1
         return self._now
 
-    def learn(
-        self, choice: Choice, drafts: int, steps: int, forward: float, drafting: float
-    ) -> None:
+    def learn(self, choice: Choice, steps: int, forward: float, drafting: float) -> None:
         """Take in what came of a forward.
 
         Parameters
         ----------
         choice
             What was chosen for it.
-        drafts
-            Drafts that it held; at the end of a block there are fewer.
         steps
             Denoising steps that it was worth.
         forward, drafting
@@ -304,21 +323,20 @@ class Controller:
         self.used[choice] += 1
         self._tried[choice] = self._forwards
         # Right after forwards of another kind, the processor's caches are still theirs.
-        settled = choice == self._before_this or not self._forward.knows(drafts)
+        settled = choice == self._before_this or not self._own(choice).knows(choice.drafts)
         self._before_this = choice
-        changed = settled and self._forward.observe(drafts, forward)
+        changed = settled and self._observe(choice, forward)
         if choice.way is not None:
             recent = self._drafting.setdefault(choice.way, deque(maxlen=_KEPT))
             recent.append(drafting)
-            self._share[choice.way].observe(drafts, choice.drafts)
         self._worth.observe(choice, steps)
         self._spent += forward + drafting
         self._tries += self._trying
         # Expected seconds here and below: what an interrupted forward took says nothing.
-        took = self._forward.expected(drafts) + self._drafting_seconds(choice)
-        owed = _FORGIVEN * self._owed + took / self._forward.expected(0) - steps
+        took = self.seconds_per_step(choice) * self._worth.expected(choice)
+        owed = _FORGIVEN * self._owed + took / self._plain.expected(0) - steps
         self._owed = max(_CREDIT, owed)
-        if self._trying and self._left == 0 and self._forward.doubts(drafts):
+        if self._trying and self._left == 0 and self._own(choice).doubts(choice.drafts):
             self._left = 1  # look again before believing it
         if changed:  # what plain forwards cost now has to be seen first
             self._tried.clear()
@@ -329,12 +347,12 @@ class Controller:
 
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""
-        forward = self._forward.expected(self._drafts_of(choice))
+        forward = self._of(choice).expected(choice.drafts)
         return (forward + self._drafting_seconds(choice)) / self._worth.expected(choice)
 
-    def forward_seconds(self, drafts: int) -> list[float]:
-        """Seconds of a forward with 0, 1, ... `drafts` drafts, as far as is known."""
-        return [self._forward.expected(n) for n in range(drafts + 1)]
+    def forward_seconds(self, choice: Choice) -> list[float]:
+        """Seconds of a forward with 0, 1, ... as many drafts as chosen, as far as is known."""
+        return [self._of(choice).expected(n) for n in range(choice.drafts + 1)]
 
     @property
     def trying(self) -> bool:
@@ -343,7 +361,7 @@ class Controller:
 
     def why(self) -> str:
         """What it would choose now and what that rests on, in words."""
-        if not self._forward.knows(0):
+        if not self._plain.knows(0):
             return "nothing is known about plain forwards yet"
         best = self._best()
         plain, ours = (1000 * self.seconds_per_step(choice) for choice in (PLAIN, best))
@@ -370,8 +388,8 @@ class Controller:
         self._before = self.seconds_per_step(best)
         if found is None:
             self._now, self._left = best, _PLAN_EVERY
-        else:  # the first forward of its kind is a slow one: look twice
-            self._now, self._left = found, 2
+        else:  # the first forward of its kind is a slow one; what all is measured by is surer
+            self._now, self._left = found, 3 if found == PLAIN else 2
 
     def _best(self) -> Choice:
         """The cheapest of what is known; drafts only where they promise something."""
@@ -387,7 +405,7 @@ class Controller:
         forward with fewer drafts does.
         """
         now = self.seconds_per_step(best)
-        allowance = max(0.0, self._forward.expected(0) + _ALLOWED * self._spent - self._lost)
+        allowance = max(0.0, self._plain.expected(0) + _ALLOWED * self._spent - self._lost)
         affordable = [c for c in self._choices if c != best and self._at_worst(c, now) <= allowance]
         unknown = [c for c in affordable if c not in self._tried]
         found = min(unknown, key=self.seconds_per_step, default=None)
@@ -408,22 +426,36 @@ class Controller:
 
     def _at_worst(self, choice: Choice, now: float) -> float:
         """Seconds that one forward by this choice may lose, where a step costs `now` otherwise."""
-        forward = self._forward.at_worst(choice.drafts) + self._drafting_seconds(choice, worst=True)
+        forward = self._of(choice).at_worst(choice.drafts) + self._drafting_seconds(
+            choice, worst=True
+        )
         return forward - self._worth.expected(choice) * now
 
     def _at_best(self, choice: Choice) -> float:
         """Seconds per step if drafts cost nothing more than fewer of them do."""
-        forward = self._forward.at_best(choice.drafts) + self._drafting_seconds(choice)
+        forward = self._of(choice).at_best(choice.drafts) + self._drafting_seconds(choice)
         return forward / self._worth.expected(choice)
 
-    def _drafts_of(self, choice: Choice) -> float:
-        if choice.way is None:
-            return 0
-        return choice.drafts * min(1.0, self._share[choice.way].ratio(1.0, 1.0))
+    def _own(self, choice: Choice) -> ForwardSeconds:
+        return self._plain if choice.way is None else self._forward[choice.way]
+
+    def _of(self, choice: Choice) -> ForwardSeconds:
+        """What is known of a choice's forwards: its own, or else the other way's."""
+        curves = (self._own(choice), *self._forward.values())
+        return next((c for c in curves if c.knows(choice.drafts)), curves[0])
+
+    def _observe(self, choice: Choice, seconds: float) -> bool:
+        """Learn a forward's seconds; whether the machine has changed."""
+        curves = [self._own(choice)] if choice.way is not None else [*self._forward.values()]
+        news = [curve.observe(choice.drafts, seconds) for curve in curves]
+        if any(news):
+            for curve in self._forward.values():
+                curve.forget_all_but(choice.drafts, seconds)
+        return any(news)
 
     def _drafting_seconds(self, choice: Choice, worst: bool = False) -> float:
         if choice.way is None:
             return 0.0
         if recent := self._drafting.get(choice.way):
             return median_low(recent)
-        return self._forward.expected(0) * (0.5 if worst else 0.1)
+        return self._plain.expected(0) * (0.5 if worst else 0.1)

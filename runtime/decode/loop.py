@@ -77,7 +77,7 @@ def denoise(task: Task) -> Decoding:
         stats.draft_seconds += drafting
         if task.adviser is not None and advice is not None:
             steps = cursor.step - root.step
-            task.adviser.learn(advice, len(states) - 1, steps, arrived - drafted, drafting)
+            task.adviser.learn(advice, steps, arrived - drafted, drafting)
             chosen = str(advice.choice)
             stats.budgets[chosen] = stats.budgets.get(chosen, 0) + 1
 

@@ -78,9 +78,9 @@ class Adviser(Protocol):
         ...
 
     def learn(
-        self, advice: Advice, drafts: int, steps: int, forward_seconds: float, draft_seconds: float
+        self, advice: Advice, steps: int, forward_seconds: float, draft_seconds: float
     ) -> None:
-        """Take in a forward: drafts that it held, denoising steps that it was worth, seconds."""
+        """Take in a forward: denoising steps that it was worth, and seconds."""
         ...
 
     def why(self) -> str:
