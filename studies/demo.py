@@ -107,16 +107,16 @@ def race(
 def table(lines: Sequence[Line], prompts: int) -> Table:
     """One row per model, best first."""
     shown = Table(title=f"{prompts} word problems that neither training nor calibration saw")
-    shown.add_column("model, cache")
+    shown.add_column("model (cache)", no_wrap=True)
     shown.add_column("tokens")
-    shown.add_column("NFE plain -> ours", justify="right", no_wrap=True)
-    shown.add_column("tokens/s plain -> auto", justify="right", no_wrap=True)
+    shown.add_column("NFE, fewer", justify="right", no_wrap=True)
+    shown.add_column("tokens/s, auto", justify="right", no_wrap=True)
     for line in sorted(lines, key=lambda line: -line.ratio):
         plain, ours, _ = line.nfe
         shown.add_row(
-            f"{line.name}, {line.cache}",
+            f"{line.name} ({line.cache})",
             "identical" if line.identical else "DIFFER",
-            f"{plain} -> {ours} ({plain / ours:.2f}x fewer)",
+            f"{plain} -> {ours} ({plain / ours:.2f}x)",
             f"{line.speeds[0]:.0f} -> {line.speeds[1]:.0f} ({line.ratio:.2f}x)",
         )
     return shown
