@@ -48,6 +48,8 @@ class Line:
     ----------
     nfe
         Forwards plain, with `auto`, and with 8 drafts (0: not counted).
+    positions
+        Token positions computed with `auto`, over plain decoding's.
     speeds
         Tokens per second, plain and with `auto`.
     ratio
@@ -58,6 +60,7 @@ class Line:
     cache: str
     identical: bool
     nfe: tuple[int, int, int]
+    positions: float
     speeds: tuple[float, float]
     ratio: float
 
@@ -82,7 +85,7 @@ def race(
     options = settings.model_dump()
     if count:
         generate(model, texts[0], **options)  # warms up what takes milliseconds
-    identical, nfe = True, [0, 0, 0]
+    identical, nfe, positions = True, [0, 0, 0], [0, 0]
     tokens, seconds, ratios = 0, [0.0, 0.0], []
     with progress_bar() as bar:
         for number, text in enumerate(bar.track(texts, description=f"decoding, {name}")):
@@ -92,6 +95,8 @@ def race(
             identical &= plain.token_ids == ours.token_ids
             nfe[0] += plain.stats.nfe
             nfe[1] += ours.stats.nfe
+            positions[0] += plain.stats.positions_computed
+            positions[1] += ours.stats.positions_computed
             if count:
                 fixed = generate(model, text, graph=graph, budget=DRAFTS, **options)
                 identical &= plain.token_ids == fixed.token_ids
@@ -100,23 +105,32 @@ def race(
             seconds = [seconds[0] + plain.stats.seconds, seconds[1] + ours.stats.seconds]
             ratios.append(plain.stats.seconds / ours.stats.seconds)
     speeds = (tokens / seconds[0], tokens / seconds[1])
-    cache = settings.cache
-    return Line(name, cache, identical, (nfe[0], nfe[1], nfe[2]), speeds, median(ratios))
+    return Line(
+        name,
+        settings.cache,
+        identical,
+        (nfe[0], nfe[1], nfe[2]),
+        positions[1] / positions[0],
+        speeds,
+        median(ratios),
+    )
 
 
 def table(lines: Sequence[Line], prompts: int) -> Table:
     """One row per model, best first."""
     shown = Table(title=f"{prompts} word problems that neither training nor calibration saw")
     shown.add_column("model (cache)", no_wrap=True)
-    shown.add_column("tokens")
+    shown.add_column("tokens", no_wrap=True)
     shown.add_column("NFE, fewer", justify="right", no_wrap=True)
+    shown.add_column("positions", justify="right", no_wrap=True)
     shown.add_column("tokens/s, auto", justify="right", no_wrap=True)
     for line in sorted(lines, key=lambda line: -line.ratio):
         plain, ours, _ = line.nfe
         shown.add_row(
             f"{line.name} ({line.cache})",
-            "identical" if line.identical else "DIFFER",
+            "same" if line.identical else "DIFFER",
             f"{plain} -> {ours} ({plain / ours:.2f}x)",
+            f"{line.positions:.2f}x",
             f"{line.speeds[0]:.0f} -> {line.speeds[1]:.0f} ({line.ratio:.2f}x)",
         )
     return shown
@@ -156,8 +170,8 @@ def main() -> int:
         console.print(
             f"At the size of {SHAPE} (tiny-sdar grown, 2 prompts): "
             f"{line.speeds[0]:.2f} -> {line.speeds[1]:.2f} tokens/s ({line.ratio:.2f}x), "
-            f"NFE {line.nfe[0]} -> {line.nfe[1]}, tokens identical: "
-            f"{'yes' if line.identical else 'NO'}",
+            f"NFE {line.nfe[0]} -> {line.nfe[1]} over {line.positions:.2f}x the positions, "
+            f"tokens identical: {'yes' if line.identical else 'NO'}",
             soft_wrap=True,
         )
         lines.append(line)
