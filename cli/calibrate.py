@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spiffy.calib.ranks import Ranks
 from spiffy.cli.calibration_tables import predict, shape_like, summarise
 from spiffy.cli.common import console, log, note_skipped, progress_bar, run_app
 from spiffy.cli.options import (
@@ -36,7 +37,6 @@ from spiffy.schemas.io import check_writable
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
     from spiffy.calib.prompts import PromptSet
-    from spiffy.calib.ranks import Ranks
     from spiffy.calib.workdir import WorkDir
     from spiffy.runtime.decode import Task
     from spiffy.runtime.models.base import DiffusionLM
@@ -227,8 +227,6 @@ def calibrate(
     Work directories (--workdir) recorded apart are joined by spiffy-calibrate merge (see its
     --help).
     """
-    from spiffy.calib.ranks import Ranks
-
     growth.check()
     threads = read_threads(model.threads)
     if abs(decoding.seed) >= 1 << 53:
