@@ -2,8 +2,8 @@
 
 OpenMP's threads wait for each other by spinning. Beside another process, or in a container whose
 quota is smaller than the machine, they spin while the one they wait for is not running: a forward
-then takes a hundred times as long. In Python nothing is changed: docs/what-pays.md says what to
-set.
+then takes many times as long (studies/threads.py). In Python nothing is changed: docs/what-pays.md
+says what to set.
 """
 
 from __future__ import annotations

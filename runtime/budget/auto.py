@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
-from spiffy.runtime.budget.controller import Choice, Controller
+from spiffy.runtime.budget.controller import Choice, Controller, interpolated
 from spiffy.runtime.budget.cost import cost_profile, known_profile
 from spiffy.runtime.decode import Advice, Task
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, graph_drafter
@@ -118,12 +118,6 @@ def turn_seconds(profile: CostProfile, selection: Selection, drafts: int) -> flo
     drafting = profile.drafting.get(selection)
     forward = interpolated(_pairs(profile.points), drafts)
     return forward + (interpolated(_pairs(drafting), drafts) if drafting else 0.0)
-
-
-def interpolated(points: Sequence[tuple[int, float]], at: int) -> float:
-    """Piecewise linear through (drafts, value) points, constant beyond the ends."""
-    x, y = zip(*points, strict=True)
-    return float(np.interp(at, x, y))
 
 
 def _pairs(points: Sequence[CostPoint]) -> list[tuple[int, float]]:
