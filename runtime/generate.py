@@ -50,7 +50,11 @@ def decoding_settings(
         graph.check_fits(model.family.name, model.fingerprint, model.vocab_size)
         base = graph.decoding.model_dump()
     else:
-        base = {"block_length": model.default_block_length, "cache": model.family.caches[0]}
+        base = {
+            "block_length": model.default_block_length,
+            "sub_block_length": model.family.sub_block_length,
+            "cache": model.family.caches[0],
+        }
     given = {key: value for key, value in options.items() if value is not None}
     if "tokens_per_step" in given:  # the graph's other way of saying the same gives way
         base["steps_per_block"] = None

@@ -140,13 +140,15 @@ class DraftGraph(Record):
 
         Those that decide what a denoising step commits or knows; not how long an answer may be.
         """
-        fields = ["policy", "block_length", "cache", "temperature", "score"]
+        fields = ["policy", "block_length", "sub_block_length", "cache", "temperature", "score"]
         if settings.steps_per_block is None:
             fields += ["tokens_per_step", "steps_per_block"]
         else:
             fields += ["steps_per_block", "schedule"]
-        if settings.policy == "threshold":
+        if settings.policy in ("threshold", "joint"):
             fields.append("threshold")
+        if settings.policy == "joint":
+            fields += ["edit_threshold", "max_post_steps"]
         if settings.policy == "entropy-bounded":
             fields.append("entropy_bound")
         pairs = [(f, getattr(settings, f), getattr(self.decoding, f)) for f in fields]

@@ -21,6 +21,8 @@ from spiffy.runtime.decode import (
     denoising_step,
     find,
     is_out_of_memory,
+    looked_at,
+    may_complete,
     synchronize,
 )
 from spiffy.runtime.draft import Drafter, rank_candidates
@@ -87,10 +89,14 @@ class _Stage:
         passed: list[_Site] = []
         while True:
             evaluation = _run(task, cache.evaluate(cursor, cursor.ids[None]))
-            known = evaluation.distribution(0, canvas.masked(cursor, model.mask_token_id))
+            first_only = cache.first_only(cursor)
+            known = evaluation.distribution(0, looked_at(task, cursor, first_only))
+            following = denoising_step(task, cursor, known, first_only)
+            if first_only:  # tells about one position only
+                cursor = following
+                continue
             if not passed:  # what is known before a block's first forward is known less well
                 passed.append(_Site(cursor, known, known.positions[:0]))
-            following = denoising_step(task, cursor, known, evaluation.first_only)
             if following.block > cursor.block or following.finished:
                 break
             fresh = (following.ids != cursor.ids).nonzero()[:, 0]
@@ -119,8 +125,7 @@ class _Stage:
             masked,
             site.fresh,
         )
-        may_complete = self.cache.crosses and root.block + 1 < task.canvas.blocks
-        drafts = drafter(root, candidates, len(masked) - (not may_complete))
+        drafts = drafter(root, candidates, len(masked) - (not may_complete(task, self.cache, root)))
         return torch.cat((root.ids[None], drafts))
 
     def forward(self, site: _Site, states: Tensor) -> Evaluation:
@@ -129,8 +134,8 @@ class _Stage:
 
     def step(self, site: _Site, states: Tensor, evaluation: Evaluation) -> None:
         """One denoising step of the walk."""
-        masked = self.task.canvas.masked(site.root, self.task.model.mask_token_id)
-        following = denoising_step(self.task, site.root, evaluation.distribution(0, masked))
+        positions = looked_at(self.task, site.root)
+        following = denoising_step(self.task, site.root, evaluation.distribution(0, positions))
         find(states, following.ids)
 
 

@@ -22,6 +22,7 @@ from spiffy.runtime.models.a2d import A2D_BD3LM, A2D_MDLM
 from spiffy.runtime.models.base import DiffusionLM, Family
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
 from spiffy.runtime.models.dream import DREAM
+from spiffy.runtime.models.fast_dllm import FAST_DLLM
 from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.llada2 import LLADA2
@@ -38,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFCODER,
     A2D_MDLM,
     A2D_BD3LM,
+    FAST_DLLM,
 )
 
 _DTYPES = {
