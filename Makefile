@@ -42,6 +42,7 @@ results: $(READY)
 	$(BIN)/python studies/regret.py --into docs/what-pays.md
 	$(BIN)/python studies/threads.py --into docs/what-pays.md
 	$(BIN)/python studies/real_sizes.py --into docs/results-time.md
+	$(BIN)/python studies/mixture.py --into docs/results.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup
