@@ -67,9 +67,9 @@ class Checkpoint:
     ("source", "name", "block", "caches"),
     [
         ("llada2-a", "llada2", 32, ("block",)),
-        ("illada-a", "illada", 32, ("none", "dual", "prefix")),
+        ("illada-a", "illada", 32, ("none", "dual", "prefix", "prefix-shared")),
         ("sdc-a", "stable-diffcoder", 4, ("block",)),
-        ("a2d-mdlm-a", "a2d-mdlm", 32, ("none", "dual", "prefix")),
+        ("a2d-mdlm-a", "a2d-mdlm", 32, ("none", "dual", "prefix", "prefix-shared")),
         ("a2d-bd3lm-a", "a2d-bd3lm", 32, ("block",)),
     ],
 )
