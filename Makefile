@@ -32,7 +32,7 @@ bench: $(READY)
 	$(BIN)/python studies/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into docs/results.md README.md
 
 results: $(READY)
-	$(BIN)/python studies/losslessness.py --into docs/losslessness.md
+	$(BIN)/python studies/losslessness.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/losslessness.md
 	$(BIN)/python studies/edges.py --into docs/results-edges.md
 	$(BIN)/python studies/graphs.py --into docs/results-drafting.md --plot docs/results-drafting.svg
 	$(BIN)/python studies/ablations.py --into docs/results-drafting.md

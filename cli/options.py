@@ -195,8 +195,9 @@ class Decoding:
     cache: Annotated[
         str | None,
         decoding_option(
-            help="none, dual, prefix (near-lossless), or block (SDAR and other block-causal "
-            "models). Default: the graph's, else block for those, none for others."
+            help="none, dual, prefix, prefix-shared (near-lossless: cheaper drafts than with "
+            "prefix), or block (SDAR and other block-causal models). Default: the graph's, else "
+            "block for those, none for others."
         ),
     ] = None
     temperature: Annotated[

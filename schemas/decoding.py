@@ -19,7 +19,7 @@ from spiffy.schemas.errors import SpiffyError
 PolicyName = Literal["static", "threshold", "sequential", "entropy-bounded", "joint"]
 ScoreName = Literal["confidence", "margin", "entropy"]
 ScheduleName = Literal["even", "timestep", "round"]
-CacheName = Literal["none", "prefix", "dual", "block"]
+CacheName = Literal["none", "prefix", "prefix-shared", "dual", "block"]
 
 #: More than any model was trained for: settings come from artifacts, too.
 MAX_POSITIONS = 1 << 20
@@ -135,8 +135,13 @@ class DecodingSettings(BaseModel):
 
     @property
     def exact(self) -> bool:
-        """Whether speculative decoding gives the very tokens of plain decoding (not: prefix)."""
-        return self.cache != "prefix"
+        """Whether drafts cannot change a token; false for `prefix-shared` only."""
+        return self.cache != "prefix-shared"
+
+    @property
+    def plain_cache(self) -> CacheName:
+        """The cache that freezes what this one does, and decodes the same without drafts."""
+        return "prefix" if self.cache == "prefix-shared" else self.cache
 
     @classmethod
     def parse(cls, **options: object) -> DecodingSettings:

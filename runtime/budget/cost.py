@@ -50,6 +50,7 @@ _CONDITIONS = (
     "cache",
     "policy",
     "prefix_length",
+    "suffix_length",
 )
 
 #: From a number of drafts to a drafter of at most that many.
@@ -267,7 +268,10 @@ def conditions(task: Task) -> dict[str, Any]:
     """What a cost profile depends on, as fields of `CostProfile`."""
     model, settings, canvas = task.model, task.settings, task.canvas
     kind = model.device.type
-    outside = canvas.first if settings.cache == "block" else canvas.length - canvas.block_length
+    suffix = canvas.length - canvas.span(0).stop
+    outside = canvas.length - canvas.block_length
+    if settings.plain_cache in ("prefix", "block"):
+        outside = canvas.first
     return {
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -278,6 +282,7 @@ def conditions(task: Task) -> dict[str, Any]:
         "cache": settings.cache,
         "policy": settings.policy,
         "prefix_length": outside,
+        "suffix_length": suffix if settings.plain_cache == "prefix" else None,
     }
 
 
@@ -297,9 +302,12 @@ def device_name(device: torch.device) -> str:
 
 def _key(conditions: Mapping[str, Any]) -> str:
     """The same for conditions under which the same cost is expected."""
-    length = conditions["prefix_length"]
-    bucket = None if length is None else int(length).bit_length()  # doubles from one to the next
-    return canonical_json({**conditions, "prefix_length": bucket})
+    lengths = {name: conditions[name] for name in ("prefix_length", "suffix_length")}
+    buckets = {  # that double from one to the next
+        name: None if length is None else int(length).bit_length()
+        for name, length in lengths.items()
+    }
+    return canonical_json({**conditions, **buckets})
 
 
 def cost_profile(

@@ -170,6 +170,8 @@ class DualCache:
     A block starts with a full forward of the root, which also makes a denoising step; its keys and
     values outside the block are the block's cache. Then the root's block and the drafts' blocks are
     packed side by side: each attends to the frozen positions and to itself.
+
+    No draft crosses a block's edge: the next block's cache takes a full forward.
     """
 
     crosses = False
@@ -197,40 +199,50 @@ class DualCache:
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
         span = self.canvas.span(cursor.block)
-        blocks = [Segment(ids, span.start) for ids in states[:, span.start : span.stop]]
-        row = pack(blocks, [[k] for k in range(len(blocks))], self.frozen)
-        (output,) = yield [row]
-        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1])
+        anew = self._anew(span)
+        own = [Segment(ids, anew.start) for ids in states[:, anew.start : anew.stop]]
+        (output,) = yield [pack(own, [[k] for k in range(len(own))], self.frozen)]
+        # Windows end with the block: what lies behind it rests on this block's cache, and the next
+        # block has another.
+        hidden = output.hidden.view(len(own), len(anew), -1)[:, : len(span)]
         return Evaluation(self.model, [Window(h, span.start) for h in hidden])
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing: the block's cache does not change until the next block."""
 
-    def _frozen_positions(self, span: range, device: torch.device) -> Tensor:
-        everything = torch.arange(self.canvas.length, device=device)
-        return everything[(everything < span.start) | (everything >= span.stop)]
+    def _anew(self, span: range) -> range:
+        """What a block's forwards compute anew, the block (`span`) first; the rest is frozen."""
+        return span
 
     def _refresh(self, cursor: Cursor) -> Forwards:
         positions = torch.arange(self.canvas.length, device=cursor.ids.device)
         (output,) = yield [Row(cursor.ids, positions, keep=True)]
         assert output.kept is not None  # asked for above
-        span = self.canvas.span(cursor.block)
         self.block = cursor.block
-        frozen = self._frozen_positions(span, cursor.ids.device)
+        anew = self._anew(self.canvas.span(cursor.block))
+        frozen = positions[(positions < anew.start) | (positions >= anew.stop)]
         self.frozen = output.kept.select(frozen) if len(frozen) else None
         return Evaluation(self.model, [Window(output.hidden, 0)])
 
 
 class PrefixCache(DualCache):
-    """Fast-dLLM's prefix cache: only what precedes the block is frozen. Near-lossless.
+    """Fast-dLLM's prefix cache: only what precedes the block is frozen. Exact.
 
-    Every forward recomputes the suffix. In a packed forward that happens once, from the root, and
-    the drafts attend to the root's suffix: a draft's logits are not exactly those that its own
-    forward would give. The root's are exact.
+    Every forward computes the suffix anew, and the suffix attends to the block, so it differs from
+    state to state: each carries its own behind its block.
     """
 
-    def _frozen_positions(self, span: range, device: torch.device) -> Tensor:
-        return torch.arange(span.start, device=device)
+    def _anew(self, span: range) -> range:
+        return range(span.start, self.canvas.length)
+
+
+class PrefixSharedCache(PrefixCache):
+    """The prefix cache with one suffix for all states. Near-lossless.
+
+    The suffix is computed once, from the root, and the drafts attend to the root's: a draft's
+    logits are not exactly those that its own forward would give. The root's are exact. A draft
+    costs its block alone.
+    """
 
     def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
         """See `Cache`."""
@@ -354,15 +366,23 @@ _MOST_PACKED = 1 << 13  # in one row: the attention mask has the square of it
 
 
 def most_drafts(settings: DecodingSettings, canvas: Canvas) -> int:
-    """Drafts that a forward may carry, however many a graph holds; at least one."""
+    """Drafts that a forward may carry, however many a graph holds; at least one.
+
+    By the first block's forwards, which no other block's are longer than.
+    """
     if settings.cache == "none":
         return max(1, _MOST_STACKED // canvas.length)
-    return max(1, _MOST_PACKED // canvas.block_length)
+    suffix = canvas.length - canvas.span(0).stop
+    if settings.cache == "prefix":
+        return max(1, _MOST_PACKED // (canvas.block_length + suffix))
+    shared = suffix if settings.cache == "prefix-shared" else 0
+    return max(1, (_MOST_PACKED - shared) // canvas.block_length)
 
 
 CACHES: dict[CacheName, type[NoCache] | type[DualCache] | type[BlockCache]] = {
     "none": NoCache,
     "dual": DualCache,
     "prefix": PrefixCache,
+    "prefix-shared": PrefixSharedCache,
     "block": BlockCache,
 }

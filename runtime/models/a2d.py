@@ -36,7 +36,7 @@ A2D_MDLM = Family(
     logit_shift=0,
     block_causal=False,
     threshold_strict=False,
-    caches=("none", "dual", "prefix"),
+    caches=("none", "dual", "prefix", "prefix-shared"),
     splits_masks=True,
     mask_token_id=151669,
 )

@@ -23,5 +23,5 @@ DREAM = Family(
     logit_shift=1,
     block_causal=False,
     threshold_strict=False,
-    caches=("none", "dual", "prefix"),
+    caches=("none", "dual", "prefix", "prefix-shared"),
 )

@@ -68,5 +68,5 @@ LLADA = Family(
     logit_shift=0,
     block_causal=False,
     threshold_strict=False,
-    caches=("none", "dual", "prefix"),
+    caches=("none", "dual", "prefix", "prefix-shared"),
 )
