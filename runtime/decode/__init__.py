@@ -6,13 +6,14 @@
 
 from spiffy.runtime.decode.driver import is_out_of_memory, run, synchronize
 from spiffy.runtime.decode.loop import denoise, denoising_step, find
-from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, make_task
+from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task
 
 __all__ = [
     "Advice",
     "Adviser",
     "Stats",
     "Task",
+    "decoded",
     "denoise",
     "denoising_step",
     "find",
