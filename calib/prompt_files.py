@@ -127,6 +127,11 @@ def prompt_of(record: Any, field: str | None = None) -> Text:
     return value
 
 
+def question(text: Text) -> str:
+    """What is to be answered, of a conversation its last message."""
+    return text if isinstance(text, str) else str(text[-1]["content"])
+
+
 def _value(record: Mapping[str, Any], field: str | None) -> Any:
     if field is not None:
         return record.get(field)
@@ -157,24 +162,23 @@ def _question(turns: Iterable[Mapping[str, Any]]) -> Text:
     if not messages:
         raise SpiffyError("its messages hold nothing to answer: all are the assistant's")
     last = messages[-1]["content"]
-    if not last or (isinstance(last, str) and not last.strip()):
+    if not last or not last.strip():
         raise SpiffyError("its last message is empty")
     alone = len(messages) == 1 and messages[0] == {"role": "user", "content": last}
-    return last if alone and isinstance(last, str) else messages
+    return str(last) if alone else messages
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     """A message as chat templates take it; tables hold every key in every row, often empty."""
     content = turn.get("content", turn.get("value"))
-    parts = content if isinstance(content, list | tuple) else []
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
-    texts += [content] if isinstance(content, str) else []
-    if not all(isinstance(text, str) for text in texts) or not (texts or content is None):
+    if isinstance(content, list | tuple):
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        known = [text for text in texts if isinstance(text, str)]
+        content = "".join(known) if known and len(known) == len(texts) else 0
+    if isinstance(content, str):
+        _check_unicode(content)
+    elif content is not None:  # or a call of a tool
         raise SpiffyError("holds a message whose content is no text")
-    for text in texts:
-        _check_unicode(text)
-    if not isinstance(content, str) and content is not None:
-        content = "".join(texts)
     kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
     return {"role": _role(turn), "content": content, **kept}
 
@@ -208,12 +212,8 @@ def _json(content: bytes) -> _Records:
             return [(f"record {number}", record) for number, record in enumerate(whole, start=1)]
         if isinstance(whole, Mapping) or _is_messages(whole):
             return [(f"line {blank + 1}", whole)]
-        first_line = text.partition(b"\n")[0].strip()
-        if isinstance(whole, _NotJsonError) and first_line in (
-            b"[",
-            b"{",
-            b"[{",
-        ):  # of several lines
+        several_lines = text.partition(b"\n")[0].strip() in (b"[", b"{", b"[{")
+        if isinstance(whole, _NotJsonError) and several_lines:
             return [(f"line {whole.line}", whole)]
     lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     return (
