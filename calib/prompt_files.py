@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
 import gzip
 import io
 import json
+import lzma
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,22 @@ FIELDS = (
     "text",
 )
 _AMENDED_BY = ("input", "context")  # what an instruction may be about
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
+_TABLES = {".csv": ",\t;", ".tsv": "\t,;"}  # separators, the likeliest first
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".gz", ".bz2", ".xz", *_TABLES)
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # beside role and content
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+_COMPRESSED = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ": lzma.decompress,
+}
+_NO_PROMPTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file: git lfs pull",
+    b"PK\x03\x04": "an archive or a spreadsheet: unpack it, or save it as CSV",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: decompress it",
+    b"ARROW1": "an Arrow file: save it as Parquet",
+}
 
 _Records = Iterable[tuple[str, Any]]  # where each stands, and what it is: an error if it is broken
 
@@ -63,22 +78,26 @@ def read_prompts(name: str, field: str | None = None, skipped: list[str] | None 
         If the file cannot be read, or a line is broken: it is named by number.
     """
     path = Path(name)
+    if path.is_dir():
+        raise SpiffyError(f"{name}: is a folder, give a file in it")
     if not (path.is_file() or path.is_fifo()):
         raise SpiffyError(f"{name}: is no file that can be read to its end")
     try:
-        content = path.read_bytes()
-        kind = path
-        if content.startswith(b"\x1f\x8b"):
-            content, kind = gzip.decompress(content), path.with_suffix("")
-    except (OSError, EOFError, zlib.error) as error:
+        content, kind = path.read_bytes(), path
+        for mark, decompress in _COMPRESSED.items():
+            if content.startswith(mark):
+                content, kind = decompress(content), path.with_suffix("")
+                break
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise SpiffyError(f"{name}: cannot be read ({error})") from None
+    for mark, what in _NO_PROMPTS.items():
+        if content.startswith(mark):
+            raise SpiffyError(f"{name}: is {what}")
     try:
         if content.startswith(b"PAR1") or kind.suffix.lower() == ".parquet":
             records = _parquet(content)
-        elif kind.suffix.lower() in (".csv", ".tsv"):
-            tabs = kind.suffix.lower() == ".tsv"
-            wanted = frozenset([field] if field else FIELDS)
-            records = _table(_utf8(content), wanted, "\t,;" if tabs else ",\t;")
+        elif (separators := _TABLES.get(kind.suffix.lower())) is not None:
+            records = _table(_utf8(content), field, separators)
         else:
             records = _json(_utf8(content))
     except SpiffyError as problem:
@@ -135,11 +154,12 @@ def question(text: Text) -> str:
 def _value(record: Mapping[str, Any], field: str | None) -> Any:
     if field is not None:
         return record.get(field)
-    held = {name: record.get(name) for name in FIELDS}
+    known = {str(name).lower(): value for name, value in record.items()} | dict(record)
+    held = {name: known.get(name) for name in FIELDS}
     name = next((f for f, v in held.items() if isinstance(v, str) or _is_messages(v)), "")
     value = held.get(name)
     if name == "instruction" and isinstance(value, str):
-        about = [record.get(other) for other in _AMENDED_BY]
+        about = [known.get(other) for other in _AMENDED_BY]
         return "\n\n".join([value, *(a for a in about if isinstance(a, str) and a.strip())])
     return value
 
@@ -245,7 +265,7 @@ def _parsed(content: bytes) -> Any:
         return _NotJsonError(f"not valid JSON ({error})")
 
 
-def _table(content: bytes, wanted: Set[str], separators: str) -> _Records:
+def _table(content: bytes, field: str | None, separators: str) -> _Records:
     """Records of a table in text; its first row names the columns.
 
     What separates cells is that with which the first row has a column that is wanted: spreadsheets
@@ -259,7 +279,8 @@ def _table(content: bytes, wanted: Set[str], separators: str) -> _Records:
     separator = separators[0]
     for other in separators:
         _, first = next(_rows(text, other), ("", []))
-        if not isinstance(first, SpiffyError) and wanted & {name.strip() for name in first}:
+        names = [] if isinstance(first, SpiffyError) else [name.strip() for name in first]
+        if field in names or (field is None and any(name.lower() in FIELDS for name in names)):
             separator = other
             break
     rows = _rows(text, separator)

@@ -35,6 +35,7 @@ from spiffy.cli.options import (
     prompt_option,
     spread,
 )
+from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
@@ -62,7 +63,7 @@ def _compare(files: tuple[Path, Path] | None) -> None:
         return
     from spiffy.bench.compare import compare
 
-    typer.echo(compare(Bench.load(files[0]), Bench.load(files[1])))
+    write(compare(Bench.load(files[0]), Bench.load(files[1])) + "\n")
     raise typer.Exit
 
 
@@ -432,7 +433,7 @@ def _print_table(summary: Bench) -> None:
     if console.is_terminal:
         console.print(terminal_table(summary))
     else:
-        typer.echo(markdown(summary))
+        write(markdown(summary) + "\n")
 
 
 def main() -> None:

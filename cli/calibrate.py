@@ -32,6 +32,7 @@ from spiffy.cli.options import (
     recording_option,
     spread,
 )
+from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import check_writable
@@ -58,7 +59,7 @@ def _list_models(wanted: bool) -> None:
     width = max(map(len, ALIASES))
     for alias, place in ALIASES.items():
         shown = place if place.count("/") == 1 else "ships with the package"
-        typer.echo(f"{alias:{width}} {shown}")
+        write(f"{alias:{width}} {shown}\n")
     raise typer.Exit
 
 

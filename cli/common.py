@@ -109,7 +109,7 @@ def run_app(app: Callable[[], None]) -> None:
     try:
         with guarded_streams():
             for out in (console, log):
-                if not out.is_terminal:
+                if not out.file.isatty():
                     out.width = _WIDE
             _run(app)
     except OutputError as error:

@@ -119,9 +119,13 @@ def compare(runs: Runs, out: Console) -> bool:
             continue
         table.add_column(name, justify="right")
         ours = _totals(outputs)
-        wrong = sum(a.token_ids != b.token_ids for a, b in zip(plain, outputs, strict=True))
+        wrong = sum(
+            (a.token_ids, a.text) != (b.token_ids, b.text)
+            for a, b in zip(plain, outputs, strict=True)
+        )
         differing += wrong
-        speed = (ours["tokens"] / ours["seconds"]) / (base["tokens"] / base["seconds"])
+        speed = ours["tokens"] / ours["seconds"]
+        ratio = speed / (base["tokens"] / base["seconds"]) if base["tokens"] else 1.0
         rows["prompts"].append(str(len(outputs)))
         rows["tokens identical"].append(f"no ({wrong} prompts differ)" if wrong else "yes")
         rows["NFE (model forwards)"].append(
@@ -132,7 +136,7 @@ def compare(runs: Runs, out: Console) -> bool:
             f"({ours['positions_computed'] / base['positions_computed']:.2f}x)"
         )
         rows["steps per forward"].append(f"{ours['steps'] / ours['nfe']:.2f}")
-        rows["tokens/s"].append(f"{ours['tokens'] / ours['seconds']:.1f} ({speed:.2f}x)")
+        rows["tokens/s"].append(f"{speed:.1f} ({ratio:.2f}x)")
     for label, cells in rows.items():
         table.add_row(label, *cells)
     out.print(table)

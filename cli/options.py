@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from spiffy.cli.common import log
+from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
@@ -70,7 +71,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"spiffy-dllm {version('spiffy-dllm')}")
+        write(f"spiffy-dllm {version('spiffy-dllm')}\n")
         raise typer.Exit
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from spiffy.schemas import SpiffyError
 
+_FAIL = ("strict", "surrogateescape")  # how encodings treat what they lack, unless told otherwise
+
 
 class OutputError(SpiffyError):
     """Standard output took no more."""
@@ -69,7 +71,7 @@ def guarded_streams() -> Iterator[None]:
         Also for what is still in a buffer at the end.
     """
     streams = sys.stdout, sys.stderr
-    if isinstance(streams[0], io.TextIOWrapper):
+    if isinstance(streams[0], io.TextIOWrapper) and streams[0].errors in _FAIL:
         streams[0].reconfigure(errors="replace")
     sys.stdout = _Guarded(_or_closed(streams[0]), fatal=True)
     sys.stderr = _Guarded(_or_closed(streams[1]), fatal=False)

@@ -128,13 +128,17 @@ def test_json_has_one_object_per_prompt(call: Call, artifact: Path, tmp_path: Pa
     assert [row["index"] for row in rows] == [0, 1, 2]
 
 
-def test_verify_compares_with_plain_decoding(call: Call, artifact: Path) -> None:
+def test_verify_compares_with_plain_decoding(
+    call: Call, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")  # of no terminal: the table is whole all the same
     arguments = ("--prompts", "synthetic", "--samples", 2, "--verify", "--budget", "1,4")
     code, printed, _ = call("decode", "--graph", artifact, *arguments)
     assert code == 0
     assert "tokens identical" in printed
     assert "NFE" in printed
     assert "positions computed" in printed
+    assert "\u2026" not in printed
 
 
 def test_raw_prompts_are_templated_already(call: Call) -> None:
@@ -177,6 +181,8 @@ def test_verify_compares_answers_that_stop(call: Call, artifact: Path) -> None:
     assert "yes" in log
     texts = [json.loads(printed)["text"] for printed in (whole, stopped)]
     assert texts[1] == texts[0].split("+4")[0] != texts[0]
+    code, _, log = call("decode", "--graph", artifact, *arguments, "--stop", texts[0][0])
+    assert (code, "yes" in log) == (0, True)  # of no tokens at all
 
 
 def test_verify_notices_a_differing_token(

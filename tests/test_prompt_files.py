@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ ENCODINGS: dict[str, tuple[str, bytes]] = {
     "semicolons": ("p.csv", f"id;prompt\n1;{ONE}\n2;{TWO}\n".encode()),
     "tabs": ("p.tsv", f"prompt\tid\n{ONE}\t1\n{TWO}\t2\n".encode()),
     "one column": ("p.tsv", f"prompt\n{ONE}\n{TWO}\n".encode()),
+    "capitals": ("p.csv", f'Id,Prompt\n1,"{ONE}"\n2,{TWO}\n'.encode()),
+    "bzip2": ("p.jsonl.bz2", bz2.compress(LINES.encode())),
+    "xz": ("p.json.xz", lzma.compress(ARRAY.encode())),
     "csv with gzip": ("p.csv.gz", gzip.compress(TABLE.encode())),
 }
 
@@ -136,6 +141,9 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "csv quotes": ("p.csv", b'prompt\na\n"b\n', "line 3: not valid CSV"),
     "parquet": ("p.parquet", b"PAR1....", "not a Parquet file that can be read"),
     "gzip": ("p.jsonl.gz", b"\x1f\x8b....", "cannot be read"),
+    "broken xz": ("p.jsonl.xz", lzma.compress(b"{}")[:9], "cannot be read"),
+    "pointer": ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "spreadsheet": ("p.csv", b"PK\x03\x04....", "save it as CSV"),
     "empty": ("p.csv", b"", "holds no prompts"),
     "only names": ("p.csv", b"prompt\n", "holds no prompts"),
 }
@@ -158,9 +166,10 @@ def test_a_broken_first_line_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    for name in (str(tmp_path), "/dev/null"):
-        with pytest.raises(SpiffyError, match="no file that can be read"):
-            load_prompts(name)
+    with pytest.raises(SpiffyError, match="is a folder"):
+        load_prompts(str(tmp_path))
+    with pytest.raises(SpiffyError, match="no file that can be read"):
+        load_prompts("/dev/null")
     with pytest.raises(SpiffyError, match="synthetic prompts have none"):
         load_prompts("synthetic", field="text")
 

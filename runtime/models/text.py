@@ -84,8 +84,9 @@ class TextCodec:
 
     def spelled(self, prompt: str | Sequence[Message]) -> list[str]:
         """Special tokens that a prompt spells, each once, in the order in which they come."""
-        texts = _texts([{"content": prompt}] if isinstance(prompt, str) else prompt)
-        found = [match[1] for text in texts for match in self._spelling.finditer(text)]
+        texts = [prompt] if isinstance(prompt, str) else _texts(prompt)
+        spelling = self._spelling(texts)
+        found = [match[1] for text in texts for match in spelling.finditer(text)]
         return list(dict.fromkeys(found))
 
     def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
@@ -163,14 +164,15 @@ class TextCodec:
     def _escaped_tokens(
         self, render: _Render, messages: Sequence[Message], shown: Set[int]
     ) -> list[int]:
-        texts = "".join(_texts(messages))
-        plane = next((p for p in _STAND_INS if not any(p <= ord(c) < p + 0x400 for c in texts)), 0)
-        if not plane:
+        texts = _texts(messages)
+        planes = [p for p in _STAND_INS if not any(p <= ord(c) < p + 0x400 for c in "".join(texts))]
+        if not planes or self._backend is None:
             raise self._cannot_escape()
+        plane, spelling = planes[0], self._spelling(texts)
         stands = {char: chr(plane + k) for k, char in enumerate(self._first_characters)}
 
         def escape(text: str) -> str:
-            return self._spelling.sub(lambda match: stands[match[1][0]], text)
+            return spelling.sub(lambda match: stands[match[1][0]], text)
 
         def escaped(part: Any) -> Any:
             if isinstance(part, str):
@@ -245,22 +247,26 @@ class TextCodec:
     def _first_characters(self) -> list[str]:
         return sorted({text[0] for text in self._special_texts})
 
-    @cached_property
-    def _spelling(self) -> re.Pattern[str]:
+    def _spelling(self, texts: Sequence[str]) -> re.Pattern[str]:
         """Matches the first character of every special token's spelling, also of overlapping ones.
 
-        Group 1 is the whole spelling.
+        Group 1 is the whole spelling. Of special tokens, of which there may be a thousand, those
+        are looked for that are in the texts.
         """
-        longest_first = sorted(self._special_texts, key=len, reverse=True)
-        spellings = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        there = [special for special in self._special_texts if any(special in t for t in texts)]
+        spellings = "|".join(map(re.escape, sorted(there, key=len, reverse=True))) or r"(?!)"
         return re.compile(rf"(?=({spellings})).", re.DOTALL)
 
     @cached_property
     def _matches_normalized(self) -> bool:
         """Whether other spellings than its own can become a control token."""
-        backend = self.tokenizer.backend_tokenizer
         loose = any(self._added[k].normalized for k in self._control & self._added.keys())
-        return loose and backend.normalizer is not None
+        return loose and self._backend is not None and self._backend.normalizer is not None
+
+    @property
+    def _backend(self) -> Tokenizer | None:
+        """The tokenizers library's object, which tokenizers in pure Python do not have."""
+        return getattr(self.tokenizer, "backend_tokenizer", None)
 
     @cached_property
     def _plain_tokenizers(self) -> dict[int, Tokenizer]:
