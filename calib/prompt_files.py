@@ -36,7 +36,8 @@ FIELDS = (
 )
 _AMENDED_BY = ("input", "context")  # what an instruction may be about
 _TABLES = {".csv": ",\t;", ".tsv": "\t,;"}  # separators, the likeliest first
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".gz", ".bz2", ".xz", *_TABLES)
+_LINES = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (*_LINES, *_TABLES, ".parquet", ".txt", ".gz", ".bz2", ".xz")
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # beside role and content
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -66,7 +67,7 @@ def read_prompts(name: str, field: str | None = None, skipped: list[str] | None 
     Parameters
     ----------
     name
-        What the file holds is told by its name, then by how it begins.
+        What the file holds is told by the end of its name, else by how it begins.
     field
         Field that holds the prompt; None: the first of `FIELDS` that a record has.
     skipped
@@ -77,32 +78,52 @@ def read_prompts(name: str, field: str | None = None, skipped: list[str] | None 
     SpiffyError
         If the file cannot be read, or a line is broken: it is named by number.
     """
+    content, suffix = _unpacked(name)
+    for mark, what in _NO_PROMPTS.items():
+        if content.startswith(mark):
+            raise SpiffyError(f"{name}: is {what}")
+    try:
+        records = _records(content, suffix, field)
+    except SpiffyError as problem:
+        raise SpiffyError(f"{name}: {problem}") from None
+    return prompts_of(name, records, field, skipped)
+
+
+def _unpacked(name: str) -> tuple[bytes, str]:
+    """What a file holds, and the end of its name that tells what that is."""
     path = Path(name)
     if path.is_dir():
         raise SpiffyError(f"{name}: is a folder, give a file in it")
     if not (path.is_file() or path.is_fifo()):
         raise SpiffyError(f"{name}: is no file that can be read to its end")
     try:
-        content, kind = path.read_bytes(), path
+        content = path.read_bytes()
         for mark, decompress in _COMPRESSED.items():
             if content.startswith(mark):
-                content, kind = decompress(content), path.with_suffix("")
-                break
+                return decompress(content), path.with_suffix("").suffix.lower()
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise SpiffyError(f"{name}: cannot be read ({error})") from None
-    for mark, what in _NO_PROMPTS.items():
-        if content.startswith(mark):
-            raise SpiffyError(f"{name}: is {what}")
-    try:
-        if content.startswith(b"PAR1") or kind.suffix.lower() == ".parquet":
-            records = _parquet(content)
-        elif (separators := _TABLES.get(kind.suffix.lower())) is not None:
-            records = _table(_utf8(content), field, separators)
-        else:
-            records = _json(_utf8(content))
-    except SpiffyError as problem:
-        raise SpiffyError(f"{name}: {problem}") from None
-    return prompts_of(name, records, field, skipped)
+    return content, path.suffix.lower()
+
+
+def _records(content: bytes, suffix: str, field: str | None) -> _Records:
+    if content.startswith(b"PAR1") or suffix == ".parquet":
+        return _parquet(content)
+    content = _utf8(content)
+    if suffix in _TABLES:
+        text = _text(content)
+        return _table(text, _separator(text, field, _TABLES[suffix]) or _TABLES[suffix][0])
+    begins = content.lstrip()[:1]
+    if suffix in _LINES or begins in (b"", b"{", b"[", b'"'):
+        return _json(content)
+    text = _text(content)
+    separator = _separator(text, field, _TABLES[".csv"])
+    if separator is None:
+        raise SpiffyError(
+            "is neither JSON nor a table with a known column: give plain text to --prompt or to "
+            "standard input"
+        )
+    return _table(text, separator)
 
 
 def prompts_of(name: str, records: _Records, field: str | None, skipped: list[str] | None) -> Found:
@@ -265,30 +286,37 @@ def _parsed(content: bytes) -> Any:
         return _NotJsonError(f"not valid JSON ({error})")
 
 
-def _table(content: bytes, field: str | None, separators: str) -> _Records:
-    """Records of a table in text; its first row names the columns.
-
-    What separates cells is that with which the first row has a column that is wanted: spreadsheets
-    write semicolons, too.
-    """
+def _text(content: bytes) -> str:
     try:
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise SpiffyError(f"line {line}: not UTF-8 text") from None
-    separator = separators[0]
-    for other in separators:
-        _, first = next(_rows(text, other), ("", []))
-        names = [] if isinstance(first, SpiffyError) else [name.strip() for name in first]
+
+
+def _separator(text: str, field: str | None, separators: str) -> str | None:
+    """What separates the names in the first row of a table, if one is the prompt's.
+
+    Spreadsheets write semicolons where commas are decimal.
+    """
+    for separator in separators:
+        names = _names(next(_rows(text, separator), ("", []))[1])
         if field in names or (field is None and any(name.lower() in FIELDS for name in names)):
-            separator = other
-            break
+            return separator
+    return None
+
+
+def _names(cells: list[str] | SpiffyError) -> list[str]:
+    return [] if isinstance(cells, SpiffyError) else [cell.strip() for cell in cells]
+
+
+def _table(text: str, separator: str) -> _Records:
+    """Records of a table in text; its first row names the columns."""
     rows = _rows(text, separator)
     where, first = next(rows, ("", []))
     if isinstance(first, SpiffyError):
         return [(where, first)]
-    names = [name.strip() for name in first]
-    return ((where, _by_name(names, cells)) for where, cells in rows)
+    return ((where, _by_name(_names(first), cells)) for where, cells in rows)
 
 
 def _rows(text: str, separator: str) -> Iterator[tuple[str, list[str] | SpiffyError]]:

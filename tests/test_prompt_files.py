@@ -48,6 +48,7 @@ ENCODINGS: dict[str, tuple[str, bytes]] = {
     "capitals": ("p.csv", f'Id,Prompt\n1,"{ONE}"\n2,{TWO}\n'.encode()),
     "bzip2": ("p.jsonl.bz2", bz2.compress(LINES.encode())),
     "xz": ("p.json.xz", lzma.compress(ARRAY.encode())),
+    "csv without suffix": ("p", TABLE.encode()),
     "csv with gzip": ("p.csv.gz", gzip.compress(TABLE.encode())),
 }
 
@@ -142,6 +143,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "parquet": ("p.parquet", b"PAR1....", "not a Parquet file that can be read"),
     "gzip": ("p.jsonl.gz", b"\x1f\x8b....", "cannot be read"),
     "broken xz": ("p.jsonl.xz", lzma.compress(b"{}")[:9], "cannot be read"),
+    "plain text": ("p.txt", b"Tom has 3 apples.\n", "give plain text to --prompt"),
     "pointer": ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "spreadsheet": ("p.csv", b"PK\x03\x04....", "save it as CSV"),
     "empty": ("p.csv", b"", "holds no prompts"),
