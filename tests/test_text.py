@@ -21,6 +21,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from spiffy.calib.pipeline import prepare
+from spiffy.calib.prompts import PromptSet
 from spiffy.runtime import DiffusionLM, generate, load_model
 from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.generate import answer, collect, decoding_settings
@@ -294,3 +296,16 @@ def test_stop_strings_need_text() -> None:
     bare.tokenizer = None
     with pytest.raises(SpiffyError, match="no text to stop at"):
         generate(bare, [1, 2], stop="a")
+
+
+def test_calibration_encodes_prompts_as_decoding_does() -> None:
+    model, turns = tiny(), [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
+    settings = decoding_settings(model, gen_length=32)
+    templated = "<|user|>a<|assistant|>"
+    for prompts, prompt in (
+        (PromptSet("x", (templated,), raw=True), "a"),
+        (PromptSet("x", ("a",), system="S"), turns),
+        (PromptSet("x", (turns,)), turns),
+    ):
+        (task,) = prepare(model, prompts, settings)
+        assert task.prompt.tolist() == model.encode(prompt).tolist()
