@@ -300,7 +300,7 @@ def _prepared(
     rival = None if methods.paper is None else DraftGraph.load(methods.paper)
     lm, (ours, rival) = shape.grown(model.load(artifact, path), (artifact, rival))
     artifact = ours or artifact
-    settings, edges = decoding.settings(lm, artifact), decoding.block_edges()
+    settings, edges = decoding.settings(lm, artifact, model.any_model), decoding.block_edges()
     set_threads(lm, settings, threads)
     warn_of_differences(artifact, settings)
     chosen = decodable(lm, settings, list(drawn.texts))

@@ -220,7 +220,7 @@ def decode(
     with log.status("loading"):
         edges = decoding.block_edges()
         lm = model.load(artifact, graph)
-        settings = decoding.settings(lm, artifact)
+        settings = decoding.settings(lm, artifact, model.any_model)
         set_threads(lm, settings, threads)
         runs = Runs(lm, settings, decoding.seed, edges, decodable(lm, settings, texts))
         if artifact is not None and budgets:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 
+from spiffy.runtime.models.block_size import is_published, stated_block_size
+from spiffy.runtime.models.fields import Entries
 from spiffy.schemas import CacheName, SpiffyError
 from spiffy.schemas.io import is_unicode
+from spiffy.schemas.notes import note
 
 _DEAR = 1 << 24  # parameters of an output head
 
@@ -24,6 +26,11 @@ Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
 
 # transformers 5.24 renamed it, for all of its models.
 _CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+def _none(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a family without such parameters; a function by name, so that families can be pickled."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,10 @@ class Family:
         are none.
     mask_token_id
         Published id of the mask token, for checkpoints where neither config nor tokenizer has it.
+    entries
+        What becomes of the entries of `config.json`; others are refused.
+    block_size_varies
+        Checkpoints come in several block sizes, so one that states none has none (SDAR).
     """
 
     name: str
@@ -85,8 +96,8 @@ class Family:
     block_causal: bool
     threshold_strict: bool
     caches: tuple[CacheName, ...]
-    merged: Callable[[Mapping[str, Any]], Mapping[str, list[int]]] = lambda config: {}
-    split: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, int]]] = lambda config: {}
+    merged: Callable[[Mapping[str, Any]], Mapping[str, list[int]]] = _none
+    split: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, int]]] = _none
     architectures: tuple[str, ...] = ()
     named: str = ""
     block_size: int = 32
@@ -94,6 +105,8 @@ class Family:
     cuts_last_block: bool = False
     splits_masks: bool = False
     mask_token_id: int | None = None
+    entries: Entries = Entries()  # noqa: RUF009 (frozen)
+    block_size_varies: bool = False
 
 
 class KeyValues:
@@ -209,14 +222,29 @@ class DiffusionLM:
     def default_block_length(self) -> int:
         """The block size that the model was trained with, or the family's where any works.
 
-        The configs of SDAR's block-size variants (`-b32`) do not all state it; their names do.
+        Raises
+        ------
+        SpiffyError
+            If the family's checkpoints come in several, and nothing says which this one has.
         """
-        if not self.family.block_causal:
-            return self.family.block_size
-        # A name may also be a folder of the hub's cache: .../models--...-b32/snapshots/<commit>
-        variant = re.search(r"-b(\d+)(/snapshots/[^/]+)?$", self.name.rstrip("/"))
-        stated = self.config.get("block_size", self.family.block_size)
-        return int(variant[1]) if variant else int(stated)
+        family = self.family
+        if not family.block_causal:
+            return family.block_size
+        stated = stated_block_size(self.name, self.config)
+        if stated is not None:
+            return stated
+        if is_published(self.name):
+            return family.block_size
+        if family.block_size_varies:
+            raise SpiffyError(
+                f"{self.name}: neither its name (as in -b8) nor config.json says which block size "
+                f"it was trained with, and {family.name} comes in several: give --block-length"
+            )
+        note(
+            f"{self.name} states no block size: {family.block_size} is taken, as published "
+            f"{family.name} checkpoints have; --block-length gives another"
+        )
+        return family.block_size
 
     @torch.inference_mode()
     def hidden_states(
