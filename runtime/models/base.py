@@ -205,6 +205,21 @@ class DiffusionLM:
         limits = ("max_sequence_length", "max_position_embeddings")
         self.max_length = next((int(config[k]) for k in limits if config.get(k)), None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, weights included, as for processes that are spawned.
+
+        Raises
+        ------
+        SpiffyError
+            If a device map has spread the model: what moves its parts about cannot be pickled.
+        """
+        if any(hasattr(part, "_hf_hook") for part in self.module.modules()):
+            raise SpiffyError(
+                f"{self.name}: spread by device_map, a model cannot be pickled or copied: load it "
+                "in the process that uses it"
+            )
+        return self.__dict__
+
     @property
     def device(self) -> torch.device:
         """Where token ids are expected."""

@@ -96,24 +96,12 @@ def load_model(
     if device_map is not None and find_spec("accelerate") is None:
         raise SpiffyError("device_map needs accelerate: pip install 'spiffy-dllm[large]'")
     source = Source.of(name, revision)
-    with _ONE_LOAD:
-        return _load(name, source, device, dtype, device_map, family)
-
-
-def _load(
-    name: str,
-    source: Source,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    device_map: str | Mapping[str, Any] | None,
-    wanted: str | None,
-) -> DiffusionLM:
     config_file = source.optional_file("config.json")
     if config_file is None:
         source.refuse_adapter()
         config_file = source.file("config.json")
     config = read_json(config_file)
-    facts = _family(name, source, config, wanted)
+    facts = _family(name, source, config, family)
     device = _device(device)
     with _quiet_transformers():
         tokenizer = read_tokenizer(source)
@@ -390,7 +378,12 @@ def _loading(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No load reports, no bars: we raise instead, in one line."""
+    """No load reports, no bars: we raise instead, in one line. One at a time (`_ONE_LOAD`)."""
+    with _ONE_LOAD:
+        yield from _without_reports()
+
+
+def _without_reports() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

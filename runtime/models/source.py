@@ -199,7 +199,15 @@ class Source:
                     f"lacks is taken as absent. `hf download {self.place}` completes it"
                 )
             return None
-        raise self._unreachable(f"{name} is not there; {self.offline or 'HF_HUB_OFFLINE is set'}")
+        reason = self.offline or "HF_HUB_OFFLINE is set"
+        if name == "config.json":
+            raise self._unreachable(reason)
+        raise SpiffyError(
+            f"{self.place}: {name} is not in the cache folder {constants.HF_HUB_CACHE}, and the "
+            f"hub cannot be asked whether there is one ({reason[:200]}): run `hf download "
+            f"{self.place}` where there is network, or set HF_HUB_OFFLINE=1 if the cache has all "
+            "that the hub has"
+        )
 
     def _listed(self) -> frozenset[str] | None:
         """Names of the repository's files, where a download of all of it has left a list."""
@@ -235,7 +243,7 @@ class Source:
         raise self._unreachable(f"no weights in safetensors: {self.offline or 'not on the hub'}")
 
     def remember(self) -> None:
-        """Let the hub's cache know which commit the name stands for, for want of a network later."""
+        """Let the hub's cache know which commit the name stands for, for times without network."""
         if not self.is_directory and self.offline is None and not constants.HF_HUB_OFFLINE:
             with suppress(Exception):  # as files are asked for by commit, it does not
                 hf_hub_download(self.place, "config.json", revision=self.asked)
