@@ -81,7 +81,7 @@ class _Shape:
             shape_named(self.shape)
 
     def grown(
-        self, model: DiffusionLM, graphs: Sequence[DraftGraph | None]
+        self, model: DiffusionLM, graphs: Sequence[DraftGraph | None], any_model: bool
     ) -> tuple[DiffusionLM, list[DraftGraph | None]]:
         """Model and graphs, grown if that is asked for."""
         from spiffy.bench.grow import grow, grow_graph
@@ -89,7 +89,10 @@ class _Shape:
         if self.shape is None:
             return model, [*graphs]
         large = grow(model, self.shape)
-        return large, [None if g is None else grow_graph(g, model, large) for g in graphs]
+        return large, [
+            None if graph is None else grow_graph(graph, model, large, any_model)
+            for graph in graphs
+        ]
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,8 @@ def _prepared(
     threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
     rival = None if methods.paper is None else DraftGraph.load(methods.paper)
-    lm, (ours, rival) = shape.grown(model.load(artifact, path), (artifact, rival))
+    lm = model.load(artifact, path)
+    lm, (ours, rival) = shape.grown(lm, (artifact, rival), model.any_model)
     artifact = ours or artifact
     settings, edges = decoding.settings(lm, artifact, model.any_model), decoding.block_edges()
     set_threads(lm, settings, threads)
@@ -309,12 +313,13 @@ def _prepared(
     if methods.execute_code:
         log.print("--execute-code runs what the model writes, in a process with limits")
     kinds, numbers = methods.kinds(), methods.numbers(artifact)
+    found = methods_of(lm, settings, artifact, kinds, numbers, rival, texts, edges, model.any_model)
     return _Run(
         lm=lm,
         artifact=artifact,
         settings=settings,
         edges=edges,
-        methods=methods_of(lm, settings, artifact, kinds, numbers, rival, texts, edges),
+        methods=found,
         texts=texts,
         records=[drawn.records[index] for index, _ in chosen],
         data=DataRecord(

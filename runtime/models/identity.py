@@ -51,6 +51,7 @@ _PROBES = (
 
 
 def fingerprint(
+    family: str,
     config: Mapping[str, Any],
     module_config: Any,
     mask_token_id: int,
@@ -69,6 +70,7 @@ def fingerprint(
     facts = {name: getattr(module_config, name, None) for name in _COMPUTED}
     heads = module_config.hidden_size // module_config.num_attention_heads
     facts |= {
+        "family": family,
         "head_dim": getattr(module_config, "head_dim", None) or heads,
         "rope": rope(config),
         "mask": mask_token_id,

@@ -108,7 +108,7 @@ def load_model(
     config = with_mask_token(config, tokenizer, facts.mask_token_id)
     architecture = _architecture(name, facts, config)
     check_tokenizer(name, tokenizer, architecture[1].vocab_size)
-    eos_token_ids = end_tokens(source, config, tokenizer)
+    eos_token_ids = end_tokens(source, config, tokenizer, architecture[1].vocab_size)
     module = _module(name, source, facts, config, architecture, _dtype(dtype, device), device_map)
     source.remember()
     if device_map is None:
@@ -120,7 +120,9 @@ def load_model(
         config,
         name=name,
         revision=_commit(config_file),
-        fingerprint=fingerprint(config, architecture[1], mask, eos_token_ids, tokenizer),
+        fingerprint=fingerprint(
+            facts.name, config, architecture[1], mask, eos_token_ids, tokenizer
+        ),
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
     )

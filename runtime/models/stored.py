@@ -16,13 +16,13 @@ _QUANTISED = (
     *(".qweight", ".qzeros", ".scales", ".g_idx", ".SCB", ".absmax", ".weight_scale"),
     *(".weight_scale_inv", ".weight_packed", ".quant_map", "._scale", "._data", ".zeros"),
 )
-# Who puts a word before every name, and how to get rid of it.
+# Who puts a word before every name, and what to save instead.
 _WRAPPED: Mapping[str, str] = {
-    "module.": "DistributedDataParallel: save model.module",
-    "_orig_mod.": "torch.compile: save model._orig_mod",
-    "_fsdp_wrapped_module.": "FSDP: save its full state dict",
-    "_forward_module.": "Lightning: save the module inside",
-    "base_model.model.": "peft: merge_and_unload() it before saving",
+    "module.": "DistributedDataParallel does: save model.module",
+    "_orig_mod.": "torch.compile does: save model._orig_mod",
+    "_fsdp_wrapped_module.": "FSDP does: save its full state dict",
+    "_forward_module.": "Lightning does: save the module inside",
+    "base_model.model.": "peft does: merge_and_unload() before saving",
 }
 
 
@@ -61,6 +61,4 @@ def refuse_other_forms(name: str, stored: Mapping[str, Any]) -> None:
             )
     for word, wrapper in _WRAPPED.items():
         if stored and all(key.startswith(word) for key in stored):
-            raise SpiffyError(
-                f"{name}: every parameter's name starts with {word!r}, as saved from {wrapper}"
-            )
+            raise SpiffyError(f"{name}: every parameter's name starts with {word!r}, as {wrapper}")

@@ -115,11 +115,13 @@ def with_mask_token(
     return rest if found is None else {**rest, "mask_token_id": found}
 
 
-def end_tokens(source: Source, config: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
+def end_tokens(
+    source: Source, config: Mapping[str, Any], tokenizer: Any, rows: int
+) -> frozenset[int]:
     """Every token that ends an answer: those that a file names, and those that end a chat's turn.
 
-    Where no file names one, a token by a usual name is taken; a model without any is said to have
-    none.
+    Where no file names one of the `rows` tokens, one by a usual name is taken; a model without any
+    is said to have none.
 
     Raises
     ------
@@ -134,7 +136,7 @@ def end_tokens(source: Source, config: Mapping[str, Any], tokenizer: Any) -> fro
             raise SpiffyError(
                 f"{source.place}: eos_token_id {value!r} is neither a token id nor a list of them"
             )
-        ids.update(listed)
+        ids.update(token_id for token_id in listed if 0 <= token_id < rows)
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     named = None if tokenizer is None else tokenizer.eos_token
     if named in vocabulary:
