@@ -347,7 +347,11 @@ def _check_scaling(entry: str, scaling: dict[str, Any]) -> None:
             continue
         if key not in needed | optional:
             raise ValueError(f"{entry}.{key} = {_short(value)} is not supported for type {kind!r}")
-        scaling[key] = _number(f"{entry}.{key}", value)
+        number = _number(f"{entry}.{key}", value)
+        if key == "original_max_position_embeddings" and not number.is_integer():
+            raise ValueError(f"{entry}.{key} {value!r} must be a whole number")
+        # transformers asks for the one as an integer
+        scaling[key] = int(number) if key == "original_max_position_embeddings" else number
 
 
 def _number(entry: str, value: Any) -> float:
