@@ -228,6 +228,14 @@ def test_one_rope_has_one_meaning_in_every_spelling(stated: dict[str, Any]) -> N
     assert rope(stated) == {"rope_type": "default", "rope_theta": 10000.0}
 
 
+def test_the_part_of_a_head_that_turns_is_stated_where_a_family_has_one() -> None:
+    flat = {"rope_theta": 1.5, "partial_rotary_factor": 0.5}
+    assert rope(flat, partial=True) == {"rope_type": "default", **flat}
+    assert rope({"rope_parameters": flat}, partial=True) == {"rope_type": "default", **flat}
+    with pytest.raises(KeyError, match="partial_rotary_factor"):
+        rope(BASE, partial=True)
+
+
 def test_scaling_has_one_meaning_in_every_spelling() -> None:
     inside = {"rope_type": "linear", "factor": 2, "rope_theta": 10000.0}
     spellings: list[dict[str, Any]] = [
@@ -289,6 +297,10 @@ def test_scaling_has_one_meaning_in_every_spelling() -> None:
         ),
         (BASE | {"rope_scaling": "linear"}, "rope_scaling 'linear' must be an object"),
         ({"rope_theta": True}, "rope_theta True must be a positive number"),
+        (
+            BASE | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor 0.5 is not supported: whole heads turn",
+        ),
     ],
 )
 def test_rope_that_is_not_computed_or_contradicts_itself_is_refused(

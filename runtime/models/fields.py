@@ -94,7 +94,7 @@ IDLE = frozenset(
         *("label2id", "name_or_path", "num_labels", "problem_type"),
         *("task_specific_params", "tokenizer_class", "unsloth_fixed", "unsloth_version"),
         *("author", "base_model", "description", "language", "library_name", "license"),
-        *("model_name", "pipeline_tag", "tags"),
+        *("model_max_length", "model_name", "pipeline_tag", "tags"),
         # read elsewhere: token ids, and whether the head is the embedding
         *("bos_token_id", "decoder_start_token_id", "eos_token_id", "mask_token", "mask_token_id"),
         *("pad_token_id", "sep_token_id", "tie_word_embeddings"),
@@ -102,7 +102,7 @@ IDLE = frozenset(
         *("attention_dropout", "attn_dropout", "attn_pdrop", "classifier_dropout", "dropout"),
         *("embd_pdrop", "embedding_dropout", "hidden_dropout", "output_dropout", "resid_pdrop"),
         *("residual_dropout", "init_std", "initializer_factor", "initializer_range"),
-        *("gradient_checkpointing", "pretraining_tp", "use_liger_kernel"),
+        *("gradient_checkpointing", "neftune_noise_alpha", "pretraining_tp", "use_liger_kernel"),
         # how transformers runs a model, and what it returns
         *("attn_implementation", "chunk_size_feed_forward", "is_decoder", "output_attentions"),
         *("output_hidden_states", "return_dict", "tf_legacy_loss", "torchscript", "use_bfloat16"),
@@ -217,8 +217,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
-def usual_fields(config: Config) -> dict[str, Any]:
+def usual_fields(config: Config, *, partial: bool = False) -> dict[str, Any]:
     """Fields that Llama, Qwen and their relatives call the same, for transformers' config.
+
+    `partial` says that the module turns a part of each head, which the config states (`rope`).
 
     Raises
     ------
@@ -226,7 +228,7 @@ def usual_fields(config: Config) -> dict[str, Any]:
         If the RoPE is none that is computed, or contradicts itself.
     """
     return {entry: config[entry] for entry in _USUAL} | {
-        "rope_parameters": rope(config),
+        "rope_parameters": rope(config, partial=partial),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "pad_token_id": None,
         "attn_implementation": "sdpa",
@@ -261,7 +263,7 @@ _SCALED: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 
 
-def rope(config: Config) -> dict[str, Any]:
+def rope(config: Config, *, partial: bool = False) -> dict[str, Any]:
     """RoPE in transformers' words (`rope_parameters`), from every spelling it has had.
 
     These are `rope_theta` beside `rope_scaling` (transformers 4), and `rope_parameters`, flat or by
@@ -270,7 +272,7 @@ def rope(config: Config) -> dict[str, Any]:
     Raises
     ------
     KeyError
-        If nothing states the base.
+        If nothing states the base, or with `partial` the part of a head that turns.
     ValueError
         If two entries contradict each other, or the type is none that is computed.
     """
@@ -283,11 +285,15 @@ def rope(config: Config) -> dict[str, Any]:
     if theta is None:
         raise KeyError("rope_theta")
     part = _moved("partial_rotary_factor", config, stated)
+    if part is None and partial:
+        raise KeyError("partial_rotary_factor")
+    if part not in (None, 1) and not partial:
+        raise ValueError(f"partial_rotary_factor {_short(part)} is not supported: whole heads turn")
     scaling = _agreed(stated) or {"rope_type": "default"}
     entry = next(iter(stated), "rope_scaling")
     _check_scaling(entry, scaling)
     found = {**scaling, "rope_theta": _number("rope_theta", theta)}
-    if part is not None and part != 1:
+    if partial:
         found["partial_rotary_factor"] = _number("partial_rotary_factor", part)
     return found
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from spiffy.runtime.models.base import Family
 from spiffy.runtime.models.fields import rope
 from spiffy.schemas.graph import FINGERPRINT
 
@@ -51,7 +52,7 @@ _PROBES = (
 
 
 def fingerprint(
-    family: str,
+    family: Family,
     config: Mapping[str, Any],
     module_config: Any,
     mask_token_id: int,
@@ -70,9 +71,9 @@ def fingerprint(
     facts = {name: getattr(module_config, name, None) for name in _COMPUTED}
     heads = module_config.hidden_size // module_config.num_attention_heads
     facts |= {
-        "family": family,
+        "family": family.name,
         "head_dim": getattr(module_config, "head_dim", None) or heads,
-        "rope": rope(config),
+        "rope": rope(config, partial="partial_rotary_factor" in family.entries.reads),
         "mask": mask_token_id,
         "eos": sorted(eos_token_ids),
         "tokenizer": _tokenizer_digest(tokenizer),

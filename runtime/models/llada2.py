@@ -47,12 +47,11 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
         raise ValueError("num_experts_per_tok is more than the kept groups have")
     if config["num_shared_experts"] < 1:
         raise ValueError("num_shared_experts must be at least 1")
-    fields = usual_fields(config)
-    part = fields["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    fields = usual_fields(config, partial=True)
     return _Mixture, Glm4MoeConfig(
         **fields,
         head_dim=config["head_dim"],
-        partial_rotary_factor=part,
+        partial_rotary_factor=fields["rope_parameters"]["partial_rotary_factor"],
         use_qk_norm=True,
         first_k_dense_replace=config["first_k_dense_replace"],
         moe_intermediate_size=config["moe_intermediate_size"],

@@ -120,9 +120,7 @@ def load_model(
         config,
         name=name,
         revision=_commit(config_file),
-        fingerprint=fingerprint(
-            facts.name, config, architecture[1], mask, eos_token_ids, tokenizer
-        ),
+        fingerprint=fingerprint(facts, config, architecture[1], mask, eos_token_ids, tokenizer),
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
     )
