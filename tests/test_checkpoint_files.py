@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import logging
@@ -573,3 +574,17 @@ def test_what_needs_posix_says_so_when_it_is_used(
     message = refusal(lambda: TraceFile(tmp_path / "traces"))
     assert "work directories need POSIX file locks" in message
     assert not (tmp_path / "traces").exists()
+
+
+def test_no_module_needs_posix_to_be_imported() -> None:
+    root, found = Path(__file__).parent.parent, []
+    for folder in ("schemas", "runtime", "graphs", "calib", "bench", "cli"):
+        for path in (root / folder).rglob("*.py"):
+            for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(statement, ast.Import):
+                    found += [(path, alias.name) for alias in statement.names]
+                elif isinstance(statement, ast.ImportFrom):
+                    found.append((path, str(statement.module)))
+    assert any(name == "torch" for _, name in found)
+    posix = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios"}
+    assert [(path, name) for path, name in found if name.split(".")[0] in posix] == []
