@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,6 +230,35 @@ def test_what_the_hub_does_not_have_is_absent_then_and_later_without_it(
     assert "cannot be asked whether there is one" in message
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(load_model("org/model", device="cpu").forward_logits(ids), expected)
+
+
+def test_a_cache_that_knows_what_the_hub_has_tells_absent_from_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As downloads of whole repositories leave a list since huggingface_hub 2."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--model"
+    snapshot = repository / "snapshots" / "c0ffee"
+    shutil.copytree(PARITY / "llada-a", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    listed = [SimpleNamespace(path=path.name) for path in snapshot.iterdir()]
+    ask = "huggingface_hub.get_cached_repo_tree"
+    monkeypatch.setattr(ask, lambda *_, **__: listed, raising=False)
+    assert load_model("org/model", device="cpu").tokenizer is None
+    listed.append(SimpleNamespace(path="tokenizer.json"))
+    message = refusal(lambda: load_model("org/model", device="cpu"))
+    assert f"tokenizer.json is not in the cache folder {tmp_path}" in message
+
+
+def test_an_adapter_beside_weights_is_said_to_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(tmp_path)
+    rewrite(folder / "adapter_config.json", {})
+    load(folder)
+    assert "holds an adapter (LoRA) beside its weights: it is not applied" in caplog.text
 
 
 def test_an_artifact_that_the_hub_refuses_is_not_absent(hub: Hub) -> None:

@@ -279,7 +279,7 @@ def test_scaling_has_one_meaning_in_every_spelling() -> None:
         ),
         (
             BASE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "'dynamic' is not supported: its frequencies depend on the longest forward so far",
+            "'dynamic' is not supported: its frequencies depend on how long the forwards are",
         ),
         (
             BASE | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},

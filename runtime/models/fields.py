@@ -338,8 +338,8 @@ def _check_scaling(entry: str, scaling: dict[str, Any]) -> None:
     kind = scaling["rope_type"]
     if kind in ("dynamic", "longrope", "su"):
         raise ValueError(
-            f"{entry}: RoPE of type {kind!r} is not supported: its frequencies depend on the "
-            "longest forward so far, and drafts change which forwards there are"
+            f"{entry}: RoPE of type {kind!r} is not supported: its frequencies depend on how long "
+            "the forwards are that were made, and drafts change that"
         )
     if not isinstance(kind, str) or kind not in _SCALED:
         raise ValueError(

@@ -229,12 +229,15 @@ class Source:
             If there are none, or not all that the index names.
         """
         whole = self.optional_file("model.safetensors")
+        index = None if whole else self.optional_file("model.safetensors.index.json")
+        if whole is None and index is None:
+            self.refuse_adapter()
+        elif self.optional_file("adapter_config.json") is not None:
+            note(f"{self.place} holds an adapter (LoRA) beside its weights: it is not applied")
         if whole is not None:
             return [whole]
-        index = self.optional_file("model.safetensors.index.json")
         if index is not None:
             return [self.file(name) for name in _shards(index)]
-        self.refuse_adapter()
         if self.is_directory:
             raise SpiffyError(
                 f"{self.place} has no model.safetensors and no index of shards; pickled weights "
