@@ -32,7 +32,7 @@ bench: $(READY)
 	$(BIN)/python studies/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into docs/results.md README.md
 
 results: $(READY)
-	$(BIN)/python studies/losslessness.py --into docs/losslessness.md
+	$(BIN)/python studies/losslessness.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/losslessness.md
 	$(BIN)/python studies/edges.py --into docs/results-edges.md
 	$(BIN)/python studies/graphs.py --into docs/results-drafting.md --plot docs/results-drafting.svg
 	$(BIN)/python studies/ablations.py --into docs/results-drafting.md
@@ -42,6 +42,7 @@ results: $(READY)
 	$(BIN)/python studies/regret.py --into docs/what-pays.md
 	$(BIN)/python studies/threads.py --into docs/what-pays.md
 	$(BIN)/python studies/real_sizes.py --into docs/results-time.md
+	$(BIN)/python studies/mixture.py --into docs/results.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup

@@ -74,7 +74,7 @@ def can_fit(settings: DecodingSettings) -> bool:
 
 def _commits_sets(settings: DecodingSettings) -> bool:
     """Whether a step commits as many positions as the model is sure of."""
-    return settings.policy in ("threshold", "entropy-bounded")
+    return settings.policy in ("threshold", "entropy-bounded", "joint")
 
 
 def fit_acceptance(

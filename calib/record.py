@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from spiffy.graphs import Chain, Fill, Prompt
@@ -50,8 +49,9 @@ class Trace:
     Attributes
     ----------
     path
-        The states, the first one (prompt and masks) included. A step that commits nothing (Dream's
-        timesteps) needs no forward: the state stands here once.
+        The states that a forward was spent on, the first one (prompt and masks) included, and the
+        last one. A step that changes nothing (Dream's timesteps, the end of a block that is edited)
+        needs none, if a forward tells about the state as it is after it.
     roots
         For every state that a forward was spent on (all but the last) what a drafter was told
         there, or None where a forward has no drafts.
@@ -66,12 +66,8 @@ class Trace:
         recorder = task.drafter
         assert isinstance(recorder, Recorder)
         sequence = [task.canvas.start(task.prompt, task.model.mask_token_id), *task.path]
-        moved = [
-            step
-            for step, cursor in enumerate(sequence)
-            if step == 0 or not torch.equal(cursor.ids, sequence[step - 1].ids)
-        ]
-        return cls([sequence[step] for step in moved], [recorder.roots.get(k) for k in moved[:-1]])
+        path = [*(sequence[step] for step in task.roots), sequence[-1]]
+        return cls(path, [recorder.roots.get(step) for step in task.roots])
 
     @cached_property
     def chains(self) -> Prompt:
@@ -86,11 +82,13 @@ def _chain(root: Root | None, states: list[list[int]], step: int) -> Chain | Non
     ranks = {position: rank for rank, position in enumerate(root.candidates.positions.tolist())}
     tokens = root.candidates.tokens.tolist()
     chain: list[Fill] = []
+    before: Fill = ()
     for state in states[step + 1 : step + 1 + MAX_DEPTH]:
         fill = _fill(ranks, tokens, states[step], state)
-        if fill is None or len(fill) > root.room:
-            break
+        if fill is None or len(fill) > root.room or not set(before) < set(fill):
+            break  # no draft node, or a token of it is replaced
         chain.append(fill)
+        before = fill
     return tuple(chain)
 
 

@@ -78,7 +78,8 @@ def encode(trace: Trace, about: About) -> bytes:
     arrays = {
         "start": states[0],
         "cursors": np.array(
-            [[c.block, c.block_step, c.step, c.finished] for c in trace.path], dtype=np.int32
+            [[c.block, c.block_step, c.step, c.finished, c.post_steps] for c in trace.path],
+            dtype=np.int32,
         ),
         "changed": np.stack((step, position, states[step + 1, position])).astype(np.int32),
         "room": np.array([-1 if r is None else r.room for r in trace.roots], dtype=np.int32),
@@ -133,8 +134,8 @@ def _split(joined: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]) -> Iterato
 
 
 def _cursor(ids: torch.Tensor, facts: Sequence[int]) -> Cursor:
-    block, block_step, step, finished = facts
-    return Cursor(ids, block, block_step, step, bool(finished))
+    block, block_step, step, finished, *post_steps = facts  # since 0.4
+    return Cursor(ids, block, block_step, step, sum(post_steps), bool(finished))
 
 
 def _frame(payload: bytes) -> bytes:

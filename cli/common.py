@@ -42,7 +42,9 @@ def progress_bar() -> Progress:
 def note_if_inexact(settings: DecodingSettings) -> None:
     """Say so wherever the one cache shows up that is not exact."""
     if not settings.exact:
-        log.print("cache prefix is near-lossless: drafts see the root's suffix, not their own")
+        log.print(
+            "cache prefix-shared is near-lossless: drafts see the root's suffix, not their own"
+        )
 
 
 def note_skipped(lines: int, dataset: str) -> None:

@@ -148,8 +148,9 @@ class Decoding:
     policy: Annotated[
         str | None,
         decoding_option(
-            help="Unmasking policy: static, threshold, sequential or entropy-bounded. Default: the "
-            "graph's, else static."
+            help="Unmasking policy: static, threshold, sequential, entropy-bounded or joint "
+            "(LLaDA2.1: commits by threshold and replaces committed tokens). Default: the graph's, "
+            "else static."
         ),
     ] = None
     tokens_per_step: Annotated[
@@ -167,6 +168,27 @@ class Decoding:
             "together (entropy-bounded). Default: the graph's, else 0.1."
         ),
     ] = None
+    edit_threshold: Annotated[
+        float | None,
+        decoding_option(
+            help="Confidence above which a committed token of the block is replaced (joint). "
+            "Default: the graph's, else 0.9."
+        ),
+    ] = None
+    max_post_steps: Annotated[
+        int | None,
+        decoding_option(
+            help="Most steps that a full block goes on for while tokens are replaced (joint). "
+            "Default: the graph's, else 16."
+        ),
+    ] = None
+    sub_block_length: Annotated[
+        int | None,
+        decoding_option(
+            help="Positions of a block that are finished before the next ones are begun. Default: "
+            "the graph's, else 8 for Fast-dLLM v2 and the whole block for others."
+        ),
+    ] = None
     block_length: Annotated[
         int | None,
         decoding_option(
@@ -181,8 +203,9 @@ class Decoding:
     cache: Annotated[
         str | None,
         decoding_option(
-            help="none, dual, prefix (near-lossless), or block (SDAR and other block-causal "
-            "models). Default: the graph's, else block for those, none for others."
+            help="none, dual, prefix, prefix-shared (near-lossless: cheaper drafts than with "
+            "prefix), or block (SDAR and other block-causal models). Default: the graph's, else "
+            "block for those, none for others."
         ),
     ] = None
     temperature: Annotated[
@@ -220,6 +243,9 @@ class Decoding:
             tokens_per_step=self.tokens_per_step,
             threshold=self.threshold,
             entropy_bound=self.entropy_bound,
+            edit_threshold=self.edit_threshold,
+            max_post_steps=self.max_post_steps,
+            sub_block_length=self.sub_block_length,
             block_length=self.block_length,
             gen_length=self.gen_length,
             cache=self.cache,

@@ -49,7 +49,7 @@ def set_threads(model: DiffusionLM, settings: DecodingSettings, threads: int | N
     import torch
 
     if threads is None:
-        whole = settings.cache in ("none", "prefix")
+        whole = settings.plain_cache in ("none", "prefix")
         positions = settings.gen_length if whole else settings.block_length
         small = _multiplications(model, positions) < _FEW
         threads = 1 if small else torch.get_num_threads()

@@ -56,7 +56,10 @@ def decoding_settings(
         graph.check_fits(model.family.name, model.fingerprint, model.vocab_size, any_model)
         base = graph.decoding.model_dump()
     else:
-        base = {"cache": model.family.caches[0]}
+        base = {
+            "sub_block_length": model.family.sub_block_length,
+            "cache": model.family.caches[0],
+        }
         if options.get("block_length") is None:  # not asked for what nothing may state
             base["block_length"] = model.default_block_length
     given = {key: value for key, value in options.items() if value is not None}

@@ -16,10 +16,10 @@ from pydantic import (
 
 from spiffy.schemas.errors import SpiffyError
 
-PolicyName = Literal["static", "threshold", "sequential", "entropy-bounded"]
+PolicyName = Literal["static", "threshold", "sequential", "entropy-bounded", "joint"]
 ScoreName = Literal["confidence", "margin", "entropy"]
 ScheduleName = Literal["even", "timestep", "round"]
-CacheName = Literal["none", "prefix", "dual", "block"]
+CacheName = Literal["none", "prefix", "prefix-shared", "dual", "block"]
 
 #: More than any model was trained for: settings come from artifacts, too.
 MAX_POSITIONS = 1 << 20
@@ -36,8 +36,9 @@ class DecodingSettings(BaseModel):
     policy: PolicyName = Field(
         "static",
         description="Unmasking policy: the most confident positions (static), all above the "
-        "threshold (threshold), left to right (sequential), or the most certain ones within a "
-        "bound on their entropy (entropy-bounded).",
+        "threshold (threshold), left to right (sequential), the most certain ones within a bound "
+        "on their entropy (entropy-bounded), or all above the threshold while tokens committed in "
+        "the block may still be replaced (joint).",
     )
     tokens_per_step: int = Field(
         1, ge=1, le=MAX_POSITIONS, description="Tokens a static step commits."
@@ -57,6 +58,16 @@ class DecodingSettings(BaseModel):
         description="Most entropy, in nats and without the largest, that positions committed at "
         "once have together.",
     )
+    edit_threshold: float = Field(
+        0.9, ge=0.0, le=1.0, description="Confidence above which a committed token is replaced."
+    )
+    max_post_steps: int = Field(
+        16,
+        ge=0,
+        le=1024,
+        description="Most denoising steps that a block without masks goes on for, as long as they "
+        "replace tokens.",
+    )
     score: ScoreName = Field(
         "confidence", description="What ranks the masked positions (entropy-bounded: entropy)."
     )
@@ -66,6 +77,12 @@ class DecodingSettings(BaseModel):
         "timesteps, or as masks left over steps left, rounded (A2D).",
     )
     block_length: int = Field(32, ge=1, le=MAX_POSITIONS, description="Positions decoded together.")
+    sub_block_length: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_POSITIONS,
+        description="Positions of a block that are finished before the next ones of it are begun.",
+    )
     gen_length: int = Field(
         256, ge=1, le=MAX_POSITIONS, description="Positions reserved for the answer."
     )
@@ -81,6 +98,15 @@ class DecodingSettings(BaseModel):
             raise ValueError(
                 f"block_length {self.block_length} does not divide gen_length {self.gen_length}"
             )
+        if self.sub_block_length is not None and self.block_length % self.sub_block_length:
+            raise ValueError(
+                f"sub_block_length {self.sub_block_length} does not divide block_length "
+                f"{self.block_length}"
+            )
+        if self.policy == "joint" and self.score != "confidence":
+            raise ValueError(f"policy 'joint' compares confidences: it takes no {self.score!r}")
+        if self.policy == "joint" and self.cache not in ("none", "block"):
+            raise ValueError(f"policy 'joint' decodes with cache none or block, not {self.cache}")
         if self.steps_per_block is not None and self.steps_per_block > 16 * self.block_length:
             raise ValueError(
                 f"steps_per_block {self.steps_per_block} is more than 16 steps for each of "
@@ -92,16 +118,30 @@ class DecodingSettings(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what one policy alone reads: older artifacts keep their digests."""
+        """Leave out what is not read, of what came later: older artifacts keep their digests."""
         content: dict[str, Any] = handler(self)
         if self.policy != "entropy-bounded":
             del content["entropy_bound"]
+        if self.policy != "joint":
+            del content["edit_threshold"], content["max_post_steps"]
+        if self.sub_block_length is None:
+            del content["sub_block_length"]
         return content
 
     @property
+    def edits_full_blocks(self) -> bool:
+        """Whether a block without masks takes more denoising steps."""
+        return self.policy == "joint" and self.max_post_steps > 0
+
+    @property
     def exact(self) -> bool:
-        """Whether speculative decoding gives the very tokens of plain decoding (not: prefix)."""
-        return self.cache != "prefix"
+        """Whether drafts cannot change a token; false for `prefix-shared` only."""
+        return self.cache != "prefix-shared"
+
+    @property
+    def plain_cache(self) -> CacheName:
+        """The cache that freezes what this one does, and decodes the same without drafts."""
+        return "prefix" if self.cache == "prefix-shared" else self.cache
 
     @classmethod
     def parse(cls, **options: object) -> DecodingSettings:

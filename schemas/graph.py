@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
 FORMAT = "spiffy.draft-graph"
-MAJOR, MINOR = 1, 3
+MAJOR, MINOR = 1, 4
+_PREFIX_EXACT = 4  # the first minor version whose prefix cache is exact
 # How fingerprints of a model's meaning begin; older ones were of its files' bytes.
 FINGERPRINT = "m1-"
 _MAX_PAIRS = 1 << 23  # in the fills of all nodes' parents together: what checking them takes
@@ -46,7 +47,7 @@ class DraftGraph(Record):
     Attributes
     ----------
     exact
-        Whether decoding with this cache is lossless; false for the prefix cache only.
+        Whether decoding with this cache is lossless; false for the cache `prefix-shared` only.
     expected_steps
         Denoising steps per forward at budgets 0, 1, ... len(nodes), replayed on calibration
         prompts that were held out from growing the graph.
@@ -143,15 +144,19 @@ class DraftGraph(Record):
 
         Those that decide what a denoising step commits or knows; not how long an answer may be.
         """
-        fields = ["policy", "block_length", "cache", "temperature", "score"]
+        fields = ["policy", "block_length", "sub_block_length", "cache", "temperature", "score"]
         if settings.steps_per_block is None:
             fields += ["tokens_per_step", "steps_per_block"]
         else:
             fields += ["steps_per_block", "schedule"]
-        if settings.policy == "threshold":
+        if settings.policy in ("threshold", "joint"):
             fields.append("threshold")
+        if settings.policy == "joint":
+            fields += ["edit_threshold", "max_post_steps"]
         if settings.policy == "entropy-bounded":
             fields.append("entropy_bound")
+        if settings.plain_cache == self.decoding.plain_cache:  # the steps are plain decoding's
+            fields.remove("cache")
         pairs = [(f, getattr(settings, f), getattr(self.decoding, f)) for f in fields]
         return tuple(f"{name} {ours} ({theirs})" for name, ours, theirs in pairs if ours != theirs)
 
@@ -214,6 +219,9 @@ class DraftGraph(Record):
             known = DecodingSettings.model_fields
             content["decoding"] = {k: v for k, v in content["decoding"].items() if k in known}
         stated = content.get("digest")
+        migrated = minor < _PREFIX_EXACT and _is_prefix(content) and content.get("exact") is False
+        if migrated:  # it drafted with one suffix for all states, which is `prefix-shared` now
+            content["exact"] = True
         try:
             text = canonical_json({key: content[key] for key in content if key in cls.model_fields})
         except RecursionError:
@@ -227,7 +235,8 @@ class DraftGraph(Record):
             graph = cls.model_validate_json(text)
         except ValidationError as error:
             raise SpiffyError(f"{path}: {first_problem(error)}") from None
-        if 1 <= minor <= MINOR and stated not in (None, graph.digest()):
+        written = graph.model_copy(update={"exact": False}) if migrated else graph
+        if 1 <= minor <= MINOR and stated not in (None, written.digest()):
             raise SpiffyError(
                 f"{path}: content and digest disagree: the file was edited or damaged; calibrate "
                 "again, or remove the digest if you edited it on purpose"
@@ -308,6 +317,11 @@ class DraftGraph(Record):
                 f"the graph of {ours.id} was made by an older version, whose fingerprints cannot "
                 "be compared: family and vocabulary fit; calibrate again to be sure"
             )
+
+
+def _is_prefix(content: dict[str, Any]) -> bool:
+    decoding = content.get("decoding")
+    return isinstance(decoding, dict) and decoding.get("cache") == "prefix"
 
 
 def _minor_version(path: Path, version: Any) -> int:

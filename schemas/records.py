@@ -203,9 +203,10 @@ class CostProfile(Record):
     largest
         Number of drafts that was asked for; the points end earlier where no draft can pay, or where
         measuring took too long.
-    threads, torch, model, block_length, cache, policy, prefix_length
+    threads, torch, model, block_length, cache, policy, prefix_length, suffix_length
         Conditions: threads of a CPU, torch's version, fingerprint of config and tokenizer, decoding
-        settings, and positions outside the block that its queries attend to.
+        settings, and positions outside the block that its queries attend to; with the prefix caches
+        those before it, and apart from them those behind it, which every forward computes anew.
     """
 
     device: Text
@@ -222,6 +223,7 @@ class CostProfile(Record):
     cache: CacheName | None = None
     policy: PolicyName | None = None
     prefix_length: Count | None = None
+    suffix_length: Count | None = None
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> CostProfile:

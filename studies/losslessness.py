@@ -2,17 +2,22 @@
 
 Every tiny model is calibrated on generated problems and decodes others that neither training nor
 calibration saw: plainly, with drafts chosen at run time at several budgets, with the static draft
-graph, and with the paper's; with every cache, and with and without block edges.
+graph, and with the paper's; with every exact cache, and with and without block edges.
+
+A second table is of the one cache that is not exact, beside the exact one that freezes the same:
+how many answers its drafts change, and what it saves for that. Whole answers are compared, not cut
+at their end; with `--dataset` also those to other prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import track
@@ -31,6 +36,8 @@ ON = BlockEdges()
 EDGES = {"off": OFF, "on": ON}
 POLICIES: tuple[PolicyName, ...] = ("static", "threshold")
 BUDGETS = (1, 8, 32)
+PREFIX_CACHES: tuple[CacheName, ...] = ("prefix", "prefix-shared")
+SHARING = 8  # drafts of the second table
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,7 @@ class Row:
         "model": the artifact's acceptance model chooses at run time; "graph": its nodes in order;
         "paper": nodes by the paper's objective; "-" without drafts.
     differing, compared
-        Answers that are not plain decoding's, of all that were compared: more than the rest
-        counts where the layout is only near-lossless, because there the rate is the point.
+        Answers that are not plain decoding's, of all that were compared.
     """
 
     model: str
@@ -84,7 +90,7 @@ def decode_all(
 def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
     """All rows of one model, of each setting plain decoding first."""
     model = load_model(name, device="cpu", dtype="float32")
-    unseen = list(islice(problems("test"), max(args.samples, args.near_samples)))
+    questions = [problem.question for problem in islice(problems("test"), args.samples)]
     prompts = load_prompts("synthetic", args.calibrate)
 
     def row(
@@ -94,22 +100,18 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
             model=name,
             cache=settings.cache,
             policy=settings.policy,
-            differing=sum(
-                ours.token_ids != theirs.token_ids
-                for ours, theirs in zip(outputs, plain, strict=True)
-            ),
+            differing=differing(outputs, plain),
             compared=len(outputs),
             **of,  # type: ignore[arg-type]
         )
 
-    caches: tuple[CacheName, ...] = model.family.caches
-    for cache in caches:
+    for cache in args.caches or model.family.caches:
         for policy in POLICIES:
             settings = decoding_settings(
                 model, gen_length=args.gen_length, cache=cache, policy=policy
             )
-            samples = args.samples if settings.exact else len(unseen)
-            questions = [problem.question for problem in unseen[:samples]]
+            if not settings.exact:
+                continue
             traces = record(model, prepare(model, prompts, settings))
             plain = decode_all(model, settings, questions, None, OFF)
             labels = ["off", "on"] if cache in ("none", "block") else ["-"]
@@ -124,8 +126,6 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
                 "graph": (ours, "graph", labels[-1:]),
                 "paper": (paper, "graph", labels[-1:]),
             }
-            if not settings.exact:  # many prompts, and the rate is what matters
-                ways = {"model": ways["model"]}
             for way, (graph, selection, tried) in ways.items():
                 for budget in BUDGETS:
                     drafter = graph_drafter(model, graph, settings, budget, selection)
@@ -136,12 +136,106 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
                         yield row(settings, outputs, plain, **of)
 
 
+def differing(outputs: Sequence[Output], plain: Sequence[Output]) -> int:
+    """How many answers are not plain decoding's."""
+    return sum(
+        ours.token_ids != theirs.token_ids for ours, theirs in zip(outputs, plain, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The prefix caches beside each other, on the same prompts and with the same graph.
+
+    Attributes
+    ----------
+    differing
+        Answers that are not plain decoding's, by cache.
+    nfe, positions
+        Forwards and positions computed, by cache; "plain" is the same with both.
+    """
+
+    model: str
+    policy: PolicyName
+    prompts: str
+    compared: int
+    differing: Mapping[str, int]
+    nfe: Mapping[str, int]
+    positions: Mapping[str, int]
+
+
+def share(name: str, args: argparse.Namespace) -> Iterator[Sharing]:
+    """Decode with and without a suffix shared by all drafts."""
+    model = load_model(name, device="cpu", dtype="float32")
+    if not set(PREFIX_CACHES) <= set(model.family.caches):
+        return
+    prompts = load_prompts("synthetic", args.calibrate)
+    generated = load_prompts("synthetic", args.near_samples, split="test")
+    tried = [("generated", generated.texts, args.gen_length)]
+    if args.dataset:
+        drawn = load_prompts(args.dataset, args.dataset_samples, split="test")
+        tried.append((drawn.dataset, drawn.texts, args.dataset_gen_length))
+    for policy in POLICIES:
+        base = decoding_settings(
+            model, gen_length=args.gen_length, cache="prefix", policy=policy, stop_at_eos=False
+        )
+        traces = record(model, prepare(model, prompts, base))
+        graph = build_graph(model, prompts, base, traces, SHARING)
+        for label, questions, gen_length in tried:
+            settings = base.model_copy(update={"gen_length": gen_length})
+            drafter = graph_drafter(model, graph, settings, SHARING)
+            found = {"plain": decode_all(model, settings, questions, None, ON)}
+            for cache in PREFIX_CACHES:
+                ours = settings.model_copy(update={"cache": cache})
+                found[cache] = decode_all(model, ours, questions, drafter, ON)
+            yield Sharing(
+                name,
+                policy,
+                f"{label}, {gen_length} tokens",
+                len(questions),
+                {cache: differing(outputs, found["plain"]) for cache, outputs in found.items()},
+                {cache: sum(out.stats.nfe for out in found[cache]) for cache in found},
+                {
+                    cache: sum(out.stats.positions_computed for out in found[cache])
+                    for cache in found
+                },
+            )
+
+
+def sharing(rows: Sequence[Sharing]) -> str:
+    """Markdown: what a shared suffix changes and saves, beside the exact layout."""
+    ways = ("plain", *PREFIX_CACHES)
+    lines = [
+        "| model | policy | prompts | answers changed: prefix | prefix-shared "
+        f"| NFE {', '.join(ways)} | positions {', '.join(ways)} | positions saved by sharing |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        changed = [f"{row.differing[cache]} of {row.compared}" for cache in PREFIX_CACHES]
+        saved = 1 - row.positions["prefix-shared"] / row.positions["prefix"]
+        lines.append(
+            f"| {row.model} | {row.policy} | {row.prompts} | {' | '.join(changed)} "
+            f"| {', '.join(str(row.nfe[way]) for way in ways)} "
+            f"| {', '.join(str(row.positions[way]) for way in ways)} | {saved:.0%} |"
+        )
+    total = sum(row.compared for row in rows)
+    wrong = [sum(row.differing[cache] for row in rows) for cache in PREFIX_CACHES]
+    rates = " | ".join(f"{count} of {total} ({count / total:.1%})" for count in wrong)
+    nfe = ", ".join(str(sum(row.nfe[way] for row in rows)) for way in ways)
+    sums = {way: sum(row.positions[way] for row in rows) for way in ways}
+    saved = 1 - sums["prefix-shared"] / sums["prefix"]
+    lines.append(
+        f"| all | | | {rates} | {nfe} | {', '.join(map(str, sums.values()))} | {saved:.0%} |"
+    )
+    return "\n".join(lines)
+
+
 def losslessness(rows: Sequence[Row]) -> str:
     """Markdown: what was compared with plain decoding, and how many answers differed."""
     heads = ["no drafts", *(f"{budget} draft{'s' * (budget > 1)}" for budget in BUDGETS)]
     lines = [
-        f"| model | cache | policy | edges | {' | '.join(heads)} | answers that differ | claim |",
-        "| --- | --- | --- | --- |" + " --- |" * (len(heads) + 2),
+        f"| model | cache | policy | edges | {' | '.join(heads)} | answers that differ |",
+        "| --- | --- | --- | --- |" + " --- |" * (len(heads) + 1),
     ]
     for setting in dict.fromkeys(row.setting for row in rows):
         reference, *compared = (row for row in rows if row.setting == setting)
@@ -153,11 +247,8 @@ def losslessness(rows: Sequence[Row]) -> str:
                 wrong, total = sum(r.differing for r in some), sum(r.compared for r in some)
                 cells.append(f"{wrong} of {total}" if some else "-")
             wrong, total = sum(r.differing for r in ours), sum(r.compared for r in ours)
-            claim = "near-lossless" if setting[1] == "prefix" else "exact"
-            lines.append(
-                f"| {' | '.join((*setting, edges, *cells))} "
-                f"| {wrong} of {total} ({wrong / total:.1%}) | {claim} |"
-            )
+            cells.append(f"{wrong} of {total} ({wrong / total:.1%})")
+            lines.append(f"| {' | '.join((*setting, edges, *cells))} |")
     return "\n".join(lines)
 
 
@@ -166,25 +257,62 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-dream", "tiny-sdar"])
     parser.add_argument("--samples", type=int, default=12, help="test problems")
-    parser.add_argument(
-        "--near-samples", type=int, default=40, help="test problems compared with cache prefix"
-    )
+    parser.add_argument("--caches", nargs="*", help="of the first table; default: all exact ones")
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        choices=("losslessness", "sharing"),
+        default=["losslessness", "sharing"],
+    )
+    parser.add_argument(
+        "--near-samples", type=int, default=20, help="test problems of the second table"
+    )
+    parser.add_argument("--dataset", help="name or JSONL file of more prompts for it")
+    parser.add_argument("--dataset-samples", type=int, default=10, help="how many of those")
+    parser.add_argument("--dataset-gen-length", type=int, default=128)
     parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
     args = parser.parse_args()
-    rows: list[Row] = []
-    for name in args.models:
-        rows += track(measure(name, args), description=name, total=None)
-    command = f"python studies/losslessness.py --models {' '.join(args.models)}"
-    note = (
-        f"`{command} --samples {args.samples} --near-samples {args.near_samples} --calibrate "
-        f"{args.calibrate} --gen-length {args.gen_length}` ({versions()})"
-    )
-    block = f"{note}\n\n{losslessness(rows)}"
-    print(f"\n{block}")
-    for path in args.into:
-        fill(path, "losslessness", block)
+    command = "python studies/losslessness.py --models"
+    size = f"--calibrate {args.calibrate} --gen-length {args.gen_length}"
+    blocks: dict[str, str] = {}
+    if "losslessness" in args.tables:
+        rows = measured(measure, args.models, args)
+        chosen = f" --caches {' '.join(args.caches)}" if args.caches else ""
+        blocks["losslessness"] = (
+            f"`{command} {' '.join(args.models)} --tables losslessness{chosen} --samples "
+            f"{args.samples} {size}` ({versions()})\n\n{losslessness(rows)}"
+        )
+    if "sharing" in args.tables:
+        beside = measured(share, args.models, args)
+        models = dict.fromkeys(row.model for row in beside)
+        more = ""
+        if args.dataset:
+            more = (
+                f" --dataset {Path(args.dataset).name} --dataset-samples {args.dataset_samples} "
+                f"--dataset-gen-length {args.dataset_gen_length}"
+            )
+        blocks["sharing"] = (
+            f"`{command} {' '.join(models)} --tables sharing --near-samples {args.near_samples} "
+            f"{size}{more}` ({versions()})\n\n{sharing(beside)}"
+        )
+    for key, block in blocks.items():
+        print(f"\n{block}")
+        for path in args.into:
+            fill(path, key, block)
+
+
+Line = TypeVar("Line")
+
+
+def measured(
+    of: Callable[[str, argparse.Namespace], Iterator[Line]],
+    models: Sequence[str],
+    args: argparse.Namespace,
+) -> list[Line]:
+    """All lines of a table, model by model."""
+    return [line for name in models for line in track(of(name, args), description=name, total=None)]
 
 
 def versions() -> str:

@@ -28,6 +28,7 @@ from spiffy.runtime.budget.controller import (
 )
 from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.generate import collect
+from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import DecodingSettings, DraftGraph, Node
 
 
@@ -121,6 +122,23 @@ def test_one_interrupted_forward_changes_nothing() -> None:
         if forward > 40:
             assert choice == PLAIN or controller.seconds_per_step(choice) < 0.6
     assert controller.used[PLAIN] < 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "longer"),
+    [("none", 2.0), ("prefix", 4.0), ("prefix-shared", 4.0), ("dual", 1.0)],
+)
+def test_an_answer_of_another_length_scales_the_forwards_that_compute_it(
+    kind: str, longer: float
+) -> None:
+    """Behind a prompt of 32 positions, 64 of an answer after 16: what a forward computes of it."""
+    model, base = parity_model("llada-a"), _artifact("llada-a")
+    settings = DecodingSettings.parse(block_length=8, gen_length=16, cache=kind)
+    budget = auto.AutoBudget(model, base, settings)
+    budget.begin(Canvas.plan(32, 16, 8, block_causal=False))
+    budget.controller.learn(PLAIN, 1, 1.0, 0.0)
+    budget.begin(Canvas.plan(32, 64, 8, block_causal=False))
+    assert budget.controller.seconds_per_step(PLAIN) == pytest.approx(longer)
 
 
 # What it estimates
@@ -252,7 +270,7 @@ def test_whatever_is_chosen_tokens_are_the_same(name: str, seed: int) -> None:
     """A budget that changes at every forward, on random weights, where drafts seldom hold."""
     model = parity_model(name, "float64")
     rng = random.Random(seed)
-    cache = rng.choice([kind for kind in model.family.caches if kind != "prefix"])
+    cache = rng.choice([kind for kind in model.family.caches if kind != "prefix-shared"])
     setting = DecodingSettings.parse(
         block_length=8, gen_length=24, cache=cache, stop_at_eos=False, policy="static"
     )

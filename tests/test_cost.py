@@ -187,6 +187,10 @@ def test_drafts_that_do_not_pay_at_a_root_are_left_out(
     assert 0 < drafted[1] < drafted[0]
 
 
+def _with_cache(settings: DecodingSettings, cache: str) -> DecodingSettings:
+    return settings.model_copy(update={"cache": cache})
+
+
 def test_settings_for_which_expected_steps_do_not_hold_are_named(
     calibrated: tuple[Task, DraftGraph],
 ) -> None:
@@ -196,6 +200,10 @@ def test_settings_for_which_expected_steps_do_not_hold_are_named(
     # How long an answer may be does not matter, nor a threshold that is not looked at.
     assert not graph.differences(plain.settings.model_copy(update={"gen_length": 8}))
     assert not graph.differences(plain.settings.model_copy(update={"threshold": 0.5}))
+    # The two prefix caches decode the same without drafts, whatever else does not.
+    prefix = graph.model_copy(update={"decoding": _with_cache(graph.decoding, "prefix")})
+    assert not prefix.differences(_with_cache(graph.decoding, "prefix-shared"))
+    assert prefix.differences(_with_cache(graph.decoding, "dual")) == ("cache dual (prefix)",)
     # Auto drafts all the same, and learns; but not by a model fitted to other steps.
     task = make_task(plain.model, plain.prompt, other)
     budget = auto_budget(task, graph)
@@ -219,7 +227,13 @@ def test_auto_needs_no_expected_steps(calibrated: tuple[Task, DraftGraph]) -> No
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llada-a", "none"), ("llada-a", "prefix"), ("dream-a", "dual"), ("sdar-a", "block")],
+    [
+        ("llada-a", "none"),
+        ("llada-a", "prefix"),
+        ("llada-a", "prefix-shared"),
+        ("dream-a", "dual"),
+        ("sdar-a", "block"),
+    ],
 )
 @pytest.mark.parametrize("length", [5, 16])
 def test_measuring_covers_what_was_asked_for(name: str, kind: str, length: int) -> None:
@@ -286,6 +300,9 @@ def test_other_conditions_are_measured_on_their_own(
         task_of(),
         task_of(block_length=16),
         task_of(cache="dual"),
+        task_of(cache="prefix"),
+        task_of(cache="prefix", gen_length=16),
+        task_of(cache="prefix-shared"),
         task_of(policy="threshold"),
         task_of(60),
     ]
@@ -297,6 +314,15 @@ def test_other_conditions_are_measured_on_their_own(
     assert len(counted) == len(others) + 1
     cost.cost_profile(others[0], 16)  # more drafts than were measured
     assert len(counted) == len(others) + 2
+
+
+def test_what_was_measured_before_prefix_was_exact_is_measured_again(counted: list[int]) -> None:
+    """Older profiles of that cache say nothing of a suffix: a draft cost a block alone."""
+    task = task_of(cache="prefix")
+    older = cost.measure_cost(task, 8).model_copy(update={"suffix_length": None})
+    assert cost.known_profile(task, (older,)) is None
+    cost.cost_profile(task, 8, stored=(older,))
+    assert counted == [8, 8]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +385,8 @@ def test_layouts_of_a_middle_block() -> None:
     # The third of four blocks: 72 positions before it, 16 after it.
     assert layout(CANVAS, "none", 3) == (4, 104, 0)
     assert layout(CANVAS, "dual", 3) == (1, 64, 88)
-    assert layout(CANVAS, "prefix", 3) == (1, 80, 72)
+    assert layout(CANVAS, "prefix", 3) == (1, 128, 72)
+    assert layout(CANVAS, "prefix-shared", 3) == (1, 80, 72)
     assert layout(CANVAS, "block", 3) == (1, 64, 72)
 
 

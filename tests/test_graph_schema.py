@@ -121,7 +121,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     raw = (tmp_path / "graph.json").read_bytes()
     stored = json.loads(raw.decode("utf-8"))
     assert stored["format"] == "spiffy.draft-graph"
-    assert stored["version"] == "1.3"
+    assert stored["version"] == "1.4"
     assert [node["fill"] for node in stored["nodes"]] == [
         [[0, 0]],
         [[1, 0]],
@@ -446,9 +446,32 @@ def test_saving_replaces_an_older_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["graph.json"]
 
 
-def test_an_artifact_cannot_call_the_prefix_cache_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cache", "exact"), [("prefix", True), ("prefix-shared", False)])
+def test_an_artifact_cannot_say_otherwise_whether_its_cache_is_exact(
+    tmp_path: Path, cache: str, exact: bool
+) -> None:
     text = content()
+    text["decoding"]["cache"] = cache
+    text["exact"] = not exact
+    assert f"exact: {not exact} contradicts cache '{cache}'" in refusal(write(tmp_path, text))
+    text["exact"] = exact
+    assert DraftGraph.load(write(tmp_path, text)).exact == exact
+
+
+@pytest.mark.parametrize("minor", [0, 1, 3])
+def test_prefix_of_older_versions_becomes_exact_and_its_digest_still_holds(
+    tmp_path: Path, minor: int
+) -> None:
+    """Until 1.3 all drafts with cache prefix shared a suffix; the digest is version 1.3's."""
+    text = {**content(), "version": f"1.{minor}", "exact": False}
     text["decoding"]["cache"] = "prefix"
-    assert "exact: True contradicts cache 'prefix'" in refusal(write(tmp_path, text))
-    text["exact"] = False
-    assert not DraftGraph.load(write(tmp_path, text)).exact
+    text["digest"] = "bcf09cf61cf3bd8d17bc6a0eb61ca59b2b388d571ea6c3a08674910b99650e48"
+    older = DraftGraph.load(write(tmp_path, text))
+    assert older == a_graph(decoding=older.decoding)
+    assert older.exact
+    assert older.decoding.cache == "prefix"
+    older.save(tmp_path / "again.json")
+    assert DraftGraph.load(tmp_path / "again.json") == older
+    if minor:
+        text["nodes"][0]["count"] += 1
+        assert "digest disagree" in refusal(write(tmp_path, text))

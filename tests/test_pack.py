@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spiffy.runtime.forward import cache as caches
 from spiffy.runtime.forward.cache import CACHES, BlockEdges, DualCache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
 from spiffy.runtime.models.base import DiffusionLM, KeyValues
 from spiffy.runtime.step.canvas import Canvas, Cursor
+from spiffy.schemas import DecodingSettings
 
 CHECKPOINTS = ("llada-a", "dream-a", "sdar-a")
 TOLERANCE = 1e-9
@@ -133,7 +135,14 @@ def block_begun(cursor: Cursor, canvas: Canvas) -> Cursor:
 
 @pytest.mark.parametrize(
     ("checkpoint", "cache_name"),
-    [("llada-a", "dual"), ("dream-a", "dual"), ("sdar-a", "block"), ("llada-a", "none")],
+    [
+        ("llada-a", "dual"),
+        ("dream-a", "dual"),
+        ("llada-a", "prefix"),
+        ("dream-a", "prefix"),
+        ("sdar-a", "block"),
+        ("llada-a", "none"),
+    ],
 )
 def test_packed_drafts_equal_drafts_evaluated_alone(checkpoint: str, cache_name: str) -> None:
     model = parity_model(checkpoint, "float64")
@@ -171,35 +180,45 @@ def test_dual_cache_freezes_what_the_blocks_first_forward_saw(checkpoint: str) -
     assert apart(ours.windows[0].hidden, forward(model, [row])[0].hidden) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("cache_name", "exact"), [("prefix", [True] * 5), ("prefix-shared", [True] + [False] * 4)]
+)
 @pytest.mark.parametrize("checkpoint", ["llada-a", "dream-a"])
-def test_prefix_cache_root_is_exact_whatever_the_drafts(checkpoint: str) -> None:
-    """Against the definition: block and suffix recomputed behind the frozen prefix."""
+def test_what_a_prefix_cache_says_of_root_and_drafts(
+    checkpoint: str, cache_name: str, exact: list[bool]
+) -> None:
+    """Against the definition: a forward over one state's block and suffix, nothing packed beside
+    it, behind the frozen prefix. With one suffix for all, only the root's logits are those."""
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=6)
-    cache = CACHES["prefix"](model, canvas, BlockEdges())
+    cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
     evaluate(model, cache, cursor, cursor.ids[None])
     root, span = block_begun(cursor, canvas), canvas.span(1)
-    ours, _ = evaluate(model, cache, root, drafts_of(model, root, span, 4))
+    ours, _ = evaluate(model, cache, root, states := drafts_of(model, root, span, 4))
 
     (whole,) = forward(model, [Row(cursor.ids, torch.arange(canvas.length), keep=True)])
     assert whole.kept is not None
     prefix = whole.kept.select(torch.arange(span.start))
-    suffix = torch.arange(span.start, canvas.length)
-    (alone,) = forward(model, [Row(root.ids[span.start :], suffix, None, prefix)])
-    assert apart(ours.windows[0].hidden, alone.hidden[: len(span)]) < TOLERANCE
+    anew = torch.arange(span.start, canvas.length)
+    error = []
+    for window, ids in zip(ours.windows, states, strict=True):
+        (alone,) = forward(model, [Row(ids[span.start :], anew, None, prefix)])
+        assert window.start == span.start
+        error.append(apart(model.head(window.hidden), model.head(alone.hidden[: len(span)])))
+    assert [value < 1e-5 for value in error] == exact  # logits are float32
 
 
-def test_prefix_cache_drafts_are_only_nearly_exact() -> None:
-    """They attend to the root's suffix, not to their own: why the artifact says near-lossless."""
+@pytest.mark.parametrize("cache_name", ["dual", "prefix", "prefix-shared"])
+def test_frozen_keys_end_at_a_blocks_edge_and_so_do_windows(cache_name: str) -> None:
+    """The next block's logits rest on another cache: no walk may take them from this one."""
     model = parity_model("llada-a", "float64")
     canvas, cursor = in_second_block(model, seed=6)
-    cache = CACHES["prefix"](model, canvas, BlockEdges())
+    cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
     evaluate(model, cache, cursor, cursor.ids[None])
-    root = block_begun(cursor, canvas)
-    drafts = drafts_of(model, root, canvas.span(1), 1)
-    together, _ = evaluate(model, cache, root, drafts)
-    alone, _ = evaluate(model, cache, Cursor(drafts[1], 1, 1, 5), drafts[1:])
-    assert 1e-6 < apart(together.windows[1].hidden, alone.windows[0].hidden) < 5
+    ours, _ = evaluate(model, cache, block_begun(cursor, canvas), cursor.ids.repeat(2, 1))
+    assert all(window.covers(canvas.span(1)) for window in ours.windows)
+    assert not any(window.covers(canvas.span(2)) for window in ours.windows)
+    assert not cache.crosses
 
 
 @pytest.mark.parametrize("checkpoint", ["sdar-a"])
@@ -221,15 +240,17 @@ def test_block_cache_equals_the_block_causal_forward(checkpoint: str) -> None:
     [
         ("llada-a", "none", 21, 0),
         ("llada-a", "dual", 4, 0),
-        ("llada-a", "prefix", 4, 4),
+        ("llada-a", "prefix", 8, 0),
+        ("llada-a", "prefix-shared", 4, 4),
         ("sdar-a", "block", 4, 4),
     ],
 )
 def test_positions_that_a_forward_runs(
     checkpoint: str, cache_name: str, per_state: int, shared: int
 ) -> None:
-    """None: 9 + 12 per state; dual and block: one block of 4 each; prefix: and one suffix of 4;
-    block: and the next block of 4 behind the one draft that completes its own."""
+    """None: 9 + 12 per state; dual and block: one block of 4 each; prefix: and a suffix of 4 each;
+    prefix-shared: and one of 4 in all; block: and the next block of 4 behind the one draft that
+    completes its own."""
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=8)
     cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
@@ -237,6 +258,21 @@ def test_positions_that_a_forward_runs(
     root = block_begun(cursor, canvas)
     _, batch = evaluate(model, cache, root, drafts_of(model, root, canvas.span(1), 3))
     assert sum(len(row.ids) for row in batch) == 4 * per_state + shared
+
+
+@pytest.mark.parametrize(
+    ("cache_name", "most"),
+    [("none", 4), ("dual", 12), ("prefix", 4), ("prefix-shared", 10)],
+)
+def test_forwards_stay_bounded_whatever_a_graph_holds(
+    monkeypatch: pytest.MonkeyPatch, cache_name: str, most: int
+) -> None:
+    """A prompt of 9, three blocks of 4: 84 positions are 4 states of 21; 48 are 12 blocks, or 4
+    blocks with suffixes of 8, or one such suffix and 10 blocks."""
+    monkeypatch.setattr(caches, "_MOST_STACKED", 84)
+    monkeypatch.setattr(caches, "_MOST_PACKED", 48)
+    settings = DecodingSettings.parse(cache=cache_name, block_length=4, gen_length=12)
+    assert caches.most_drafts(settings, Canvas.plan(9, 12, 4, block_causal=False)) == most
 
 
 def brute_force_mask(lengths: Sequence[int], sees: Sequence[Sequence[int]], past: int) -> Tensor:

@@ -31,11 +31,18 @@ CHECKPOINTS = (
     "sdc-a",
     "a2d-mdlm-a",
     "a2d-bd3lm-a",
+    "llada21-a",
+    "fastdllm2-a",
 )
 GOLDEN: dict[str, dict[str, Any]] = {
     name: json.loads((PARITY / name / "golden.json").read_text()) for name in CHECKPOINTS
 }
 SCORES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
+
+
+def recorded_length(run: dict[str, Any]) -> int:
+    """Answer tokens up to the last block's end; Fast-dLLM v2 predicts one more."""
+    return len(run["final_ids"]) - len(run["prompt_ids"]) - 1
 
 
 def options_of(run: dict[str, Any]) -> dict[str, Any] | None:
@@ -72,6 +79,19 @@ def options_of(run: dict[str, Any]) -> dict[str, Any] | None:
         options = {"cache": "block", "steps_per_block": min(given["steps"], given["block_length"])}
         if given["threshold"] < 1:  # no confidence exceeds 1: the schedule alone
             options |= {"policy": "threshold", "threshold": given["threshold"]}
+    elif function == "llada21.generate":
+        options = {"policy": "joint", "cache": "block", "threshold": given["threshold"]}
+        options |= {"edit_threshold": given["editing_threshold"]}
+        options |= {"tokens_per_step": given["num_to_transfer"]}
+        options |= {"max_post_steps": given["max_post_steps"]}
+    elif function == "fast_dllm_v2.generate":
+        if given["use_block_cache"] or given["stop_token"] != -1:
+            return None  # stale keys and values; a block that is left before it is full
+        options = {"cache": "block", "block_length": given["block_size"]}
+        options |= {"sub_block_length": given["small_block_size"]}
+        if given["threshold"] < 1:
+            options |= {"policy": "threshold", "threshold": given["threshold"]}
+        return {**options, "gen_length": recorded_length(run)}
     elif function == "stable_diffcoder.generate_block":
         options = {"cache": "block"}
         if given["threshold"] is None:
@@ -126,7 +146,9 @@ def row_of(recorded: dict[str, Any], row: int | None) -> tuple[Tensor, list[list
     padding = 0
     if row is not None and "attention_mask" in recorded:
         padding = recorded["attention_mask"][row].count(0)
-    return torch.tensor(prompt[padding:]), [s[padding:] for s in official], final[padding:]
+    stop = -1 if recorded["function"] == "fast_dllm_v2.generate" else None
+    cut = slice(padding, stop)
+    return torch.tensor(prompt[padding:]), [s[cut] for s in official], final[cut]
 
 
 FORWARDS = [
@@ -198,10 +220,14 @@ def test_plain_decoding_spends_a_forward_only_where_something_is_committed_or_st
     task = decode(model, prompt, DecodingSettings.parse(**options, stop_at_eos=bool(stops)))
     start = [*prompt.tolist(), *[model.mask_token_id] * (len(official[0]) - len(prompt))]
     committing = len(fold([start, *official])) - 1
+    if recorded["function"] == "llada21.generate":  # a block's last one finds nothing to replace
+        committing = recorded["nfe"]
     assert task.stats.nfe == committing  # stores ride in forwards that commit
     assert task.stats.accepted == task.stats.drafted == 0
     unfolded = decode(model, prompt, task.settings, edges=BlockEdges(fold=False))
-    if recorded["function"] == "llada2.generate":  # it has no cache and stores nothing
+    if recorded["function"] == "fast_dllm_v2.generate":  # stores commit, but that of a tail
+        stores = int(task.canvas.first not in (0, len(prompt)))
+    elif recorded["function"].startswith("llada2"):  # it has no cache and stores nothing
         stores = (task.canvas.first > 0) + task.path[-1].block - 1
     elif "nfe_prefix" in recorded:  # computed again for every block, where we store the last one
         stores = recorded["nfe_prefix"]

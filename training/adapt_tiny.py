@@ -1,11 +1,13 @@
-"""Turn `tiny-llada` into `tiny-sdar` or `tiny-dream`: other attention, same corpus and tokenizer.
+"""Turn `tiny-llada` into the other tiny models: other attention, same corpus and tokenizer.
 
     adapt_tiny.py sdar LLADA_DIR TARGET_DIR --gsm8k train.jsonl --minutes 20
+    adapt_tiny.py llada2 SDAR_DIR TARGET_DIR --gsm8k train.jsonl --minutes 40
     adapt_tiny.py evaluate TARGET_DIR --problems 300
 
 The weights start from the trained LLaDA model. Dream (Qwen2) gets zero biases and learns to speak
 of the next position; SDAR (Qwen3) gets query and key norms that keep the size queries and keys had,
-and learns to see whole blocks before its own and nothing after it.
+and learns to see whole blocks before its own and nothing after it. LLaDA2 starts from that SDAR
+model and becomes a mixture of experts (`mixture.py`) that decodes blocks of 32, 16 or 8.
 """
 
 import argparse
@@ -22,7 +24,16 @@ from typing import Any, cast
 
 import torch
 from corpus import EOS_ID, MASK_ID, Bucket, Example, Examples, read_gsm8k, unseen
-from masking import NEAR_PADDING, SMALLEST_RATIO, Batch, mask_batch, padded
+from masking import (
+    BLOCK_LENGTHS,
+    BLOCK_ODDS,
+    NEAR_PADDING,
+    SMALLEST_RATIO,
+    Batch,
+    mask_batch,
+    padded,
+)
+from mixture import mixture_config, official_weights, start_from_sdar
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -37,7 +48,7 @@ from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.sdar import SDAR
 
 FAMILIES = {"sdar": SDAR, "dream": DREAM}
-BLOCK_SIZE = 8
+BLOCK_SIZE = 8  # SDAR's
 
 
 def target_config(family: str, llada: dict[str, Any]) -> dict[str, Any]:
@@ -126,13 +137,13 @@ def match_norms(module: Any, ids: Tensor, seen: Tensor) -> None:
             getattr(attention, name).weight.fill_(float(sizes[name]))
 
 
-def doubled_mask(length: int) -> Tensor:
+def doubled_mask(length: int, block_length: int) -> Tensor:
     """Who sees whom when a noisy copy [0, length) stands before a clean one, bool [1, 1, 2n, 2n].
 
     A noisy block sees itself and the clean blocks before it; a clean block sees itself and those
     before it. So one forward scores every block as if the ones before it had been decoded.
     """
-    block = torch.arange(length) // BLOCK_SIZE
+    block = torch.arange(length) // block_length
     same, earlier = block[:, None] == block[None, :], block[:, None] > block[None, :]
     nothing = torch.zeros_like(same)
     noisy, clean = torch.cat((same, earlier), 1), torch.cat((nothing, same | earlier), 1)
@@ -140,7 +151,7 @@ def doubled_mask(length: int) -> Tensor:
 
 
 def mask_blocks(
-    bucket: Bucket, examples: Sequence[Example], generator: torch.Generator
+    bucket: Bucket, examples: Sequence[Example], block_length: int, generator: torch.Generator
 ) -> tuple[Batch, Tensor]:
     """Mask every block of the answers with a ratio of its own; also returns the clean ids."""
     batch, length = len(examples), bucket.length
@@ -148,14 +159,14 @@ def mask_blocks(
     starts = torch.tensor([len(prompt) for prompt, _ in examples]).unsqueeze(1)
     ends = starts + torch.tensor([len(answer) for _, answer in examples]).unsqueeze(1)
     position = torch.arange(length)
-    blocks = length // BLOCK_SIZE
+    blocks = -(-length // block_length)
     ratio = SMALLEST_RATIO + (1 - SMALLEST_RATIO) * torch.rand(batch, blocks, generator=generator)
-    ratio = ratio.repeat_interleave(BLOCK_SIZE, dim=1)
+    ratio = ratio.repeat_interleave(block_length, dim=1)[:, :length]
     masked = (torch.rand(batch, length, generator=generator) < ratio) & (position >= starts)
-    decoded = position < (ends + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
+    decoded = position < (ends + block_length - 1) // block_length * block_length
     weights = masked * decoded / ratio
     weights = torch.where(position >= ends, weights * NEAR_PADDING, weights)
-    weights = weights / (ends - starts).clamp(min=BLOCK_SIZE) / batch
+    weights = weights / (ends - starts).clamp(min=block_length) / batch
     wanted = (starts + torch.arange(bucket.window)).clamp(max=length - 1)
     inside = starts + torch.arange(bucket.window) < length
     scored = weights.gather(1, wanted) * inside
@@ -171,11 +182,15 @@ def losses_of(
     generator: torch.Generator,
 ) -> tuple[Tensor, Batch]:
     """The family's cross-entropy at every scored position [batch, window], and the batch."""
-    if family == "sdar":
-        batch, clean = mask_blocks(bucket, examples, generator)
+    if family != "dream":
+        size = BLOCK_SIZE
+        if family == "llada2":  # as often as `mask_batch` takes them
+            chosen = torch.multinomial(torch.tensor(BLOCK_ODDS), 1, generator=generator)
+            size = BLOCK_LENGTHS[int(chosen)]
+        batch, clean = mask_blocks(bucket, examples, size, generator)
         ids = torch.cat((batch.inputs, clean), 1)
         positions = torch.arange(bucket.length).repeat(2)[None]
-        seen, rows = doubled_mask(bucket.length), batch.wanted
+        seen, rows = doubled_mask(bucket.length, size), batch.wanted
     else:
         batch = mask_batch(bucket, examples, generator)
         ids, positions = batch.inputs, torch.arange(bucket.length)[None]
@@ -197,16 +212,22 @@ def adapt(args: argparse.Namespace) -> None:
     """Train for the given time and write the checkpoint every few minutes."""
     family = args.command
     torch.manual_seed(args.seed)
-    module, config = start_from_llada(family, args.source)
     tokenizer = Tokenizer.from_file(str(args.source / "tokenizer.json"))
     examples = Examples(tokenizer, read_gsm8k(args.gsm8k), args.seed + 1000)
     generator = torch.Generator().manual_seed(args.seed)
     everything = (1.0, 1.0, 1.0)
+    bucket, rows = examples.batch(everything)
+    length = bucket.length
+    seen = doubled_mask(length, BLOCK_SIZE)[:, :, length:, length:]
+    module: Any
+    if family == "llada2":
+        sdar = load_model(str(args.source))
+        config = mixture_config(sdar.config)
+        module = start_from_sdar(sdar.module, sdar.config, padded(bucket, rows)[:32], seen)
+    else:
+        module, config = start_from_llada(family, args.source)
     if family == "sdar":
-        bucket, rows = examples.batch(everything)
-        _, clean = mask_blocks(bucket, rows, generator)
-        length = bucket.length
-        match_norms(module, clean[:16], doubled_mask(length)[:, :, length:, length:])
+        match_norms(module, padded(bucket, rows)[:16], seen)
     matrices = [p for n, p in module.named_parameters() if p.dim() == 2 and ".layers." in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in module.parameters() if id(p) not in chosen]
@@ -220,7 +241,7 @@ def adapt(args: argparse.Namespace) -> None:
     step, running = 0, 0.0
     while (progress := (time.monotonic() - began) / (args.minutes * 60)) < 1:
         bucket, batch_rows = examples.batch(everything)
-        if family == "sdar":  # two copies of every row: half as many rows
+        if family != "dream":  # two copies of every row: half as many rows
             bucket = replace(bucket, batch=max(bucket.batch // 2, 1))
             batch_rows = batch_rows[: bucket.batch]
         losses, batch = losses_of(family, module, bucket, batch_rows, generator)
@@ -255,6 +276,8 @@ def export(source: Path, target: Path, config: dict[str, Any], weights: dict[str
     target.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.new")
     staging.mkdir(exist_ok=True)
+    if config["model_type"] == "llada2_moe":
+        weights = official_weights(weights)
     tensors = {
         name: value.to(torch.bfloat16).contiguous()
         for name, value in weights.items()
@@ -300,9 +323,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for family in FAMILIES:
-        adapting = commands.add_parser(family, help=f"adapt to {family}")
-        adapting.add_argument("source", type=Path, help="tiny-llada's folder")
+    for family in (*FAMILIES, "llada2"):
+        source = "tiny-sdar" if family == "llada2" else "tiny-llada"
+        adapting = commands.add_parser(family, help=f"adapt {source} to {family}")
+        adapting.add_argument("source", type=Path, help=f"{source}'s folder")
         adapting.add_argument("target", type=Path, help="folder to write")
         adapting.add_argument("--gsm8k", type=Path, required=True, help="GSM8K's train.jsonl")
         adapting.add_argument("--minutes", type=float, default=20)

@@ -202,9 +202,10 @@ class AutoBudget:
         self._drafters: dict[Choice, Drafter] = {}
 
     def begin(self, canvas: Canvas) -> None:
-        """See `Adviser`: without a cache, a longer sequence is a longer forward."""
-        whole = self.settings.cache == "none"
-        self.controller.start(canvas.length if whole else canvas.block_length)
+        """See `Adviser`: where forwards compute all the answer, a longer one makes them longer."""
+        first = canvas.span(0)
+        anew = {"none": range(canvas.length), "prefix": range(first.start, canvas.length)}
+        self.controller.start(len(anew.get(self.settings.plain_cache, first)))
 
     def advise(self) -> Advice:
         """See `Adviser`."""

@@ -21,6 +21,8 @@ from spiffy.runtime.decode import (
     denoising_step,
     find,
     is_out_of_memory,
+    looked_at,
+    may_complete,
     synchronize,
 )
 from spiffy.runtime.draft import Drafter, rank_candidates
@@ -48,6 +50,7 @@ _CONDITIONS = (
     "cache",
     "policy",
     "prefix_length",
+    "suffix_length",
 )
 
 #: From a number of drafts to a drafter of at most that many.
@@ -87,10 +90,14 @@ class _Stage:
         passed: list[_Site] = []
         while True:
             evaluation = _run(task, cache.evaluate(cursor, cursor.ids[None]))
-            known = evaluation.distribution(0, canvas.masked(cursor, model.mask_token_id))
+            first_only = cache.first_only(cursor)
+            known = evaluation.distribution(0, looked_at(task, cursor, first_only))
+            following = denoising_step(task, cursor, known, first_only)
+            if first_only:  # tells about one position only
+                cursor = following
+                continue
             if not passed:  # what is known before a block's first forward is known less well
                 passed.append(_Site(cursor, known, known.positions[:0]))
-            following = denoising_step(task, cursor, known, evaluation.first_only)
             if following.block > cursor.block or following.finished:
                 break
             fresh = (following.ids != cursor.ids).nonzero()[:, 0]
@@ -119,8 +126,7 @@ class _Stage:
             masked,
             site.fresh,
         )
-        may_complete = self.cache.crosses and root.block + 1 < task.canvas.blocks
-        drafts = drafter(root, candidates, len(masked) - (not may_complete))
+        drafts = drafter(root, candidates, len(masked) - (not may_complete(task, self.cache, root)))
         return torch.cat((root.ids[None], drafts))
 
     def forward(self, site: _Site, states: Tensor) -> Evaluation:
@@ -129,8 +135,8 @@ class _Stage:
 
     def step(self, site: _Site, states: Tensor, evaluation: Evaluation) -> None:
         """One denoising step of the walk."""
-        masked = self.task.canvas.masked(site.root, self.task.model.mask_token_id)
-        following = denoising_step(self.task, site.root, evaluation.distribution(0, masked))
+        positions = looked_at(self.task, site.root)
+        following = denoising_step(self.task, site.root, evaluation.distribution(0, positions))
         find(states, following.ids)
 
 
@@ -262,7 +268,10 @@ def conditions(task: Task) -> dict[str, Any]:
     """What a cost profile depends on, as fields of `CostProfile`."""
     model, settings, canvas = task.model, task.settings, task.canvas
     kind = model.device.type
-    outside = canvas.first if settings.cache == "block" else canvas.length - canvas.block_length
+    suffix = canvas.length - canvas.span(0).stop
+    outside = canvas.length - canvas.block_length
+    if settings.plain_cache in ("prefix", "block"):
+        outside = canvas.first
     return {
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -273,6 +282,7 @@ def conditions(task: Task) -> dict[str, Any]:
         "cache": settings.cache,
         "policy": settings.policy,
         "prefix_length": outside,
+        "suffix_length": suffix if settings.plain_cache == "prefix" else None,
     }
 
 
@@ -292,9 +302,12 @@ def device_name(device: torch.device) -> str:
 
 def _key(conditions: Mapping[str, Any]) -> str:
     """The same for conditions under which the same cost is expected."""
-    length = conditions["prefix_length"]
-    bucket = None if length is None else int(length).bit_length()  # doubles from one to the next
-    return canonical_json({**conditions, "prefix_length": bucket})
+    lengths = {name: conditions[name] for name in ("prefix_length", "suffix_length")}
+    buckets = {  # that double from one to the next
+        name: None if length is None else int(length).bit_length()
+        for name, length in lengths.items()
+    }
+    return canonical_json({**conditions, **buckets})
 
 
 def cost_profile(

@@ -120,6 +120,8 @@ def layout(canvas: Canvas, cache: CacheName, drafts: int) -> tuple[int, int, int
     if cache == "dual":
         return 1, states * block, before + after
     if cache == "prefix":
+        return 1, states * (block + after), before
+    if cache == "prefix-shared":
         return 1, states * block + after, before
     return 1, states * block, before
 

@@ -5,7 +5,13 @@
 """
 
 from spiffy.runtime.decode.driver import is_out_of_memory, run, synchronize
-from spiffy.runtime.decode.loop import denoise, denoising_step, find
+from spiffy.runtime.decode.loop import (
+    denoise,
+    denoising_step,
+    find,
+    looked_at,
+    may_complete,
+)
 from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, make_task
 
 __all__ = [
@@ -17,7 +23,9 @@ __all__ = [
     "denoising_step",
     "find",
     "is_out_of_memory",
+    "looked_at",
     "make_task",
+    "may_complete",
     "run",
     "synchronize",
 ]

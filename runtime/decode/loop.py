@@ -6,6 +6,7 @@ One loop serves both: plain decoding is speculation without drafts. Read `denois
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -17,7 +18,14 @@ from spiffy.runtime.draft.rejected import with_rejected
 from spiffy.runtime.forward.cache import CACHES, Cache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.runtime.step.policy import Distribution, choose, gumbel_noise, select, step_quota
+from spiffy.runtime.step.policy import (
+    Distribution,
+    choose,
+    gumbel_noise,
+    replaced,
+    select,
+    step_quota,
+)
 from spiffy.schemas import SpiffyError
 
 _FORESEEN = 32  # rows that pass through a dear output head at once
@@ -33,7 +41,7 @@ def denoise(task: Task) -> Decoding:
     nothing else: every step is a `denoising_step` on what the model says at a true state.
     """
     canvas, stats = task.canvas, task.stats
-    cache = CACHES[task.settings.cache](task.model, canvas, task.edges)
+    cache = open_cache(task)
     root = canvas.start(task.prompt, task.model.mask_token_id)
     drafter, advice = task.drafter, None
     candidates: Candidates | None = None  # what is known about the root before its forward
@@ -42,10 +50,10 @@ def denoise(task: Task) -> Decoding:
         task.adviser.begin(canvas)
     while not root.finished:
         turned = perf_counter()
+        task.roots.append(root.step)
         states = root.ids[None]
         if drafter is not None and candidates is not None:
-            may_complete = cache.crosses and root.block + 1 < canvas.blocks
-            room = len(candidates.positions) - (not may_complete)
+            room = len(candidates.positions) - (not may_complete(task, cache, root))
             drafts = drafter(root, candidates, room)[: task.most_drafts]
             states = torch.cat((states, drafts))
             drafting += perf_counter() - turned
@@ -56,21 +64,19 @@ def denoise(task: Task) -> Decoding:
         arrived = perf_counter()
         here, cursor = 0, root
         while True:
-            masked = canvas.masked(cursor, task.model.mask_token_id)
-            if evaluation.first_only:
-                masked = masked[:1]
-            elif len(states) > 1 and task.model.head_is_dear and here not in evaluation.foreseen:
+            first_only = cache.first_only(cursor)
+            positions = looked_at(task, cursor, first_only)
+            wanted = here not in evaluation.foreseen and not first_only
+            if len(states) > 1 and task.model.head_is_dear and wanted:
                 evaluation.foresee(_likely(task, cursor, states, evaluation, here))
-            distribution = evaluation.distribution(here, masked)
-            cursor = denoising_step(task, cursor, distribution, evaluation.first_only)
+            distribution = evaluation.distribution(here, positions)
+            before, cursor = cursor, denoising_step(task, cursor, distribution, first_only)
             task.path.append(cursor)
             stats.steps += 1
-            verified = find(states, cursor.ids)
+            verified = _verified(task, cache, states, evaluation, root, cursor)
             if verified is None or cursor.finished:
                 break
-            if not evaluation.windows[verified].covers(canvas.span(cursor.block)):
-                break
-            stats.accepted += verified != here
+            stats.accepted += verified != here or cursor.block > before.block
             here = verified
         walked = perf_counter()
         stats.verify_seconds += walked - arrived
@@ -81,7 +87,7 @@ def denoise(task: Task) -> Decoding:
             chosen = str(advice.choice)
             stats.budgets[chosen] = stats.budgets.get(chosen, 0) + 1
 
-        cache.settle(here)
+        cache.settle(here, before)
         root, candidates, advice, drafting = cursor, None, None, 0.0
         if not root.finished and cache.takes_drafts(root):
             if task.adviser is not None:
@@ -89,7 +95,13 @@ def denoise(task: Task) -> Decoding:
                 drafter = advice.drafter
             if drafter is not None:
                 candidates = _candidates(
-                    task, drafter, root, states, evaluation, here, distribution
+                    task,
+                    drafter,
+                    root,
+                    states,
+                    evaluation,
+                    here,
+                    None if first_only else distribution,
                 )
                 drafting = perf_counter() - walked
 
@@ -106,17 +118,53 @@ def _likely(
     extends = ((blocks == blocks[here]) | (blocks[here] == mask)).all(1)
     extends &= (blocks == mask).any(1)
     extends[here] = False
-    found = {here: task.canvas.masked(cursor, mask)}
+    found = {here: looked_at(task, cursor)}
     rows = len(found[here])
     for number in extends.nonzero()[:, 0].tolist():
         if not evaluation.windows[number].covers(span):
             continue
-        masked = task.canvas.masked(Cursor(states[number], cursor.block), mask)
-        rows += len(masked)
+        positions = looked_at(task, Cursor(states[number], cursor.block))
+        rows += len(positions)
         if rows > _FORESEEN:
             break
-        found[number] = masked
+        found[number] = positions
     return found
+
+
+def open_cache(task: Task) -> Cache:
+    """The cache of a decode; without drafts a forward tells about the state that it is at."""
+    drafts = task.drafter is not None or task.adviser is not None
+    edges = task.edges if drafts else replace(task.edges, complete=False)
+    return CACHES[task.settings.cache](task.model, task.canvas, edges)
+
+
+def may_complete(task: Task, cache: Cache, root: Cursor) -> bool:
+    """Whether drafts may leave no mask in the root's block: if a forward can go on from there."""
+    ends = root.block + 1 == task.canvas.blocks
+    return (cache.crosses and not ends) or task.settings.edits_full_blocks
+
+
+def looked_at(task: Task, cursor: Cursor, first_only: bool = False) -> Tensor:
+    """Positions of which a step asks the model, int64 [M]: masked ones, or all that may change."""
+    if first_only:
+        return task.canvas.masked(cursor, task.model.mask_token_id)[:1]
+    if task.settings.policy == "joint":
+        return task.canvas.answered(cursor)
+    return task.canvas.masked(cursor, task.model.mask_token_id)
+
+
+def _verified(
+    task: Task, cache: Cache, states: Tensor, evaluation: Evaluation, root: Cursor, cursor: Cursor
+) -> int | None:
+    """The state of the root's forward that tells what the next step has to know, if any does."""
+    verified = find(states, cursor.ids)
+    if verified is None or (cursor.block > root.block and not cache.crosses):
+        return None
+    read = task.canvas.span(cursor.block)
+    if cache.first_only(cursor):
+        before = read.start - task.model.family.logit_shift
+        read = range(before, before + 1)
+    return verified if evaluation.windows[verified].covers(read) else None
 
 
 class TooLargeError(Exception):
@@ -150,18 +198,18 @@ def _candidates(
     states: Tensor,
     evaluation: Evaluation,
     here: int,
-    distribution: Distribution,
+    distribution: Distribution | None,
 ) -> Candidates | None:
     """What is known about the new root's masked positions: the best source of drafts.
 
-    That is the distribution that produced the root; beside it stands what rejected drafts say, if
-    the drafter asks. It does not reach into a new block, except where the forward did; then a draft
-    that completed the old block, though it was rejected, may have seen nearly the right thing. The
-    last two are what `BlockEdges.first` switches.
+    That is the distribution that produced the root, unless it is of one position only; beside it
+    stands what rejected drafts say, if the drafter asks. It does not reach into a new block, except
+    where the forward did; then a draft that completed the old block, though it was rejected, may
+    have seen nearly the right thing. The last two are what `BlockEdges.first` switches.
     """
     masked = task.canvas.masked(root, task.model.mask_token_id)
     source = None
-    if root.block_step > 0 and not evaluation.first_only:
+    if root.block_step > 0 and distribution is not None:
         source, seen = distribution, here
     elif root.block_step > 0 or task.edges.first:
         span = task.canvas.span(root.block)
@@ -186,7 +234,7 @@ def denoising_step(
     """The next true state: the unmasking policy applied to what the model says at this one."""
     settings, model, canvas = task.settings, task.model, task.canvas
     positions, span = distribution.positions, canvas.span(cursor.block)
-    own = canvas.answer(cursor.block)
+    own, held = canvas.answer(cursor.block), cursor.ids[positions]
     if not distribution.is_number:
         raise _no_number(task, cursor)
     noise = None
@@ -196,19 +244,31 @@ def denoising_step(
         )
         noise = drawn.to(positions.device)[positions - span.start]
     tokens, score = choose(distribution, settings, model.mask_token_id, noise)
+    masked = free = held == model.mask_token_id
+    filling = bool(masked.any())
+    if filling and settings.sub_block_length is not None:
+        first = int(positions[masked][0])
+        sub_block = canvas.sub_block(cursor.block, first, settings.sub_block_length)
+        free = masked & (positions < sub_block.stop)
     shared = len(own) if model.family.splits_masks else None
-    steady = step_quota(settings, cursor.block_step, len(positions), shared)
+    steady = step_quota(settings, cursor.block_step, int(free.sum()), shared)
     quota = 1 if first_only else steady
-    chosen = select(score, quota, settings, model.family.threshold_strict)
+    chosen = select(score, quota, settings, model.family.threshold_strict, free)
+    if settings.policy == "joint":
+        chosen |= replaced(tokens, score, held, settings) & ~masked
     ids = cursor.ids.scatter(0, positions[chosen], tokens[chosen])
 
     answer = ids[own.start : own.stop].tolist()
-    step = cursor.step + 1
-    if model.mask_token_id in answer:
-        return Cursor(ids, cursor.block, cursor.block_step + 1, step)
+    step, post_steps = cursor.step + 1, cursor.post_steps + (not filling)
+    goes_on = model.mask_token_id in answer
+    if settings.edits_full_blocks and not goes_on:
+        changed = filling or bool(chosen.any())
+        goes_on = changed and post_steps < settings.max_post_steps
+    if goes_on:
+        return Cursor(ids, cursor.block, cursor.block_step + 1, step, post_steps)
     ended = settings.stop_at_eos and not model.eos_token_ids.isdisjoint(answer)
     finished = ended or cursor.block + 1 == canvas.blocks
-    return Cursor(ids, cursor.block + 1, 0, step, finished)
+    return Cursor(ids, cursor.block + 1, 0, step, finished=finished)
 
 
 def _no_number(task: Task, cursor: Cursor) -> SpiffyError:

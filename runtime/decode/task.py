@@ -30,7 +30,8 @@ class Stats:
         Denoising steps made. Without drafts each needs a forward, unless the one before committed
         nothing (Dream's timesteps).
     drafted, accepted
-        Draft states evaluated, and steps gained by hopping to one.
+        Draft states evaluated, and steps gained by hopping to one, or from one, as it is, into the
+        next block (policy "joint").
     halvings
         Times that a forward did not fit into memory and its drafts were halved.
     seconds
@@ -104,6 +105,8 @@ class Task:
         Drafts per forward that memory allows: a forward that does not fit halves it.
     path
         The state after every denoising step made so far.
+    roots
+        For every forward that made denoising steps, how many had been made before it.
     """
 
     model: DiffusionLM
@@ -116,6 +119,7 @@ class Task:
     edges: BlockEdges = field(default_factory=BlockEdges)
     most_drafts: int = MAX_NODES
     path: list[Cursor] = field(default_factory=list)
+    roots: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     adviser: Adviser | None = None
 

@@ -68,7 +68,7 @@ def rank_candidates(
     rows = np.arange(len(positions))[:, None]
     ranked = np.lexsort((tokens, -log_p))
     log_p, tokens = log_p[rows, ranked], tokens[rows, ranked]
-    if settings.policy in ("static", "threshold") and settings.score == "confidence":
+    if settings.policy in ("static", "threshold", "joint") and settings.score == "confidence":
         score = torch.from_numpy(log_p[:, 0]).exp()  # `choose` without passing over all tokens
     else:
         score = choose(distribution, settings, mask_token_id)[1].cpu()

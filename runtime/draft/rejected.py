@@ -47,7 +47,7 @@ def with_rejected(
         Positions of the root's block.
     """
     log_p = candidates.log_p.cpu().numpy()
-    if len(states) == 1 or log_p.max() <= _LIKELY:
+    if len(states) == 1 or log_p.max(initial=-np.inf) <= _LIKELY:
         return candidates
     block = slice(span.start, span.stop)
     ids, held = root.ids[block].cpu().numpy(), states[:, block].cpu().numpy()

@@ -62,15 +62,12 @@ class Evaluation:
 
     Attributes
     ----------
-    first_only
-        Whether a step from it commits the block's first masked position and nothing else.
     foreseen
         Positions and logits [M, vocab] by state, of those passed through the head beforehand.
     """
 
     model: DiffusionLM
     windows: Sequence[Window]
-    first_only: bool = False
     foreseen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def distribution(self, state: int, positions: Tensor) -> Distribution:
@@ -122,8 +119,12 @@ Forwards = Generator[list[Row], list[RowOutput], Evaluation]
 class Cache(Protocol):
     """One sequence's cache."""
 
-    #: Whether a draft may complete its block, because its forward then covers the next block too.
+    #: Whether a draft may complete its block, because its forward then tells about the next one.
     crosses: bool
+
+    def first_only(self, cursor: Cursor) -> bool:
+        """Whether the next step commits the block's first position and nothing else."""
+        ...
 
     def takes_drafts(self, cursor: Cursor) -> bool:
         """Whether the next forward has room for drafts, or holds the root alone."""
@@ -133,8 +134,8 @@ class Cache(Protocol):
         """Evaluate the root (row 0 of int64 [states, length]) and its drafts."""
         ...
 
-    def settle(self, state: int) -> None:
-        """Learn at which of the evaluated states the walk ended."""
+    def settle(self, state: int, cursor: Cursor) -> None:
+        """Learn at which of the evaluated states the walk ended: the last one it stepped from."""
         ...
 
 
@@ -144,6 +145,10 @@ class NoCache:
     def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
         self.model = model
         self.crosses = edges.complete
+
+    def first_only(self, cursor: Cursor) -> bool:
+        """Never: every position is computed."""
+        return False
 
     def takes_drafts(self, cursor: Cursor) -> bool:
         """Check nothing: any forward can carry more rows."""
@@ -155,7 +160,7 @@ class NoCache:
         outputs = yield [Row(ids, positions) for ids in states]
         return Evaluation(self.model, [Window(output.hidden, 0) for output in outputs])
 
-    def settle(self, state: int) -> None:
+    def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing."""
 
 
@@ -165,6 +170,8 @@ class DualCache:
     A block starts with a full forward of the root, which also makes a denoising step; its keys and
     values outside the block are the block's cache. Then the root's block and the drafts' blocks are
     packed side by side: each attends to the frozen positions and to itself.
+
+    No draft crosses a block's edge: the next block's cache takes a full forward.
     """
 
     crosses = False
@@ -175,6 +182,14 @@ class DualCache:
         self.block = -1
         self.frozen: KeyValues | None = None
 
+    def first_only(self, cursor: Cursor) -> bool:
+        """Whether a shifted family begins a block (Fast-dLLM).
+
+        It reads the block's first token one position before the block, which only the block's first
+        forward computes.
+        """
+        return self.model.family.logit_shift > 0 and cursor.block_step == 0
+
     def takes_drafts(self, cursor: Cursor) -> bool:
         """Refuse them in the block's first forward: what they attend to is only computed in it."""
         return self.block == cursor.block
@@ -184,43 +199,50 @@ class DualCache:
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
         span = self.canvas.span(cursor.block)
-        blocks = [Segment(ids, span.start) for ids in states[:, span.start : span.stop]]
-        row = pack(blocks, [[k] for k in range(len(blocks))], self.frozen)
-        (output,) = yield [row]
-        hidden = output.hidden.view(-1, len(span), output.hidden.shape[-1])
+        anew = self._anew(span)
+        own = [Segment(ids, anew.start) for ids in states[:, anew.start : anew.stop]]
+        (output,) = yield [pack(own, [[k] for k in range(len(own))], self.frozen)]
+        # Windows end with the block: what lies behind it rests on this block's cache, and the next
+        # block has another.
+        hidden = output.hidden.view(len(own), len(anew), -1)[:, : len(span)]
         return Evaluation(self.model, [Window(h, span.start) for h in hidden])
 
-    def settle(self, state: int) -> None:
+    def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing: the block's cache does not change until the next block."""
 
-    def _frozen_positions(self, span: range, device: torch.device) -> Tensor:
-        everything = torch.arange(self.canvas.length, device=device)
-        return everything[(everything < span.start) | (everything >= span.stop)]
+    def _anew(self, span: range) -> range:
+        """What a block's forwards compute anew, the block (`span`) first; the rest is frozen."""
+        return span
 
     def _refresh(self, cursor: Cursor) -> Forwards:
         positions = torch.arange(self.canvas.length, device=cursor.ids.device)
         (output,) = yield [Row(cursor.ids, positions, keep=True)]
         assert output.kept is not None  # asked for above
-        span = self.canvas.span(cursor.block)
         self.block = cursor.block
-        frozen = self._frozen_positions(span, cursor.ids.device)
+        anew = self._anew(self.canvas.span(cursor.block))
+        frozen = positions[(positions < anew.start) | (positions >= anew.stop)]
         self.frozen = output.kept.select(frozen) if len(frozen) else None
-        # A shifted family reads a block's first token one position before the block, which later
-        # forwards do not compute: this forward commits that token and nothing else (Fast-dLLM).
-        first_only = self.model.family.logit_shift > 0
-        return Evaluation(self.model, [Window(output.hidden, 0)], first_only)
+        return Evaluation(self.model, [Window(output.hidden, 0)])
 
 
 class PrefixCache(DualCache):
-    """Fast-dLLM's prefix cache: only what precedes the block is frozen. Near-lossless.
+    """Fast-dLLM's prefix cache: only what precedes the block is frozen. Exact.
 
-    Every forward recomputes the suffix. In a packed forward that happens once, from the root, and
-    the drafts attend to the root's suffix: a draft's logits are not exactly those that its own
-    forward would give. The root's are exact.
+    Every forward computes the suffix anew, and the suffix attends to the block, so it differs from
+    state to state: each carries its own behind its block.
     """
 
-    def _frozen_positions(self, span: range, device: torch.device) -> Tensor:
-        return torch.arange(span.start, device=device)
+    def _anew(self, span: range) -> range:
+        return range(span.start, self.canvas.length)
+
+
+class PrefixSharedCache(PrefixCache):
+    """The prefix cache with one suffix for all states. Near-lossless.
+
+    The suffix is computed once, from the root, and the drafts attend to the root's: a draft's
+    logits are not exactly those that its own forward would give. The root's are exact. A draft
+    costs its block alone.
+    """
 
     def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
         """See `Cache`."""
@@ -241,8 +263,10 @@ class BlockCache:
 
     Where blocks lie is the canvas's business. Finished blocks that are not stored yet ride in front
     of the root in the next denoising forward (`BlockEdges.fold`), or get a forward of their own. A
-    draft that completes its block carries the next block's masks behind it; if it comes true, the
-    block is already stored.
+    state that completes its block carries the next block's masks behind it; if it comes true, the
+    block is already stored. A family whose blocks begin with a token of the forward that stores the
+    block before (Fast-dLLM v2) needs that forward, and no masks behind: the block's own last
+    position speaks of the next one.
     """
 
     def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
@@ -254,15 +278,26 @@ class BlockCache:
         self.stored = 0  # positions that `frozen` covers
         self.kept: KeyValues | None = None  # of the last forward's segments
         self.completed: dict[int, range] = {}  # state -> where `kept` holds the block it completes
+        self.block = 0  # of the last forward's root
+
+    def first_only(self, cursor: Cursor) -> bool:
+        """Whether the family begins the block, and not the prompt's tail."""
+        begins = cursor.block_step == 0 and self.model.family.begins_blocks_alone
+        return begins and self.canvas.span(cursor.block).start >= self.canvas.prompt_length
 
     def takes_drafts(self, cursor: Cursor) -> bool:
-        """Check nothing: drafts ride behind the frozen prefix in every denoising forward."""
-        return True
+        """Allow them in all forwards that hold the block: they ride behind the frozen prefix."""
+        return not self.first_only(cursor)
 
     def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
         """See `Cache`."""
         span = self.canvas.span(cursor.block)
         waiting = self._waiting(cursor)
+        self.block, self.completed = cursor.block, {}
+        if self.first_only(cursor):
+            (output,) = yield [pack(waiting, _causal(len(waiting)), self.frozen, keep=True)]
+            self._store(output.kept, range(len(output.hidden)))
+            return Evaluation(self.model, [Window(output.hidden, waiting[0].start)])
         if not self.fold:
             prompt = sum(block.start < self.canvas.first for block in waiting)
             for blocks in (waiting[:prompt], *([b] for b in waiting[prompt:])):
@@ -273,34 +308,37 @@ class BlockCache:
 
         segments, sees = list(waiting), _causal(len(waiting))
         before = list(range(len(waiting)))
-        last_of: list[int] = []  # each state's last segment
-        self.completed = {}
         of_states = states[:, span.start : span.stop]
         complete = (of_states != self.model.mask_token_id).all(-1).tolist()
         follows = self.crosses and cursor.block + 1 < self.canvas.blocks
+        start = sum(len(segment.ids) for segment in segments)
+        runs: list[range] = []  # where each state's positions lie in the row
         for state, block in enumerate(of_states.unbind()):
             segments.append(Segment(block, span.start))
             sees.append([*before, len(sees)])
+            stop = start + len(span)
             if complete[state] and follows:
-                following = self.canvas.span(cursor.block + 1)
-                start = sum(len(segment.ids) for segment in segments) - len(span)
-                self.completed[state] = range(start, start + len(span))
-                ids = states[state, following.start : following.stop]
-                segments.append(Segment(ids, following.start))
-                sees.append([*before, len(sees) - 1, len(sees)])
-            last_of.append(len(segments) - 1)
+                self.completed[state] = range(start, stop)
+                if not self.model.family.begins_blocks_alone:
+                    following = self.canvas.span(cursor.block + 1)
+                    ids = states[state, following.start : following.stop]
+                    segments.append(Segment(ids, following.start))
+                    sees.append([*before, len(sees) - 1, len(sees)])
+                    stop += len(following)
+            runs.append(range(start, stop))
+            start = stop
 
         keep = bool(waiting or self.completed)
         (output,) = yield [pack(segments, sees, self.frozen, keep)]
         self.kept = output.kept
         if waiting:
             self._store(output.kept, range(sum(len(block.ids) for block in waiting)))
-        hidden = torch.split(output.hidden, [len(segment.ids) for segment in segments])
-        return Evaluation(self.model, [Window(hidden[k], segments[k].start) for k in last_of])
+        hidden = [output.hidden[run.start : run.stop] for run in runs]
+        return Evaluation(self.model, [Window(part, span.start) for part in hidden])
 
-    def settle(self, state: int) -> None:
-        """Store the block that the last state of the walk completes, if it does."""
-        if state in self.completed:
+    def settle(self, state: int, cursor: Cursor) -> None:
+        """Store the block that the state completes, if the walk stepped on from behind it."""
+        if state in self.completed and cursor.block > self.block:
             self._store(self.kept, self.completed[state])
         self.kept = None
         self.completed = {}
@@ -328,15 +366,23 @@ _MOST_PACKED = 1 << 13  # in one row: the attention mask has the square of it
 
 
 def most_drafts(settings: DecodingSettings, canvas: Canvas) -> int:
-    """Drafts that a forward may carry, however many a graph holds; at least one."""
+    """Drafts that a forward may carry, however many a graph holds; at least one.
+
+    By the first block's forwards, which no other block's are longer than.
+    """
     if settings.cache == "none":
         return max(1, _MOST_STACKED // canvas.length)
-    return max(1, _MOST_PACKED // canvas.block_length)
+    suffix = canvas.length - canvas.span(0).stop
+    if settings.cache == "prefix":
+        return max(1, _MOST_PACKED // (canvas.block_length + suffix))
+    shared = suffix if settings.cache == "prefix-shared" else 0
+    return max(1, (_MOST_PACKED - shared) // canvas.block_length)
 
 
 CACHES: dict[CacheName, type[NoCache] | type[DualCache] | type[BlockCache]] = {
     "none": NoCache,
     "dual": DualCache,
     "prefix": PrefixCache,
+    "prefix-shared": PrefixSharedCache,
     "block": BlockCache,
 }

@@ -69,6 +69,12 @@ class Family:
     splits_masks
         `steps_per_block` splits the masks that a block starts with (Stable-DiffCoder, bd3lm),
         instead of `block_length` (SDAR). Both are the same but in the first and the last block.
+    begins_blocks_alone
+        A block's first token is committed alone, by the forward that stores the blocks before it,
+        whose last position speaks of it (Fast-dLLM v2). Only shifted block-causal families.
+    sub_block_length
+        Positions of a block that are finished before the next ones of it are begun, unless asked
+        otherwise (Fast-dLLM v2); None: all of them together.
     threshold_strict
         Threshold unmasking commits confidences > tau (SDAR, LLaDA2) instead of >= tau (others).
     caches
@@ -104,6 +110,8 @@ class Family:
     blocks_end_with_prompt: bool = False
     cuts_last_block: bool = False
     splits_masks: bool = False
+    begins_blocks_alone: bool = False
+    sub_block_length: int | None = None
     mask_token_id: int | None = None
     entries: Entries = Entries()  # noqa: RUF009 (frozen)
     block_size_varies: bool = False

@@ -24,7 +24,7 @@ DREAM = Family(
     logit_shift=1,
     block_causal=False,
     threshold_strict=False,
-    caches=("none", "dual", "prefix"),
+    caches=("none", "dual", "prefix", "prefix-shared"),
     entries=Entries(
         reads=USUAL | {"head_dim"},
         # Dream always has biases on queries, keys and values, and the parameters say so.

@@ -24,7 +24,7 @@ ILLADA = Family(
     logit_shift=0,
     block_causal=False,
     threshold_strict=False,
-    caches=("none", "dual", "prefix"),
+    caches=("none", "dual", "prefix", "prefix-shared"),
     mask_token_id=5,
     entries=Entries(reads=USUAL | {"head_dim"}),
 )

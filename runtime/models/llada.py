@@ -81,6 +81,6 @@ LLADA = Family(
     logit_shift=0,
     block_causal=False,
     threshold_strict=False,
-    caches=("none", "dual", "prefix"),
+    caches=("none", "dual", "prefix", "prefix-shared"),
     entries=_ENTRIES,
 )

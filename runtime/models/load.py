@@ -20,6 +20,7 @@ from spiffy.runtime.models.base import Architecture, DiffusionLM, Family
 from spiffy.runtime.models.block_size import check_block_sizes
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
 from spiffy.runtime.models.dream import DREAM
+from spiffy.runtime.models.fast_dllm import FAST_DLLM
 from spiffy.runtime.models.fields import check_entries
 from spiffy.runtime.models.identity import fingerprint
 from spiffy.runtime.models.illada import ILLADA
@@ -45,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFCODER,
     A2D_MDLM,
     A2D_BD3LM,
+    FAST_DLLM,
 )
 
 _DTYPES = {

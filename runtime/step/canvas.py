@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -84,6 +85,17 @@ class Canvas:
         ids = cursor.ids[answer.start : answer.stop]
         return (ids == mask_token_id).nonzero()[:, 0] + answer.start
 
+    def answered(self, cursor: Cursor) -> Tensor:
+        """All positions of the cursor's block that are the answer's, int64 [M]."""
+        answer = self.answer(cursor.block)
+        return torch.arange(answer.start, answer.stop, device=cursor.ids.device)
+
+    def sub_block(self, block: int, position: int, length: int) -> range:
+        """The sub-block of a block, `length` positions from its start on, that holds a position."""
+        span = self.span(block)
+        start = position - (position - span.start) % length
+        return range(start, min(start + length, span.stop))
+
     def start(self, prompt: Tensor, mask_token_id: int) -> Cursor:
         """The state that decoding starts from: the prompt (int64 [prompt]), then masks."""
         ids = prompt.new_full((self.length,), mask_token_id)
@@ -93,7 +105,11 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A state of the sequence and how far decoding has come.
+    """A state: all that the next denoising step depends on, the model aside.
+
+    What the model says depends on `ids` and on where the block lies; what a step makes of it, on
+    the counters too. So a forward over the same tokens tells about a state whoever evaluated it,
+    and the cursor brings along what the tokens do not show.
 
     Attributes
     ----------
@@ -101,6 +117,8 @@ class Cursor:
         int64 [length]: prompt, committed tokens, masks.
     block, block_step, step
         The block being decoded; denoising steps made in it, and since the start.
+    post_steps
+        Of those in the block, the ones that found no mask (policy "joint").
     finished
         Whether nothing is left to decode.
     """
@@ -109,4 +127,5 @@ class Cursor:
     block: int = 0
     block_step: int = 0
     step: int = 0
+    post_steps: int = 0
     finished: bool = False

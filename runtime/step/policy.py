@@ -115,25 +115,41 @@ def _score(log_p: Tensor, tokens: Tensor, kind: ScoreName) -> Tensor:
     return (p * (p + 1e-10).log()).sum(-1)
 
 
-def select(score: Tensor, quota: int, settings: DecodingSettings, strict: bool) -> Tensor:
+def select(
+    score: Tensor, quota: int, settings: DecodingSettings, strict: bool, free: Tensor | None = None
+) -> Tensor:
     """Choose the positions to commit: bool [M].
 
-    The `quota` best scores, ties to the lower position. Threshold unmasking adds every position
+    The `quota` best scores, ties to the lower position, of those that are `free` (bool [M];
+    default: all). Threshold unmasking adds every position
     whose score exceeds the threshold (`strict`: SDAR) or reaches it (LLaDA, Dream). Entropy-bounded
     unmasking, whose scores are negative entropies, takes at least as many as keep the sum of their
     entropies, without the largest, within the bound: one always does (EB-sampler, arXiv
     2505.24857).
     """
+    if free is not None:
+        score = score.where(free, -torch.inf)
     best, order = score.sort(descending=True, stable=True)
     if settings.policy == "entropy-bounded":
         before = (-best).cumsum(0) + best  # of all entropies before each
         quota = max(quota, int((before <= settings.entropy_bound).sum()))
     chosen = torch.zeros_like(score, dtype=torch.bool)
     chosen[order[:quota]] = True
-    if settings.policy == "threshold":
+    if settings.policy in ("threshold", "joint"):
         tau = settings.threshold
         chosen |= (score > tau) if strict else (score >= tau)
     return chosen
+
+
+def replaced(
+    tokens: Tensor, score: Tensor, committed: Tensor, settings: DecodingSettings
+) -> Tensor:
+    """Choose the committed tokens (int64 [M]) to replace by others: bool [M].
+
+    Joint unmasking and editing (LLaDA2.1): where the model's token is another one, with a
+    confidence above `edit_threshold`.
+    """
+    return (tokens != committed) & (score > settings.edit_threshold)
 
 
 def step_quota(
