@@ -269,6 +269,12 @@ def test_an_artifact_that_the_hub_refuses_is_not_absent(hub: Hub) -> None:
     assert "no draft_graph.json to be had" in message
 
 
+def test_a_chat_template_in_a_file_goes_before_the_settings(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    rewrite(folder / "chat_template.jinja", "{{ messages[0]['content'] }}!")
+    assert load(folder).tokenizer.chat_template == "{{ messages[0]['content'] }}!"
+
+
 # ---------------------------------------------------------------- the same model
 
 

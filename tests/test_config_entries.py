@@ -69,6 +69,7 @@ def test_real_configs_say_nothing_unknown(path: Path) -> None:
         ("dream-a", "use_sliding_window", True),
         ("illada-a", "sliding_window", 16),
         ("sdar-a", "layer_types", ["full_attention", "sliding_attention", "full_attention"]),
+        ("sdar-a", "layer_types", 3),
         ("llada-a", "clip_qkv", 0.0),
         ("llada-a", "alibi", True),
         ("llada-a", "bias_for_layer_norm", True),

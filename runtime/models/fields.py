@@ -121,6 +121,8 @@ IDLE = frozenset(
 )
 
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
+_WINDOWS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
+_NEUTRAL: tuple[object, ...] = (False, 0, "", [], {})
 
 _USUAL = (
     "vocab_size",
@@ -146,13 +148,15 @@ def check_entries(name: str, family: str, config: Config, entries: Entries) -> N
     """
     _refuse_quantised(name, config)
     _refuse_windows(name, family, config)
+    declared = entries.reads | entries.idle
+    fixed = {entry: values for entry, values in PLAIN.items() if entry not in declared}
+    fixed |= entries.only
     for entry, value in config.items():
         if value is None or entry.startswith("_") or entry in _WINDOWS:
             continue
-        if entry in entries.only or (entry in PLAIN and entry not in entries.reads | entries.idle):
-            computed = entries.only.get(entry, PLAIN.get(entry, ()))
-            if value not in computed:
-                _refuse_value(name, family, entry, value, computed)
+        if entry in fixed:
+            if value not in fixed[entry]:
+                _refuse_value(name, family, entry, value, fixed[entry])
         elif entry in entries.same:
             other = config.get(entries.same[entry], value)
             if value != other:
@@ -160,15 +164,11 @@ def check_entries(name: str, family: str, config: Config, entries: Entries) -> N
                     f"{name}: config.json: {entry} = {_short(value)} contradicts "
                     f"{entries.same[entry]} = {_short(other)}"
                 )
-        elif entry not in entries.reads | entries.idle | IDLE and value not in _NEUTRAL:
+        elif entry not in declared | IDLE and value not in _NEUTRAL:
             raise SpiffyError(
                 f"{name}: config.json: unknown entry {entry!r} = {_short(value)} could change what "
                 f"{family} computes; if it does not, remove it from config.json"
             )
-
-
-_NEUTRAL: tuple[object, ...] = (False, 0, "", [], {})
-_WINDOWS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
 
 
 def _refuse_value(
@@ -204,12 +204,9 @@ def _refuse_windows(name: str, family: str, config: Config) -> None:
     if size and used is None:
         _refuse_value(name, family, "sliding_window", size)
     kinds = config.get("layer_types") or []
-    others = [kind for kind in kinds if kind != "full_attention"]
-    if others or not isinstance(kinds, list):
-        _refuse_value(name, family, "layer_types", others[0] if others else kinds, FULL)
-
-
-FULL = ("full_attention",)
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind != "full_attention":
+            _refuse_value(name, family, "layer_types", kind, ("full_attention",))
 
 
 def _short(value: object) -> str:
