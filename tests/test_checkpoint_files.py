@@ -92,10 +92,16 @@ def a_dead_link(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
+def a_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
+        (a_pipe, "not a regular file"),
         (a_folder, "cannot be read (Is a directory)"),
         (a_dead_link, "a link that leads nowhere"),
         (lambda path: rewrite(path, POINTER), "a git-lfs pointer"),
@@ -114,6 +120,8 @@ def test_a_file_that_may_not_be_read_is_not_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder, opened = copied(tmp_path), Path.open
+    if not (folder / name).exists():
+        rewrite(folder / name, {})
 
     def forbidding(path: Path, *arguments: Any, **options: Any) -> Any:
         if path == folder / name:

@@ -96,12 +96,9 @@ IDLE = frozenset(
         *("author", "base_model", "description", "language", "library_name", "license"),
         *("model_max_length", "model_name", "pipeline_tag", "tags"),
         # read elsewhere: token ids, and whether the head is the embedding
-        *("bos_token_id", "decoder_start_token_id", "eos_token_id", "mask_token", "mask_token_id"),
-        *("pad_token_id", "sep_token_id", "tie_word_embeddings"),
-        # training: dropout, initial values, losses, parallelism
-        *("attention_dropout", "attn_dropout", "attn_pdrop", "classifier_dropout", "dropout"),
-        *("embd_pdrop", "embedding_dropout", "hidden_dropout", "output_dropout", "resid_pdrop"),
-        *("residual_dropout", "init_std", "initializer_factor", "initializer_range"),
+        *("mask_token", "tie_word_embeddings"),
+        # training: initial values, losses, parallelism
+        *("dropout", "init_std", "initializer_factor", "initializer_range"),
         *("gradient_checkpointing", "neftune_noise_alpha", "pretraining_tp", "use_liger_kernel"),
         # how transformers runs a model, and what it returns
         *("attn_implementation", "chunk_size_feed_forward", "is_decoder", "output_attentions"),
@@ -110,8 +107,8 @@ IDLE = frozenset(
         # defaults of generation
         *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample"),
         *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
-        *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length"),
-        *("max_new_tokens", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams"),
+        *("length_penalty", "max_length", "max_new_tokens"),
+        *("min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams"),
         *("num_return_sequences", "output_scores", "prefix", "remove_invalid_values"),
         *("repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature"),
         *("top_k", "top_p", "typical_p", "gen_length", "remasking", "steps"),
@@ -120,6 +117,8 @@ IDLE = frozenset(
     }
 )
 
+# Dropout, token ids and weights of losses go by many names.
+_IDLE_ENDS = ("_dropout", "_pdrop", "_token_id", "_token_ids", "_loss_coef")
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 _WINDOWS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
 _NEUTRAL: tuple[object, ...] = (False, 0, "", [], {})
@@ -164,7 +163,11 @@ def check_entries(name: str, family: str, config: Config, entries: Entries) -> N
                     f"{name}: config.json: {entry} = {_short(value)} contradicts "
                     f"{entries.same[entry]} = {_short(other)}"
                 )
-        elif entry not in declared | IDLE and value not in _NEUTRAL:
+        elif (
+            entry not in declared | IDLE
+            and not entry.endswith(_IDLE_ENDS)
+            and value not in _NEUTRAL
+        ):
             raise SpiffyError(
                 f"{name}: config.json: unknown entry {entry!r} = {_short(value)} could change what "
                 f"{family} computes; if it does not, remove it from config.json"

@@ -25,7 +25,7 @@ _ENTRIES = Entries(
     idle=frozenset(
         # The shared experts' width and the part of the head that turns follow from what is read.
         {"moe_shared_expert_intermediate_size", "rotary_dim"}
-        | {"mtp_loss_scaling_factor", "output_router_logits", "router_aux_loss_coef"}
+        | {"mtp_loss_scaling_factor", "output_router_logits"}
         | {"router_dtype"}
     ),
 )

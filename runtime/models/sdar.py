@@ -25,7 +25,7 @@ _ENTRIES = Entries(
     only={"use_qk_norm": (True,)},
     idle=frozenset(
         {"debug", "ep_size", "fuse_cross_entropy", "micro_forward", "skip_checkpoint"}
-        | {"output_router_logits", "router_aux_loss_coef", "use_deepep"}
+        | {"output_router_logits", "use_deepep"}
     ),
 )
 

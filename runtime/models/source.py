@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -303,6 +304,8 @@ def _readable(path: Path) -> Path | None:
         If there is something else, or a pointer that stands for the file.
     """
     try:
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise SpiffyError(f"{path}: not a regular file")  # opening a pipe would wait for ever
         with path.open("rb") as file:
             begin = file.read(64)
     except FileNotFoundError:
