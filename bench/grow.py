@@ -187,7 +187,9 @@ def grow(model: DiffusionLM, shape: Shape | str) -> DiffusionLM:
     )
 
 
-def grow_graph(graph: DraftGraph, model: DiffusionLM, grown: DiffusionLM) -> DraftGraph:
+def grow_graph(
+    graph: DraftGraph, model: DiffusionLM, grown: DiffusionLM, any_model: bool = False
+) -> DraftGraph:
     """A draft graph of `model` as one of the model grown from it.
 
     Nodes, acceptance model and expected steps hold as they are: tokens keep their ids, and what is
@@ -196,9 +198,9 @@ def grow_graph(graph: DraftGraph, model: DiffusionLM, grown: DiffusionLM) -> Dra
     Raises
     ------
     SpiffyError
-        If the graph does not belong to `model`.
+        If the graph does not belong to `model`, or with `any_model` not to its family.
     """
-    graph.check_fits(model.family.name, model.fingerprint, model.vocab_size)
+    graph.check_fits(model.family.name, model.fingerprint, model.vocab_size, any_model)
     record = graph.model.model_copy(
         update={
             "id": grown.name,

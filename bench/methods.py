@@ -99,6 +99,7 @@ def methods(
     paper: DraftGraph | None = None,
     prompts: Sequence[Prompt] = (),
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+    any_model: bool = False,
 ) -> list[Method]:
     """All methods of the given kinds, in the order in which they are shown.
 
@@ -110,6 +111,8 @@ def methods(
     ----------
     prompts
         Costs for "auto" are measured behind the one of median length.
+    any_model
+        Take a paper's graph of another model of the family.
 
     Raises
     ------
@@ -119,7 +122,7 @@ def methods(
     if over := [n for n in budgets if not 1 <= n <= graph.budget]:
         raise SpiffyError(f"--budgets {over[0]}: the graph holds 1 to {graph.budget} drafts")
     if paper is not None:
-        paper.check_fits(model.family.name, model.fingerprint, model.vocab_size)
+        paper.check_fits(model.family.name, model.fingerprint, model.vocab_size, any_model)
 
     def fixed(drafter: Drafter | None) -> MakeDrafter:
         return lambda path: drafter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spiffy.calib.synthetic import final_answer
+from spiffy.schemas import SpiffyError
 
 _BYTES = 1 << 30
 
@@ -71,7 +73,14 @@ def passes(source: str, seconds: float = 10) -> bool:
     """Run a program in a process of its own, with limits of time and memory.
 
     That stops accidents, not attacks: run answers of a model that you do not trust in a sandbox.
+
+    Raises
+    ------
+    SpiffyError
+        If this system has no such limits.
     """
+    if importlib.util.find_spec("resource") is None:
+        raise SpiffyError("running answers needs POSIX resource limits, which this system lacks")
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(

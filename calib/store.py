@@ -8,7 +8,6 @@ damaged elsewhere is passed over, so that its prompt is decoded again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -240,6 +239,13 @@ class TraceFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        try:
+            import fcntl  # not on Windows, where all but this works
+        except ImportError:
+            raise SpiffyError(
+                f"{path}: work directories need POSIX file locks, which this system lacks: leave "
+                "out --workdir"
+            ) from None
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:

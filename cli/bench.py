@@ -87,7 +87,7 @@ class _Shape:
             shape_named(self.shape)
 
     def grown(
-        self, model: DiffusionLM, graphs: Sequence[DraftGraph | None]
+        self, model: DiffusionLM, graphs: Sequence[DraftGraph | None], any_model: bool
     ) -> tuple[DiffusionLM, list[DraftGraph | None]]:
         """Model and graphs, grown if that is asked for."""
         from spiffy.bench.grow import grow, grow_graph
@@ -95,7 +95,10 @@ class _Shape:
         if self.shape is None:
             return model, [*graphs]
         large = grow(model, self.shape)
-        return large, [None if g is None else grow_graph(g, model, large) for g in graphs]
+        return large, [
+            None if graph is None else grow_graph(graph, model, large, any_model)
+            for graph in graphs
+        ]
 
 
 @dataclass(frozen=True)
@@ -309,9 +312,10 @@ def _prepared(
     threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
     rival = None if methods.paper is None else DraftGraph.load(methods.paper)
-    lm, (ours, rival) = shape.grown(model.load(artifact, path), (artifact, rival))
+    lm = model.load(artifact, path)
+    lm, (ours, rival) = shape.grown(lm, (artifact, rival), model.any_model)
     artifact = ours or artifact
-    settings, edges = decoding.settings(lm, artifact), decoding.block_edges()
+    settings, edges = decoding.settings(lm, artifact, model.any_model), decoding.block_edges()
     set_threads(lm, settings, threads)
     warn_of_differences(artifact, settings)
     chosen = decodable(lm, settings, drawn.texts, raw=encoding.raw, system=encoding.system)
@@ -321,12 +325,13 @@ def _prepared(
     if methods.execute_code:
         log.print("--execute-code runs what the model writes, in a process with limits")
     kinds, numbers = methods.kinds(), methods.numbers(artifact)
+    found = methods_of(lm, settings, artifact, kinds, numbers, rival, ids, edges, model.any_model)
     return _Run(
         lm=lm,
         artifact=artifact,
         settings=settings,
         edges=edges,
-        methods=methods_of(lm, settings, artifact, kinds, numbers, rival, ids, edges),
+        methods=found,
         texts=texts,
         prompts=ids,
         records=[drawn.records[index] for index, _ in chosen],

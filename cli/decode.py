@@ -246,7 +246,7 @@ def decode(
     with log.status("loading"):
         edges = decoding.block_edges()
         lm = model.load(artifact, graph)
-        settings = decoding.settings(lm, artifact)
+        settings = decoding.settings(lm, artifact, model.any_model)
         set_threads(lm, settings, threads)
         chosen = decodable(lm, settings, texts, raw=encoding.raw, system=encoding.system)
         runs = Runs(lm, settings, decoding.seed, edges, chosen, tuple(output.stop or ()))

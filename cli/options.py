@@ -120,6 +120,14 @@ class ModelOfGraph:
     device: Device = "auto"
     dtype: Dtype = "auto"
     threads: Threads = "auto"
+    any_model: Annotated[
+        bool,
+        model_option(
+            "--any-model",
+            help="Take a graph of another model of the same family, such as the one that this was "
+            "fine-tuned from. Drafts never change a token; fewer may be accepted.",
+        ),
+    ] = False
 
     def load(self, artifact: DraftGraph | None, path: Path | None) -> DiffusionLM:
         """Load the model: the one given, else that of the graph (which lies at `path`).
@@ -225,8 +233,10 @@ class Decoding:
         ),
     ] = "all"
 
-    def settings(self, model: DiffusionLM, artifact: DraftGraph | None = None) -> DecodingSettings:
-        """Decoding settings of a model.
+    def settings(
+        self, model: DiffusionLM, artifact: DraftGraph | None = None, any_model: bool = False
+    ) -> DecodingSettings:
+        """Decoding settings of a model, to which the artifact has to belong unless `any_model`.
 
         Raises
         ------
@@ -238,6 +248,7 @@ class Decoding:
         return decoding_settings(
             model,
             artifact,
+            any_model=any_model,
             policy=self.policy,
             tokens_per_step=self.tokens_per_step,
             threshold=self.threshold,

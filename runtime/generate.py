@@ -37,9 +37,15 @@ class Output:
 
 
 def decoding_settings(
-    model: DiffusionLM, graph: DraftGraph | None = None, **options: Any
+    model: DiffusionLM,
+    graph: DraftGraph | None = None,
+    *,
+    any_model: bool = False,
+    **options: Any,
 ) -> DecodingSettings:
     """Settings for a model: the given options, then the graph's, then the family's defaults.
+
+    With `any_model` the graph may be of another model of the family.
 
     Raises
     ------
@@ -47,14 +53,15 @@ def decoding_settings(
         If an option is unknown or invalid, or the family cannot decode that way.
     """
     if graph is not None:
-        graph.check_fits(model.family.name, model.fingerprint, model.vocab_size)
+        graph.check_fits(model.family.name, model.fingerprint, model.vocab_size, any_model)
         base = graph.decoding.model_dump()
     else:
         base = {
-            "block_length": model.default_block_length,
             "sub_block_length": model.family.sub_block_length,
             "cache": model.family.caches[0],
         }
+        if options.get("block_length") is None:  # not asked for what nothing may state
+            base["block_length"] = model.default_block_length
     given = {key: value for key, value in options.items() if value is not None}
     if "tokens_per_step" in given:  # the graph's other way of saying the same gives way
         base["steps_per_block"] = None
@@ -79,6 +86,7 @@ def generate(
     sequence: int = 0,
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     trace: bool = False,
+    any_model: bool = False,
     **options: Any,
 ) -> Output:
     """Decode one prompt; with a graph speculatively, to the same tokens.
@@ -110,6 +118,8 @@ def generate(
         What may happen at the edge between two blocks; changes the cost, never the tokens.
     trace
         Also return the sequence after every denoising step.
+    any_model
+        Take a graph of another model of the family, such as the one this was fine-tuned from.
     options
         Fields of `DecodingSettings` (gen_length, block_length, policy, cache, ...).
 
@@ -120,7 +130,7 @@ def generate(
     """
     if graph is None and budget != "auto":
         raise SpiffyError(f"budget {budget} counts drafts: give a graph")
-    settings = decoding_settings(model, graph, **options)
+    settings = decoding_settings(model, graph, any_model=any_model, **options)
     ids = model.encode(prompt, raw=raw, system=system)
     task = make_task(model, ids, settings, None, seed, sequence, edges, stop)
     if graph is not None:

@@ -11,6 +11,7 @@ from pydantic import FailFast, Field, ValidationError, model_validator
 from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.io import MAX_BYTES, canonical_json, is_unicode, read_json, write_atomically
+from spiffy.schemas.notes import note
 from spiffy.schemas.records import (
     MAX_NODES,
     MAX_PROFILES,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 FORMAT = "spiffy.draft-graph"
 MAJOR, MINOR = 1, 4
 _PREFIX_EXACT = 4  # the first minor version whose prefix cache is exact
+# How fingerprints of a model's meaning begin; older ones were of its files' bytes.
+FINGERPRINT = "m1-"
 _MAX_PAIRS = 1 << 23  # in the fills of all nodes' parents together: what checking them takes
 
 
@@ -252,11 +255,13 @@ class DraftGraph(Record):
         if Path(repo_or_dir).is_dir():
             return cls.load(Path(repo_or_dir) / "draft_graph.json")
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import RemoteEntryNotFoundError
 
         try:
             path = hf_hub_download(repo_or_dir, "draft_graph.json", revision=revision)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        except RemoteEntryNotFoundError:
+            raise SpiffyError(f"{repo_or_dir}: the hub has no draft_graph.json there") from None
+        except Exception as error:  # the hub's client raises many kinds
             reason = " ".join(str(error).split())
             raise SpiffyError(f"{repo_or_dir}: no draft_graph.json to be had ({reason})") from None
         return cls.load(path)
@@ -273,8 +278,18 @@ class DraftGraph(Record):
         schema["required"] = ["format", "version", *schema["required"]]
         return schema
 
-    def check_fits(self, family: str, fingerprint: str, vocab_size: int) -> None:
+    def check_fits(
+        self, family: str, fingerprint: str, vocab_size: int, any_model: bool = False
+    ) -> None:
         """Refuse a graph that was calibrated for another model.
+
+        The fingerprint of an older version of this program cannot be compared: a note says so.
+
+        Parameters
+        ----------
+        any_model
+            Take any model of the family, such as a fine-tune: drafts never change a token, and are
+            accepted less often the more the models differ.
 
         Raises
         ------
@@ -282,16 +297,26 @@ class DraftGraph(Record):
             Names what differs.
         """
         ours = self.model
-        for what, expected, received in (
-            ("family", ours.family, family),
-            ("vocabulary size", ours.vocab_size, vocab_size),
-            ("fingerprint of config and tokenizer", ours.fingerprint, fingerprint),
-        ):
+        facts: list[tuple[str, object, object]] = [("family", ours.family, family)]
+        if not any_model:
+            facts.append(("vocabulary size", ours.vocab_size, vocab_size))
+        older = fingerprint.startswith(FINGERPRINT) and not ours.fingerprint.startswith(FINGERPRINT)
+        if not any_model and not older:
+            facts.append(
+                ("fingerprint of config and tokenizer", ours.fingerprint, fingerprint),
+            )
+        for what, expected, received in facts:
             if expected != received:
+                advice = "" if what == "family" else ", or take this one with --any-model"
                 raise SpiffyError(
                     f"the graph was calibrated for {ours.id}: {what} {expected}, this model has "
-                    f"{received}; calibrate one for this model"
+                    f"{received}; calibrate one for this model{advice}"
                 )
+        if older and not any_model:
+            note(
+                f"the graph of {ours.id} was made by an older version, whose fingerprints cannot "
+                "be compared: family and vocabulary fit; calibrate again to be sure"
+            )
 
 
 def _is_prefix(content: dict[str, Any]) -> bool:

@@ -12,18 +12,24 @@ from typing import Any
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import refuse_others, usual_fields
+from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, check_head_dim, usual_fields
 
-_SUPPORTED = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+_ENTRIES = Entries(
+    reads=USUAL | {"head_dim"},
+    # Of Qwen3; Qwen2 always has biases on queries, keys and values, and the parameters say so.
+    idle=frozenset({"attention_bias"}),
+)
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
     fields = usual_fields(config) | {"use_sliding_window": False}
     if config["model_type"] == "a2d-qwen3":
-        refuse_others("A2D", config, _SUPPORTED)
-        return Qwen3ForCausalLM, Qwen3Config(**fields, head_dim=config["head_dim"])
-    # Qwen2 always has biases on queries, keys and values, and no field that says so.
-    refuse_others("A2D", config, {k: v for k, v in _SUPPORTED.items() if k != "attention_bias"})
+        return Qwen3ForCausalLM, Qwen3Config(
+            **fields,
+            head_dim=config["head_dim"],
+            attention_bias=config.get("attention_bias") or False,
+        )
+    check_head_dim(config)
     return Qwen2ForCausalLM, Qwen2Config(**fields)
 
 
@@ -39,6 +45,7 @@ A2D_MDLM = Family(
     caches=("none", "dual", "prefix", "prefix-shared"),
     splits_masks=True,
     mask_token_id=151669,
+    entries=_ENTRIES,
 )
 A2D_BD3LM = replace(
     A2D_MDLM,
@@ -48,4 +55,5 @@ A2D_BD3LM = replace(
     caches=("block",),
     blocks_end_with_prompt=True,
     cuts_last_block=True,
+    entries=replace(_ENTRIES, reads=_ENTRIES.reads | set(BLOCK_SIZES)),
 )

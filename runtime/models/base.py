@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 
+from spiffy.runtime.models.block_size import is_published, stated_block_size
+from spiffy.runtime.models.fields import Entries
 from spiffy.runtime.models.text import Prompt, TextCodec, given_ids, is_text
 from spiffy.schemas import CacheName, SpiffyError
+from spiffy.schemas.notes import note
 
 _DEAR = 1 << 24  # parameters of an output head
 
@@ -22,6 +24,11 @@ Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
 
 # transformers 5.24 renamed it, for all of its models.
 _CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+def _none(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a family without such parameters; a function by name, so that families can be pickled."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,10 @@ class Family:
         are none.
     mask_token_id
         Published id of the mask token, for checkpoints where neither config nor tokenizer has it.
+    entries
+        What becomes of the entries of `config.json`; others are refused.
+    block_size_varies
+        Checkpoints come in several block sizes, so one that states none has none (SDAR).
     """
 
     name: str
@@ -89,8 +100,8 @@ class Family:
     block_causal: bool
     threshold_strict: bool
     caches: tuple[CacheName, ...]
-    merged: Callable[[Mapping[str, Any]], Mapping[str, list[int]]] = lambda config: {}
-    split: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, int]]] = lambda config: {}
+    merged: Callable[[Mapping[str, Any]], Mapping[str, list[int]]] = _none
+    split: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, int]]] = _none
     architectures: tuple[str, ...] = ()
     named: str = ""
     block_size: int = 32
@@ -100,6 +111,8 @@ class Family:
     begins_blocks_alone: bool = False
     sub_block_length: int | None = None
     mask_token_id: int | None = None
+    entries: Entries = Entries()  # noqa: RUF009 (frozen)
+    block_size_varies: bool = False
 
 
 class KeyValues:
@@ -198,6 +211,21 @@ class DiffusionLM:
         limits = ("max_sequence_length", "max_position_embeddings")
         self.max_length = next((int(config[k]) for k in limits if config.get(k)), None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, weights included, as for processes that are spawned.
+
+        Raises
+        ------
+        SpiffyError
+            If a device map has spread the model: what moves its parts about cannot be pickled.
+        """
+        if any(hasattr(part, "_hf_hook") for part in self.module.modules()):
+            raise SpiffyError(
+                f"{self.name}: spread by device_map, a model cannot be pickled or copied: load it "
+                "in the process that uses it"
+            )
+        return self.__dict__
+
     @property
     def device(self) -> torch.device:
         """Where token ids are expected."""
@@ -215,14 +243,29 @@ class DiffusionLM:
     def default_block_length(self) -> int:
         """The block size that the model was trained with, or the family's where any works.
 
-        The configs of SDAR's block-size variants (`-b32`) do not all state it; their names do.
+        Raises
+        ------
+        SpiffyError
+            If the family's checkpoints come in several, and nothing says which this one has.
         """
-        if not self.family.block_causal:
-            return self.family.block_size
-        # A name may also be a folder of the hub's cache: .../models--...-b32/snapshots/<commit>
-        variant = re.search(r"-b(\d+)(/snapshots/[^/]+)?$", self.name.rstrip("/"))
-        stated = self.config.get("block_size", self.config.get("bd_size", self.family.block_size))
-        return int(variant[1]) if variant else int(stated)
+        family = self.family
+        if not family.block_causal:
+            return family.block_size
+        stated = stated_block_size(self.name, self.config)
+        if stated is not None:
+            return stated
+        if is_published(self.name):
+            return family.block_size
+        if family.block_size_varies:
+            raise SpiffyError(
+                f"{self.name}: neither its name (as in -b8) nor config.json says which block size "
+                f"it was trained with, and {family.name} comes in several: give --block-length"
+            )
+        note(
+            f"{self.name} states no block size: {family.block_size} is taken, as published "
+            f"{family.name} checkpoints have; --block-length gives another"
+        )
+        return family.block_size
 
     @torch.inference_mode()
     def hidden_states(

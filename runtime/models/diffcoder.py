@@ -8,13 +8,10 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import refuse_others, usual_fields
-
-_SUPPORTED = {"attention_bias": False, "hidden_act": "silu", "mlp_bias": False}
+from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, usual_fields
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
-    refuse_others("Stable-DiffCoder", config, _SUPPORTED)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return LlamaForCausalLM, LlamaConfig(**usual_fields(config), head_dim=head_dim)
 
@@ -33,4 +30,5 @@ STABLE_DIFFCODER = Family(
     cuts_last_block=True,
     splits_masks=True,
     mask_token_id=5,
+    entries=Entries(reads=USUAL | {"head_dim", *BLOCK_SIZES}),
 )

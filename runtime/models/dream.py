@@ -8,10 +8,11 @@ from typing import Any
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import usual_fields
+from spiffy.runtime.models.fields import USUAL, Entries, check_head_dim, usual_fields
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
+    check_head_dim(config)
     return Qwen2ForCausalLM, Qwen2Config(**usual_fields(config), use_sliding_window=False)
 
 
@@ -24,4 +25,9 @@ DREAM = Family(
     block_causal=False,
     threshold_strict=False,
     caches=("none", "dual", "prefix", "prefix-shared"),
+    entries=Entries(
+        reads=USUAL | {"head_dim"},
+        # Dream always has biases on queries, keys and values, and the parameters say so.
+        idle=frozenset({"attention_bias", "qkv_bias"}),
+    ),
 )

@@ -13,13 +13,11 @@ from typing import Any
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import refuse_others, usual_fields
-
-_SUPPORTED = {"hidden_act": "silu", "use_sliding_window": False}
+from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, check_head_dim, usual_fields
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
-    refuse_others("Fast-dLLM", config, _SUPPORTED)
+    check_head_dim(config)
     return Qwen2ForCausalLM, Qwen2Config(**usual_fields(config), use_sliding_window=False)
 
 
@@ -35,4 +33,10 @@ FAST_DLLM = Family(
     begins_blocks_alone=True,
     sub_block_length=8,
     mask_token_id=151665,
+    entries=Entries(
+        reads=USUAL | {"head_dim", *BLOCK_SIZES},
+        # It always has biases on queries, keys and values, and the parameters say so; the other is
+        # of training, spelled as it is there.
+        idle=frozenset({"attention_bias", "qkv_bias", "complementary_mask", "conplemenrary_mask"}),
+    ),
 )

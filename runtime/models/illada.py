@@ -8,18 +8,11 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import refuse_others, usual_fields
-
-_SUPPORTED = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "layer_norm_eps": None,  # a number selects LayerNorm instead of RMSNorm
-    "mlp_bias": False,
-}
+from spiffy.runtime.models.fields import USUAL, Entries, check_head_dim, usual_fields
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
-    refuse_others("iLLaDA", config, _SUPPORTED)
+    check_head_dim(config)
     return LlamaForCausalLM, LlamaConfig(**usual_fields(config))
 
 
@@ -33,4 +26,5 @@ ILLADA = Family(
     threshold_strict=False,
     caches=("none", "dual", "prefix", "prefix-shared"),
     mask_token_id=5,
+    entries=Entries(reads=USUAL | {"head_dim"}),
 )

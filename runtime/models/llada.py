@@ -8,36 +8,49 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import refuse_others
+from spiffy.runtime.models.fields import ROPE, Entries, rope
 
-# Fields of the official config that select an architecture we would compute wrongly.
-_SUPPORTED = {
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_layer_norm": False,
-    "block_type": "llama",
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "rope": True,
-    "scale_logits": False,
-}
+_ENTRIES = Entries(
+    reads=ROPE
+    | {"d_model", "embedding_size", "max_sequence_length", "mlp_hidden_size", "mlp_ratio"}
+    | {"multi_query_attention", "n_heads", "n_kv_heads", "n_layers", "rms_norm_eps", "vocab_size"}
+    | {"weight_tying"},
+    only={
+        "activation_type": ("silu",),
+        "block_group_size": (1,),  # of other parameter names
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "layer_norm_with_affine": (True,),
+    },
+    same={
+        "hidden_size": "d_model",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "num_key_value_heads": "n_kv_heads",
+    },
+    idle=frozenset(
+        {"alibi_bias_max", "attention_layer_norm_with_affine", "block_length", "init_cutoff_factor"}
+        | {"init_device", "init_fn", "precision", "rope_full_precision"}
+    ),
+)
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
-    refuse_others("LLaDA", config, _SUPPORTED)
     heads = config["n_heads"]
+    shared = 1 if config.get("multi_query_attention") else heads
+    ratio = config.get("mlp_ratio") or 4
     return LlamaForCausalLM, LlamaConfig(
         vocab_size=config.get("embedding_size") or config["vocab_size"],
         hidden_size=config["d_model"],
-        intermediate_size=config["mlp_hidden_size"],
+        intermediate_size=config.get("mlp_hidden_size") or int(ratio * config["d_model"]),
         num_hidden_layers=config["n_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=config.get("n_kv_heads") or heads,
+        num_key_value_heads=config.get("n_kv_heads") or shared,
         max_position_embeddings=config["max_sequence_length"],
         rms_norm_eps=config["rms_norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
+        rope_parameters=rope(config),
         tie_word_embeddings=config.get("weight_tying", False),
         pad_token_id=None,
         attn_implementation="sdpa",
@@ -69,4 +82,5 @@ LLADA = Family(
     block_causal=False,
     threshold_strict=False,
     caches=("none", "dual", "prefix", "prefix-shared"),
+    entries=_ENTRIES,
 )

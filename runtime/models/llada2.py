@@ -8,18 +8,27 @@ from typing import Any
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import expert_shapes, refuse_others, usual_fields
+from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, expert_shapes, usual_fields
 
-_SUPPORTED = {
-    "hidden_act": "silu",
-    "norm_head": False,
-    "norm_topk_prob": True,
-    "score_function": "sigmoid",
-    "use_bias": False,
-    "use_qk_norm": True,
-    "use_qkv_bias": False,
-    "use_sliding_window": False,
-}
+_ENTRIES = Entries(
+    reads=USUAL
+    | {"first_k_dense_replace", "head_dim", "moe_intermediate_size", "n_group", "num_experts"}
+    | {"num_experts_per_tok", "num_shared_experts", "partial_rotary_factor"}
+    | {"routed_scaling_factor", "topk_group", *BLOCK_SIZES},
+    only={
+        "moe_router_enable_expert_bias": (True,),
+        "norm_topk_prob": (True,),
+        "score_function": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "use_qk_norm": (True,),
+    },
+    idle=frozenset(
+        # The shared experts' width and the part of the head that turns follow from what is read.
+        {"moe_shared_expert_intermediate_size", "rotary_dim"}
+        | {"mtp_loss_scaling_factor", "output_router_logits"}
+        | {"router_dtype"}
+    ),
+)
 
 
 class _Mixture(Glm4MoeForCausalLM):  # type: ignore[misc]
@@ -31,7 +40,6 @@ class _Mixture(Glm4MoeForCausalLM):  # type: ignore[misc]
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
-    refuse_others("LLaDA2", config, _SUPPORTED)
     experts, groups, kept = (config[k] for k in ("num_experts", "n_group", "topk_group"))
     if experts % groups or experts // groups < 2 or kept > groups:
         raise ValueError(f"{experts} experts do not make {groups} groups of which {kept} are kept")
@@ -39,12 +47,11 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
         raise ValueError("num_experts_per_tok is more than the kept groups have")
     if config["num_shared_experts"] < 1:
         raise ValueError("num_shared_experts must be at least 1")
-    fields = usual_fields(config)
-    fields["rope_parameters"]["partial_rotary_factor"] = config["partial_rotary_factor"]
+    fields = usual_fields(config, partial=True)
     return _Mixture, Glm4MoeConfig(
         **fields,
         head_dim=config["head_dim"],
-        partial_rotary_factor=config["partial_rotary_factor"],
+        partial_rotary_factor=fields["rope_parameters"]["partial_rotary_factor"],
         use_qk_norm=True,
         first_k_dense_replace=config["first_k_dense_replace"],
         moe_intermediate_size=config["moe_intermediate_size"],
@@ -96,4 +103,5 @@ LLADA2 = Family(
     merged=_experts,
     split=_split,
     mask_token_id=156895,
+    entries=_ENTRIES,
 )

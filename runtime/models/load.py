@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,21 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from spiffy.runtime.models.a2d import A2D_BD3LM, A2D_MDLM
-from spiffy.runtime.models.base import DiffusionLM, Family
+from spiffy.runtime.models.base import Architecture, DiffusionLM, Family
+from spiffy.runtime.models.block_size import check_block_sizes
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
 from spiffy.runtime.models.dream import DREAM
 from spiffy.runtime.models.fast_dllm import FAST_DLLM
+from spiffy.runtime.models.fields import check_entries
+from spiffy.runtime.models.identity import fingerprint
 from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.llada2 import LLADA2
 from spiffy.runtime.models.sdar import SDAR
 from spiffy.runtime.models.source import Source, read_json
+from spiffy.runtime.models.stored import refuse_other_forms, stored_parameters
+from spiffy.runtime.models.tokens import (
+    check_tokenizer,
+    end_tokens,
+    read_tokenizer,
+    with_mask_token,
+)
 from spiffy.schemas import SpiffyError
 
 FAMILIES: tuple[Family, ...] = (
@@ -49,8 +56,9 @@ _DTYPES = {
     "float16": torch.float16,
 }
 
-# Config entries that say nothing about what the model computes.
-_COSMETIC = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+# transformers changes its own classes, torch's default dtype and its log level while it loads, and
+# puts them back: two loads at once would put back what the other had changed.
+_ONE_LOAD = threading.RLock()
 
 
 def load_model(
@@ -90,27 +98,33 @@ def load_model(
     if device_map is not None and find_spec("accelerate") is None:
         raise SpiffyError("device_map needs accelerate: pip install 'spiffy-dllm[large]'")
     source = Source.of(name, revision)
-    config_file = source.file("config.json")
+    config_file = source.optional_file("config.json")
+    if config_file is None:
+        source.refuse_adapter()
+        config_file = source.file("config.json")
     config = read_json(config_file)
     facts = _family(name, source, config, family)
     device = _device(device)
-    tokenizer, tokenizer_digest = _tokenizer(source)
-    if "mask_token_id" not in config and tokenizer is not None and tokenizer.mask_token is not None:
-        config["mask_token_id"] = tokenizer.mask_token_id  # as SDAR's own generation does
-    if "mask_token_id" not in config and facts.mask_token_id is not None:
-        config["mask_token_id"] = facts.mask_token_id  # in the official code only
-    module = _module(name, source, facts, config, _dtype(dtype, device), device_map)
+    with _quiet_transformers():
+        tokenizer = read_tokenizer(source)
+    config = with_mask_token(config, tokenizer, facts.mask_token_id)
+    architecture = _architecture(name, facts, config)
+    check_tokenizer(name, tokenizer, architecture[1].vocab_size)
+    eos_token_ids = end_tokens(source, config, tokenizer, architecture[1].vocab_size)
+    module = _module(name, source, facts, config, architecture, _dtype(dtype, device), device_map)
+    source.remember()
     if device_map is None:
         module = module.to(device)
+    mask = config["mask_token_id"]
     return DiffusionLM(
         module,
         facts,
         config,
         name=name,
         revision=_commit(config_file),
-        fingerprint=_fingerprint(config, tokenizer_digest),
+        fingerprint=fingerprint(facts, config, architecture[1], mask, eos_token_ids, tokenizer),
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(source, config, tokenizer),
+        eos_token_ids=eos_token_ids,
     )
 
 
@@ -121,6 +135,11 @@ def _family(name: str, source: Source, config: Mapping[str, Any], wanted: str | 
     """
     kind, listed = config.get("model_type"), config.get("architectures")
     classes = listed if isinstance(listed, list) else []
+    if kind in ("lladamoe", "llada_moe") or (kind == "llada" and config.get("num_experts")):
+        raise SpiffyError(
+            f"{name}: LLaDA-MoE is not supported: transformers has no module that computes its "
+            "mixture of experts; LLaDA-8B, LLaDA-1.5 and LLaDA2 are"
+        )
     found = [
         family
         for family in FAMILIES
@@ -177,18 +196,14 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _module(
-    name: str,
-    source: Source,
-    family: Family,
-    config: Mapping[str, Any],
-    dtype: torch.dtype,
-    device_map: str | Mapping[str, Any] | None,
-) -> Any:
+def _architecture(name: str, family: Family, config: Mapping[str, Any]) -> Architecture:
+    """Module class and config of a checkpoint, whose `config.json` is checked as a whole."""
+    check_entries(name, family.name, config, family.entries)
     try:
         _check_sizes(config)
         architecture, module_config = family.architecture(config)
         _check_token_ids(config, module_config.vocab_size)
+        check_block_sizes(config)
     except KeyError as error:
         raise SpiffyError(f"{name}: config.json lacks {error.args[0]!r}") from None
     except SpiffyError:
@@ -196,9 +211,23 @@ def _module(
     except Exception as error:  # transformers' checks of absurd values raise many kinds
         reason = " ".join(str(error).split())
         raise SpiffyError(f"{name}: config.json: {reason}") from None
+    return architecture, module_config
+
+
+def _module(
+    name: str,
+    source: Source,
+    family: Family,
+    config: Mapping[str, Any],
+    parts: Architecture,
+    dtype: torch.dtype,
+    device_map: str | Mapping[str, Any] | None,
+) -> Any:
+    architecture, module_config = parts
     files = source.weight_files()  # a download shows its progress: not below
     with _loading(name):
-        stored = _stored_parameters(files)
+        stored = stored_parameters(files)
+    refuse_other_forms(name, stored)
     _check_merged(name, family, config, stored)
     split = family.split(config)
     stored = _in_parts(name, family, stored, split)
@@ -241,19 +270,6 @@ def _refuse(name: str, family: Family, problem: str, parameters: Iterable[object
             f"{name}: {problem} parameter {keys[0]} ({len(keys)} in all): "
             f"not a {family.name} checkpoint?"
         )
-
-
-def _stored_parameters(files: Iterable[Path]) -> dict[str, Any]:
-    """Stored tensors by name, each read when transformers takes all of it (`[...]`).
-
-    Read, not mapped: the pages of a mapped file stay resident next to the weights that were
-    converted from them to another dtype, or merged, until the last shard is loaded.
-    """
-    stored: dict[str, Any] = {}
-    for file in files:
-        shard: Any = safe_open(file, framework="pt", backend="pread")
-        stored |= {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-    return stored
 
 
 class _Rows:
@@ -315,10 +331,9 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             continue
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{field} {value!r} must be a whole number from 1 to {most}")
-    for field in ("rope_theta", "rms_norm_eps"):
-        value = config.get(field, 1)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{field} {value!r} must be a positive number")
+    epsilon = config.get("rms_norm_eps", 1)
+    if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
+        raise ValueError(f"rms_norm_eps {epsilon!r} must be a positive number")
 
 
 def _check_amount(name: str, architecture: Any, config: Any, stored: Mapping[str, Any]) -> None:
@@ -365,7 +380,12 @@ def _loading(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No load reports, no bars: we raise instead, in one line."""
+    """No load reports, no bars: we raise instead, in one line. One at a time (`_ONE_LOAD`)."""
+    with _ONE_LOAD:
+        yield from _without_reports()
+
+
+def _without_reports() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -402,86 +422,9 @@ def _check_token_ids(config: Mapping[str, Any], vocab_size: int) -> None:
     eos = config.get("eos_token_id")
     if not all(isinstance(k, int) for k in (eos if isinstance(eos, list) else [eos or 0])):
         raise ValueError(f"eos_token_id {eos!r} is neither a token id nor a list of them")
-    block_size = config.get("block_size", 1)
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size {block_size!r} must be a positive integer")
-    if config.get("rope_scaling") is not None:
-        raise ValueError("rope_scaling is not supported")
-
-
-def _tokenizer(source: Source) -> tuple[Any, str]:
-    try:
-        return _read_tokenizer(source)
-    except SpiffyError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions
-        reason = " ".join(str(error).split())
-        raise SpiffyError(f"{source.place}: its tokenizer cannot be read: {reason}") from None
-
-
-def _read_tokenizer(source: Source) -> tuple[Any, str]:
-    path = source.optional_file("tokenizer.json")
-    if path is None:
-        return _qwen_tokenizer(source)
-    settings_path = source.optional_file("tokenizer_config.json")
-    settings = read_json(settings_path) if settings_path else {}
-    special = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key.endswith("_token") and value is not None and not key.startswith("add_")
-    }
-    template = settings.get("chat_template")
-    if template is None:
-        template_path = source.optional_file("chat_template.jinja")
-        template = template_path.read_text(encoding="utf-8") if template_path else None
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=template, **special)
-    return tokenizer, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _qwen_tokenizer(source: Source) -> tuple[Any, str]:
-    """Dream's checkpoints ship Qwen2's two files, and a tokenizer class of their own as code."""
-    paths = [source.optional_file(name) for name in ("vocab.json", "merges.txt")]
-    if None in paths:
-        return None, ""
-    with _quiet_transformers():
-        tokenizer = Qwen2Tokenizer.from_pretrained(
-            source.place,
-            revision=source.revision or "main",
-            local_files_only=source.offline is not None,
-        )
-    content = b"".join(path.read_bytes() for path in paths if path is not None)
-    return tokenizer, hashlib.sha256(content).hexdigest()
-
-
-def _eos_token_ids(source: Source, config: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the configs', the tokenizer's, the chat turn's."""
-    path = source.optional_file("generation_config.json")
-    ids: set[int] = set()
-    for holder in (config, read_json(path) if path else {}):
-        value = holder.get("eos_token_id")
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in listed):
-            raise SpiffyError(
-                f"{source.place}: eos_token_id {value!r} is neither a token id nor a list of them"
-            )
-        ids.update(listed)
-    if tokenizer is not None:
-        ids.update(
-            tokenizer.convert_tokens_to_ids(token)
-            for token in (tokenizer.eos_token, "<|eot_id|>", "<|im_end|>")
-            if token in tokenizer.get_vocab()
-        )
-    return frozenset(ids)
 
 
 def _commit(config_file: Path) -> str | None:
     """The hub keeps files under snapshots/<commit>/."""
     folder = config_file.parent
     return folder.name if folder.parent.name == "snapshots" else None
-
-
-def _fingerprint(config: Mapping[str, Any], tokenizer_digest: str) -> str:
-    """Digest of what the model computes from (config without cosmetics) and its tokenizer."""
-    facts = {key: value for key, value in config.items() if key not in _COSMETIC}
-    text = json.dumps([facts, tokenizer_digest], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import expert_shapes, usual_fields
+from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, expert_shapes, usual_fields
 
 _MIXTURE_FIELDS = (
     "moe_intermediate_size",
@@ -18,10 +18,22 @@ _MIXTURE_FIELDS = (
 )
 
 
+_ENTRIES = Entries(
+    reads=USUAL
+    | {"attention_bias", "decoder_sparse_step", "head_dim", "mlp_only_layers"}
+    | {*BLOCK_SIZES, *_MIXTURE_FIELDS},
+    only={"use_qk_norm": (True,)},
+    idle=frozenset(
+        {"debug", "ep_size", "fuse_cross_entropy", "micro_forward", "skip_checkpoint"}
+        | {"output_router_logits", "use_deepep"}
+    ),
+)
+
+
 def _architecture(config: Mapping[str, Any]) -> Architecture:
     fields = usual_fields(config) | {
         "head_dim": config["head_dim"],
-        "attention_bias": config.get("attention_bias", False),
+        "attention_bias": config.get("attention_bias") or False,
         "use_sliding_window": False,
     }
     if config["model_type"] == "sdar_moe":
@@ -54,4 +66,6 @@ SDAR = Family(
     caches=("block",),
     block_size=4,
     merged=_experts,
+    entries=_ENTRIES,
+    block_size_varies=True,
 )

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
-from transformers.utils.hub import cached_file, cached_files
+import huggingface_hub
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.notes import note
 
 _MAX_BYTES = 64 * 1024 * 1024  # indices of shards have a line per parameter
 _SHIPPED = Path(__file__).parent.parent / "checkpoints"
+# How files begin that stand for another, as a clone without git-lfs or git-xet leaves them.
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"# xet version")
 
 # Short names -> directories that ship with the package, or hub ids.
 ALIASES: Mapping[str, str] = {
@@ -72,11 +79,17 @@ class Source:
         Hub commit, tag or branch; None is the main branch.
     offline
         Why the hub cannot be asked, only its cache; None if it can.
+    asked
+        The revision that was asked for, of which `revision` is the commit.
+
+    What is missing is absent only where the directory, the hub or a cache that knows the whole
+    repository says "not found"; any other answer, for any file, is an error.
     """
 
     place: str
     revision: str | None = None
     offline: str | None = None
+    asked: str | None = None
 
     @classmethod
     def of(cls, name: str, revision: str | None = None) -> Source:
@@ -91,9 +104,12 @@ class Source:
             If it is none of them.
         """
         place = ALIASES.get(name, name)
-        if place and Path(place).is_dir():
-            return cls(place)
-        if place.count("/") != 1 or place.startswith((".", "/", "~")):
+        try:
+            if place and Path(place).is_dir():
+                return cls(place)
+        except OSError as error:
+            raise SpiffyError(f"{name}: cannot be read ({error.strerror or error})") from None
+        if not _is_hub_id(place):
             known = ", ".join(ALIASES)
             raise SpiffyError(
                 f"unknown model {name!r}: no such directory; give one, a hub id, or one of {known}"
@@ -101,8 +117,8 @@ class Source:
         try:
             commit = HfApi().model_info(place, revision=revision, timeout=10).sha
         except Exception as error:  # the hub's client raises many kinds
-            return cls(place, revision, offline=" ".join(str(error).split()))
-        return cls(place, commit)
+            return cls(place, revision, offline=_reason(error))
+        return cls(place, commit, asked=revision)
 
     @property
     def is_directory(self) -> bool:
@@ -117,48 +133,94 @@ class Source:
             place = place.parent.parent
         return place.name
 
+    @property
+    def hub_id(self) -> str | None:
+        """The hub id, also of a folder in the hub's cache; None for a folder of the user's."""
+        if not self.is_directory:
+            return self.place
+        repository = Path(self.place).resolve().parent.parent.name
+        kind, _, name = repository.partition("--")
+        return name.replace("--", "/", 1) if kind == "models" else None
+
     def file(self, name: str) -> Path:
         """Path of a file that has to be there, downloaded if needed.
 
         Raises
         ------
         SpiffyError
-            If it is not.
+            If it is not, or cannot be read.
         """
-        return self.files([name])[0]
-
-    def files(self, names: list[str]) -> list[Path]:
-        """Paths of several files, in the order given; see `file`."""
+        path = self.optional_file(name)
+        if path is not None:
+            return path
         if self.is_directory:
-            paths = [Path(self.place) / name for name in names]
-            for path in paths:
-                if not path.is_file():
-                    raise SpiffyError(
-                        f"{self.place} has no {path.name}: is it a complete checkpoint directory?"
-                    )
-            return paths
-        try:
-            found = cached_files(
-                self.place, names, revision=self.revision, local_files_only=self.offline is not None
-            )
-        except OSError as error:
-            raise self._unreachable(self.offline or str(error)) from None
-        return [Path(path) for path in found]
+            raise SpiffyError(f"{self.place} has no {name}: is it a complete checkpoint directory?")
+        if self.offline is not None:
+            raise self._unreachable(self.offline)
+        raise SpiffyError(f"{self.place}: the hub says that it has no {name}")
 
     def optional_file(self, name: str) -> Path | None:
-        """Path of a file that may be missing."""
-        if self.is_directory:
-            path = Path(self.place) / name
-            return path if path.is_file() else None
-        found = cached_file(
-            self.place,
-            name,
-            revision=self.revision,
-            local_files_only=self.offline is not None,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
+        """Path of a file that may be missing, downloaded if needed.
+
+        Raises
+        ------
+        SpiffyError
+            If it may be there and cannot be had.
+        """
+        path = Path(self.place) / name if self.is_directory else self._from_hub(name)
+        return None if path is None else _readable(path)
+
+    def _from_hub(self, name: str) -> Path | None:
+        """Path in the hub's cache, downloaded if needed; None if the hub has no such file."""
+        cached = try_to_load_from_cache(self.place, name, revision=self.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        if cached is not None:  # noted there when the hub said "not found"
+            return None
+        if self.offline is None and not constants.HF_HUB_OFFLINE:
+            try:
+                return Path(hf_hub_download(self.place, name, revision=self.revision))
+            except RemoteEntryNotFoundError:
+                return None
+            except Exception as error:  # the hub's client raises many kinds
+                raise SpiffyError(
+                    f"{self.place}: {name} cannot be had from the hub: {_reason(error)}"
+                ) from None
+        listed = self._listed()
+        if listed is not None and name not in listed:
+            return None
+        if listed is None and constants.HF_HUB_OFFLINE:
+            # Who sets it says that the cache is all there is.
+            config = try_to_load_from_cache(self.place, "config.json", revision=self.revision)
+            if isinstance(config, str):
+                broken = Path(config).with_name(name)
+                if broken.is_symlink() or broken.exists():
+                    return broken
+                note(
+                    f"{self.place}: the hub's cache does not say whether it is complete; what it "
+                    f"lacks is taken as absent. `hf download {self.place}` completes it"
+                )
+            return None
+        reason = self.offline or "HF_HUB_OFFLINE is set"
+        if name == "config.json":
+            raise self._unreachable(reason)
+        raise SpiffyError(
+            f"{self.place}: {name} is not in the cache folder {constants.HF_HUB_CACHE}, and the "
+            f"hub cannot be asked whether there is one ({reason[:200]}): run `hf download "
+            f"{self.place}` where there is network, or set HF_HUB_OFFLINE=1 if the cache has all "
+            "that the hub has"
         )
-        return Path(str(found)) if found else None
+
+    def _listed(self) -> frozenset[str] | None:
+        """Names of the repository's files, where a download of all of it has left a list."""
+        ask = getattr(huggingface_hub, "get_cached_repo_tree", None)  # huggingface_hub 2
+        if ask is None:
+            return None
+        try:
+            entries = ask(self.place, revision=self.revision or "main")
+        except Exception:  # no list, or one that cannot be read: nothing is known
+            return None
+        return frozenset(str(getattr(entry, "path", entry)) for entry in entries)
 
     def weight_files(self) -> list[Path]:
         """Paths of the safetensors files that hold the weights.
@@ -169,17 +231,44 @@ class Source:
             If there are none, or not all that the index names.
         """
         whole = self.optional_file("model.safetensors")
+        index = None if whole else self.optional_file("model.safetensors.index.json")
+        if whole is None and index is None:
+            self.refuse_adapter()
+        elif self.optional_file("adapter_config.json") is not None:
+            note(f"{self.place} holds an adapter (LoRA) beside its weights: it is not applied")
         if whole is not None:
             return [whole]
-        index = self.optional_file("model.safetensors.index.json")
         if index is not None:
-            return self.files(_shards(index))
+            return [self.file(name) for name in _shards(index)]
         if self.is_directory:
             raise SpiffyError(
                 f"{self.place} has no model.safetensors and no index of shards; pickled weights "
                 "are refused because loading them can run code: convert them to safetensors first"
             )
         raise self._unreachable(f"no weights in safetensors: {self.offline or 'not on the hub'}")
+
+    def remember(self) -> None:
+        """Let the hub's cache know which commit the name stands for, for times without network."""
+        if not self.is_directory and self.offline is None and not constants.HF_HUB_OFFLINE:
+            with suppress(Exception):  # as files are asked for by commit, it does not
+                hf_hub_download(self.place, "config.json", revision=self.asked)
+
+    def refuse_adapter(self) -> None:
+        """Refuse a LoRA adapter, which has no model of its own.
+
+        Raises
+        ------
+        SpiffyError
+            Names the model that it adapts.
+        """
+        path = self.optional_file("adapter_config.json")
+        if path is not None:
+            base = read_json(path).get("base_model_name_or_path") or "its base model"
+            raise SpiffyError(
+                f"{self.place} is an adapter (LoRA) of {base}, without that model's weights: merge "
+                "it with peft's merge_and_unload(), save_pretrained() the result, and give that "
+                "folder"
+            )
 
     def _unreachable(self, reason: str) -> SpiffyError:
         model = self.place.split("/")[-1]
@@ -189,6 +278,49 @@ class Source:
             f"where there is network, or pass the directory of a local copy, such as ./{model}, "
             "instead of the name"
         )
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _reason(error: BaseException) -> str:
+    """What the hub answered; its client wraps that in advice about connections."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()).partition(" For more information check")[0]
+    return text[:300] or type(error).__name__
+
+
+def _readable(path: Path) -> Path | None:
+    """The path if it leads to a file that can be read, None if there is nothing by that name.
+
+    Raises
+    ------
+    SpiffyError
+        If there is something else, or a pointer that stands for the file.
+    """
+    try:
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise SpiffyError(f"{path}: not a regular file")  # opening a pipe would wait for ever
+        with path.open("rb") as file:
+            begin = file.read(64)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise SpiffyError(f"{path}: a link that leads nowhere") from None
+        return None
+    except OSError as error:
+        raise SpiffyError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if begin.startswith(_POINTERS):
+        raise SpiffyError(
+            f"{path}: a git-lfs pointer, not the file that it stands for: run `git lfs pull` in "
+            "its folder, or `hf download`"
+        )
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
