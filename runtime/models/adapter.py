@@ -25,6 +25,7 @@ _PREFIX = "base_model.model."
 _LORA = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)"
 )
+_KEPT = ".base_layer"  # where peft stores an adapted embedding beside its adapter
 # Entries of adapter_config.json that are read; that have one value here; and without effect on what
 # is computed: training, initial values, where it came from. Others must be false, 0, empty or null.
 _READ = frozenset(
@@ -100,7 +101,7 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
     for entry, value in config.items():
         known = entry in _READ | _IDLE or value in _ONLY.get(entry, _NEUTRAL)
         if not known:
-            wanted = " or ".join(map(repr, _ONLY.get(entry, ("null",))))
+            wanted = " or ".join(map(repr, _ONLY.get(entry, ()))) or "null"
             raise SpiffyError(
                 f"{name}: adapter_config.json: {entry} = {repr(value)[:80]} is not supported, only "
                 f"{wanted} is: load the model with peft and spiffy.runtime.wrap() it"
@@ -142,7 +143,7 @@ def merge(
     SpiffyError
         If the adapter does not fit the model, or changes nothing.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import LoraConfig, LoraModel, set_peft_model_state_dict
 
     layers = _Layers(adapter, module, name, family, config)
     settings = LoraConfig(
@@ -158,9 +159,8 @@ def merge(
         inference_mode=True,
     )
     before = _probe(module)
-    adapted = get_peft_model(module, settings)
-    state = {f"{_PREFIX}{key}": tensor for key, tensor in layers.weights.items()}
-    unused = set_peft_model_state_dict(adapted, state).unexpected_keys
+    adapted = LoraModel(module, settings, "default")
+    unused = set_peft_model_state_dict(adapted.model, layers.weights).unexpected_keys
     if unused:
         raise SpiffyError(f"{adapter.place}: {unused[0]} was not applied ({len(unused)} in all)")
     merged = adapted.merge_and_unload(safe_merge=True)
@@ -217,6 +217,9 @@ class _Layers:
                     "adapter in the code that it was trained with"
                 )
             mine = _renamed(f"{layer}.", family.key_mapping).removesuffix(".")
+            if mine.endswith(_KEPT):
+                self._check_kept(key, mine.removesuffix(_KEPT), tensor)
+                continue
             used.update(word for word in names if layer == word or layer.endswith(f".{word}"))
             self._check(key, mine, part, tensor)
             self.weights[f"{mine}.{part}"] = tensor
@@ -233,6 +236,16 @@ class _Layers:
         raise SpiffyError(
             f"{self.adapter.place}: {key} {problem}: is it an adapter of {self.name}?"
         )
+
+    def _check_kept(self, key: str, layer: str, tensor: Tensor) -> None:
+        """Refuse an embedding that was stored because it is adapted, unless it is the model's."""
+        own: Any = getattr(self.modules.get(layer), "weight", None)
+        if (
+            own is None
+            or own.shape != tensor.shape
+            or not torch.equal(own.cpu(), tensor.to(own.dtype))
+        ):
+            self._refuse(key, f"is not the {layer} of the model")
 
     def _check(self, key: str, layer: str, part: str, tensor: Tensor) -> None:
         """Refuse a tensor that no layer takes."""
