@@ -36,6 +36,7 @@ from spiffy.runtime import BlockEdges, DiffusionLM
 from spiffy.runtime.budget.cost import device_name
 from spiffy.runtime.decode import Task, make_task
 from spiffy.runtime.generate import collect
+from spiffy.runtime.models.text import Prompt
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas.bench import Interval, Machine, Result, Split, Walkthrough
 
@@ -99,7 +100,7 @@ class Measurements:
 def measure(
     model: DiffusionLM,
     methods: Sequence[Method],
-    texts: Sequence[str],
+    prompts: Sequence[Prompt],
     records: Sequence[Mapping[str, Any]],
     repeats: int,
     warm_up: int,
@@ -119,11 +120,11 @@ def measure(
     def prepared(method: Method, prompt: int) -> Task:
         drafter = method.drafter(plain[prompt][0] if prompt in plain else ())
         watched = None if drafter is None else Watched(drafter)
-        task = make_task(model, texts[prompt], method.settings, watched, seed, prompt, edges)
+        task = make_task(model, prompts[prompt], method.settings, watched, seed, prompt, edges)
         task.adviser = None if method.adviser is None else WatchedAdviser(method.adviser)
         return task
 
-    for prompt in range(len(texts)):  # also warms up the baseline
+    for prompt in range(len(prompts)):  # also warms up the baseline
         task = prepared(baseline, prompt)
         decode(task)
         plain[prompt] = task.path, collect(task).token_ids

@@ -19,6 +19,7 @@ from spiffy.runtime.draft import (
     graph_drafter,
 )
 from spiffy.runtime.draft.acceptance import acceptance_of
+from spiffy.runtime.models.text import Prompt
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.bench import MethodKind
@@ -96,7 +97,7 @@ def methods(
     kinds: Sequence[MethodKind],
     budgets: Sequence[int],
     paper: DraftGraph | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Prompt] = (),
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     any_model: bool = False,
 ) -> list[Method]:
@@ -160,9 +161,9 @@ def methods(
 
 
 def median_task(
-    model: DiffusionLM, settings: DecodingSettings, prompts: Sequence[str], edges: BlockEdges
+    model: DiffusionLM, settings: DecodingSettings, prompts: Sequence[Prompt], edges: BlockEdges
 ) -> Task:
     """The decoding of the prompt of median length."""
-    tasks = [make_task(model, text, settings, edges=edges) for text in prompts]
+    tasks = [make_task(model, prompt, settings, edges=edges) for prompt in prompts]
     tasks.sort(key=lambda task: len(task.prompt))
     return tasks[len(tasks) // 2]

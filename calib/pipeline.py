@@ -159,7 +159,8 @@ def prepare(
     for text in prompts.texts:
         recorder = Recorder()
         try:
-            tasks.append(make_task(model, text, settings, recorder, seed, len(tasks), edges))
+            ids = model.encode(text, raw=prompts.raw, system=prompts.system)
+            tasks.append(make_task(model, ids, settings, recorder, seed, len(tasks), edges))
         except SpiffyError as problem:
             last_problem = problem
     if not tasks:

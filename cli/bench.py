@@ -24,6 +24,8 @@ from spiffy.cli.common import (
 from spiffy.cli.options import (
     Dataset,
     Decoding,
+    Encoding,
+    Field,
     ModelOfGraph,
     VersionOption,
     drafting_option,
@@ -33,14 +35,18 @@ from spiffy.cli.options import (
     prompt_option,
     spread,
 )
+from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
 from spiffy.schemas.io import write_atomically
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spiffy.bench.measure import Measurements
     from spiffy.bench.methods import Method
+    from spiffy.calib.prompt_files import Text
     from spiffy.calib.prompts import PromptSet
     from spiffy.runtime import BlockEdges
     from spiffy.runtime.models import DiffusionLM
@@ -57,7 +63,7 @@ def _compare(files: tuple[Path, Path] | None) -> None:
         return
     from spiffy.bench.compare import compare
 
-    typer.echo(compare(Bench.load(files[0]), Bench.load(files[1])))
+    write(compare(Bench.load(files[0]), Bench.load(files[1])) + "\n")
     raise typer.Exit
 
 
@@ -101,6 +107,7 @@ class _Prompts:
 
     dataset: Dataset = "synthetic"
     samples: Annotated[int, prompt_option(help="Prompts to decode.")] = 12
+    field: Field = None
     allow_calibrated: Annotated[
         bool,
         prompt_option(
@@ -110,9 +117,9 @@ class _Prompts:
 
     def draw(self, seed: int) -> PromptSet:
         """Draw them."""
-        return draw(self.dataset, self.samples, seed, test=True)
+        return draw(self.dataset, self.samples, seed, test=True, field=self.field)
 
-    def known(self, texts: Sequence[str], artifact: DraftGraph) -> int:
+    def known(self, texts: Sequence[Text], artifact: DraftGraph) -> int:
         """How many of them the graph was calibrated on; refused unless allowed."""
         from spiffy.bench.measure import overlap
         from spiffy.calib.prompts import prompt_digest
@@ -242,7 +249,8 @@ class _Run:
     settings: DecodingSettings
     edges: BlockEdges
     methods: Sequence[Method]
-    texts: Sequence[str]
+    texts: Sequence[Text]
+    prompts: Sequence[Tensor]
     records: Sequence[Any]
     data: DataRecord
 
@@ -254,6 +262,7 @@ def bench(
     model: ModelOfGraph,
     shape: _Shape,
     prompts: _Prompts,
+    encoding: Encoding,
     decoding: Decoding,
     methods: _Methods,
     output: _Output,
@@ -268,13 +277,14 @@ def bench(
     """
     artifact = DraftGraph.load(graph)
     methods.check(artifact)
+    encoding.check()
     shape.check()
     output.make_folder()
     with log.status("loading"):
         from spiffy.bench.measure import load_average, machine
 
         load = load_average()
-        run = _prepared(artifact, graph, model, shape, prompts, decoding, methods)
+        run = _prepared(artifact, graph, model, shape, prompts, encoding, decoding, methods)
     found = _measured(run, methods, decoding.seed)
     with log.status("summing up"):
         summary = _summary(run, found, machine(run.lm, load))
@@ -292,6 +302,7 @@ def _prepared(
     model: ModelOfGraph,
     shape: _Shape,
     prompts: _Prompts,
+    encoding: Encoding,
     decoding: Decoding,
     methods: _Methods,
 ) -> _Run:
@@ -307,13 +318,14 @@ def _prepared(
     settings, edges = decoding.settings(lm, artifact, model.any_model), decoding.block_edges()
     set_threads(lm, settings, threads)
     warn_of_differences(artifact, settings)
-    chosen = decodable(lm, settings, list(drawn.texts))
-    texts = [text for _, text in chosen]
+    chosen = decodable(lm, settings, drawn.texts, raw=encoding.raw, system=encoding.system)
+    encoding.note_spelled(lm, drawn.texts)
+    texts, ids = [drawn.texts[index] for index, _ in chosen], [ids for _, ids in chosen]
     known = prompts.known(texts, artifact)
     if methods.execute_code:
         log.print("--execute-code runs what the model writes, in a process with limits")
     kinds, numbers = methods.kinds(), methods.numbers(artifact)
-    found = methods_of(lm, settings, artifact, kinds, numbers, rival, texts, edges, model.any_model)
+    found = methods_of(lm, settings, artifact, kinds, numbers, rival, ids, edges, model.any_model)
     return _Run(
         lm=lm,
         artifact=artifact,
@@ -321,6 +333,7 @@ def _prepared(
         edges=edges,
         methods=found,
         texts=texts,
+        prompts=ids,
         records=[drawn.records[index] for index, _ in chosen],
         data=DataRecord(
             dataset=drawn.dataset,
@@ -339,14 +352,14 @@ def _measured(run: _Run, methods: _Methods, seed: int) -> Measurements:
     """Decode, with a progress bar."""
     from spiffy.bench.measure import measure
 
-    prompts, rivals = len(run.texts), run.methods[1:]
+    prompts, rivals = len(run.prompts), run.methods[1:]
     total = prompts + len(run.methods) * methods.repeats * prompts + methods.warm_up * len(rivals)
     with progress_bar() as bar:
         line = bar.add_task(f"decoding by {len(run.methods)} methods", total=total)
         return measure(
             run.lm,
             run.methods,
-            run.texts,
+            run.prompts,
             run.records,
             methods.repeats,
             methods.warm_up,
@@ -360,6 +373,7 @@ def _measured(run: _Run, methods: _Methods, seed: int) -> Measurements:
 def _summary(run: _Run, found: Measurements, machine: Machine) -> Bench:
     """What is kept of a run."""
     from spiffy.bench.measure import results, walkthrough
+    from spiffy.calib.prompt_files import question
 
     artifact, edges = run.artifact, run.edges
     shown = _to_step_through(run.methods)
@@ -376,7 +390,7 @@ def _summary(run: _Run, found: Measurements, machine: Machine) -> Bench:
         baseline=run.methods[0].name,
         results=results(run.methods, found),
         profile=_profile(run),
-        walkthrough=walkthrough(run.lm, shown, run.methods[0], run.texts, found),
+        walkthrough=walkthrough(run.lm, shown, run.methods[0], [*map(question, run.texts)], found),
     )
 
 
@@ -394,7 +408,7 @@ def _profile(run: _Run) -> CostProfile | None:
 
     if run.artifact.differences(run.settings):
         return None
-    task = median_task(run.lm, run.settings, run.texts, run.edges)
+    task = median_task(run.lm, run.settings, run.prompts, run.edges)
     return auto_profile(task, run.artifact)
 
 
@@ -424,7 +438,7 @@ def _print_table(summary: Bench) -> None:
     if console.is_terminal:
         console.print(terminal_table(summary))
     else:
-        typer.echo(markdown(summary))
+        write(markdown(summary) + "\n")
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from spiffy.cli.options import (
     Decoding,
     Device,
     Dtype,
+    Encoding,
+    Field,
     Growth,
     SkipBad,
     Threads,
@@ -30,6 +32,7 @@ from spiffy.cli.options import (
     recording_option,
     spread,
 )
+from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import check_writable
@@ -56,7 +59,7 @@ def _list_models(wanted: bool) -> None:
     width = max(map(len, ALIASES))
     for alias, place in ALIASES.items():
         shown = place if place.count("/") == 1 else "ships with the package"
-        typer.echo(f"{alias:{width}} {shown}")
+        write(f"{alias:{width}} {shown}\n")
     raise typer.Exit
 
 
@@ -102,10 +105,18 @@ class _Prompts:
         prompt_option(help="Prompts to decode; every fifth is held out to measure the graph."),
     ] = 50
     skip_bad: SkipBad = False
+    field: Field = None
 
     def draw(self, seed: int) -> PromptSet:
         """Draw them."""
-        return draw(self.dataset, self.samples, seed, test=False, skip_bad=self.skip_bad)
+        return draw(
+            self.dataset,
+            self.samples,
+            seed,
+            test=False,
+            skip_bad=self.skip_bad,
+            field=self.field,
+        )
 
 
 @dataclass(frozen=True)
@@ -211,6 +222,7 @@ class _Output:
 def calibrate(
     model: _Model,
     prompts: _Prompts,
+    encoding: Encoding,
     decoding: Decoding,
     growth: Growth,
     recording: _Recording,
@@ -228,6 +240,7 @@ def calibrate(
     --help).
     """
     growth.check()
+    encoding.check()
     threads = read_threads(model.threads)
     if abs(decoding.seed) >= 1 << 53:
         raise SpiffyError(f"--seed {decoding.seed}: must be between -2^53 and 2^53")
@@ -237,12 +250,14 @@ def calibrate(
     with _resumable(recording.workdir, ranks):
         with log.status("loading"):
             drawn = prompts.draw(decoding.seed)  # cheap to refuse, before torch is imported
+            drawn = replace(drawn, raw=encoding.raw, system=encoding.system)
             from spiffy.calib.pipeline import build_graph, prepare
 
             lm = model.load(ranks)
             settings, edges = decoding.settings(lm), decoding.block_edges()
             set_threads(lm, settings, threads)
             tasks = prepare(lm, drawn, settings, decoding.seed, edges)
+        encoding.note_spelled(lm, drawn.texts)
         _note_left_out(drawn, tasks, settings)
         traces = _recorded(recording, lm, drawn, tasks, ranks)
         if traces is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,15 +17,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from spiffy.cli.streams import OutputError, guarded_streams
 from spiffy.cli.threads import wait_passively
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spiffy.calib.prompt_files import Text
     from spiffy.runtime.models import DiffusionLM
 
 #: Results go to standard output, everything else to standard error.
 console = Console(markup=False, emoji=False)
 log = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+_WIDE = 1000  # columns: nothing is cut or broken where no terminal has a width
 
 
 def progress_bar() -> Progress:
@@ -54,21 +61,27 @@ def note_skipped(lines: int, dataset: str) -> None:
 
 
 def decodable(
-    lm: DiffusionLM, settings: DecodingSettings, texts: list[str]
-) -> list[tuple[int, str]]:
-    """Prompts that can be decoded, numbered from 0; the others are named and left out."""
+    lm: DiffusionLM,
+    settings: DecodingSettings,
+    texts: Sequence[Text],
+    *,
+    raw: bool = False,
+    system: str | None = None,
+) -> list[tuple[int, Tensor]]:
+    """Ids of prompts that can be decoded, numbered from 0; the others are named and left out."""
     from spiffy.runtime.decode import make_task
 
     prompts = []
     for index, text in enumerate(texts):
         try:
-            make_task(lm, text, settings)
+            ids = lm.encode(text, raw=raw, system=system)
+            make_task(lm, ids, settings)
         except SpiffyError as problem:
             if len(texts) == 1:
                 raise
             log.print(f"prompt {index} left out: {problem}", soft_wrap=True)
         else:
-            prompts.append((index, text))
+            prompts.append((index, ids))
     if not prompts:
         raise SpiffyError(f"none of the {len(texts)} prompts can be decoded")
     return prompts
@@ -93,17 +106,40 @@ def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> Non
 
 
 def run_app(app: Callable[[], None]) -> None:
-    """Run a typer app; bad input ends in one line and exit code 2."""
+    """Run a typer app; bad input and failed output end in one line and exit code 2."""
     wait_passively()
     try:
+        with guarded_streams():
+            for out in (console, log):
+                if not out.file.isatty():
+                    out.width = _WIDE
+            _run(app)
+    except OutputError as error:
+        if not error.is_closed_pipe:
+            _complain(str(error))
+        sys.exit(2)
+
+
+def _run(app: Callable[[], None]) -> None:
+    try:
         app()
+    except OutputError:
+        raise
     except SpiffyError as error:
-        log.print(f"error: {error}", soft_wrap=True)
+        _complain(str(error))
+        sys.exit(2)
+    except OSError as error:  # a disk that is full, a folder that is gone
+        _complain(str(SpiffyError(str(error))))
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         # torch's, which is not imported here; its allocator on CPUs has no error of its own
         named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
         if not named and "DefaultCPUAllocator" not in str(error):
             raise
-        log.print("error: out of memory: lower --budget, or use a cache (--cache dual)")
+        _complain("out of memory: lower --budget, or use a cache (--cache dual)")
         sys.exit(2)
+
+
+def _complain(problem: str) -> None:
+    with suppress(OSError):
+        log.print(f"error: {problem}", soft_wrap=True)

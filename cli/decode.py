@@ -18,9 +18,11 @@ from spiffy.cli.common import (
     run_app,
     warn_of_differences,
 )
-from spiffy.cli.decode_runs import Runs, Way, compare, print_json, report, write
+from spiffy.cli.decode_runs import Runs, Way, compare, print_json, report
 from spiffy.cli.options import (
     Decoding,
+    Encoding,
+    Field,
     ModelOfGraph,
     SkipBad,
     VersionOption,
@@ -31,10 +33,12 @@ from spiffy.cli.options import (
     prompt_option,
     spread,
 )
+from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 
 if TYPE_CHECKING:
+    from spiffy.calib.prompt_files import Text
     from spiffy.runtime.budget.auto import AutoBudget
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -49,12 +53,16 @@ class _Prompts:
     prompt: Annotated[str | None, prompt_option(help="One prompt.")] = None
     prompts: Annotated[
         str | None,
-        prompt_option(help="JSONL file with a 'prompt' or 'question' field, or a dataset name."),
+        prompt_option(
+            help="File of prompts (JSONL, JSON, CSV, Parquet), or a dataset as for "
+            "spiffy-calibrate --dataset."
+        ),
     ] = None
     samples: Annotated[
         int | None, prompt_option(help="Draw this many of the prompts (default: all, in order).")
     ] = None
     skip_bad: SkipBad = False
+    field: Field = None
 
     def check(self) -> None:
         """Refuse options that exclude each other or lack another."""
@@ -62,13 +70,22 @@ class _Prompts:
             raise SpiffyError("--prompt and --prompts exclude each other")
         if self.skip_bad and self.prompts is None:
             raise SpiffyError("--skip-bad leaves out lines of --prompts: give a file")
+        if self.field is not None and self.prompts is None:
+            raise SpiffyError("--field names a field of --prompts: give a file")
         if self.samples is not None and self.prompts is None:
             raise SpiffyError("--samples draws from --prompts: give a file or a dataset")
 
-    def texts(self, seed: int) -> list[str]:
+    def texts(self, seed: int) -> list[Text]:
         """Read them: the one given, those of a file or data set, or standard input."""
         if self.prompts is not None:
-            drawn = draw(self.prompts, self.samples, seed, test=True, skip_bad=self.skip_bad)
+            drawn = draw(
+                self.prompts,
+                self.samples,
+                seed,
+                test=True,
+                skip_bad=self.skip_bad,
+                field=self.field,
+            )
             note_skipped(drawn.skipped, self.prompts)
             return list(drawn.texts)
         if self.prompt is not None:
@@ -76,7 +93,7 @@ class _Prompts:
         if sys.stdin.isatty():
             log.print("reading the prompt from standard input, end with Ctrl-D")
         text = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
-        return [text.strip("\n")]
+        return [text.removeprefix("\ufeff").strip("\r\n")]
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,7 @@ class _Drafting:
         from spiffy.runtime.decode import make_task
 
         tasks = [
-            make_task(runs.lm, text, runs.settings, edges=runs.edges) for _, text in runs.prompts
+            make_task(runs.lm, ids, runs.settings, edges=runs.edges) for _, ids in runs.prompts
         ]
         tasks.sort(key=lambda task: len(task.prompt))
         task = tasks[len(tasks) // 2]
@@ -177,6 +194,13 @@ class _Output:
         bool, output_option("--stream", help="Print blocks as they are finished.")
     ] = False
     json: Annotated[bool, output_option("--json", help="Print one JSON object per prompt.")] = False
+    stop: Annotated[
+        list[str] | None,
+        output_option(
+            help="End an answer before this text, once its block is done; may be given several "
+            "times. A line end is $'\\n' in most shells."
+        ),
+    ] = None
 
     def check(self, drafts: bool) -> None:
         """Refuse options that exclude each other; `drafts` says whether there are any."""
@@ -196,6 +220,7 @@ def decode(
     *,
     model: ModelOfGraph,
     prompts: _Prompts,
+    encoding: Encoding,
     decoding: Decoding,
     drafting: _Drafting,
     output: _Output,
@@ -210,6 +235,7 @@ def decode(
     many pens are there now?"
     """
     prompts.check()
+    encoding.check()
     artifact = None if graph is None else DraftGraph.load(graph)
     if artifact is None and model.model is None:
         raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
@@ -222,7 +248,9 @@ def decode(
         lm = model.load(artifact, graph)
         settings = decoding.settings(lm, artifact, model.any_model)
         set_threads(lm, settings, threads)
-        runs = Runs(lm, settings, decoding.seed, edges, decodable(lm, settings, texts))
+        chosen = decodable(lm, settings, texts, raw=encoding.raw, system=encoding.system)
+        runs = Runs(lm, settings, decoding.seed, edges, chosen, tuple(output.stop or ()))
+        encoding.note_spelled(lm, texts)
         if artifact is not None and budgets:
             warn_of_differences(artifact, settings)
         runs.ways = drafting.ways(runs, artifact, budgets)

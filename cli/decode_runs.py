@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from spiffy.cli.common import log, note_if_inexact
+from spiffy.cli.streams import write_utf8
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from spiffy.runtime import BlockEdges
     from spiffy.runtime.decode import Adviser
@@ -40,7 +41,8 @@ class Runs:
     settings: DecodingSettings
     seed: int
     edges: BlockEdges
-    prompts: list[tuple[int, str]]
+    prompts: list[tuple[int, Tensor]]
+    stop: tuple[str, ...] = ()
     ways: dict[str, Way] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     fitting: dict[str, int] = field(default_factory=dict)  # drafts that memory allows
@@ -50,19 +52,20 @@ class Runs:
         """Whose answers are printed."""
         return next(reversed(self.ways))
 
-    def decode(self, prompt: tuple[int, str], name: str) -> None:
+    def decode(self, prompt: tuple[int, Tensor], name: str) -> None:
         """Decode one prompt with one drafter."""
         for _ in self.stream(prompt, name):
             pass
 
-    def stream(self, prompt: tuple[int, str], name: str) -> Iterator[str]:
+    def stream(self, prompt: tuple[int, Tensor], name: str) -> Iterator[str]:
         """Decode one prompt; yields the text of each block when it is finished."""
         from spiffy.runtime.decode import make_task, run
-        from spiffy.runtime.generate import answer_ids, collect
+        from spiffy.runtime.generate import answer, collect
 
-        sequence, text = prompt
+        sequence, ids = prompt
         way, edges = self.ways[name], self.edges
-        task = make_task(self.lm, text, self.settings, way.drafter, self.seed, sequence, edges)
+        options = (way.drafter, self.seed, sequence, edges, self.stop)
+        task = make_task(self.lm, ids, self.settings, *options)
         task.adviser = way.adviser
         task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
         printed, block = "", 0
@@ -70,9 +73,7 @@ class Runs:
             cursor = task.path[-1] if task.path else None
             if cursor is not None and (cursor.block > block or cursor.finished):
                 block = cursor.block
-                # A character may still lack bytes that the next block brings.
-                full = self.lm.decode_text(answer_ids(task))
-                full = full if cursor.finished else full.rstrip("\ufffd")
+                full, _ = answer(task)
                 yield full[len(printed) :]
                 printed = full
         if task.stats.halvings:
@@ -118,9 +119,13 @@ def compare(runs: Runs, out: Console) -> bool:
             continue
         table.add_column(name, justify="right")
         ours = _totals(outputs)
-        wrong = sum(a.token_ids != b.token_ids for a, b in zip(plain, outputs, strict=True))
+        wrong = sum(
+            (a.token_ids, a.text) != (b.token_ids, b.text)
+            for a, b in zip(plain, outputs, strict=True)
+        )
         differing += wrong
-        speed = (ours["tokens"] / ours["seconds"]) / (base["tokens"] / base["seconds"])
+        speed = ours["tokens"] / ours["seconds"]
+        ratio = speed / (base["tokens"] / base["seconds"]) if base["tokens"] else 1.0
         rows["prompts"].append(str(len(outputs)))
         rows["tokens identical"].append(f"no ({wrong} prompts differ)" if wrong else "yes")
         rows["NFE (model forwards)"].append(
@@ -131,7 +136,7 @@ def compare(runs: Runs, out: Console) -> bool:
             f"({ours['positions_computed'] / base['positions_computed']:.2f}x)"
         )
         rows["steps per forward"].append(f"{ours['steps'] / ours['nfe']:.2f}")
-        rows["tokens/s"].append(f"{ours['tokens'] / ours['seconds']:.1f} ({speed:.2f}x)")
+        rows["tokens/s"].append(f"{speed:.1f} ({ratio:.2f}x)")
     for label, cells in rows.items():
         table.add_row(label, *cells)
     out.print(table)
@@ -166,12 +171,6 @@ def note_budgets(outputs: Sequence[Output]) -> None:
         )
 
 
-def write(text: str) -> None:
-    """Print an answer as it is: rich would expand tabs and emoji codes."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def print_json(index: int, output: Output) -> None:
     """Print one answer as a line of JSON."""
     stats = output.stats
@@ -185,4 +184,4 @@ def print_json(index: int, output: Output) -> None:
         "accepted": stats.accepted,
         "seconds": round(stats.seconds, 6),
     }
-    write(json.dumps(record, ensure_ascii=False) + "\n")
+    write_utf8(json.dumps(record, ensure_ascii=False) + "\n")

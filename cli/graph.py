@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from spiffy.cli.common import console, log, run_app
 from spiffy.cli.options import VersionOption
+from spiffy.cli.streams import write_utf8
 from spiffy.graphs.labels import beyond_parent
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
 from spiffy.schemas.io import check_writable, read_json, write_atomically
@@ -162,7 +163,7 @@ def export(
 
     text = exported(DraftGraph.load(file), format.value)
     if out is None:
-        typer.echo(text, nl=False)
+        write_utf8(text)
         return
     check_writable(out)
     write_atomically(out, text)
@@ -211,7 +212,7 @@ def _audit(file: Path, graph: DraftGraph, dataset: str | None, model: str | None
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the artifact."""
-    typer.echo(json.dumps(DraftGraph.json_schema(), indent=2, sort_keys=True))
+    write_utf8(json.dumps(DraftGraph.json_schema(), indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ An option group is a dataclass whose fields are options. A command takes groups 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial, wraps
 from importlib.metadata import version
@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from spiffy.cli.common import log
+from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
 if TYPE_CHECKING:
+    from spiffy.calib.prompt_files import Text
     from spiffy.calib.prompts import PromptSet
     from spiffy.runtime import BlockEdges
     from spiffy.runtime.models import DiffusionLM
@@ -68,7 +71,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"spiffy-dllm {version('spiffy-dllm')}")
+        write(f"spiffy-dllm {version('spiffy-dllm')}\n")
         raise typer.Exit
 
 
@@ -89,13 +92,20 @@ Threads = Annotated[
 ]
 SkipBad = Annotated[
     bool,
-    prompt_option("--skip-bad", help="Leave out broken lines of a JSONL file, and say how many."),
+    prompt_option("--skip-bad", help="Leave out broken lines of a file, and say how many."),
+]
+Field = Annotated[
+    str | None,
+    prompt_option(
+        help="Field or column that holds the prompt. Default: prompt, question, messages, "
+        "instruction, problem, text, ..., whichever is there first."
+    ),
 ]
 Dataset = Annotated[
     str,
     prompt_option(
-        help="synthetic, gsm8k, humaneval, mbpp, math500, or a JSONL file with a 'prompt' or "
-        "'question' field."
+        help="synthetic, gsm8k, humaneval, mbpp, math500; a file in JSONL, JSON, CSV or Parquet; "
+        "or owner/name of a dataset on the hub."
     ),
 ]
 
@@ -276,6 +286,41 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """How prompts become token ids."""
+
+    raw: Annotated[
+        bool,
+        prompt_option(
+            "--raw",
+            help="Take prompts as they are: no chat template, and special tokens that they spell "
+            "are tokens. For base models, and for prompts that are templated already.",
+        ),
+    ] = False
+    system: Annotated[
+        str | None, prompt_option(help="System message to put before every prompt.")
+    ] = None
+
+    def check(self) -> None:
+        """Refuse options that exclude each other."""
+        if self.raw and self.system is not None:
+            raise SpiffyError("--raw takes prompts as they are: write the system message into them")
+
+    def note_spelled(self, model: DiffusionLM, prompts: Sequence[Text]) -> None:
+        """Say so if prompts spell special tokens that are taken as text."""
+        if self.raw or model.tokenizer is None:
+            return
+        spelling = [words for prompt in prompts if (words := model.codec.spelled(prompt))]
+        if spelling:
+            some = "the prompt spells" if len(prompts) == 1 else f"{len(spelling)} prompts spell"
+            log.print(
+                f"{some} special tokens, such as {spelling[0][0]}, which are taken as text: --raw "
+                "takes them as tokens, without the chat template",
+                soft_wrap=True,
+            )
+
+
+@dataclass(frozen=True)
 class Growth:
     """What graph is grown from recorded decodes."""
 
@@ -296,11 +341,22 @@ class Growth:
 
 
 def draw(
-    dataset: str, samples: int | None, seed: int, *, test: bool, skip_bad: bool = False
+    dataset: str,
+    samples: int | None,
+    seed: int,
+    *,
+    test: bool,
+    skip_bad: bool = False,
+    field: str | None = None,
 ) -> PromptSet:
     """Draw prompts, from the end of a data set that calibration or that tests use."""
     from spiffy.calib.prompts import load_prompts
 
     return load_prompts(
-        dataset, samples, seed, split="test" if test else "calibration", skip_bad=skip_bad
+        dataset,
+        samples,
+        seed,
+        split="test" if test else "calibration",
+        skip_bad=skip_bad,
+        field=field,
     )

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
-
 from spiffy.runtime.budget.auto import auto_budget
-from spiffy.runtime.decode import Stats, Task, make_task, run
+from spiffy.runtime.decode import Stats, Task, decoded, make_task, run
 from spiffy.runtime.draft import Selection, graph_drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.text import Prompt, without_beginnings
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 
@@ -23,7 +22,8 @@ class Output:
     Attributes
     ----------
     text, token_ids
-        The answer up to and with its first end-of-sequence token (which the text leaves out).
+        The answer up to and with its first end-of-sequence token (which the text leaves out), or
+        before its first stop string.
     stats
         What it cost.
     states
@@ -74,8 +74,11 @@ def decoding_settings(
 
 def generate(
     model: DiffusionLM,
-    prompt: str | Tensor,
+    prompt: Prompt,
     *,
+    raw: bool = False,
+    system: str | None = None,
+    stop: str | Sequence[str] = (),
     graph: DraftGraph | None = None,
     budget: int | Literal["auto"] = "auto",
     selection: Selection = "model",
@@ -91,7 +94,15 @@ def generate(
     Parameters
     ----------
     prompt
-        Text (put into the chat template), or token ids int64 [length].
+        Text or messages, which the chat template wraps; or token ids int64 [length], or what a
+        tokenizer returns.
+    raw
+        The text is templated already, or is to be continued: no template, and special tokens that
+        it spells are tokens.
+    system
+        System message to put in front.
+    stop
+        Strings; the answer ends before the first of them.
     graph
         Draft graph of this model, also the source of options not given; None decodes plainly.
     budget
@@ -120,7 +131,8 @@ def generate(
     if graph is None and budget != "auto":
         raise SpiffyError(f"budget {budget} counts drafts: give a graph")
     settings = decoding_settings(model, graph, any_model=any_model, **options)
-    task = make_task(model, prompt, settings, None, seed, sequence, edges)
+    ids = model.encode(prompt, raw=raw, system=system)
+    task = make_task(model, ids, settings, None, seed, sequence, edges, stop)
     if graph is not None:
         if budget == "auto":
             task.adviser = auto_budget(task, graph, selection)
@@ -141,22 +153,32 @@ def generate_batch(
 
 
 def answer_ids(task: Task) -> list[int]:
-    """The answer decoded so far: finished blocks, up to and with the first EOS token."""
+    """The answer decoded so far: finished blocks, up to its end; see `answer`."""
+    return answer(task)[1]
+
+
+def answer(task: Task) -> tuple[str, list[int]]:
+    """Text and ids of the answer so far, up to and with the first EOS, or before a stop string.
+
+    Of a decode that is not finished: of finished blocks, and without text that more may change,
+    such as half a character or what may become a stop string.
+    """
     if not task.path:
-        return []
-    canvas, cursor = task.canvas, task.path[-1]
-    stop = min(canvas.span(cursor.block).start, canvas.prompt_length + canvas.gen_length)
-    ids: list[int] = cursor.ids[canvas.prompt_length : stop].tolist()
-    if task.settings.stop_at_eos:
-        end = next((k for k, t in enumerate(ids) if t in task.model.eos_token_ids), len(ids))
-        ids = ids[: end + 1]
-    return ids
+        return "", []
+    cursor, model = task.path[-1], task.model
+    ids = decoded(task, cursor.ids, task.canvas.span(cursor.block).start)
+    if task.stop and (cut := model.codec.before_stop(ids, task.stop)):
+        return cut
+    text = model.decode_text(ids)
+    if not cursor.finished:
+        text = without_beginnings(text.rstrip("\ufffd"), task.stop)
+    return text, ids
 
 
 def collect(task: Task, trace: bool = False) -> Output:
     """The output of a finished task."""
     if task.adviser is not None:
         task.stats.why = task.adviser.why()
-    ids = answer_ids(task)
+    text, ids = answer(task)
     states = [cursor.ids.tolist() for cursor in task.path] if trace else []
-    return Output(task.model.decode_text(ids), ids, task.stats, states)
+    return Output(text, ids, task.stats, states)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,6 +38,8 @@ class Manifest(_Record):
         Digest of the prompt texts, how many of them can be decoded, and how many there are.
     prompt_digests
         A short digest of every prompt, for the artifact's record.
+    raw, system
+        How prompts were encoded, if not by themselves and with the chat template.
     """
 
     format: Literal["spiffy.workdir"] = "spiffy.workdir"
@@ -54,10 +56,17 @@ class Manifest(_Record):
     prompts: int = Field(ge=1)
     drawn: int = Field(ge=1)
     prompt_digests: tuple[str, ...]
+    raw: bool = False
+    system: str | None = None
+
+    def content(self) -> dict[str, Any]:
+        """What is written: how prompts were encoded is only there if it is not as usual."""
+        usual = {name for name in ("raw", "system") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=usual)
 
     def digest(self) -> str:
         """SHA-256 over the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.content()).encode()).hexdigest()
 
     def difference(self, other: Manifest, free: frozenset[str] = frozenset()) -> str | None:
         """The first setting that differs, in words, "batch_size 8, not 4"; None if none does.

@@ -157,7 +157,7 @@ def test_prompts_come_from_question_and_prompt_fields(tmp_path: Path) -> None:
     [
         ("", "holds no prompts"),
         ('{"prompt": "a"}\n{"prompt":', "line 2: not valid JSON"),
-        ('{"text": "a"}', "line 1: needs a non-empty text field"),
+        ('{"answer": "a"}', "line 1: needs a non-empty text field"),
         ('{"prompt": "  "}', "line 1: needs a non-empty text field"),
         ("[1]", "line 1: needs a non-empty text field"),
     ],

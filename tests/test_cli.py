@@ -128,13 +128,61 @@ def test_json_has_one_object_per_prompt(call: Call, artifact: Path, tmp_path: Pa
     assert [row["index"] for row in rows] == [0, 1, 2]
 
 
-def test_verify_compares_with_plain_decoding(call: Call, artifact: Path) -> None:
+def test_verify_compares_with_plain_decoding(
+    call: Call, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")  # of no terminal: the table is whole all the same
     arguments = ("--prompts", "synthetic", "--samples", 2, "--verify", "--budget", "1,4")
     code, printed, _ = call("decode", "--graph", artifact, *arguments)
     assert code == 0
     assert "tokens identical" in printed
     assert "NFE" in printed
     assert "positions computed" in printed
+    assert "\u2026" not in printed
+
+
+def test_raw_prompts_are_templated_already(call: Call) -> None:
+    decoding = ("decode", "--model", TINY, "--gen-length", 32)
+    code, answer, log = call(*decoding, "--prompt", PROMPT)
+    assert (code, "spells" in log) == (0, False)
+    templated = f"<|user|>{PROMPT}<|assistant|>"
+    assert call(*decoding, "--prompt", templated, "--raw")[:2] == (0, answer)
+    code, other, log = call(*decoding, "--prompt", templated)
+    assert (code, other == answer) == (0, False)
+    assert "the prompt spells special tokens, such as <|user|>, which are taken as text" in log
+
+
+def test_conversations_fields_and_stop_strings(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": PROMPT}
+    rows = [{"chat": [system, user]}, {"chat": [{"from": "human", "value": PROMPT}]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    decoding = ("decode", "--model", TINY, "--gen-length", 32)
+    code, printed, _ = call(*decoding, "--prompts", path, "--field", "chat", "--json")
+    assert code == 0
+    first, second = map(json.loads, printed.splitlines())
+    assert first["positions_computed"] > second["positions_computed"]  # of a longer prompt
+    code, printed, _ = call(*decoding, "--prompt", PROMPT, "--system", "S", "--json")
+    assert json.loads(printed) | {"seconds": 0} == first | {"seconds": 0}
+    without = second["text"]
+    stops = ("--stop", "no such text", "--stop", "=<<")
+    cut = without.split("=<<")[0]
+    assert cut != without
+    assert call(*decoding, "--prompt", PROMPT, *stops)[1] == cut + "\n"
+    assert call(*decoding, "--prompt", PROMPT, *stops, "--stream")[1] == cut + "\n"
+
+
+def test_verify_compares_answers_that_stop(call: Call, artifact: Path) -> None:
+    arguments = ("--prompt", PROMPT, "--block-length", 8, "--verify", "--budget", 4, "--json")
+    code, whole, _ = call("decode", "--graph", artifact, *arguments)
+    assert code == 0
+    code, stopped, log = call("decode", "--graph", artifact, *arguments, "--stop", "+4")
+    assert code == 0
+    assert "yes" in log
+    texts = [json.loads(printed)["text"] for printed in (whole, stopped)]
+    assert texts[1] == texts[0].split("+4")[0] != texts[0]
+    code, _, log = call("decode", "--graph", artifact, *arguments, "--stop", texts[0][0])
+    assert (code, "yes" in log) == (0, True)  # of no tokens at all
 
 
 def test_verify_notices_a_differing_token(
@@ -347,6 +395,9 @@ BAD_DECODE = {
     ),
     "edges": (["--graph", "GRAPH", "--prompt", "x", "--edges", "fold,frist"], "'frist' does not"),
     "no edges": (["--graph", "GRAPH", "--prompt", "x", "--edges", ""], "give all, none, or a list"),
+    "raw system": (["--model", TINY, "--prompt", "x", "--raw", "--system", "y"], "--raw takes"),
+    "field": (["--model", TINY, "--prompt", "x", "--field", "y"], "--field names a field of"),
+    "stop": (["--model", TINY, "--prompt", "x", "--stop", ""], "every stop string must be text"),
     "json stream": (["--graph", "GRAPH", "--prompt", "x", "--json", "--stream"], "drop --json"),
     "nothing to verify": (["--model", TINY, "--prompt", "x", "--verify"], "give --graph"),
 }

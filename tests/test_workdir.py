@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,7 @@ _CHILDREN = """
 import os, socket, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
 from pathlib import Path
 import kill, spiffy.calib.workdir
 from spiffy.calib.ranks import Ranks
@@ -315,6 +317,15 @@ def test_other_weights_of_the_same_configuration_are_told_apart() -> None:
     settings = decoding_settings(model, gen_length=8, block_length=8)
     ours = manifest_of(model, prompts, settings, 1, 1)
     assert ours == manifest_of(model, prompts, settings, 1, 1)
+    assert not {"raw", "system"} & ours.content().keys()  # as before there were such options
+    for other, difference in (
+        (replace(prompts, raw=True), "raw"),
+        (replace(prompts, system="S"), "S"),
+    ):
+        theirs = manifest_of(model, other, settings, 1, 1)
+        assert difference in str(ours.difference(theirs))
+        assert ours.digest() != theirs.digest()
+        assert Manifest.model_validate_json(json.dumps(theirs.content())) == theirs
     weight = next(model.module.parameters())
     kept = weight.detach().clone()
     with torch.no_grad():

@@ -12,13 +12,14 @@ from spiffy.runtime.decode.loop import (
     looked_at,
     may_complete,
 )
-from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, make_task
+from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task
 
 __all__ = [
     "Advice",
     "Adviser",
     "Stats",
     "Task",
+    "decoded",
     "denoise",
     "denoising_step",
     "find",

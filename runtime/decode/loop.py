@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from spiffy.runtime.decode.task import Task
+from spiffy.runtime.decode.task import Task, is_stopped
 from spiffy.runtime.draft import Candidates, Drafter, rank_candidates
 from spiffy.runtime.draft.rejected import with_rejected
 from spiffy.runtime.forward.cache import CACHES, Cache, Evaluation
@@ -267,7 +267,7 @@ def denoising_step(
     if goes_on:
         return Cursor(ids, cursor.block, cursor.block_step + 1, step, post_steps)
     ended = settings.stop_at_eos and not model.eos_token_ids.isdisjoint(answer)
-    finished = ended or cursor.block + 1 == canvas.blocks
+    finished = ended or cursor.block + 1 == canvas.blocks or is_stopped(task, ids, own.stop)
     return Cursor(ids, cursor.block + 1, 0, step, finished=finished)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from spiffy.runtime.draft import Drafter
 from spiffy.runtime.forward.cache import BlockEdges, most_drafts
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.text import Prompt, given_ids, stop_strings
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
@@ -103,6 +105,8 @@ class Task:
         The drafter of all forwards, or who chooses one for each; neither: plain decoding.
     most_drafts
         Drafts per forward that memory allows: a forward that does not fit halves it.
+    stop
+        Strings that end the answer, as soon as the block in which one is complete is done.
     path
         The state after every denoising step made so far.
     roots
@@ -118,6 +122,7 @@ class Task:
     drafter: Drafter | None = None
     edges: BlockEdges = field(default_factory=BlockEdges)
     most_drafts: int = MAX_NODES
+    stop: tuple[str, ...] = ()
     path: list[Cursor] = field(default_factory=list)
     roots: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
@@ -126,28 +131,28 @@ class Task:
 
 def make_task(
     model: DiffusionLM,
-    prompt: str | Tensor,
+    prompt: Prompt,
     settings: DecodingSettings,
     drafter: Drafter | None = None,
     seed: int = 0,
     sequence: int = 0,
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+    stop: str | Sequence[str] = (),
 ) -> Task:
-    """Prepare the decoding of one prompt (text, or int64 [length] ids).
+    """Prepare the decoding of one prompt: whatever `DiffusionLM.encode` takes.
 
     Raises
     ------
     SpiffyError
-        If the prompt is empty, holds ids outside the vocabulary, or leaves no room for the answer.
+        If the prompt is empty, holds ids outside the vocabulary, or leaves no room for the answer;
+        if there are stop strings that are none, or no tokenizer to find them.
     """
-    ids = model.encode(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt)
-    if ids.dim() != 1 or not len(ids) or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    stop = stop_strings(stop)
+    if stop and model.tokenizer is None:
         raise SpiffyError(
-            f"prompt ids must be a non-empty 1-D tensor of integers, got {ids.dtype} of shape "
-            f"{[*ids.shape]}"
+            f"{model.name} ships no tokenizer, so its answers have no text to stop at"
         )
-    if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
-        raise SpiffyError(f"prompt ids must lie in [0, {model.vocab_size})")
+    ids = given_ids(model.encode(prompt), model.vocab_size)
     family = model.family
     canvas = Canvas.plan(
         len(ids),
@@ -172,4 +177,23 @@ def make_task(
         drafter,
         edges,
         most_drafts(settings, canvas),
+        stop=stop,
     )
+
+
+def decoded(task: Task, ids: Tensor, stop: int) -> list[int]:
+    """The answer in a state (int64 [length]) up to position `stop`, and its first EOS token."""
+    canvas = task.canvas
+    stop = min(stop, canvas.prompt_length + canvas.gen_length)
+    answer: list[int] = ids[canvas.prompt_length : stop].tolist()
+    if task.settings.stop_at_eos:
+        end = next((k for k, t in enumerate(answer) if t in task.model.eos_token_ids), len(answer))
+        answer = answer[: end + 1]
+    return answer
+
+
+def is_stopped(task: Task, ids: Tensor, stop: int) -> bool:
+    """Whether the answer up to position `stop` holds one of the task's stop strings."""
+    if not task.stop:
+        return False
+    return task.model.codec.before_stop(decoded(task, ids, stop), task.stop) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,14 +9,13 @@ from inspect import signature
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 
 from spiffy.runtime.models.block_size import is_published, stated_block_size
 from spiffy.runtime.models.fields import Entries
+from spiffy.runtime.models.text import Prompt, TextCodec, given_ids, is_text
 from spiffy.schemas import CacheName, SpiffyError
-from spiffy.schemas.io import is_unicode
 from spiffy.schemas.notes import note
 
 _DEAR = 1 << 24  # parameters of an output head
@@ -393,85 +391,47 @@ class DiffusionLM:
         """
         return (positions - self.family.logit_shift - first).clamp_min(0)
 
-    def encode(self, prompt: str) -> Tensor:
-        """Token ids int64 [length] of one user message, wrapped in the chat template if any.
+    @cached_property
+    def codec(self) -> TextCodec:
+        """From text to token ids and back.
 
         Raises
         ------
         SpiffyError
-            If the checkpoint has no tokenizer, its chat template is broken, or the prompt is empty
-            or not Unicode.
+            If the checkpoint has no tokenizer.
         """
         if self.tokenizer is None:
             raise SpiffyError(f"{self.name} ships no tokenizer: pass token ids instead of text")
-        if not is_unicode(prompt):
-            raise SpiffyError("the prompt is not valid Unicode text: is it UTF-8?")
-        if not prompt.strip():
-            raise SpiffyError("the prompt is empty: give it at least one word")
-        before, after = self._turn(prompt)
-        ids = self._tokens(before + prompt + after)
-        special, least = self._special_ids, self._tokens(before + after)
-        if sum(k in special for k in ids) != sum(k in special for k in least):
-            # Spelled in the text they are text: never a mask, never the end of the turn.
-            content: list[int] = self._plain_tokenizer.encode(prompt, add_special_tokens=False).ids
-            if not special.isdisjoint(content):
-                raise SpiffyError(
-                    f"the prompt spells a special token in a way that the tokenizer of {self.name} "
-                    "cannot take as plain text: remove it"
-                )
-            ids = [*self._tokens(before), *content, *self._tokens(after)]
-            if not before and not after:
-                ids = self._around(content)
-        return torch.tensor(ids, dtype=torch.long)
+        return TextCodec(self.tokenizer, self.name, {self.mask_token_id, *self.eos_token_ids})
 
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        """Tokens that text must not turn into, however the checkpoint declares them."""
-        added = self.tokenizer.added_tokens_decoder.items()
-        declared = {token_id for token_id, token in added if token.special}
-        return frozenset(
-            {self.mask_token_id, *self.eos_token_ids, *declared, *self.tokenizer.all_special_ids}
-        )
+    def encode(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> Tensor:
+        """Token ids int64 [length] of a prompt.
 
-    @cached_property
-    def _plain_tokenizer(self) -> Any:
-        """The tokenizer without added tokens, special or not: everything is plain text to it."""
-        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        return Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+        Parameters
+        ----------
+        prompt
+            A user's message or a conversation, which the chat template wraps if there is one; or
+            token ids, as they are or as a tokenizer returns them (`given_ids`).
+        raw
+            Text is taken as it is, without template; special tokens that it spells are tokens.
+        system
+            System message to put in front of the text.
 
-    def _around(self, content: list[int]) -> list[int]:
-        """Put what the tokenizer puts around any text, such as a first token, around `content`."""
-        bare: list[int] = self.tokenizer("x", add_special_tokens=False)["input_ids"]
-        whole = self._tokens("x")
-        start = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
-        return [*whole[:start], *content, *whole[start + len(bare) :]]
-
-    def _turn(self, prompt: str) -> tuple[str, str]:
-        """What the chat template puts before and after a user's message."""
-        if not self.tokenizer.chat_template:
-            return "", ""
-        placeholder = "\ue000message\ue000"  # private-use characters: in no template, no prompt
-        message = [{"role": "user", "content": placeholder}]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # a template is a program that came with the checkpoint
-            raise SpiffyError(f"{self.name}: its chat template fails: {error}") from None
-        before, found, after = text.partition(placeholder)
-        if not found:
-            raise SpiffyError(f"{self.name}: its chat template leaves the message out")
-        return before, after
-
-    def _tokens(self, text: str) -> list[int]:
-        encoded = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)
-        return list(encoded["input_ids"])
+        Raises
+        ------
+        SpiffyError
+            If the prompt is empty or not Unicode, the ids are none of this model, or the checkpoint
+            has no tokenizer or a chat template that fails.
+        """
+        if is_text(prompt):
+            return torch.tensor(self.codec.encode(prompt, raw=raw, system=system))
+        if system is not None:
+            raise SpiffyError("a system message goes with text: this prompt is token ids already")
+        return given_ids(prompt, self.vocab_size)
 
     def decode_text(self, token_ids: list[int]) -> str:
         """Text of an answer, special tokens left out; empty without a tokenizer."""
-        if self.tokenizer is None:
-            return ""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return "" if self.tokenizer is None else self.codec.decode(token_ids)
 
 
 def block_causal_mask(positions: Tensor, block_length: int) -> Tensor:

@@ -1,0 +1,199 @@
+"""Prompt files as people have them: what is in them is read, and what is wrong is named."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from spiffy.calib import prompts
+from spiffy.calib.prompts import load_prompts, prompt_digest
+from spiffy.schemas import SpiffyError
+
+ONE, TWO = "Tom has 3 apples, how many?", "caf\u00e9 \U0001f34e\u2028two"
+LINES = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in (ONE, TWO))
+ARRAY = json.dumps([{"prompt": ONE}, {"prompt": TWO}], indent=2)
+TABLE = f'id,prompt\n1,"{ONE}"\n\n2,{TWO}\n'
+
+ENCODINGS: dict[str, tuple[str, bytes]] = {
+    "lines": ("p.jsonl", LINES.encode()),
+    "no suffix": ("p", LINES.encode()),
+    "byte-order mark": ("p.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+    "a mark in every line": ("p.jsonl", LINES.replace("{", "\ufeff{").encode()),
+    "windows": ("p.jsonl", b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode()),
+    "old mac": ("p.jsonl", LINES.replace("\n", "\r").encode()),
+    "utf-16": ("p.jsonl", LINES.encode("utf-16")),
+    "big-endian": ("p.jsonl", "\ufeff".encode("utf-16-be") + LINES.encode("utf-16-be")),
+    "utf-32": ("p.jsonl", LINES.encode("utf-32")),
+    "blank lines": ("p.jsonl", LINES.replace("\n", "\n \t\n\n").encode()),
+    "gzip": ("p.jsonl.gz", gzip.compress(LINES.encode())),
+    "gzip by another name": ("p.jsonl", gzip.compress(LINES.encode())),
+    "array": ("p.json", ARRAY.encode()),
+    "array in one line": ("p.jsonl", json.dumps(json.loads(ARRAY)).encode()),
+    "array with a mark": ("p.json", b"\xef\xbb\xbf" + ARRAY.replace("\n", "\r\n").encode()),
+    "lines called json": ("p.json", LINES.encode()),
+    "texts": ("p.jsonl", f"{json.dumps(ONE)}\n{json.dumps(TWO)}\n".encode()),
+    "array of texts": ("p.json", json.dumps([ONE, TWO]).encode()),
+    "csv": ("p.csv", TABLE.encode()),
+    "csv of windows": ("p.CSV", b"\xef\xbb\xbf" + TABLE.replace("\n", "\r\n").encode()),
+    "semicolons": ("p.csv", f"id;prompt\n1;{ONE}\n2;{TWO}\n".encode()),
+    "tabs": ("p.tsv", f"prompt\tid\n{ONE}\t1\n{TWO}\t2\n".encode()),
+    "one column": ("p.tsv", f"prompt\n{ONE}\n{TWO}\n".encode()),
+    "capitals": ("p.csv", f'Id,Prompt\n1,"{ONE}"\n2,{TWO}\n'.encode()),
+    "bzip2": ("p.jsonl.bz2", bz2.compress(LINES.encode())),
+    "xz": ("p.json.xz", lzma.compress(ARRAY.encode())),
+    "csv without suffix": ("p", TABLE.encode()),
+    "csv with gzip": ("p.csv.gz", gzip.compress(TABLE.encode())),
+}
+
+
+@pytest.mark.parametrize("case", ENCODINGS)
+def test_a_file_is_read_however_it_is_written(tmp_path: Path, case: str) -> None:
+    name, content = ENCODINGS[case]
+    (tmp_path / name).write_bytes(content)
+    found = load_prompts(str(tmp_path / name))
+    assert found.texts == (ONE, TWO)
+    assert found.dataset == name
+
+
+def test_parquet_is_read(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": ONE, "name": None}]
+    rows = [{"prompt": None, "messages": turns}, {"prompt": TWO, "messages": None}]
+    path = tmp_path / "p.parquet"
+    Dataset.from_list(rows).to_parquet(path)
+    assert load_prompts(str(path)).texts == (ONE, TWO)
+
+
+SYSTEM = {"role": "system", "content": "Answer briefly."}
+USER, ANSWER = {"role": "user", "content": ONE}, {"role": "assistant", "content": "3"}
+RECORDS: dict[str, tuple[Any, Any]] = {
+    "gsm8k": ({"question": ONE, "answer": "#### 3"}, ONE),
+    "math500": ({"problem": ONE, "solution": "3", "answer": "3", "level": 1}, ONE),
+    "mbpp": ({"task_id": 1, "text": ONE, "code": "x", "test_list": ["assert 1"]}, ONE),
+    "mbpp sanitized": ({"source_file": "x", "prompt": ONE, "code": "x"}, ONE),
+    "humaneval": ({"task_id": "HumanEval/0", "prompt": ONE, "test": "x"}, ONE),
+    "alpaca": ({"instruction": ONE, "input": "", "output": "3"}, ONE),
+    "alpaca with input": ({"instruction": ONE, "input": "apples"}, f"{ONE}\n\napples"),
+    "dolly": ({"instruction": ONE, "context": "apples"}, f"{ONE}\n\napples"),
+    "null": ({"prompt": None, "question": ONE}, ONE),
+    "ids": ({"prompt": [1, 2], "text": ONE}, ONE),
+    "messages": ({"messages": [SYSTEM, USER]}, [SYSTEM, USER]),
+    "one message": ({"messages": [USER]}, ONE),
+    "messages as prompt": ({"prompt": [USER]}, ONE),
+    "answered": ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER]),
+    "second turn": ({"messages": [USER, ANSWER, USER, ANSWER]}, [USER, ANSWER, USER]),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": ONE}, {"from": "gpt", "value": "3"}]},
+        ONE,
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ONE}]}]},
+        ONE,
+    ),
+    "bare conversation": ([SYSTEM, USER], [SYSTEM, USER]),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+@pytest.mark.parametrize("lines", [1, 2])
+def test_the_prompt_of_a_record_is_found(tmp_path: Path, case: str, lines: int) -> None:
+    record, prompt = RECORDS[case]
+    path = tmp_path / "p.jsonl"
+    path.write_text((json.dumps(record) + "\n") * lines)
+    found = load_prompts(str(path))
+    assert found.texts == (prompt,) * lines
+    assert found.digests == (prompt_digest(prompt),)
+
+
+def test_a_field_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "no", "goal": ONE, "instruction": "i", "input": "j"}))
+    assert load_prompts(str(path), field="goal").texts == (ONE,)
+    assert load_prompts(str(path), field="instruction").texts == ("i",)
+    (tmp_path / "p.csv").write_text("prompt;goal, short\nno;yes\n")
+    assert load_prompts(str(tmp_path / "p.csv"), field="goal, short").texts == ("yes",)
+
+
+BROKEN: dict[str, tuple[str, bytes, str]] = {
+    "line": ("p.jsonl", LINES.encode() + b'{"prompt"\n', "line 3: not valid JSON"),
+    "first line": ("p.jsonl", b'{"prompt\n' + LINES.encode(), "line 1: not valid JSON"),
+    "blank lines count": ("p.jsonl", b'\n\r\n{"prompt": 3}', "line 3: needs a non-empty text"),
+    "array": ("p.json", b'[\n{"prompt": "a"},\n{"prompt" "b"}\n]', "line 3: not valid JSON"),
+    "record": ("p.json", b'[{"prompt": "a"}, {"prompt": ""}]', "record 2: needs a non-empty"),
+    "latin-1": ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}', "line 2: not UTF-8 text"),
+    "half utf-16": ("p.jsonl", b"\xff\xfea", "not UTF-16 text"),
+    "other fields": ("p.jsonl", b'{"goal": "a"}', "it has 'goal'"),
+    "only answers": ("p.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', "line 1"),
+    "picture": ("p.jsonl", b'{"messages": [{"role": "user", "content": [{"url": "a"}]}]}', "no te"),
+    "blank turn": ("p.jsonl", b'{"messages": [{"role": "user", "content": " "}]}', "is empty"),
+    "csv latin-1": ("p.csv", b"prompt\na\ncaf\xe9", "line 3: not UTF-8 text"),
+    "csv commas": ("p.csv", b"prompt\na\nb, c\n", "line 3: has more cells"),
+    "csv without": (
+        "p.csv",
+        b"a,b\n1,2\n",
+        "line 2: needs a non-empty text field.*it has 'a', 'b'",
+    ),
+    "csv quotes": ("p.csv", b'prompt\na\n"b\n', "line 3: not valid CSV"),
+    "parquet": ("p.parquet", b"PAR1....", "not a Parquet file that can be read"),
+    "gzip": ("p.jsonl.gz", b"\x1f\x8b....", "cannot be read"),
+    "broken xz": ("p.jsonl.xz", lzma.compress(b"{}")[:9], "cannot be read"),
+    "plain text": ("p.txt", b"Tom has 3 apples.\n", "give plain text to --prompt"),
+    "pointer": ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "spreadsheet": ("p.csv", b"PK\x03\x04....", "save it as CSV"),
+    "empty": ("p.csv", b"", "holds no prompts"),
+    "only names": ("p.csv", b"prompt\n", "holds no prompts"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_named_by_file_and_line(tmp_path: Path, case: str) -> None:
+    name, content, message = BROKEN[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SpiffyError, match=message) as caught:
+        load_prompts(str(tmp_path / name))
+    assert str(caught.value).startswith(str(tmp_path / name))
+    assert str(caught.value).isprintable()
+
+
+def test_a_broken_first_line_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "half\n' + LINES)
+    found = load_prompts(str(tmp_path / "p.jsonl"), skip_bad=True)
+    assert (found.texts, found.skipped) == ((ONE, TWO), 1)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpiffyError, match="is a folder"):
+        load_prompts(str(tmp_path))
+    with pytest.raises(SpiffyError, match="no file that can be read"):
+        load_prompts("/dev/null")
+    with pytest.raises(SpiffyError, match="synthetic prompts have none"):
+        load_prompts("synthetic", field="text")
+
+
+def test_datasets_of_the_hub_are_named_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(path: str, name: str | None, split: str) -> list[dict[str, str]]:
+            asked.append((path, name, split))
+            return [{"question": ONE, "text": TWO}]
+
+    monkeypatch.setattr(prompts, "import_module", lambda name: Datasets)
+    assert load_prompts("gsm8k").texts == (ONE,)
+    assert load_prompts("gsm8k", field="text").texts == (TWO,)
+    for name in ("owner/set", "owner/set:test", "owner/set/main:test"):
+        assert load_prompts(name).dataset == name
+    assert asked[2:] == [
+        ("owner/set", None, "train"),
+        ("owner/set", None, "test"),
+        ("owner/set", "main", "test"),
+    ]
+    with pytest.raises(SpiffyError, match="no such file"):
+        load_prompts("folder/p.jsonl")
