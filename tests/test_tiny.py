@@ -174,3 +174,37 @@ def test_it_solves_problems_it_has_not_seen(name: str) -> None:
     )
     # training/README.md measures hundreds of problems; the few here leave room for chance.
     assert right >= 0.7 * len(unseen)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("static", {"block_length": 8}),
+        ("threshold", {}),
+        ("joint", {"threshold": 0.9, "edit_threshold": 0.8}),
+    ],
+)
+def test_the_mixture_is_lossless(policy: str, options: dict[str, object]) -> None:
+    """Few prompts, for time's sake: studies/mixture.py compares many."""
+    lm = model("tiny-llada2")
+    prompts = load_prompts("synthetic", 10)
+    settings = decoding_settings(lm, gen_length=GEN_LENGTH, policy=policy, **options)
+    traces = record(lm, prepare(lm, prompts, settings))
+    artifact = build_graph(lm, prompts, settings, traces, budget=8)
+    drafter = graph_drafter(lm, artifact, settings, 8)
+    unseen = list(islice(problems("test", 0), 8))
+    plain, ours = (
+        [make_task(lm, problem.question, settings, drafts) for problem in unseen]
+        for drafts in (None, drafter)
+    )
+    for task in (*plain, *ours):
+        for _ in run(lm, [task]):
+            pass
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert collect(mine, trace=True).states == collect(theirs, trace=True).states
+    assert sum(task.stats.nfe for task in ours) < sum(task.stats.nfe for task in plain)
+    right = sum(
+        final_answer(collect(task).text) == final_answer(problem.answer)
+        for task, problem in zip(ours, unseen, strict=True)
+    )
+    assert right >= 0.7 * len(unseen)

@@ -28,6 +28,7 @@ ALIASES: Mapping[str, str] = {
     "tiny-llada": str(_SHIPPED / "tiny-llada"),
     "tiny-dream": str(_SHIPPED / "tiny-dream"),
     "tiny-sdar": str(_SHIPPED / "tiny-sdar"),
+    "tiny-llada2": str(_SHIPPED / "tiny-llada2"),
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
     "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",
     "llada-1.5": "GSAI-ML/LLaDA-1.5",
