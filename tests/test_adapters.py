@@ -81,11 +81,14 @@ OFFICIAL = layers(
 )
 DREAM = layers("model.layers", {"self_attn.v_proj": (32, 64), "mlp.up_proj": (112, 64)})
 SDAR = layers("model.layers", {"self_attn.k_proj": (48, 64), "self_attn.o_proj": (64, 96)})
+LLADA2 = layers("model.layers", {"attention.dense": (48, 96)})
+# Checkpoint, and the layers as the adapter and as the module call them.
 LAYOUTS = {
-    "native": ("llada-a", NATIVE),
-    "official": ("llada-a", OFFICIAL),
-    "dream": ("dream-a", DREAM),
-    "sdar": ("sdar-a", SDAR),
+    "native": ("llada-a", NATIVE, NATIVE),
+    "official": ("llada-a", OFFICIAL, NATIVE),
+    "dream": ("dream-a", DREAM, DREAM),
+    "sdar": ("sdar-a", SDAR, SDAR),
+    "llada2": ("llada2-a", LLADA2, layers("model.layers", {"self_attn.o_proj": (48, 96)})),
 }
 
 
@@ -109,12 +112,11 @@ def llada(tmp_path: Path) -> Adapter:
 def test_a_merged_adapter_adds_its_product_to_the_weights_and_to_nothing_else(
     tmp_path: Path, layout: str
 ) -> None:
-    checkpoint, adapted = LAYOUTS[layout]
+    checkpoint, adapted, native = LAYOUTS[layout]
     adapter = Adapter(tmp_path, adapted)
     model, before = adapter.load(checkpoint), parity_model(checkpoint).module.state_dict()
     after = model.module.state_dict()
     assert after.keys() == before.keys()
-    native = NATIVE if checkpoint == "llada-a" else adapted
     merged = dict(zip((f"{layer}.weight" for layer in native), adapted, strict=True))
     for name, weight in after.items():
         change = adapter.delta(merged[name]) if name in merged else torch.zeros(())
@@ -125,7 +127,7 @@ def test_a_merged_adapter_adds_its_product_to_the_weights_and_to_nothing_else(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_drafts_leave_an_adapted_models_tokens_as_they_are(tmp_path: Path, layout: str) -> None:
-    checkpoint, adapted = LAYOUTS[layout]
+    checkpoint, adapted, _ = LAYOUTS[layout]
     model = Adapter(tmp_path, adapted).load(checkpoint, dtype="float64")
     cache = "block" if model.family.block_causal else "dual"
     settings = DecodingSettings.parse(cache=cache, block_length=8, gen_length=16, stop_at_eos=False)

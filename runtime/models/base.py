@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -255,17 +256,22 @@ class DiffusionLM:
     def device(self) -> torch.device:
         """Where token ids are expected."""
         head: Any = self.module.lm_head
-        places = [value for value in (*head.parameters(), *head.buffers()) if not value.is_meta]
-        if not places:  # offloaded by a device map: accelerate brings it there and back
+        weight = getattr(head, "weight", None)
+        if weight is None:  # quantised, in buffers
+            weight = next(iter((*head.parameters(), *head.buffers())))
+        if weight.is_meta:  # offloaded by a device map: accelerate brings it there and back
             return torch.device(head._hf_hook.execution_device)
-        return places[0].device  # type: ignore[no-any-return]
+        return weight.device  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights, or of those that are not quantised."""
-        values = (*self.module.lm_head.parameters(), *self.module.parameters())  # type: ignore[union-attr]
-        floating = (v.dtype for v in values if v.is_floating_point() and v.element_size() > 1)
-        return next(floating, torch.get_default_dtype())
+        head: Any = self.module.lm_head
+        own = getattr(head, "weight", None)
+        for weight in chain(() if own is None else (own,), self.module.parameters()):
+            if weight.is_floating_point() and weight.element_size() > 1:
+                return weight.dtype  # type: ignore[no-any-return]
+        return torch.get_default_dtype()
 
     @cached_property
     def arithmetic(self) -> str:
