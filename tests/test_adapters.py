@@ -189,6 +189,9 @@ def test_what_peft_saves_computes_what_peft_computes(
     assert apart.fingerprint == parity_model("dream-a").fingerprint
     assert "peft.Linear" in apart.arithmetic  # computing it costs more than merged
     assert merged.arithmetic == "float32"
+    settings = DecodingSettings.parse(cache="dual", block_length=8, gen_length=16)
+    plainly = decode(apart, random_prompt(apart, 11), settings)
+    assert states(decode(apart, plainly.prompt, settings, Oracle(plainly, 3))) == states(plainly)
 
 
 @OLD_NAMES

@@ -15,10 +15,11 @@ import pytest
 import torch
 from helpers import PARITY, Oracle, decode, parity_model, random_prompt, states
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TorchAoConfig
 from typer.testing import CliRunner
 
 from spiffy.calib.workdir import _weights_digest
-from spiffy.runtime import DiffusionLM, load_model, wrap
+from spiffy.runtime import ALIASES, DiffusionLM, load_model, wrap
 from spiffy.runtime.budget.cost import conditions
 from spiffy.runtime.decode import make_task
 from spiffy.runtime.draft import GraphDrafter
@@ -96,6 +97,28 @@ def test_a_module_that_torchao_has_quantised_wraps() -> None:
     plainly = decode(model, random_prompt(model, 11), settings)
     drafted = decode(model, plainly.prompt, settings, Oracle(plainly, depth=3))
     assert states(drafted) == states(plainly)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at its own config
+def test_a_checkpoint_that_transformers_loads_in_8_bits_wraps() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    folder, loaded = ALIASES["tiny-sdar"], load_model("tiny-sdar", device="cpu")
+    module = Qwen3ForCausalLM.from_pretrained(
+        folder,
+        config=Qwen3Config.from_pretrained(folder),
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False)),
+        attn_implementation="sdpa",
+        dtype=torch.float32,
+    )
+    model = wrap(module, PreTrainedTokenizerFast.from_pretrained(folder), "sdar")
+    assert model.arithmetic == "float32, torchao.Int8Tensor"
+    assert model.fingerprint == loaded.fingerprint
+    assert model.default_block_length == loaded.default_block_length
+    settings = DecodingSettings.parse(cache="block", block_length=8, gen_length=16)
+    prompt = model.encode("Tom has 3 apples. He buys 4 more. How many now?")
+    plainly = decode(model, prompt, settings)
+    assert states(decode(model, prompt, settings, Oracle(plainly, depth=3))) == states(plainly)
 
 
 def test_quantised_weights_count_as_other_weights_where_that_matters() -> None:

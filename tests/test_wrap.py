@@ -365,6 +365,9 @@ def test_a_module_spread_by_a_device_map_wraps(place: str) -> None:
     assert ours.broken_weights() is None  # of those that are there
     gap = ours.forward_logits(IDS) - parity_model("sdar-a").forward_logits(IDS)
     assert gap.abs().max() < 1e-3
+    settings = DecodingSettings.parse(cache="block", block_length=8, gen_length=16)
+    plainly = decode(ours, random_prompt(ours, 11), settings)
+    assert states(decode(ours, plainly.prompt, settings, Oracle(plainly, 3))) == states(plainly)
 
 
 def test_a_plain_parameter_is_its_own_storage() -> None:

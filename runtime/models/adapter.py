@@ -25,6 +25,7 @@ _PREFIX = "base_model.model."
 _LORA = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)"
 )
+_NAME = "default"  # peft's, of an adapter
 _KEPT = ".base_layer"  # where peft stores an adapted embedding beside its adapter
 # Entries of adapter_config.json that are read; that have one value here; and without effect on what
 # is computed: training, initial values, where it came from. Others must be false, 0, empty or null.
@@ -143,7 +144,7 @@ def merge(
     SpiffyError
         If the adapter does not fit the model, or changes nothing.
     """
-    from peft import LoraConfig, LoraModel, set_peft_model_state_dict
+    from peft import LoraConfig, LoraModel
 
     layers = _Layers(adapter, module, name, family, config)
     settings = LoraConfig(
@@ -159,10 +160,14 @@ def merge(
         inference_mode=True,
     )
     before = _probe(module)
-    adapted = LoraModel(module, settings, "default")
-    unused = set_peft_model_state_dict(adapted.model, layers.weights).unexpected_keys
-    if unused:
-        raise SpiffyError(f"{adapter.place}: {unused[0]} was not applied ({len(unused)} in all)")
+    adapted = LoraModel(module, settings, _NAME)
+    # The names are this module's: peft's own loading would rename those of mixtures, for which it
+    # needs a newer transformers than we do.
+    state = {layers.name_in_peft(key): tensor for key, tensor in layers.weights.items()}
+    found = adapted.model.load_state_dict(state, strict=False)
+    astray = [*found.unexpected_keys, *(k for k in found.missing_keys if f".{_NAME}" in k)]
+    if astray:
+        raise SpiffyError(f"{adapter.place}: {astray[0]} was not applied ({len(astray)} in all)")
     merged = adapted.merge_and_unload(safe_merge=True)
     if torch.equal(before, _probe(merged)):
         raise SpiffyError(
@@ -231,6 +236,16 @@ class _Layers:
                 if (stated := _of_pattern(adapter.config, "rank", layer)) != len(tensor):
                     self._refuse(key, f"has rank {len(tensor)}, adapter_config.json says {stated}")
         self._check_whole(module, {*names}, used)
+
+    def name_in_peft(self, key: str) -> str:
+        """Where peft holds a tensor of ours."""
+        match = _LORA.fullmatch(key)
+        if match is None:
+            layer, _, part = key.rpartition(".")
+            return f"{layer}.modules_to_save.{_NAME}.{part}"
+        kind, _, rest = match["part"].partition(".")
+        rest = "weight" if kind == "lora_magnitude_vector" else rest
+        return ".".join(filter(None, (match["layer"], kind, _NAME, rest)))
 
     def _refuse(self, key: str, problem: str) -> None:
         raise SpiffyError(
