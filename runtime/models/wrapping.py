@@ -20,9 +20,10 @@ from spiffy.runtime.models.tokens import check_tokenizer, end_tokens, with_mask_
 from spiffy.schemas import SpiffyError
 
 # How far apart the same hidden states may come out of two forwards of other shapes, relative to how
-# far states of different tokens lie apart. Where the mask is not kept to, it is far more.
-_APART = {torch.bfloat16: 0.1, torch.float16: 0.05}
-_APART_ELSE = 0.01
+# far states of different tokens lie apart. In random models of 64 layers other kernels make 0.12 in
+# bfloat16, 0.03 in float16; where the mask is not kept to it is 0.6 and more, trained or not.
+_APART = {torch.bfloat16: 0.3}
+_APART_ELSE = 0.1
 
 
 def wrap(
