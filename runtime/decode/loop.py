@@ -265,10 +265,10 @@ def denoising_step(
         changed = filling or bool(chosen.any())
         goes_on = changed and post_steps < settings.max_post_steps
     if goes_on:
-        return Cursor(ids, cursor.block, cursor.block_step + 1, step, post_steps)
+        return Cursor(ids, cursor.block, cursor.block_step + 1, step, post_steps=post_steps)
     ended = settings.stop_at_eos and not model.eos_token_ids.isdisjoint(answer)
     finished = ended or cursor.block + 1 == canvas.blocks or is_stopped(task, ids, own.stop)
-    return Cursor(ids, cursor.block + 1, 0, step, finished=finished)
+    return Cursor(ids, cursor.block + 1, 0, step, finished)
 
 
 def _no_number(task: Task, cursor: Cursor) -> SpiffyError:
