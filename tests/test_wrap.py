@@ -232,6 +232,14 @@ def test_a_forward_that_fails_is_one_line(attention: Callable[[DiffusionLM, Any]
     assert message.endswith("(TypeError: no such kernel here)")
 
 
+def test_broken_weights_are_not_taken_for_broken_attention() -> None:
+    model = own("sdar-a")
+    weight = model.module.get_parameter("model.layers.1.mlp.up_proj.weight")
+    weight.data[3, 3] = torch.nan
+    message = refusal(lambda: wrapped(model, "sdar-a"))
+    assert message.endswith("NaN or infinity: model.layers.1.mlp.up_proj.weight holds them")
+
+
 # ---------------------------------------------------------------- what is no model
 
 

@@ -171,7 +171,7 @@ def check_attention(model: DiffusionLM) -> None:
     Raises
     ------
     SpiffyError
-        If the states differ, or the forward fails.
+        If the states differ or are not finite, or the forward fails.
     """
     attention = getattr(model.module.config, "_attn_implementation", None) or "its own"
     advice = "load the module with attn_implementation='sdpa' or 'eager'"
@@ -183,6 +183,12 @@ def check_attention(model: DiffusionLM) -> None:
             f"{model.name}: its forward fails with the mask that drafts need (attention: "
             f"{attention}): {advice} ({type(error).__name__}: {reason})"
         ) from None
+    if not alone.isfinite().all():
+        cause = model.broken_weights()
+        raise SpiffyError(
+            f"{model.name} computes NaN or infinity: "
+            + (f"{cause} holds them" if cause else f"its forward overflows in {model.dtype}")
+        )
     scale = (alone - alone.mean(0)).norm()
     if not (packed - alone).norm() <= _APART.get(model.dtype, _APART_ELSE) * scale:
         raise SpiffyError(
