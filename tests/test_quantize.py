@@ -246,22 +246,22 @@ def a_graph() -> DraftGraph:
     )
 
 
-def test_verify_of_a_quantised_model_passes_and_says_nothing_of_other_machines(
-    tmp_path: Path,
-) -> None:
-    """Wherever torchao is installed, transformers imports it: its complaints are not for users."""
+def test_verify_of_a_quantised_model_passes(tmp_path: Path) -> None:
     a_graph().save(tmp_path / "graph.json")
-    script = "from spiffy.cli.decode import main; main()"
     model = ["--graph", str(tmp_path / "graph.json"), "--quantize", "int8", "--device", "cpu"]
     prompt = ["--prompt", "Tom has 3 apples. He buys 4 more. How many now?"]
+    app = import_module("spiffy.cli.decode").app
+    done = CliRunner().invoke(app, [*model, *prompt, "--budget", "2", "--verify"])
+    assert done.exit_code == 0, done.output
+
+
+def test_commands_say_nothing_of_kernels_for_other_machines() -> None:
+    """Wherever torchao is installed, transformers imports it, whatever is decoded."""
+    script = "from spiffy.cli.common import run_app; run_app(lambda: __import__('torchao'))"
     done = subprocess.run(
-        [sys.executable, "-c", script, *model, *prompt, "--budget", "2", "--verify"],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert "orch" not in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("command", ["calibrate", "decode", "bench"])
