@@ -8,7 +8,14 @@ from typing import Any
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, expert_shapes, usual_fields
+from spiffy.runtime.models.fields import (
+    BLOCK_SIZES,
+    QK_NORM,
+    USUAL,
+    Entries,
+    expert_shapes,
+    usual_fields,
+)
 
 _MIXTURE_FIELDS = (
     "moe_intermediate_size",
@@ -22,7 +29,7 @@ _ENTRIES = Entries(
     reads=USUAL
     | {"attention_bias", "decoder_sparse_step", "head_dim", "mlp_only_layers"}
     | {*BLOCK_SIZES, *_MIXTURE_FIELDS},
-    only={"use_qk_norm": (True,)},
+    only=dict.fromkeys(QK_NORM, (True,)),
     idle=frozenset(
         {"debug", "ep_size", "fuse_cross_entropy", "micro_forward", "skip_checkpoint"}
         | {"output_router_logits", "use_deepep"}
