@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
 from fuzz import TEXT, TREE, hostile, write
 from reference import Reference, UnclearError
+from safetensors.torch import load, save
 from seeds import Tally, arguments
 from tokenizers import Tokenizer
 
@@ -70,10 +71,31 @@ def bases() -> dict[str, Files]:
     # A2D of Qwen2 has Dream's parameters.
     dream = json.loads(found["dream-a"]["config.json"]) | {"model_type": "a2d-qwen2"}
     found["a2d-mdlm-b"] = found["dream-a"] | {"config.json": json.dumps(dream).encode()}
+    found["sdar-moe-a"] = found["sdar-a"] | mixture(found["sdar-a"])
     found |= {f"{name}-shards": in_shards(files) for name, files in found.items()}
     for name in ("tiny-llada", "tiny-dream", "tiny-sdar", "tiny-llada2"):
         found[name] = {file.name: file.read_bytes() for file in Path(ALIASES[name]).iterdir()}
     return found
+
+
+def mixture(dense: Files) -> Files:
+    """SDAR's mixture: random experts in the place of its MLPs, in all layers but the first."""
+    config = json.loads(dense["config.json"]) | {
+        **{"model_type": "sdar_moe", "num_experts": 6, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1},
+        "mlp_only_layers": [0],
+    }
+    stored = load(as_bytes(dense[WEIGHTS]))
+    moe = (".layers.1.mlp.", ".layers.2.mlp.")
+    weights = {name: value for name, value in stored.items() if not any(p in name for p in moe)}
+    noise = torch.Generator().manual_seed(0)
+    for place in (f"model{part}" for part in moe):
+        weights[f"{place}gate.weight"] = torch.randn(6, 64, generator=noise)
+        for expert in range(6):
+            for matrix, shape in (("gate", (24, 64)), ("up", (24, 64)), ("down", (64, 24))):
+                value = 0.2 * torch.randn(shape, generator=noise)
+                weights[f"{place}experts.{expert}.{matrix}_proj.weight"] = value
+    return {"config.json": json.dumps(config).encode(), WEIGHTS: save(weights, {"format": "pt"})}
 
 
 def small_tokenizer() -> Files:
@@ -146,7 +168,7 @@ ADDED: dict[str, tuple[Json, ...]] = {
     **dict.fromkeys(("num_hidden_layers", "n_layers"), (1, 2, 3, 4)),
     **dict.fromkeys(("max_position_embeddings", "max_sequence_length"), (4, 16, 256, 1 << 20)),
     **dict.fromkeys(("vocab_size", "embedding_size", "mask_token_id"), (0, 5, 250, 320, 352)),
-    **dict.fromkeys(("num_experts_per_tok", "topk_group", "n_group"), (1, 2, 3, 4, 16)),
+    **dict.fromkeys(("num_experts_per_tok", "topk_group", "n_group"), (1, 2, 3, 4, 7, 17)),
     **dict.fromkeys(("routed_scaling_factor", "num_shared_experts"), (1, 1.0, 2.5, 0, -1)),
     **dict.fromkeys(("norm_topk_prob", "moe_router_enable_expert_bias"), (True, False, None)),
     **dict.fromkeys(("score_function", "topk_method", "router_dtype"), ("softmax", "fp32", "x")),
@@ -596,9 +618,9 @@ def judge(seed: int, place: Path) -> tuple[str, str, float]:
     folder.parent.mkdir()
     try:
         lay_out(folder, base, files, place)
-        started = perf_counter()
+        started = process_time()
         found = verdict(folder)
-        return kind, found, perf_counter() - started
+        return kind, found, process_time() - started
     finally:
         shutil.rmtree(folder.parent)
 

@@ -26,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 Entries = dict[str, Any]
@@ -78,6 +80,7 @@ ONLY: Mapping[str, tuple[object, ...]] = {
 }
 _ACTIVATIONS = ("activation_type", "hidden_activation", "activation_function")
 
+_NORMED = ("sdar", "sdar_moe", "a2d-qwen3", "llada2_moe")
 _QK_NORM = ("use_qk_norm", "qk_norm", "qk_layernorm", "attention_layer_norm")
 _OF_MIXTURES = (
     *("moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok"),
@@ -185,7 +188,7 @@ class Reference:
     def _in_blocks(self) -> bool:
         if self.kind.startswith("a2d"):
             return "bd3lm" in self.folder.name
-        return self.kind in ("sdar", "llada2_moe", "llama", "Fast_dLLM_Qwen")
+        return self.kind in ("sdar", "sdar_moe", "llada2_moe", "llama", "Fast_dLLM_Qwen")
 
     def _module(self) -> Any:
         build: Mapping[str, tuple[Any, Any, Callable[[], Entries]]] = {
@@ -197,12 +200,13 @@ class Reference:
             "a2d-qwen2": (Qwen2ForCausalLM, Qwen2Config, self._same),
             "a2d-qwen3": (Qwen3ForCausalLM, Qwen3Config, self._same),
             "sdar": (Qwen3ForCausalLM, Qwen3Config, self._same),
+            "sdar_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, self._same),
             "llada2_moe": (Glm4MoeForCausalLM, Glm4MoeConfig, self._llada2),
         }
         if self.kind not in build:
             raise UnclearError(f"model_type {self.kind!r} has no reference")
         architecture, configuration, entries = build[self.kind]
-        known = configuration().to_dict()
+        known = configuration().to_dict() | dict.fromkeys(configuration.attribute_map)
         known |= dict.fromkeys(("rope_theta", "rope_scaling", "head_dim", "partial_rotary_factor"))
         stated = self._effective(entries(), known)
         try:
@@ -242,7 +246,9 @@ class Reference:
                     raise UnclearError(f"{name} = {value!r} selects something else")
                 continue
             if name in _QK_NORM:
-                if bool(value) is not (self.kind in ("sdar", "a2d-qwen3", "llada2_moe")):
+                if bool(value) is not (
+                    self.kind in ("sdar", "sdar_moe", "a2d-qwen3", "llada2_moe")
+                ):
                     raise UnclearError(f"{name} = {value!r} is not what the module does")
                 if name in known:
                     found[name] = value
@@ -329,6 +335,8 @@ class Reference:
         found = {name: tensor.float() for name, tensor in stored.items()}
         if self.kind == "llada2_moe":
             found = self._unfused(renamed(found, _LLADA2_NAMES))
+        elif self.kind == "sdar_moe":
+            found = self._unfused(found)
         elif self.kind == "llada":
             found = renamed(found, _LLADA_NAMES)
         # As transformers does: a module without its head is saved without the word before.
@@ -346,7 +354,7 @@ class Reference:
         return {self.folder / name for name in index["weight_map"].values()}
 
     def _unfused(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """LLaDA2's queries, keys and values apart, and every layer's experts together."""
+        """Every layer's experts together, and LLaDA2's queries, keys and values apart."""
         config, found = self.config, {}
         experts: dict[tuple[str, int], dict[str, Tensor]] = {}
         for name, tensor in stored.items():

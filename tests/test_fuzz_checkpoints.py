@@ -115,3 +115,28 @@ def test_rope_turns_pairs_and_at_most_all_of_a_head(tmp_path: Path, part: float)
     message = refused(altered(tmp_path, "llada2-a", partial_rotary_factor=part))
     assert "config.json: RoPE would turn" in message
     assert "of the 24 dimensions of a head" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "entry", "value", "words"),
+    [
+        ("llada-a", "weight_tying", 1, "must be true or false"),
+        ("dream-a", "tie_word_embeddings", "no", "must be true or false"),
+        ("sdar-a", "attention_bias", 0.0, "must be true or false"),
+        ("llada2-a", "routed_scaling_factor", float("nan"), "must be a positive number"),
+        ("llada2-a", "routed_scaling_factor", "2.5", "must be a positive number"),
+    ],
+)
+def test_flags_are_flags_and_numbers_numbers(
+    tmp_path: Path, source: str, entry: str, value: Any, words: str
+) -> None:
+    message = refused(altered(tmp_path, source, **{entry: value}))
+    assert f"config.json: {entry} {value!r} {words}" in message
+
+
+def test_no_more_experts_are_asked_than_there_are(tmp_path: Path, place: Path) -> None:
+    shutil.copytree(place / "sdar-moe-a", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    load_model(str(tmp_path), device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 7}))
+    assert "num_experts_per_tok is more than num_experts" in refused(tmp_path)

@@ -325,6 +325,12 @@ _SIZES = {
     **dict.fromkeys(("vocab_size", "embedding_size"), 1 << 24),
     **dict.fromkeys(("max_sequence_length", "max_position_embeddings"), 1 << 30),
 }
+# Others that transformers 5.0 takes as they are.
+_POSITIVE = ("rms_norm_eps", "routed_scaling_factor")
+_FLAGS = (
+    *("attention_bias", "multi_query_attention", "norm_topk_prob", "tie_word_embeddings"),
+    "weight_tying",
+)
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
@@ -334,9 +340,14 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             continue
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{field} {value!r} must be a whole number from 1 to {most}")
-    epsilon = config.get("rms_norm_eps", 1)
-    if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
-        raise ValueError(f"rms_norm_eps {epsilon!r} must be a positive number")
+    for field in _POSITIVE:
+        value = config.get(field, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{field} {value!r} must be a positive number")
+    for field in _FLAGS:
+        value = config.get(field)
+        if value is not None and type(value) is not bool:
+            raise ValueError(f"{field} {value!r} must be true or false")
 
 
 def _check_turning(config: Any) -> None:

@@ -48,8 +48,10 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
         # Every layer is a mixture unless the config says otherwise.
         fields["decoder_sparse_step"] = config.get("decoder_sparse_step", 1)
         fields["mlp_only_layers"] = config.get("mlp_only_layers") or []
-        if fields["decoder_sparse_step"] < 1:
-            raise ValueError("decoder_sparse_step must be at least 1")
+        if type(fields["decoder_sparse_step"]) is not int or fields["decoder_sparse_step"] < 1:
+            raise ValueError("decoder_sparse_step must be a whole number, at least 1")
+        if config["num_experts_per_tok"] > config["num_experts"]:
+            raise ValueError("num_experts_per_tok is more than num_experts")
         return Qwen3MoeForCausalLM, Qwen3MoeConfig(**fields)
     return Qwen3ForCausalLM, Qwen3Config(**fields)
 
