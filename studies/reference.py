@@ -242,7 +242,7 @@ class Reference:
                     )
                 continue
             if name in ONLY and not (name in _OF_MIXTURES and self.kind == "sdar"):
-                if value not in (*ONLY[name], *((False,) if not ONLY[name] else ())):
+                if value not in (ONLY[name] or NOTHING):
                     raise UnclearError(f"{name} = {value!r} selects something else")
                 continue
             if name in _QK_NORM:
