@@ -134,8 +134,8 @@ def _split(joined: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]) -> Iterato
 
 
 def _cursor(ids: torch.Tensor, facts: Sequence[int]) -> Cursor:
-    block, block_step, step, finished, *post_steps = facts  # since 0.4
-    return Cursor(ids, block, block_step, step, sum(post_steps), bool(finished))
+    block, block_step, step, finished, *post_steps = facts  # older records have none
+    return Cursor(ids, block, block_step, step, bool(finished), sum(post_steps))
 
 
 def _frame(payload: bytes) -> bytes:

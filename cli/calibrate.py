@@ -32,7 +32,6 @@ from spiffy.cli.options import (
     recording_option,
     spread,
 )
-from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import check_writable
@@ -54,12 +53,14 @@ INTERRUPTED = 130
 def _list_models(wanted: bool) -> None:
     if not wanted:
         return
-    from spiffy.runtime import ALIASES
+    from spiffy.runtime.models.published import PUBLISHED
 
-    width = max(map(len, ALIASES))
-    for alias, place in ALIASES.items():
-        shown = place if place.count("/") == 1 else "ships with the package"
-        write(f"{alias:{width}} {shown}\n")
+    width = max(len(alias) for group in PUBLISHED for alias in group.places)
+    for group in PUBLISHED:
+        typer.echo(f"{group.title} (block length {group.blocks}; policy {group.policy})")
+        for alias, place in group.places.items():
+            shown = place if place.count("/") == 1 else "ships with the package"
+            typer.echo(f"  {alias:{width}} {shown}")
     raise typer.Exit
 
 

@@ -54,6 +54,7 @@ def cases(gsm8k: str | None) -> list[Case]:
     found = []
     for policy in ("static", "threshold"):
         found.append(Case("tiny-sdar", "block", policy, "synthetic"))
+        found.append(Case("tiny-llada2", "block", policy, "synthetic", samples=8, repeats=2))
         for model in ("tiny-llada", "tiny-dream"):
             found.append(Case(model, "dual", policy, "synthetic", samples=8, repeats=2))
         found.append(

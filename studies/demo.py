@@ -1,4 +1,4 @@
-"""The first minute: three trained tiny models with and without drafts, then a real model's size.
+"""The first minute: four trained tiny models with and without drafts, then a real model's size.
 
     make demo
 
@@ -35,6 +35,7 @@ CASES: tuple[tuple[str, CacheName], ...] = (
     ("tiny-sdar", "block"),
     ("tiny-llada", "dual"),
     ("tiny-dream", "dual"),
+    ("tiny-llada2", "block"),
 )
 SHAPE = "qwen3-0.6b"
 DRAFTS = 8  # of the count that says what a device that waits for memory would gain

@@ -4,7 +4,8 @@ A grown model decodes the tiny model's tokens by the tiny model's states, and a 
 the real model's costs (`spiffy.bench.grow`). So acceptance is the tiny model's, here that of
 generated problems which neither training nor calibration saw; times are the real model's on this
 machine. The draft graph is calibrated on the tiny model. Ways of decoding take turns prompt by
-prompt.
+prompt. Beside each stands what was predicted of it, and below them what drafts would bring that
+always come true.
 
     python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --blocks 4,8
     python studies/real_sizes.py --shapes 0.3b --weights disk --prompts 1 --budgets 2,8
@@ -22,7 +23,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +43,10 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.budget.cost import device_name
+from spiffy.runtime.budget.auto import expected_steps, plan_of
+from spiffy.runtime.budget.cost import device_name, measure_cost
+from spiffy.runtime.decode import make_task
+from spiffy.runtime.draft import Selection, graph_drafter
 from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName, SpiffyError
 from spiffy.schemas.bench import MethodKind, Result
 
@@ -73,6 +77,9 @@ class Line:
         The machine's part that ran it.
     of_tiny
         Answers that are not the tiny model's.
+    predicted
+        Speedup by held-out steps per forward and costs timed beforehand, as `spiffy-calibrate`
+        predicts it; None where it predicts none.
     """
 
     case: Case
@@ -82,6 +89,7 @@ class Line:
     prompts: int
     result: Result
     of_tiny: int
+    predicted: float | None
 
 
 @cache
@@ -102,12 +110,36 @@ def ways(
     model: DiffusionLM,
     settings: DecodingSettings,
     graph: DraftGraph,
-    budgets: Sequence[int],
+    args: argparse.Namespace,
     questions: Sequence[str],
 ) -> list[Method]:
-    """Plain decoding, fixed budgets, and auto."""
+    """Plain decoding, fixed budgets, auto, and the bound: drafts that are always right."""
     fixed: MethodKind = "graph" if graph.acceptance is None else "model"
-    return methods(model, settings, graph, (fixed, "auto"), budgets, prompts=questions)
+    found = methods(model, settings, graph, (fixed, "auto"), args.budgets, prompts=questions)
+    return found + methods(model, settings, graph, ("perfect",), args.perfect)[1:]
+
+
+def predictions(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    graph: DraftGraph,
+    args: argparse.Namespace,
+    question: str,
+) -> Callable[[Result], float | None]:
+    """From a result to the speedup that was to be expected of it."""
+    steps = expected_steps(graph)
+    selection: Selection = "model" if "model" in steps else "graph"
+    drafters = {selection: lambda n: graph_drafter(model, graph, settings, n, selection)}
+    task = make_task(model, question, settings)
+    profile = measure_cost(task, max(args.budgets), drafters, args.timing)
+
+    def predicted(result: Result) -> float | None:
+        timed = max(point.drafts for point in profile.points)
+        if result.budget is None or result.kind == "perfect" or result.budget > timed:
+            return None
+        return plan_of(steps[selection], profile, selection, result.budget).speedup
+
+    return predicted
 
 
 def run(case: Case, args: argparse.Namespace) -> list[Line]:
@@ -123,7 +155,8 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
     questions = [problem.question for problem in islice(problems("test"), args.prompts)]
     expected = [out.text for out in decode_all(tiny, settings, questions, None, BlockEdges())]
     with streamed(grown, args.offload) if case.weights == "disk" else nullcontext():
-        found = ways(grown, settings, artifact, args.budgets, questions)
+        predicted = predictions(grown, settings, artifact, args, questions[0])
+        found = ways(grown, settings, artifact, args, questions)
         measured = measure(
             grown,
             found,
@@ -145,6 +178,7 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
                 for row in measured.rows
                 if (row.method, row.repeat) == (result.name, 0)
             ),
+            predicted(result),
         )
         for result in results(found, measured)
     ]
@@ -203,8 +237,9 @@ def table(lines: Sequence[Line]) -> str:
 
 
 _HEADS = (
-    "| | ms per forward | s per prompt | NFE | positions | speedup | differ (plain, tiny) |",
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    "| | ms per forward | s per prompt | NFE | positions | speedup | predicted "
+    "| differ (plain, tiny) |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -223,7 +258,8 @@ def _row(line: Line) -> str:
     total = seconds.forward + seconds.draft + seconds.verify + seconds.rest
     way = result.name
     if result.kind not in ("plain", "auto"):
-        way = f"{result.budget} draft{'s' * (result.budget != 1)}"
+        perfect = "perfect " * (result.kind == "perfect")
+        way = f"{result.budget} {perfect}draft{'s' * (result.budget != 1)}"
     cells = (
         f"{way} ({result.note})" if result.note else way,
         f"{1000 * seconds.forward / result.nfe:.0f}",
@@ -231,6 +267,7 @@ def _row(line: Line) -> str:
         str(result.nfe),
         str(result.positions_computed),
         f"{result.speedup.value:.2f}x",
+        "" if line.predicted is None else f"{line.predicted:.2f}x",
         f"{result.differing}, {line.of_tiny} of {line.prompts}",
     )
     return f"| {' | '.join(cells)} |"
@@ -269,6 +306,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=words, default=["memory"], help="memory, disk, or both")
     parser.add_argument("--policies", type=words, default=["static"])
     parser.add_argument("--budgets", type=numbers, default=[1, 2, 4, 8])
+    parser.add_argument("--timing", type=float, default=20, help="seconds, for predictions")
+    parser.add_argument("--perfect", type=numbers, default=[4], help="drafts that come true")
     parser.add_argument("--prompts", type=int, default=2, help="test problems")
     parser.add_argument("--repeats", type=int, default=1, help="decodes of each in every way")
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")

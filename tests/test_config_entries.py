@@ -27,7 +27,7 @@ from spiffy.schemas import SpiffyError
 REAL = [
     *sorted(PARITY.glob("*/config.json")),
     *sorted((Path(__file__).parent / "data").glob("*.config.json")),
-    *(Path(ALIASES[name]) / "config.json" for name in ("tiny-llada", "tiny-dream", "tiny-sdar")),
+    *sorted(Path(ALIASES["tiny-llada"]).parent.glob("*/config.json")),
 ]
 BASE = {"rope_theta": 10000.0}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spiffy.calib.pipeline import Traces, build_graph
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, Trace
-from spiffy.runtime import decoding_settings, generate
+from spiffy.runtime import decoding_settings, generate, load_model
 from spiffy.runtime.budget import cost
 from spiffy.runtime.budget.auto import (
     Pays,
@@ -414,6 +414,13 @@ def test_few_positions_leave_experts_unread() -> None:
     # Two positions miss one with probability 9/16.
     moved = 2 * (1_000_000 + 4_000_000 * 7 / 16 + 2 * 2 * 32 * 3)
     assert roofline_seconds(mixture, SLOW_MEMORY, tiny, "dual", 1) == pytest.approx(moved / 1e6)
+
+
+def test_a_mixtures_shape_counts_its_experts_by_their_weights() -> None:
+    """4 of 12 experts of 3 x 32 x 256 parameters in 4 layers of tiny-llada2."""
+    shape = Shape.of(load_model("tiny-llada2", device="cpu"))
+    assert (shape.experts, shape.experts_share) == (4 * 12 * 3 * 32 * 256, 4 / 12)
+    assert (shape.layers, shape.width, shape.head) == (5, 256, 1024 * 256)
 
 
 @pytest.mark.parametrize("name", ["llada-a", "dream-a", "sdar-a"])

@@ -106,7 +106,7 @@ def evaluate(
     model: DiffusionLM, cache: object, cursor: Cursor, drafted: Tensor
 ) -> tuple[Evaluation, list[Row]]:
     """Run a cache's forwards for some states; also the rows of its last forward."""
-    forwards = cache.evaluate(cursor, drafted)  # type: ignore[attr-defined]
+    forwards = cache.evaluate(cursor, drafted, True)  # type: ignore[attr-defined]
     batch: list[Row] = next(forwards)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Published configs of LLaDA2.0 and iLLaDA against our modules, without weights.
+"""Published configs of families beyond the first three against our modules, without weights.
 
 LLaDA2.0's fields are those of the configs in inclusionAI/dFactory (its own training code), which
 are of `model_type` llada2_moe_veomni; iLLaDA's are the architecture table of its model card.
@@ -18,6 +18,9 @@ from helpers import PARITY
 from safetensors import safe_open
 
 from spiffy.runtime.models.base import Family
+from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
+from spiffy.runtime.models.fast_dllm import FAST_DLLM
+from spiffy.runtime.models.fields import check_entries
 from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada2 import LLADA2
 
@@ -177,3 +180,69 @@ def test_illada_8b_has_the_published_size() -> None:
     embedding = math.prod(ours.pop("lm_head.weight"))
     assert round(size(ours) / 1e9, 2) == 7.62
     assert round((size(ours) - embedding) / 1e9, 2) == 6.98
+
+
+def test_stable_diffcoder_8b_has_the_published_size() -> None:
+    """Its config as a copy of the base model on the hub shows it; Seed-Coder-8B's size."""
+    config = {
+        "architectures": ["StableDiffcoderForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.009882118,
+        "intermediate_size": 14336,
+        "layer_norm_eps": None,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "resid_pdrop": 0.1,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "5.3.0",
+        "use_cache": True,
+        "vocab_size": 155136,
+    }
+    check_entries("model", "stable-diffcoder", config, STABLE_DIFFCODER.entries)
+    assert size(on_meta(STABLE_DIFFCODER, config)) == 8_250_462_208
+
+
+def test_fast_dllm_v2_7b_has_the_size_of_what_it_was_made_from() -> None:
+    """Its config as the hub shows it, but for the vocabulary, which is taken to be Qwen2.5-7B's."""
+    config = {
+        "architectures": ["Fast_dLLM_QwenForCausalLM"],
+        "attention_dropout": 0.0,
+        "bd_size": 32,
+        "bos_token_id": 151643,
+        "conplemenrary_mask": True,
+        "eos_token_id": 151645,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "initializer_range": 0.02,
+        "intermediate_size": 18944,
+        "layer_types": ["full_attention"] * 28,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "model_type": "Fast_dLLM_Qwen",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "pad_token_id": 151645,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    }
+    check_entries("model", "fast-dllm", config, FAST_DLLM.entries)
+    assert size(on_meta(FAST_DLLM, config)) == 7_615_616_512

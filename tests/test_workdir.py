@@ -70,18 +70,26 @@ def prompts_file(path: Path, numbers: range | list[int]) -> Path:
 
 @pytest.fixture(scope="module")
 def traces() -> list[Trace]:
-    """Traces without a cache (many candidates), with SDAR's, and with threshold unmasking."""
+    """Traces without a cache (many candidates), with SDAR's, by threshold, and with edits."""
     found = []
     for name, cache, policy in (
         ("llada-a", "none", "static"),
         ("sdar-a", "block", "static"),
         ("dream-a", "dual", "threshold"),
+        ("llada21-a", "block", "joint"),
     ):
         model = parity_model(name)
         settings = decoding_settings(
-            model, gen_length=24, block_length=8, cache=cache, policy=policy, threshold=0.3
+            model,
+            gen_length=24,
+            block_length=8,
+            cache=cache,
+            policy=policy,
+            threshold=0.3,
+            edit_threshold=0.3,
         )
         found.append(Trace.of(decode(model, random_prompt(model, 9), settings, Recorder())))
+    assert any(cursor.post_steps for cursor in found[-1].path)
     return found
 
 
@@ -89,7 +97,7 @@ def assert_same(ours: Trace, theirs: Trace) -> None:
     assert len(ours.path) == len(theirs.path)
     for a, b in zip(ours.path, theirs.path, strict=True):
         assert torch.equal(a.ids, b.ids)
-        assert Cursor(b.ids, a.block, a.block_step, a.step, a.finished) == b
+        assert Cursor(b.ids, a.block, a.block_step, a.step, a.finished, a.post_steps) == b
     for left, right in zip(ours.roots, theirs.roots, strict=True):
         assert (left is None) == (right is None)
         if left is not None and right is not None:

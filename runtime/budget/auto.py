@@ -95,20 +95,27 @@ def best_plan(
 
     Only numbers of drafts that were measured are considered; of equals the fewest drafts win.
     """
-    plain_forward, step = profile.points[0].seconds, profile.step_seconds
-    plain = Plan(None, 0, 1.0, 1 / plain_forward)
+    plain = Plan(None, 0, 1.0, 1 / profile.points[0].seconds)
     best = plain
     for selection, points in steps.items():
         for cost in profile.points[1:]:
-            n = cost.drafts
-            if n > min(points[-1].drafts, MOST_UNASKED):
+            if cost.drafts > min(points[-1].drafts, MOST_UNASKED):
                 break
-            per_forward = interpolated([(p.drafts, p.steps) for p in points], n)
-            spent = turn_seconds(profile, selection, n)
-            speedup = (plain_forward + step) / (spent / per_forward + step)
-            if speedup > best.speedup:
-                best = Plan(selection, n, speedup, per_forward / spent)
+            plan = plan_of(points, profile, selection, cost.drafts)
+            if plan.speedup > best.speedup:
+                best = plan
     return best if best.speedup >= 1 + margin else plain
+
+
+def plan_of(
+    points: Sequence[ExpectedSteps], profile: CostProfile, selection: Selection, drafts: int
+) -> Plan:
+    """What a number of drafts brings, by the steps that are expected of it and measured costs."""
+    plain_forward, step = profile.points[0].seconds, profile.step_seconds
+    per_forward = interpolated([(p.drafts, p.steps) for p in points], drafts)
+    spent = turn_seconds(profile, selection, drafts)
+    speedup = (plain_forward + step) / (spent / per_forward + step)
+    return Plan(selection, drafts, speedup, per_forward / spent)
 
 
 def turn_seconds(profile: CostProfile, selection: Selection, drafts: int) -> float:

@@ -89,7 +89,7 @@ class _Stage:
         cursor = canvas.start(task.prompt, model.mask_token_id)
         passed: list[_Site] = []
         while True:
-            evaluation = _run(task, cache.evaluate(cursor, cursor.ids[None]))
+            evaluation = _run(task, cache.evaluate(cursor, cursor.ids[None], False))
             first_only = cache.first_only(cursor)
             known = evaluation.distribution(0, looked_at(task, cursor, first_only))
             following = denoising_step(task, cursor, known, first_only)
@@ -131,7 +131,7 @@ class _Stage:
 
     def forward(self, site: _Site, states: Tensor) -> Evaluation:
         """One forward over root and drafts."""
-        return _run(self.task, self.cache.evaluate(site.root, states))
+        return _run(self.task, self.cache.evaluate(site.root, states, len(states) > 1))
 
     def step(self, site: _Site, states: Tensor, evaluation: Evaluation) -> None:
         """One denoising step of the walk."""

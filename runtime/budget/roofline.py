@@ -93,7 +93,9 @@ class Shape:
         tied = "lm_head.weight" not in sizes
         experts = sum(size for name, size in sizes.items() if ".experts." in name)
         config = module.config
-        chosen = config.num_experts_per_tok / config.num_experts if experts else 1.0
+        # Configs call their number by several names; their matrices are stacked under one.
+        stacked = [p for name, p in module.named_parameters() if name.endswith("experts.down_proj")]
+        chosen = config.num_experts_per_tok / len(stacked[0]) if stacked else 1.0
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(

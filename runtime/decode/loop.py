@@ -58,7 +58,7 @@ def denoise(task: Task) -> Decoding:
             states = torch.cat((states, drafts))
             drafting += perf_counter() - turned
         drafted = perf_counter()
-        states, evaluation = yield from _evaluated(task, cache, root, states)
+        states, evaluation = yield from _evaluated(task, cache, root, states, drafter is not None)
         stats.drafted += len(states) - 1
 
         arrived = perf_counter()
@@ -172,7 +172,7 @@ class TooLargeError(Exception):
 
 
 def _evaluated(
-    task: Task, cache: Cache, root: Cursor, states: Tensor
+    task: Task, cache: Cache, root: Cursor, states: Tensor, drafting: bool
 ) -> Generator[list[Row], list[RowOutput], tuple[Tensor, Evaluation]]:
     """Evaluate the root and as many of its drafts as memory allows; returns those states.
 
@@ -181,7 +181,7 @@ def _evaluated(
     """
     while True:
         try:
-            evaluation = yield from cache.evaluate(root, states)
+            evaluation = yield from cache.evaluate(root, states, drafting)
         except TooLargeError:
             if len(states) > 1:
                 task.most_drafts = (len(states) - 1) // 2
@@ -265,10 +265,10 @@ def denoising_step(
         changed = filling or bool(chosen.any())
         goes_on = changed and post_steps < settings.max_post_steps
     if goes_on:
-        return Cursor(ids, cursor.block, cursor.block_step + 1, step, post_steps)
+        return Cursor(ids, cursor.block, cursor.block_step + 1, step, post_steps=post_steps)
     ended = settings.stop_at_eos and not model.eos_token_ids.isdisjoint(answer)
     finished = ended or cursor.block + 1 == canvas.blocks or is_stopped(task, ids, own.stop)
-    return Cursor(ids, cursor.block + 1, 0, step, finished=finished)
+    return Cursor(ids, cursor.block + 1, 0, step, finished)
 
 
 def _no_number(task: Task, cursor: Cursor) -> SpiffyError:

@@ -130,8 +130,12 @@ class Cache(Protocol):
         """Whether the next forward has room for drafts, or holds the root alone."""
         ...
 
-    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
-        """Evaluate the root (row 0 of int64 [states, length]) and its drafts."""
+    def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
+        """Evaluate the root (row 0 of int64 [states, length]) and its drafts.
+
+        Only with `drafting` may a forward compute more than these states need, to tell what follows
+        one that completes its block.
+        """
         ...
 
     def settle(self, state: int, cursor: Cursor) -> None:
@@ -154,7 +158,7 @@ class NoCache:
         """Check nothing: any forward can carry more rows."""
         return True
 
-    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+    def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
         """See `Cache`."""
         positions = torch.arange(states.shape[1], device=states.device)
         outputs = yield [Row(ids, positions) for ids in states]
@@ -194,7 +198,7 @@ class DualCache:
         """Refuse them in the block's first forward: what they attend to is only computed in it."""
         return self.block == cursor.block
 
-    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+    def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
         """See `Cache`."""
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
@@ -244,7 +248,7 @@ class PrefixSharedCache(PrefixCache):
     costs its block alone.
     """
 
-    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+    def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
         """See `Cache`."""
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
@@ -289,7 +293,7 @@ class BlockCache:
         """Allow them in all forwards that hold the block: they ride behind the frozen prefix."""
         return not self.first_only(cursor)
 
-    def evaluate(self, cursor: Cursor, states: Tensor) -> Forwards:
+    def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
         """See `Cache`."""
         span = self.canvas.span(cursor.block)
         waiting = self._waiting(cursor)
@@ -310,7 +314,7 @@ class BlockCache:
         before = list(range(len(waiting)))
         of_states = states[:, span.start : span.stop]
         complete = (of_states != self.model.mask_token_id).all(-1).tolist()
-        follows = self.crosses and cursor.block + 1 < self.canvas.blocks
+        follows = drafting and self.crosses and cursor.block + 1 < self.canvas.blocks
         start = sum(len(segment.ids) for segment in segments)
         runs: list[range] = []  # where each state's positions lie in the row
         for state, block in enumerate(of_states.unbind()):

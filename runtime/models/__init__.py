@@ -2,6 +2,6 @@
 
 from spiffy.runtime.models.base import DiffusionLM, Family, KeyValues
 from spiffy.runtime.models.load import FAMILIES, load_model
-from spiffy.runtime.models.source import ALIASES
+from spiffy.runtime.models.published import ALIASES
 
 __all__ = ["ALIASES", "FAMILIES", "DiffusionLM", "Family", "KeyValues", "load_model"]

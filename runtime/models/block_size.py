@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from spiffy.runtime.models.fields import BLOCK_SIZES
-from spiffy.runtime.models.source import ALIASES, Source
+from spiffy.runtime.models.published import ALIASES
+from spiffy.runtime.models.source import Source
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.notes import note
 

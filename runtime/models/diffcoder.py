@@ -19,7 +19,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 STABLE_DIFFCODER = Family(
     name="stable-diffcoder",
     model_types=("llama",),
-    architectures=("StableDiffcoderForCausalLM",),
+    architectures=("StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"),
     architecture=_architecture,
     key_mapping={},
     logit_shift=0,

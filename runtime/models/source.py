@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,56 +14,13 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from spiffy.runtime.models.published import ALIASES
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.notes import note
 
 _MAX_BYTES = 64 * 1024 * 1024  # indices of shards have a line per parameter
-_SHIPPED = Path(__file__).parent.parent / "checkpoints"
 # How files begin that stand for another, as a clone without git-lfs or git-xet leaves them.
 _POINTERS = (b"version https://git-lfs.github.com/spec/", b"# xet version")
-
-# Short names -> directories that ship with the package, or hub ids.
-ALIASES: Mapping[str, str] = {
-    "tiny-llada": str(_SHIPPED / "tiny-llada"),
-    "tiny-dream": str(_SHIPPED / "tiny-dream"),
-    "tiny-sdar": str(_SHIPPED / "tiny-sdar"),
-    "tiny-llada2": str(_SHIPPED / "tiny-llada2"),
-    "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
-    "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",
-    "llada-1.5": "GSAI-ML/LLaDA-1.5",
-    "dream-7b": "Dream-org/Dream-v0-Instruct-7B",
-    "dream-7b-base": "Dream-org/Dream-v0-Base-7B",
-    "dream-coder-7b": "Dream-org/Dream-Coder-v0-Instruct-7B",
-    "dream-coder-7b-base": "Dream-org/Dream-Coder-v0-Base-7B",
-    "diffucoder-7b": "apple/DiffuCoder-7B-cpGRPO",
-    "diffucoder-7b-instruct": "apple/DiffuCoder-7B-Instruct",
-    "diffucoder-7b-base": "apple/DiffuCoder-7B-Base",
-    "sdar-1.7b": "JetLM/SDAR-1.7B-Chat",
-    "sdar-1.7b-b32": "JetLM/SDAR-1.7B-Chat-b32",
-    "sdar-4b": "JetLM/SDAR-4B-Chat",
-    "sdar-4b-b16": "JetLM/SDAR-4B-Chat-b16",
-    "sdar-4b-b32": "JetLM/SDAR-4B-Chat-b32",
-    "sdar-8b": "JetLM/SDAR-8B-Chat",
-    "sdar-8b-b16": "JetLM/SDAR-8B-Chat-b16",
-    "sdar-8b-b32": "JetLM/SDAR-8B-Chat-b32",
-    "sdar-8b-b64": "JetLM/SDAR-8B-Chat-b64",
-    "sdar-30b-a3b": "JetLM/SDAR-30B-A3B-Chat",
-    "sdar-30b-a3b-b32": "JetLM/SDAR-30B-A3B-Chat-b32",
-    "sdar-30b-a3b-sci": "JetLM/SDAR-30B-A3B-Sci",
-    "llada2-mini": "inclusionAI/LLaDA2.0-mini",
-    "llada2-flash": "inclusionAI/LLaDA2.0-flash",
-    "illada-8b": "GSAI-ML/iLLaDA-8B-Instruct",
-    "illada-8b-base": "GSAI-ML/iLLaDA-8B-Base",
-    "stable-diffcoder-8b": "ByteDance-Seed/Stable-DiffCoder-8B-Instruct",
-    "stable-diffcoder-8b-base": "ByteDance-Seed/Stable-DiffCoder-8B-Base",
-    "qwen3-0.6b-mdlm": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",
-    "qwen3-0.6b-bd3lm": "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
-    "qwen2.5-coder-0.5b-mdlm": "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1",
-    "qwen2.5-coder-0.5b-bd3lm": "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1",
-    "trado-4b": "Gen-Verse/TraDo-4B-Instruct",
-    "trado-8b": "Gen-Verse/TraDo-8B-Instruct",
-    "trado-8b-thinking": "Gen-Verse/TraDo-8B-Thinking",
-}
 
 
 @dataclass(frozen=True)

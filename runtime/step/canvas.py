@@ -117,15 +117,15 @@ class Cursor:
         int64 [length]: prompt, committed tokens, masks.
     block, block_step, step
         The block being decoded; denoising steps made in it, and since the start.
-    post_steps
-        Of those in the block, the ones that found no mask (policy "joint").
     finished
         Whether nothing is left to decode.
+    post_steps
+        Steps made in the block that found no mask in it (policy "joint").
     """
 
     ids: Tensor
     block: int = 0
     block_step: int = 0
     step: int = 0
-    post_steps: int = 0
     finished: bool = False
+    post_steps: int = 0
