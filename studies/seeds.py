@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,15 +46,27 @@ class Tally:
     began: float = field(default_factory=perf_counter)
 
     def seeds(self, options: argparse.Namespace) -> Iterator[int]:
-        """Seeds of the cases to run, under a bar, until there are enough or time is up."""
+        """Seeds of the cases to run, under a bar, until there are enough or time is up.
+
+        An interrupt (Ctrl-C) ends them after the case at hand, so that the counts are printed.
+        """
+        interrupted = False
+
+        def interrupt(*_: object) -> None:
+            nonlocal interrupted
+            interrupted = True
+
+        before = signal.signal(signal.SIGINT, interrupt)
         console = Console(stderr=True)
         numbers = range(options.seed, options.seed + options.cases)
         self.next_seed = options.seed
         for seed in track(numbers, "cases", console=console, disable=not console.is_terminal):
-            if options.minutes and perf_counter() - self.began > 60 * options.minutes:
-                return
+            late = options.minutes and perf_counter() - self.began > 60 * options.minutes
+            if late or interrupted:
+                break
             yield seed
             self.next_seed = seed + 1
+        signal.signal(signal.SIGINT, before)
 
     def add(self, kind: str, found: str, name: str, seconds: float) -> None:
         """Count a case of a kind, and print it if it is a bug."""
