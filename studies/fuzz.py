@@ -8,18 +8,18 @@ graph or refused with one line; anything else is a bug and is printed with its s
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import random
 import resource
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
+
+from seeds import Tally, arguments
 
 from spiffy.schemas import (
     AcceptanceModel,
@@ -81,8 +81,14 @@ def base_graph() -> DraftGraph:
     )
 
 
-class Raw(str):
-    """JSON text that `json.dumps` would not write."""
+RAW: dict[str, str] = {}
+
+
+def raw(text: str) -> str:
+    """A mark that `write` replaces by JSON text that `json.dumps` would not write."""
+    mark = f"@raw{len(RAW)}@"
+    RAW[mark] = text
+    return mark
 
 
 HOSTILE: tuple[Json, ...] = (
@@ -103,13 +109,13 @@ HOSTILE: tuple[Json, ...] = (
         "é" * 9999,
     ),
     *([], {}, [[]], [0], [[0, 0]], [[0, 0]] * 3, [0] * 5000, {"": 0}, {"a\nb": 1}, [[], {}] * 20),
-    *(Raw("NaN"), Raw("-Infinity"), Raw("1e400"), Raw("-1e400"), Raw("1" * 5000), Raw("1E+99999")),
+    *(raw("NaN"), raw("-Infinity"), raw("1e400"), raw("-1e400"), raw("1" * 5000), raw("1E+99999")),
     *(
-        Raw("[" * 300 + "]" * 300),
-        Raw("[" * 20000 + "]" * 20000),
-        Raw('{"a":' * 500 + "1" + "}" * 500),
+        raw("[" * 300 + "]" * 300),
+        raw("[" * 20000 + "]" * 20000),
+        raw('{"a":' * 500 + "1" + "}" * 500),
     ),
-    *(Raw("[1,]"), Raw("'x'"), Raw("\\"), Raw("01"), Raw("+1"), Raw('{"a":1,"a":2}'), Raw('"\\x"')),
+    *(raw("[1,]"), raw("'x'"), raw("\\"), raw("01"), raw("+1"), raw('{"a":1,"a":2}'), raw('"\\x"')),
 )
 
 
@@ -141,29 +147,19 @@ def places(content: Json) -> list[tuple[Json, Any]]:
     open_ = [content]
     while open_:
         holder = open_.pop()
-        if isinstance(holder, dict | list):
-            keys = list(holder) if isinstance(holder, dict) else range(len(holder))
-            for key in keys:
-                found.append((holder, key))
-                open_.append(holder[key])
+        for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            found.append((holder, key))
+            if isinstance(value, dict | list):
+                open_.append(value)
     return found
 
 
-def write(content: Json) -> str:
-    """JSON text with `Raw` values as they are."""
-    raws: list[str] = []
-
-    def marked(value: Json) -> Json:
-        if isinstance(value, Raw):
-            raws.append(value)
-            return f"@raw{len(raws) - 1}@"
-        if isinstance(value, dict):
-            return {key: marked(item) for key, item in value.items()}
-        return [marked(item) for item in value] if isinstance(value, list) else value
-
-    text = json.dumps(marked(content))
-    for number, raw in enumerate(raws):
-        text = text.replace(f'"@raw{number}@"', raw)
+def write(content: Json, marks: Mapping[str, str] = RAW) -> str:
+    """JSON text, with what the marks stand for in their place."""
+    text = json.dumps(content)
+    for mark, stands_for in marks.items():
+        if mark in text:
+            text = text.replace(f'"{mark}"', stands_for)
     return text
 
 
@@ -296,7 +292,7 @@ def case(seed: int, stored: str) -> tuple[str, bytes]:
         return kind, TEXT[kind](rng, write(content).encode("utf-8", "surrogatepass"))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         TREE[kind](rng, content)
-        if not content or any(isinstance(value, Raw) for value in content.values()):
+        if not content or any(isinstance(v, str) and v in RAW for v in content.values()):
             break
     return kind, write(content).encode("utf-8", "surrogatepass")
 
@@ -308,25 +304,27 @@ def giants(scale: float = 1.0) -> Iterator[tuple[str, bytes]]:
     del head["digest"]
 
     def with_nodes(nodes: str) -> bytes:
-        return write({**head, "expected_steps": [], "nodes": Raw(nodes)}).encode()
+        return write({**head, "expected_steps": [], "nodes": "@"}, {"@": nodes}).encode()
 
     node = '{"fill":[[0,0]],"parents":[0],"count":1}'
     yield "a million nodes", with_nodes("[" + ",".join([node] * (size // 8)) + "]")
     yield "too many nodes", with_nodes("[" + ",".join([node] * (size // 56)) + "]")
     yield "lists", with_nodes("[" + "[]," * (size // 3) + "[]]")
     yield "objects", with_nodes("[" + "{}," * (size // 3) + "{}]")
-    yield "unknown objects", write({**head, "x": Raw("[" + "{}," * (size // 3) + "{}]")}).encode()
+    objects = "[" + "{}," * (size // 3) + "{}]"
+    yield "unknown objects", write({**head, "x": "@"}, {"@": objects}).encode()
     yield "depth", with_nodes("[" * (size // 3) + "]" * (size // 3))
     yield "digits", with_nodes("[" + ("9" * 4299 + ",") * (size // 4400) + "1]")
     yield "more digits", with_nodes("9" * size)
     yield "long text", write({**head, "model": {**head["model"], "id": "x" * size}}).encode()
     keys = ",".join(f'"k{n}":1e9' for n in range(size // 16))
-    wrong = {**head["acceptance"], "position": Raw("{" + keys + "}")}
-    yield "coefficients", write({**head, "acceptance": wrong}).encode()
-    wrong = {**head["acceptance"], "bigrams": Raw("[" + "[0,0,-1]," * (size // 10) + "[1,1,1]]")}
-    yield "bigrams", write({**head, "acceptance": wrong}).encode()
+    wrong = {**head["acceptance"], "position": "@"}
+    yield "coefficients", write({**head, "acceptance": wrong}, {"@": "{" + keys + "}"}).encode()
+    wrong = {**head["acceptance"], "bigrams": "@"}
+    pairs = "[" + "[0,0,-1]," * (size // 10) + "[1,1,1]]"
+    yield "bigrams", write({**head, "acceptance": wrong}, {"@": pairs}).encode()
     keys = ",".join(f'"k{n}":1' for n in range(size // 14))
-    yield "one key twice", write({**head, "x": Raw("{" + keys + ',"k0":1}')}).encode()
+    yield "one key twice", write({**head, "x": "@"}, {"@": "{" + keys + ',"k0":1}'}).encode()
     deep, nodes = "", []  # every node extends all before it that are among its parents
     for number in range(1, 1024):
         deep += f"{',' if deep else ''}[{number - 1},0]"
@@ -338,11 +336,11 @@ def giants(scale: float = 1.0) -> Iterator[tuple[str, bytes]]:
 
 
 def verdict(path: Path) -> tuple[str, float]:
-    """What the loader does with a file, and how many seconds it takes.
+    """What the loader does with a file, and how many seconds of the processor it takes.
 
     "accepted", "refused", or what is wrong with that.
     """
-    started = perf_counter()
+    started = process_time()
     graph, problem = None, ""
     try:
         graph = DraftGraph.load(path)
@@ -352,7 +350,7 @@ def verdict(path: Path) -> tuple[str, float]:
         problem = "refused" if good else f"BAD MESSAGE of {len(message)} characters"
     except Exception as error:  # what this is looking for
         problem = f"TRACEBACK {type(error).__name__}: {error}"[:200]
-    seconds = perf_counter() - started
+    seconds = process_time() - started
     if graph is not None:
         problem = "accepted" if is_valid(graph) else "ACCEPTED WITHOUT BEING A GRAPH"
     return problem, seconds
@@ -371,52 +369,34 @@ def is_valid(graph: DraftGraph) -> bool:
 
 def main() -> None:
     """Run all cases and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = arguments(__doc__, 100_000).parse_args()
     stored = base_graph().to_json()
-    counts: Counter[tuple[str, str]] = Counter()
-    bugs, slowest = [], (0.0, "")
-    began = perf_counter()
+    tally = Tally(("accepted", "refused"))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "graph.json"
 
-        def judge(kind: str, name: str) -> None:
-            nonlocal slowest
-            found, took = verdict(path)
-            slowest = max(slowest, (took, name))
-            if found not in ("accepted", "refused"):
-                bugs.append(f"{name}: {found}")
-            counts[kind, found if found in ("accepted", "refused") else "bugs"] += 1
+        def judge(kind: str, name: str, raw: bytes | None) -> None:
+            path = Path(folder) / "graph.json"
+            if raw is None:
+                with path.open("wb") as file:
+                    file.truncate(10**9)
+            else:
+                path.write_bytes(raw)
+            found, seconds = verdict(path)
+            tally.add(kind, found, name, seconds)
+            path.unlink()  # a file system may take long to empty a file
 
-        for seed in range(options.seed, options.seed + options.cases):
+        for seed in tally.seeds(options):
             kind, raw = case(seed, stored)
-            path.write_bytes(raw)
-            judge(kind, f"seed {seed} ({kind})")
+            judge(kind, f"seed {seed} ({kind})", raw)
         small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for kind, raw in giants():
-            path.write_bytes(raw)
-            judge("giants", kind)
-        with path.open("wb") as file:
-            file.truncate(10**9)
-        judge("giants", "a sparse gigabyte")
-    seconds = perf_counter() - began
-    print(f"{'kind':14} {'accepted':>9} {'refused':>9} {'bugs':>5}")
-    for kind in sorted({kind for kind, _ in counts}):
-        row = [counts[kind, what] for what in ("accepted", "refused", "bugs")]
-        print(f"{kind:14} {row[0]:9} {row[1]:9} {row[2]:5}")
-    total = [
-        sum(n for (_, w), n in counts.items() if w == what) for what in ("accepted", "refused")
-    ]
+            judge("giants", kind, raw)
+        judge("giants", "a sparse gigabyte", None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        f"{counts.total()} cases: {total[0]} accepted, {total[1]} refused, {len(bugs)} bugs; "
-        f"{seconds:.0f} s, slowest {slowest[0]:.2f} s ({slowest[1]}); peak memory "
-        f"{small / 1024:.0f} MB, {peak / 1024:.0f} MB with the giants"
-    )
-    print("\n".join(bugs[:20]))
-    sys.exit(bool(bugs))
+    print(tally.table())
+    print(f"peak memory {small / 1024:.0f} MB, {peak / 1024:.0f} MB with the giants")
+    print(tally.line())
+    sys.exit(bool(tally.bugs))
 
 
 if __name__ == "__main__":

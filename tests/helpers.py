@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +23,13 @@ from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings
 
 PARITY = Path(__file__).parent / "parity"
+
+
+def study(name: str) -> Any:
+    """The module of a study."""
+    with pytest.MonkeyPatch.context() as patch:  # a study may import another
+        patch.setattr(sys, "path", [str(PARITY.parent.parent / "studies"), *sys.path])
+        return importlib.import_module(name)
 
 
 @cache

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-from helpers import parity_model, random_prompt
+from helpers import parity_model, random_prompt, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fuzz import artifact
@@ -31,23 +28,7 @@ from spiffy.runtime.generate import collect
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import DecodingSettings, DraftGraph, Node
 
-
-def _study(name: str) -> Any:
-    folder = str(Path(__file__).parent.parent / "studies")
-    sys.path.insert(0, folder)
-    try:
-        spec = importlib.util.spec_from_file_location(f"study_{name}", f"{folder}/{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
-    return module
-
-
-regret = _study("regret")
+regret = study("regret")
 World = regret.World
 
 

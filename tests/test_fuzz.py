@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import decode, parity_model, random_prompt, states
+from helpers import decode, parity_model, random_prompt, states, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,19 +32,7 @@ from spiffy.schemas import (
 )
 from spiffy.schemas.records import MAX_NODES
 
-
-def _benchmark(name: str) -> Any:
-    path = Path(__file__).parent.parent / "studies" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz = _benchmark("fuzz")
+fuzz, fuzz_decodes = study("fuzz"), study("fuzz_decodes")
 STORED = fuzz.base_graph().to_json()
 
 # ---------------------------------------------------------------- loading
@@ -56,6 +42,7 @@ def test_mutated_artifacts_are_accepted_as_graphs_or_refused_in_one_line(tmp_pat
     path, counts = tmp_path / "graph.json", Counter[str]()
     for seed in range(2000):
         kind, raw = fuzz.case(seed, STORED)
+        path.unlink(missing_ok=True)  # a file system may take long to empty a file
         path.write_bytes(raw)
         found, _ = fuzz.verdict(path)
         assert found in ("accepted", "refused"), f"seed {seed} ({kind})"
@@ -73,6 +60,7 @@ def test_every_field_survives_hostile_values(tmp_path: Path) -> None:
             content = json.loads(json.dumps(whole))
             holder, key = fuzz.places(content)[number]
             holder[key] = value
+            path.unlink(missing_ok=True)
             path.write_bytes(fuzz.write(content).encode("utf-8", "surrogatepass"))
             assert fuzz.verdict(path)[0] in ("accepted", "refused"), (key, value)
 
@@ -199,6 +187,21 @@ def lossless(
     ours = decode(model, plainly.prompt, setting, drafter)
     assert states(ours) == states(plainly)
     return ours
+
+
+def test_random_decodes_with_drafts_are_plain_decoding() -> None:
+    """A few of `studies/fuzz_decodes.py`, over families, caches, policies and batches."""
+    found = [outcome for seed in range(30) for outcome in fuzz_decodes.judge(seed)]
+    assert [name for name, outcome in found if outcome != "same"] == []
+    assert len({name.partition(",")[0] for name, _ in found}) > 8  # checkpoints
+
+
+def test_a_decode_that_differs_is_told() -> None:
+    model, setting = setting_of("llada-none", 0)
+    one = decode(model, random_prompt(model, 11), setting)
+    other = decode(model, random_prompt(model, 11, 1), setting)
+    assert fuzz_decodes.difference(one, one) == "same"
+    assert fuzz_decodes.difference(one, other).startswith("STATE 0 of 16")
 
 
 coefficient = st.one_of(

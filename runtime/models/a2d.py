@@ -12,10 +12,18 @@ from typing import Any
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, check_head_dim, usual_fields
+from spiffy.runtime.models.fields import (
+    BLOCK_SIZES,
+    QK_NORM,
+    USUAL,
+    Entries,
+    check_head_dim,
+    check_qk_norm,
+    usual_fields,
+)
 
 _ENTRIES = Entries(
-    reads=USUAL | {"head_dim"},
+    reads=USUAL | {"head_dim", *QK_NORM},
     # Of Qwen3; Qwen2 always has biases on queries, keys and values, and the parameters say so.
     idle=frozenset({"attention_bias"}),
 )
@@ -23,6 +31,7 @@ _ENTRIES = Entries(
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
     fields = usual_fields(config) | {"use_sliding_window": False}
+    check_qk_norm(config, config["model_type"] == "a2d-qwen3")
     if config["model_type"] == "a2d-qwen3":
         return Qwen3ForCausalLM, Qwen3Config(
             **fields,

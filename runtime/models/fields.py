@@ -43,6 +43,8 @@ class Entries:
 
 ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 BLOCK_SIZES = ("block_size", "block_length", "bd_size", "bd3lm_block_size", "diffusion_block_size")
+# Spellings of whether queries and keys are normalised, head by head.
+QK_NORM = ("attention_layer_norm", "qk_layernorm", "qk_norm", "use_qk_norm")
 
 _SILU = ("silu", "swish")
 _RMS = ("rms", "rmsnorm", "rms_norm", "RMSNorm")
@@ -79,7 +81,7 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
         ("attention_bias", "add_qkv_bias", "include_bias", "include_qkv_bias", "qkv_bias"), (False,)
     ),
     **dict.fromkeys(("bias_for_layer_norm", "mlp_bias", "use_bias", "use_qkv_bias"), (False,)),
-    **dict.fromkeys(("attention_layer_norm", "qk_layernorm", "qk_norm", "use_qk_norm"), (False,)),
+    **dict.fromkeys(QK_NORM, (False,)),
     **dict.fromkeys(("input_emb_norm", "norm_head", "norm_softmax"), (False,)),
     **dict.fromkeys(("scale_embedding", "scale_embeddings", "scale_logits"), (False,)),
     **dict.fromkeys(("alibi", "use_alibi", "use_mrope", "use_parallel_residual"), (False,)),
@@ -251,6 +253,13 @@ def check_head_dim(config: Config) -> None:
     width = config["hidden_size"] // config["num_attention_heads"]
     if (stated := config.get("head_dim")) not in (None, width):
         raise ValueError(f"head_dim {stated!r} is not hidden_size / num_attention_heads: {width}")
+
+
+def check_qk_norm(config: Config, computed: bool) -> None:
+    """Refuse a config that says otherwise than is computed, where the model type decides that."""
+    for entry in QK_NORM:
+        if (stated := config.get(entry)) not in (None, computed):
+            raise ValueError(f"{entry} = {_short(stated)} is not supported: {computed} is computed")
 
 
 # Frequencies that are a function of the position alone, as transformers computes them, with what

@@ -8,7 +8,14 @@ from typing import Any
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, expert_shapes, usual_fields
+from spiffy.runtime.models.fields import (
+    BLOCK_SIZES,
+    QK_NORM,
+    USUAL,
+    Entries,
+    expert_shapes,
+    usual_fields,
+)
 
 _ENTRIES = Entries(
     reads=USUAL
@@ -20,7 +27,7 @@ _ENTRIES = Entries(
         "norm_topk_prob": (True,),
         "score_function": ("sigmoid",),
         "topk_method": ("noaux_tc",),
-        "use_qk_norm": (True,),
+        **dict.fromkeys(QK_NORM, (True,)),
     },
     idle=frozenset(
         # The shared experts' width and the part of the head that turns follow from what is read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -236,6 +237,7 @@ def checked_architecture(name: str, family: Family, config: Mapping[str, Any]) -
         _check_sizes(config)
         architecture, module_config = family.architecture(config)
         check_ids(config, module_config.vocab_size)
+        _check_turning(module_config)
     except KeyError as error:
         raise SpiffyError(f"{name}: config.json lacks {error.args[0]!r}") from None
     except SpiffyError:
@@ -264,6 +266,7 @@ def _module(
     split = family.split(config)
     stored = _in_parts(name, family, stored, split)
     _check_amount(name, architecture, module_config, stored)
+    _check_tied(name, family, module_config, stored)
     # A device map may offload to disk, for which transformers has to know the files; but of those
     # it reads whole parameters.
     from_files = device_map is not None and not split
@@ -354,6 +357,12 @@ _SIZES = {
     **dict.fromkeys(("vocab_size", "embedding_size"), 1 << 24),
     **dict.fromkeys(("max_sequence_length", "max_position_embeddings"), 1 << 30),
 }
+# Others that transformers 5.0 takes as they are.
+_POSITIVE = ("rms_norm_eps", "routed_scaling_factor")
+_FLAGS = (
+    *("attention_bias", "multi_query_attention", "norm_topk_prob", "tie_word_embeddings"),
+    "weight_tying",
+)
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
@@ -363,9 +372,26 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             continue
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{field} {value!r} must be a whole number from 1 to {most}")
-    epsilon = config.get("rms_norm_eps", 1)
-    if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
-        raise ValueError(f"rms_norm_eps {epsilon!r} must be a positive number")
+    for field in _POSITIVE:
+        value = config.get(field, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{field} {value!r} must be a positive number")
+    for field in _FLAGS:
+        value = config.get(field)
+        if value is not None and type(value) is not bool:
+            raise ValueError(f"{field} {value!r} must be true or false")
+
+
+def _check_turning(config: Any) -> None:
+    """Refuse heads of which RoPE cannot turn the part that is stated: pairs, at most all."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    part = config.rope_parameters.get("partial_rotary_factor") or 1
+    turning = int(head * part)
+    if part > 1 or turning < 2 or turning % 2:
+        raise ValueError(
+            f"RoPE would turn {turning} of the {head} dimensions of a head (partial_rotary_factor "
+            f"{part}): it turns pairs, and at most all"
+        )
 
 
 def _check_amount(name: str, architecture: Any, config: Any, stored: Mapping[str, Any]) -> None:
@@ -379,6 +405,35 @@ def _check_amount(name: str, architecture: Any, config: Any, stored: Mapping[str
             f"{name}: config.json describes {described} parameters, the weights hold {held}: one "
             "of them belongs to another model"
         )
+
+
+def _check_tied(name: str, family: Family, config: Any, stored: Mapping[str, Any]) -> None:
+    """Refuse a head that is stored where the config says that it is the embedding.
+
+    Official code computes with the embedding then, transformers 5 with what is stored.
+    """
+    if not config.tie_word_embeddings:
+        return
+    found = {_module_name(key, family.key_mapping): key for key in stored}
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return
+    with _loading(name):
+        same = torch.equal(stored[head][...], stored[embedding][...])
+    if not same:
+        raise SpiffyError(
+            f"{name}: config.json says that the output head is the embedding (tied), and the "
+            f"weights hold another one, {head}: correct the one or remove the other"
+        )
+
+
+def _module_name(key: str, mapping: Mapping[str, str]) -> str:
+    """What a stored parameter is called in the module."""
+    for pattern, words in mapping.items():
+        key, count = re.subn(pattern, words, key)
+        if count:
+            break
+    return key
 
 
 def _check_merged(

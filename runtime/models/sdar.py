@@ -8,7 +8,14 @@ from typing import Any
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from spiffy.runtime.models.base import Architecture, Family
-from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, expert_shapes, usual_fields
+from spiffy.runtime.models.fields import (
+    BLOCK_SIZES,
+    QK_NORM,
+    USUAL,
+    Entries,
+    expert_shapes,
+    usual_fields,
+)
 
 _MIXTURE_FIELDS = (
     "moe_intermediate_size",
@@ -22,7 +29,7 @@ _ENTRIES = Entries(
     reads=USUAL
     | {"attention_bias", "decoder_sparse_step", "head_dim", "mlp_only_layers"}
     | {*BLOCK_SIZES, *_MIXTURE_FIELDS},
-    only={"use_qk_norm": (True,)},
+    only=dict.fromkeys(QK_NORM, (True,)),
     idle=frozenset(
         {"debug", "ep_size", "fuse_cross_entropy", "micro_forward", "skip_checkpoint"}
         | {"output_router_logits", "use_deepep"}
@@ -41,8 +48,10 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
         # Every layer is a mixture unless the config says otherwise.
         fields["decoder_sparse_step"] = config.get("decoder_sparse_step", 1)
         fields["mlp_only_layers"] = config.get("mlp_only_layers") or []
-        if fields["decoder_sparse_step"] < 1:
-            raise ValueError("decoder_sparse_step must be at least 1")
+        if type(fields["decoder_sparse_step"]) is not int or fields["decoder_sparse_step"] < 1:
+            raise ValueError("decoder_sparse_step must be a whole number, at least 1")
+        if config["num_experts_per_tok"] > config["num_experts"]:
+            raise ValueError("num_experts_per_tok is more than num_experts")
         return Qwen3MoeForCausalLM, Qwen3MoeConfig(**fields)
     return Qwen3ForCausalLM, Qwen3Config(**fields)
 
