@@ -33,6 +33,7 @@ from reference import Reference, UnclearError
 from safetensors.torch import load, save
 from seeds import Tally, arguments
 from tokenizers import Tokenizer
+from transformers.utils import logging
 
 from spiffy.runtime import ALIASES, DiffusionLM, generate, load_model
 from spiffy.schemas import SpiffyError
@@ -647,6 +648,7 @@ def main() -> None:
     """Run all cases and print the counts."""
     options = arguments(__doc__, 20_000).parse_args()
     torch.set_num_threads(1)
+    logging.set_verbosity_error()  # of odd configs
     tally = Tally(("loaded", "refused"))
     with whole_checkpoints() as place:
         for seed in tally.seeds(options):
