@@ -33,6 +33,7 @@ from reference import Reference, UnclearError
 from safetensors.torch import load, save
 from seeds import Tally, arguments
 from tokenizers import Tokenizer
+from transformers.utils import logging
 
 from spiffy.runtime import ALIASES, DiffusionLM, generate, load_model
 from spiffy.schemas import SpiffyError
@@ -71,6 +72,7 @@ def bases() -> dict[str, Files]:
     # A2D of Qwen2 has Dream's parameters.
     dream = json.loads(found["dream-a"]["config.json"]) | {"model_type": "a2d-qwen2"}
     found["a2d-mdlm-b"] = found["dream-a"] | {"config.json": json.dumps(dream).encode()}
+    found["dream-b"] = in_two_files(found["dream-a"])
     found["sdar-moe-a"] = found["sdar-a"] | mixture(found["sdar-a"])
     found |= {f"{name}-shards": in_shards(files) for name, files in found.items()}
     for name in ("tiny-llada", "tiny-dream", "tiny-sdar", "tiny-llada2"):
@@ -111,6 +113,19 @@ def small_tokenizer() -> Files:
         "tokenizer.json": json.dumps(content).encode(),
         "tokenizer_config.json": (folder / "tokenizer_config.json").read_bytes(),
         "special_tokens_map.json": b'{"eos_token": {"content": "<|endoftext|>", "lstrip": false}}',
+    }
+
+
+def in_two_files(files: Files) -> Files:
+    """The same checkpoint with its tokenizer in the files that Dream's have."""
+    content = json.loads(files["tokenizer.json"])
+    merges = [" ".join(pair) for pair in content["model"]["merges"]]
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    kept = {name: raw for name, raw in files.items() if name != "tokenizer.json"}
+    return kept | {
+        "vocab.json": json.dumps(content["model"]["vocab"]).encode(),
+        "merges.txt": "\n".join(["#version: 0.2", *merges]).encode(),
+        "added_tokens.json": json.dumps(added).encode(),
     }
 
 
@@ -435,10 +450,13 @@ def mutate(rng: random.Random, files: Files) -> str:
     where: dict[str, tuple[str, ...]] = {
         "config": ("config.json",),
         "config tree": ("config.json",),
-        "tokenizer": ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        "tokenizer": (
+            *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+            *("vocab.json", "added_tokens.json"),
+        ),
         "special tokens": ("tokenizer.json",),
         "other json": ("generation_config.json", "tokenizer_config.json"),
-        "text": (".json",),
+        "text": (".json", ".txt"),
         "index": (INDEX,),
         **dict.fromkeys(("header", "tensors"), (".safetensors",)),
         "bytes": ("",),
@@ -590,9 +608,10 @@ def text_problem(model: DiffusionLM, folder: Path) -> str | None:
     except SpiffyError as error:
         found = in_one_line(error, folder)
         return None if found == "refused" else found
-    if model.tokenizer is None or model.tokenizer.chat_template:
+    path = folder / "tokenizer.json"
+    if model.tokenizer is None or model.tokenizer.chat_template or not path.exists():
         return None
-    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain = Tokenizer.from_file(str(path))
     plain.no_truncation()
     plain.no_padding()
     expected = plain.encode(TEXT_PROMPT).ids
@@ -629,6 +648,7 @@ def main() -> None:
     """Run all cases and print the counts."""
     options = arguments(__doc__, 20_000).parse_args()
     torch.set_num_threads(1)
+    logging.set_verbosity_error()  # of odd configs
     tally = Tally(("loaded", "refused"))
     with whole_checkpoints() as place:
         for seed in tally.seeds(options):

@@ -166,24 +166,29 @@ class Reference:
         stated = self.config.get("mask_token_id")
         if stated is not None:
             return int(stated)
-        files = ("special_tokens_map.json", "tokenizer_config.json")
-        paths = [self.folder / name for name in files]
-        named = None
-        for path in paths:
-            if path.is_file() and (self.folder / "tokenizer.json").is_file():
-                named = json.loads(path.read_text()).get("mask_token") or named
-        if named is not None:
-            text = named["content"] if isinstance(named, dict) else named
-            tokenizer = json.loads((self.folder / "tokenizer.json").read_text())
-            known = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-            known = tokenizer["model"]["vocab"] | known
-            if text in known:
-                return int(known[text])
+        known, named = self._vocabulary(), None
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            named = self._json(name).get("mask_token") or named
+        text = named["content"] if isinstance(named, dict) else named
+        if text in known:
+            return int(known[text])
         published = {
             **{"llada2_moe": 156895, "illada": 5, "llama": 5, "Fast_dLLM_Qwen": 151665},
             **{"a2d-qwen3": 151669, "a2d-qwen2": 151669},
         }
         return published.get(self.kind)
+
+    def _vocabulary(self) -> Entries:
+        """Token ids by token: of one file, or of the three that Qwen2's tokenizer has."""
+        whole = self._json("tokenizer.json")
+        if not whole:
+            return self._json("vocab.json") | self._json("added_tokens.json")
+        added = {token["content"]: token["id"] for token in whole.get("added_tokens") or []}
+        return {**whole["model"]["vocab"], **added}
+
+    def _json(self, name: str) -> Entries:
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def _in_blocks(self) -> bool:
         if self.kind.startswith("a2d"):
@@ -342,11 +347,10 @@ class Reference:
         # As transformers does: a module without its head is saved without the word before.
         found = renamed(found, ((r"^(embed_tokens|layers|norm)\.", r"model.\1."),))
         if tied:
-            head = found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
-            if not torch.equal(head, found["model.embed_tokens.weight"]):
-                raise UnclearError(
-                    "the head is tied to the embedding, and stored as something else"
-                )
+            embedding = found["model.embed_tokens.weight"]
+            head = found.setdefault("lm_head.weight", embedding)
+            if head is not embedding and not torch.equal(head, embedding):
+                raise UnclearError("the head is tied to the embedding, and stored as another")
         return found
 
     def _shards(self) -> set[Path]:
