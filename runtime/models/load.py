@@ -40,6 +40,7 @@ from spiffy.runtime.models.tokens import (
     with_mask_token,
 )
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.notes import note
 
 FAMILIES: tuple[Family, ...] = (
     LLADA,
@@ -266,7 +267,12 @@ def _module(
     split = family.split(config)
     stored = _in_parts(name, family, stored, split)
     _check_amount(name, architecture, module_config, stored)
-    _check_tied(name, family, module_config, stored)
+    if module_config.tie_word_embeddings and _stores_another_head(name, family, stored):
+        note(
+            f"{name}: config.json says that the output head is the embedding (tied), and the "
+            "weights hold another one: the one stored is computed, as transformers 5 does"
+        )
+        module_config.tie_word_embeddings = False
     # A device map may offload to disk, for which transformers has to know the files; but of those
     # it reads whole parameters.
     from_files = device_map is not None and not split
@@ -407,24 +413,14 @@ def _check_amount(name: str, architecture: Any, config: Any, stored: Mapping[str
         )
 
 
-def _check_tied(name: str, family: Family, config: Any, stored: Mapping[str, Any]) -> None:
-    """Refuse a head that is stored where the config says that it is the embedding.
-
-    Official code computes with the embedding then, transformers 5 with what is stored.
-    """
-    if not config.tie_word_embeddings:
-        return
+def _stores_another_head(name: str, family: Family, stored: Mapping[str, Any]) -> bool:
+    """Whether an output head is stored that is not the embedding."""
     found = {_module_name(key, family.key_mapping): key for key in stored}
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
     if head is None or embedding is None:
-        return
+        return False
     with _loading(name):
-        same = torch.equal(stored[head][...], stored[embedding][...])
-    if not same:
-        raise SpiffyError(
-            f"{name}: config.json says that the output head is the embedding (tied), and the "
-            f"weights hold another one, {head}: correct the one or remove the other"
-        )
+        return not torch.equal(stored[head][...], stored[embedding][...])
 
 
 def _module_name(key: str, mapping: Mapping[str, str]) -> str:
