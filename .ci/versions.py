@@ -20,7 +20,9 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("report", "large")
+EXTRAS = ("report", "large", "adapters", "quantize")
+# Come with torch, and would bring another one along.
+WITH_TORCH = ("torch", "accelerate", "peft")
 
 # What a dependency could break: the official outputs, loading, losslessness, the commands.
 LOSSLESS = "tests/test_losslessness.py::test_"
@@ -36,6 +38,10 @@ FAST = (
     f"{CLI}json_has_one_object_per_prompt",
     f"{CLI}graph_commands_describe_an_artifact",
     f"{CLI}help_and_version",
+    "tests/test_wrap.py::test_what_transformers_loads_is_what_our_loader_gives",
+    "tests/test_wrap.py::test_attention_that_does_not_keep_to_the_mask_is_refused",
+    "tests/test_adapters.py::test_drafts_leave_an_adapted_models_tokens_as_they_are",
+    "tests/test_quantize.py::test_drafts_leave_a_quantised_models_tokens_as_they_are",
     f"{CLI}bad_decode_input_is_one_line",
 )
 SHOW = """
@@ -58,9 +64,9 @@ def bounds() -> dict[str, str]:
 
 
 def requirements(which: str, with_torch: bool) -> list[str]:
-    """What to ask pip for. Accelerate comes with torch and would bring another one along."""
+    """What to ask pip for."""
     versions = bounds()
-    chosen = {k: v for k, v in versions.items() if with_torch or k not in ("torch", "accelerate")}
+    chosen = {k: v for k, v in versions.items() if with_torch or k not in WITH_TORCH}
     if which == "newest":
         return [*chosen]
     exact = [f"{name}=={version}" for name, version in chosen.items() if name != "torch"]

@@ -22,7 +22,7 @@ from spiffy.calib.prompts import DATASETS, MERGED, PromptSet
 from spiffy.calib.store import About, Place, Stored, TraceFile, encode, scan, tokens_digest
 from spiffy.runtime.decode import Task
 from spiffy.runtime.forward.cache import BlockEdges
-from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.base import DiffusionLM, stored_tensors
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.decoding import first_problem
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
@@ -46,7 +46,7 @@ def manifest_of(
     return Manifest(
         model=model_facts(model),
         weights=_weights_digest(model),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=model.arithmetic,
         decoding=settings,
         edges=asdict(edges),
         seed=seed,
@@ -63,11 +63,16 @@ def manifest_of(
 
 def _weights_digest(model: DiffusionLM) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(model.module.named_parameters()):
-        if weight.is_meta:  # offloaded by a device map
-            continue
-        values = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)][:_SAMPLED]
-        digest.update(name.encode() + values.to("cpu", torch.float64).numpy().tobytes())
+    module = model.module
+    whole = [
+        (name, buffer) for name, buffer in module.named_buffers() if not buffer.is_floating_point()
+    ]
+    for name, parameter in sorted([*module.named_parameters(), *whole], key=lambda pair: pair[0]):
+        for weight in stored_tensors(parameter.detach()):
+            if weight.is_meta:  # offloaded by a device map
+                continue
+            values = weight.flatten()[:: max(1, weight.numel() // _SAMPLED)][:_SAMPLED]
+            digest.update(name.encode() + values.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()
 
 

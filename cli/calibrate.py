@@ -15,6 +15,7 @@ from spiffy.calib.ranks import Ranks
 from spiffy.cli.calibration_tables import predict, shape_like, summarise
 from spiffy.cli.common import console, log, note_skipped, progress_bar, run_app
 from spiffy.cli.options import (
+    Adapter,
     Dataset,
     Decoding,
     Device,
@@ -22,6 +23,7 @@ from spiffy.cli.options import (
     Encoding,
     Field,
     Growth,
+    Quantize,
     SkipBad,
     Threads,
     VersionOption,
@@ -73,6 +75,8 @@ class _Model:
     ]
     device: Device = "auto"
     dtype: Dtype = "auto"
+    adapter: Adapter = None
+    quantize: Quantize = None
     threads: Threads = "auto"
     device_map: Annotated[
         str | None,
@@ -92,8 +96,14 @@ class _Model:
         """Load it, on this rank's device if there are several."""
         from spiffy.runtime import load_model
 
-        device = ranks.device(self.device)
-        return load_model(self.model, device=device, dtype=self.dtype, device_map=self.device_map)
+        return load_model(
+            self.model,
+            device=ranks.device(self.device),
+            dtype=self.dtype,
+            device_map=self.device_map,
+            adapter=self.adapter,
+            quantize=self.quantize,
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 #: Results go to standard output, everything else to standard error.
 console = Console(markup=False, emoji=False)
 log = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+# Loggers that complain where torchao is installed, about kernels for other machines: transformers
+# imports it for all models.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 
 _WIDE = 1000  # columns: nothing is cut or broken where no terminal has a width
 
@@ -108,6 +113,8 @@ def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> Non
 def run_app(app: Callable[[], None]) -> None:
     """Run a typer app; bad input and failed output end in one line and exit code 2."""
     wait_passively()
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with guarded_streams():
             for out in (console, log):

@@ -83,6 +83,16 @@ VersionOption = Annotated[
 ]
 Device = Annotated[str, model_option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, model_option(help="auto, float32, bfloat16, float16, float64.")]
+Adapter = Annotated[
+    str | None,
+    model_option(
+        help="Folder or hub id of a LoRA adapter, which is merged into the weights (needs peft)."
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    model_option(help="int8: linear layers in 8 bits, the output head as it is (needs torchao)."),
+]
 Threads = Annotated[
     str,
     model_option(
@@ -119,6 +129,8 @@ class ModelOfGraph:
     ] = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    adapter: Adapter = None
+    quantize: Quantize = None
     threads: Threads = "auto"
     any_model: Annotated[
         bool,
@@ -141,14 +153,21 @@ class ModelOfGraph:
         """
         from spiffy.runtime import load_model
 
+        load = partial(
+            load_model,
+            device=self.device,
+            dtype=self.dtype,
+            adapter=self.adapter,
+            quantize=self.quantize,
+        )
         if self.model is not None:
-            return load_model(self.model, device=self.device, dtype=self.dtype)
+            return load(self.model)
         if artifact is None or path is None:
             raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
         if (path.parent / "config.json").is_file():
-            return load_model(str(path.parent), device=self.device, dtype=self.dtype)
+            return load(str(path.parent))
         record = artifact.model
-        return load_model(record.id, device=self.device, dtype=self.dtype, revision=record.revision)
+        return load(record.id, revision=record.revision)
 
 
 @dataclass(frozen=True)

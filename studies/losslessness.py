@@ -255,7 +255,9 @@ def losslessness(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Print the tables, or put them into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-dream", "tiny-sdar"])
+    parser.add_argument(
+        "--models", nargs="+", default=["tiny-llada", "tiny-dream", "tiny-sdar", "tiny-llada2"]
+    )
     parser.add_argument("--samples", type=int, default=12, help="test problems")
     parser.add_argument("--caches", nargs="*", help="of the first table; default: all exact ones")
     parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")

@@ -350,7 +350,8 @@ class Reference:
             embedding = found["model.embed_tokens.weight"]
             head = found.setdefault("lm_head.weight", embedding)
             if head is not embedding and not torch.equal(head, embedding):
-                raise UnclearError("the head is tied to the embedding, and stored as another")
+                # transformers 5 does not tie what is stored apart, and says so
+                module.lm_head.weight = torch.nn.Parameter(torch.empty_like(head))
         return found
 
     def _shards(self) -> set[Path]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from helpers import PARITY
 
-BLOCKED = ("networkx", "scipy", "datasets", "spiffy.calib", "spiffy.graphs")
+BLOCKED = (
+    *("networkx", "scipy", "datasets", "spiffy.calib", "spiffy.graphs"),
+    *("accelerate", "peft", "torchao"),  # of what users may ask for
+)
 
 SCRIPT = """
 import importlib, pkgutil, sys

@@ -444,6 +444,22 @@ def test_a_device_map_without_accelerate_is_refused(monkeypatch: pytest.MonkeyPa
     assert message == "device_map needs accelerate: pip install 'spiffy-dllm[large]'"
 
 
+# ---------------------------------------------------------------- other libraries
+
+
+@pytest.mark.parametrize(
+    ("option", "library", "extra"),
+    [("adapter", "peft", "adapters"), ("quantize", "torchao", "quantize")],
+)
+def test_what_an_option_needs_is_named(
+    monkeypatch: pytest.MonkeyPatch, option: str, library: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    options: dict[str, Any] = {option: "int8"}
+    message = refusal(lambda: load_model(str(PARITY / "llada-a"), **options))
+    assert message == f"--{option} needs {library}: pip install 'spiffy-dllm[{extra}]'"
+
+
 # ---------------------------------------------------------------- prompts
 
 

@@ -154,7 +154,8 @@ def test_a_damaged_record_is_passed_over_and_those_behind_it_are_not(
             whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :]
         )
         found = scan(path)
-        assert [place.about.prompt for place in found.places] == [0, 2]
+        others = [k for k in range(len(traces)) if k != 1]
+        assert [place.about.prompt for place in found.places] == others
         assert (found.damaged, found.end) == (1, len(whole))
 
 

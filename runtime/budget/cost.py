@@ -274,7 +274,7 @@ def conditions(task: Task) -> dict[str, Any]:
         outside = canvas.first
     return {
         "device": device_name(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.arithmetic,
         "threads": torch.get_num_threads() if kind == "cpu" else None,
         "torch": torch.__version__,
         "model": model.fingerprint,

@@ -89,7 +89,7 @@ class Shape:
         module: Any = model.module
         sizes = {name: p.numel() for name, p in module.named_parameters()}
         embedding = module.model.embed_tokens.weight.numel()
-        head = module.lm_head.weight.numel()
+        head = model.vocab_size * module.config.hidden_size
         tied = "lm_head.weight" not in sizes
         experts = sum(size for name, size in sizes.items() if ".experts." in name)
         config = module.config

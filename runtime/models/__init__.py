@@ -3,5 +3,6 @@
 from spiffy.runtime.models.base import DiffusionLM, Family, KeyValues
 from spiffy.runtime.models.load import FAMILIES, load_model
 from spiffy.runtime.models.published import ALIASES
+from spiffy.runtime.models.wrapping import wrap
 
-__all__ = ["ALIASES", "FAMILIES", "DiffusionLM", "Family", "KeyValues", "load_model"]
+__all__ = ["ALIASES", "FAMILIES", "DiffusionLM", "Family", "KeyValues", "load_model", "wrap"]

@@ -45,6 +45,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 A2D_MDLM = Family(
     name="a2d-mdlm",
     model_types=("a2d-qwen3", "a2d-qwen2"),
+    computed_by=("qwen3", "qwen2"),
     named="mdlm",
     architecture=_architecture,
     key_mapping={},

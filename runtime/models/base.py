@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 
 from spiffy.runtime.models.block_size import is_published, stated_block_size
@@ -24,6 +26,14 @@ Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
 
 # transformers 5.24 renamed it, for all of its models.
 _CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+# Packages whose layers compute what a family's module does in the usual way.
+_OWN = frozenset({"torch", "transformers", "spiffy"})
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def _none(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +55,8 @@ class Family:
         Names in `architectures` of `config.json`, where the model type alone does not tell.
     named
         What a checkpoint's name has to contain where no field of `config.json` tells (A2D).
+    computed_by
+        Model types of the transformers modules that compute the family, which `wrap` takes.
     architecture
         From the checkpoint's `config.json` content to transformers' module class and its config;
         the module has `.model` (ids to hidden states) and `.lm_head`.
@@ -94,6 +106,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
+    computed_by: tuple[str, ...]
     architecture: Callable[[Mapping[str, Any]], Architecture]
     key_mapping: Mapping[str, str]
     logit_shift: Literal[0, 1]
@@ -142,6 +155,16 @@ class KeyValues:
         """Join two runs of positions."""
         pairs = zip(self.layers, other.layers, strict=True)
         return KeyValues([(torch.cat((a, c), 2), torch.cat((b, d), 2)) for (a, b), (c, d) in pairs])
+
+
+def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a parameter consists of: itself, or what a quantised one holds."""
+    parts: Any = parameter
+    if not is_traceable_wrapper_subclass(parts):
+        yield parameter
+        return
+    for name in parts.__tensor_flatten__()[0]:
+        yield from stored_tensors(getattr(parts, name))
 
 
 class _AttentionCache:
@@ -207,7 +230,10 @@ class DiffusionLM:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.mask_token_id = int(config["mask_token_id"])
-        self.vocab_size = int(module.lm_head.weight.shape[0])  # type: ignore[union-attr, index]
+        head: Any = module.lm_head  # whose weight, if quantised, may have any shape
+        self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
+        settings: Any = getattr(module, "config", None)
+        self._attention = getattr(settings, "_attn_implementation", None) or "sdpa"
         limits = ("max_sequence_length", "max_position_embeddings")
         self.max_length = next((int(config[k]) for k in limits if config.get(k)), None)
 
@@ -230,14 +256,35 @@ class DiffusionLM:
     def device(self) -> torch.device:
         """Where token ids are expected."""
         head: Any = self.module.lm_head
-        if head.weight.is_meta:  # offloaded by a device map: accelerate brings it there and back
+        weight = getattr(head, "weight", None)
+        if weight is None:  # quantised, in buffers
+            weight = next(iter((*head.parameters(), *head.buffers())))
+        if weight.is_meta:  # offloaded by a device map: accelerate brings it there and back
             return torch.device(head._hf_hook.execution_device)
-        return head.weight.device  # type: ignore[no-any-return]
+        return weight.device  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the weights."""
-        return self.module.lm_head.weight.dtype  # type: ignore[union-attr, return-value]
+        """Floating-point type of the weights, or of those that are not quantised."""
+        head: Any = self.module.lm_head
+        own = getattr(head, "weight", None)
+        for weight in chain(() if own is None else (own,), self.module.parameters()):
+            if weight.is_floating_point() and weight.element_size() > 1:
+                return weight.dtype  # type: ignore[no-any-return]
+        return torch.get_default_dtype()
+
+    @cached_property
+    def arithmetic(self) -> str:
+        """The dtype, and what computes that is not torch's or transformers' own.
+
+        Such as "float32", or "bfloat16, torchao.Int8Tensor"; costs are remembered by it.
+        """
+        layers = {type(part) for part in self.module.modules()}
+        weights = {type(value) for value in self.module.parameters()} - {nn.Parameter, Tensor}
+        foreign = weights | {kind for kind in layers if _package(kind) not in _OWN}
+        names = sorted(f"{_package(kind)}.{kind.__name__}" for kind in foreign)
+        attention = [] if self._attention == "sdpa" else [self._attention]
+        return ", ".join([str(self.dtype).removeprefix("torch."), *attention, *names])
 
     @property
     def default_block_length(self) -> int:
@@ -296,6 +343,9 @@ class DiffusionLM:
         if mask is None:
             past = 0 if frozen is None else frozen[0][0].shape[2]
             mask = ids.new_ones((1, ids.shape[1], past + ids.shape[1]), dtype=torch.bool)
+        if self._attention == "eager":  # adds its mask to the scores
+            hidden_out = torch.finfo(self.dtype).min
+            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, hidden_out)
         cache = _AttentionCache(frozen, keep)
         hidden = self.module.model(  # type: ignore[operator]
             input_ids=ids,
@@ -309,8 +359,8 @@ class DiffusionLM:
     @property
     def head_is_dear(self) -> bool:
         """Whether reading the output head takes long, beside multiplying some rows with it."""
-        weight: Any = self.module.lm_head.weight  # type: ignore[union-attr]
-        return int(weight.numel()) >= _DEAR
+        width: int = self.module.config.hidden_size  # type: ignore[union-attr, assignment]
+        return self.vocab_size * width >= _DEAR
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
@@ -332,7 +382,9 @@ class DiffusionLM:
         quantised).
         """
         head = self.module.lm_head
-        if type(head) is not torch.nn.Linear or head.weight.is_meta:
+        if type(head) is not torch.nn.Linear or type(head.weight) is not nn.Parameter:
+            return None
+        if head.weight.is_meta:
             return None
         hidden, tokens = hidden.to(head.weight.device), tokens.to(head.weight.device)
         logits = torch.einsum("...mh,mjh->...mj", hidden, head.weight[tokens])
@@ -380,8 +432,11 @@ class DiffusionLM:
 
     def broken_weights(self) -> str | None:
         """Name of the first parameter with a value that is not finite, if any."""
-        parameters = self.module.named_parameters()
-        return next((name for name, value in parameters if not value.isfinite().all()), None)
+        for name, parameter in self.module.named_parameters():
+            for value in stored_tensors(parameter):
+                if not value.is_meta and not value.isfinite().all():  # meta: offloaded
+                    return name
+        return None
 
     def rows_of(self, positions: Tensor, first: int = 0) -> Tensor:
         """Rows of a window starting at position `first` that predict the tokens at `positions`.

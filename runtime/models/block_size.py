@@ -20,9 +20,8 @@ _IN_NAME = re.compile(
 
 
 def is_published(name: str) -> bool:
-    """Whether an alias stands for this checkpoint, so that its facts are known."""
-    place = Source(ALIASES.get(name, name))
-    return name in ALIASES or place.hub_id in ALIASES.values()
+    """Whether an alias stands for this checkpoint of the hub, so that its facts are known."""
+    return Source(ALIASES.get(name, name)).hub_id in ALIASES.values()
 
 
 def stated_block_size(name: str, config: Mapping[str, Any]) -> int | None:

@@ -19,6 +19,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 STABLE_DIFFCODER = Family(
     name="stable-diffcoder",
     model_types=("llama",),
+    computed_by=("llama",),
     architectures=("StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"),
     architecture=_architecture,
     key_mapping={},

@@ -19,6 +19,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 DREAM = Family(
     name="dream",
     model_types=("Dream",),
+    computed_by=("qwen2",),
     architecture=_architecture,
     key_mapping={},
     logit_shift=1,

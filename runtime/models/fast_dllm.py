@@ -24,6 +24,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 FAST_DLLM = Family(
     name="fast-dllm",
     model_types=("Fast_dLLM_Qwen",),
+    computed_by=("qwen2",),
     architecture=_architecture,
     key_mapping={},
     logit_shift=1,

@@ -148,7 +148,7 @@ def check_entries(name: str, family: str, config: Config, entries: Entries) -> N
         or null.
     """
     _refuse_quantised(name, config)
-    _refuse_windows(name, family, config)
+    refuse_windows(name, family, config)
     declared = entries.reads | entries.idle
     fixed = {entry: values for entry, values in PLAIN.items() if entry not in declared}
     fixed |= entries.only
@@ -192,16 +192,27 @@ def _refuse_quantised(name: str, config: Config) -> None:
             method = stated.get("quant_method") if isinstance(stated, dict) else stated
             raise SpiffyError(
                 f"{name}: config.json: {entry}: the weights are quantised "
-                f"({method or 'by a method that is not named'}), which is not supported: give the "
-                "checkpoint that they were made from"
+                f"({method or 'by a method that is not named'}), which is not supported: load them "
+                "with transformers and spiffy.runtime.wrap() the module, or give the checkpoint "
+                "that they were made from"
             )
 
 
-def _refuse_windows(name: str, family: str, config: Config) -> None:
+def without_quantisation(config: Config) -> dict[str, Any]:
+    """The config without what says how the weights are stored."""
+    return {entry: value for entry, value in config.items() if entry not in _QUANTISED}
+
+
+def refuse_windows(name: str, family: str, config: Config) -> None:
     """Refuse attention that does not reach everywhere.
 
     A window's size stands in many configs that do not use it, but only `use_sliding_window` says
     so.
+
+    Raises
+    ------
+    SpiffyError
+        Names the entry that selects it.
     """
     used, size = config.get("use_sliding_window"), config.get("sliding_window")
     if used:

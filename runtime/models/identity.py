@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from spiffy.runtime.models.base import Family
@@ -81,6 +81,14 @@ def fingerprint(
     stated = {name: value for name, value in facts.items() if value not in (None, False, [])}
     text = json.dumps(_plain_numbers(stated), sort_keys=True, separators=(",", ":"))
     return FINGERPRINT + hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def differences(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Entries of two of transformers' configs that do not compute the same, with both values."""
+    for entry in _COMPUTED:
+        values = [getattr(settings, entry, None) or None for settings in (one, other)]
+        if values[0] != values[1]:
+            yield entry, values[0], values[1]
 
 
 def _plain_numbers(value: Any) -> Any:

@@ -19,6 +19,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 ILLADA = Family(
     name="illada",
     model_types=("illada",),
+    computed_by=("llama",),
     architecture=_architecture,
     key_mapping={},
     logit_shift=0,

@@ -63,6 +63,7 @@ _LAYER = r"model.layers.\1."
 LLADA = Family(
     name="llada",
     model_types=("llada",),
+    computed_by=("llama",),
     architecture=_architecture,
     key_mapping={
         r"^model\.transformer\.wte\.": "model.embed_tokens.",

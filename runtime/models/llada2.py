@@ -95,6 +95,7 @@ def _split(config: Mapping[str, Any]) -> dict[str, dict[str, int]]:
 LLADA2 = Family(
     name="llada2",
     model_types=("llada2_moe",),
+    computed_by=("glm4_moe",),
     architecture=_architecture,
     key_mapping={
         r"^model\.word_embeddings\.": "model.embed_tokens.",

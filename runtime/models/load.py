@@ -17,6 +17,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from spiffy.runtime.models.a2d import A2D_BD3LM, A2D_MDLM
+from spiffy.runtime.models.adapter import merge, read_adapter
 from spiffy.runtime.models.base import Architecture, DiffusionLM, Family
 from spiffy.runtime.models.block_size import check_block_sizes
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
@@ -27,16 +28,19 @@ from spiffy.runtime.models.identity import fingerprint
 from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.llada2 import LLADA2
+from spiffy.runtime.models.quantise import check_quantise, quantise
 from spiffy.runtime.models.sdar import SDAR
 from spiffy.runtime.models.source import Source, read_json
 from spiffy.runtime.models.stored import refuse_other_forms, stored_parameters
 from spiffy.runtime.models.tokens import (
     check_tokenizer,
     end_tokens,
+    generation_config,
     read_tokenizer,
     with_mask_token,
 )
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.notes import note
 
 FAMILIES: tuple[Family, ...] = (
     LLADA,
@@ -70,6 +74,8 @@ def load_model(
     revision: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     family: str | None = None,
+    adapter: str | None = None,
+    quantize: str | None = None,
 ) -> DiffusionLM:
     """Load a diffusion language model.
 
@@ -90,11 +96,18 @@ def load_model(
         Passed to transformers, for models larger than one device (needs accelerate).
     family
         Name of the family, for checkpoints that neither config nor name tell apart (A2D).
+    adapter
+        Folder or hub id of a LoRA adapter (peft's files), which is merged into the weights: merged,
+        it costs nothing while decoding. Its layers may have the module's names or the official
+        code's. Load the model with peft and `wrap` it to keep the adapter apart.
+    quantize
+        "int8": linear layers in 8 bits, by torchao, after any adapter; the output head stays.
 
     Raises
     ------
     SpiffyError
-        If the model cannot be found, is of no known family, or its parameters do not match.
+        If the model cannot be found, is of no known family, or its parameters do not match; if the
+        adapter does not fit it or changes nothing; or if a library that is asked for is missing.
     """
     if device_map is not None and find_spec("accelerate") is None:
         raise SpiffyError("device_map needs accelerate: pip install 'spiffy-dllm[large]'")
@@ -106,14 +119,29 @@ def load_model(
     config = read_json(config_file)
     facts = _family(name, source, config, family)
     device = _device(device)
+    if quantize is not None:
+        check_quantise(name, quantize, facts, config)
+    lora = None if adapter is None else read_adapter(adapter)
     with _quiet_transformers():
         tokenizer = read_tokenizer(source)
     config = with_mask_token(config, tokenizer, facts.mask_token_id)
-    architecture = _architecture(name, facts, config)
+    architecture = checked_architecture(name, facts, config)
     check_tokenizer(name, tokenizer, architecture[1].vocab_size)
-    eos_token_ids = end_tokens(source, config, tokenizer, architecture[1].vocab_size)
+    holders = (config, generation_config(source))
+    eos_token_ids = end_tokens(source.place, holders, tokenizer, architecture[1].vocab_size)
     module = _module(name, source, facts, config, architecture, _dtype(dtype, device), device_map)
     source.remember()
+    if (lora or quantize) and any(value.is_meta for value in module.parameters()):
+        raise SpiffyError(
+            f"{name}: device_map leaves layers off the devices: they can neither take an adapter "
+            "nor be quantised"
+        )
+    if lora is not None:
+        with _loading(name, "the adapter cannot be merged"):
+            module = merge(lora, module, name, facts, config)
+    if quantize is not None:
+        with _loading(name, "weights cannot be quantised"):
+            quantise(module, device if device_map is None else None)
     if device_map is None:
         module = module.to(device)
     mask = config["mask_token_id"]
@@ -197,14 +225,19 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _architecture(name: str, family: Family, config: Mapping[str, Any]) -> Architecture:
-    """Module class and config of a checkpoint, whose `config.json` is checked as a whole."""
+def checked_architecture(name: str, family: Family, config: Mapping[str, Any]) -> Architecture:
+    """Module class and config of a checkpoint, whose `config.json` is checked as a whole.
+
+    Raises
+    ------
+    SpiffyError
+        If an entry selects what is not computed, is missing, or is absurd.
+    """
     check_entries(name, family.name, config, family.entries)
     try:
         _check_sizes(config)
         architecture, module_config = family.architecture(config)
-        _check_token_ids(config, module_config.vocab_size)
-        check_block_sizes(config)
+        check_ids(config, module_config.vocab_size)
         _check_turning(module_config)
     except KeyError as error:
         raise SpiffyError(f"{name}: config.json lacks {error.args[0]!r}") from None
@@ -234,7 +267,12 @@ def _module(
     split = family.split(config)
     stored = _in_parts(name, family, stored, split)
     _check_amount(name, architecture, module_config, stored)
-    _check_tied(name, family, module_config, stored)
+    if module_config.tie_word_embeddings and _stores_another_head(name, family, stored):
+        note(
+            f"{name}: config.json says that the output head is the embedding (tied), and the "
+            "weights hold another one: the one stored is computed, as transformers 5 does"
+        )
+        module_config.tie_word_embeddings = False
     # A device map may offload to disk, for which transformers has to know the files; but of those
     # it reads whole parameters.
     from_files = device_map is not None and not split
@@ -375,24 +413,14 @@ def _check_amount(name: str, architecture: Any, config: Any, stored: Mapping[str
         )
 
 
-def _check_tied(name: str, family: Family, config: Any, stored: Mapping[str, Any]) -> None:
-    """Refuse a head that is stored where the config says that it is the embedding.
-
-    Official code computes with the embedding then, transformers 5 with what is stored.
-    """
-    if not config.tie_word_embeddings:
-        return
+def _stores_another_head(name: str, family: Family, stored: Mapping[str, Any]) -> bool:
+    """Whether an output head is stored that is not the embedding."""
     found = {_module_name(key, family.key_mapping): key for key in stored}
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
     if head is None or embedding is None:
-        return
+        return False
     with _loading(name):
-        same = torch.equal(stored[head][...], stored[embedding][...])
-    if not same:
-        raise SpiffyError(
-            f"{name}: config.json says that the output head is the embedding (tied), and the "
-            f"weights hold another one, {head}: correct the one or remove the other"
-        )
+        return not torch.equal(stored[head][...], stored[embedding][...])
 
 
 def _module_name(key: str, mapping: Mapping[str, str]) -> str:
@@ -421,7 +449,7 @@ def _check_merged(
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str, failure: str = "weights cannot be loaded") -> Iterator[None]:
     """Read weights quietly, one tensor at a time, and turn what goes wrong into one line."""
     with _quiet_transformers(), _one_tensor_at_a_time():
         try:
@@ -430,7 +458,7 @@ def _loading(name: str) -> Iterator[None]:
             raise
         except Exception as error:  # what safetensors and transformers raise has no end
             reason = " ".join(str(error).split())
-            raise SpiffyError(f"{name}: weights cannot be loaded: {reason}") from None
+            raise SpiffyError(f"{name}: {failure}: {reason}") from None
 
 
 @contextmanager
@@ -470,7 +498,17 @@ def _one_tensor_at_a_time() -> Iterator[None]:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
-def _check_token_ids(config: Mapping[str, Any], vocab_size: int) -> None:
+def check_ids(config: Mapping[str, Any], vocab_size: int) -> None:
+    """Check the token ids and block sizes that a config states.
+
+    Raises
+    ------
+    KeyError
+        If there is no mask token.
+    ValueError
+        If a value is none.
+    """
+    check_block_sizes(config)
     mask = config["mask_token_id"]
     if type(mask) is not int or not 0 <= mask < vocab_size:
         raise ValueError(f"mask_token_id {mask!r} is not a token of {vocab_size}")

@@ -67,6 +67,7 @@ def _experts(config: Mapping[str, Any]) -> dict[str, list[int]]:
 SDAR = Family(
     name="sdar",
     model_types=("sdar", "sdar_moe"),
+    computed_by=("qwen3", "qwen3_moe"),
     architecture=_architecture,
     key_mapping={},
     logit_shift=0,

@@ -191,7 +191,10 @@ class Source:
         if whole is None and index is None:
             self.refuse_adapter()
         elif self.optional_file("adapter_config.json") is not None:
-            note(f"{self.place} holds an adapter (LoRA) beside its weights: it is not applied")
+            note(
+                f"{self.place} holds an adapter (LoRA) beside its weights: it is not applied "
+                "unless --adapter (adapter= in Python) names it"
+            )
         if whole is not None:
             return [whole]
         if index is not None:
@@ -221,9 +224,8 @@ class Source:
         if path is not None:
             base = read_json(path).get("base_model_name_or_path") or "its base model"
             raise SpiffyError(
-                f"{self.place} is an adapter (LoRA) of {base}, without that model's weights: merge "
-                "it with peft's merge_and_unload(), save_pretrained() the result, and give that "
-                "folder"
+                f"{self.place} is an adapter (LoRA) of {base}, without that model's weights: give "
+                f"that model, and --adapter {self.place} (adapter= in Python)"
             )
 
     def _unreachable(self, reason: str) -> SpiffyError:

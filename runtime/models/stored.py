@@ -50,14 +50,15 @@ def refuse_other_forms(name: str, stored: Mapping[str, Any]) -> None:
     for key, tensor in stored.items():
         if ".lora_" in key:
             raise SpiffyError(
-                f"{name}: {key} is an adapter's (LoRA): merge it into its base model with peft's "
-                "merge_and_unload(), and save that"
+                f"{name}: {key} is an adapter's (LoRA): give the base model, and the adapter as "
+                "--adapter (adapter= in Python)"
             )
         kind = str(tensor.get_dtype())
         if kind in _INTEGERS or kind.startswith(("F8", "F6", "F4")) or key.endswith(_QUANTISED):
             raise SpiffyError(
                 f"{name}: {key} (stored as {kind}) is of quantised weights, which are not "
-                "supported: give the checkpoint that they were made from"
+                "supported: load them with transformers and spiffy.runtime.wrap() the module, or "
+                "give the checkpoint that they were made from"
             )
     for word, wrapper in _WRAPPED.items():
         if stored and all(key.startswith(word) for key in stored):

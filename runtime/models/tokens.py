@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -115,13 +115,23 @@ def with_mask_token(
     return rest if found is None else {**rest, "mask_token_id": found}
 
 
-def end_tokens(
-    source: Source, config: Mapping[str, Any], tokenizer: Any, rows: int
-) -> frozenset[int]:
-    """Every token that ends an answer: those that a file names, and those that end a chat's turn.
+def generation_config(source: Source) -> dict[str, Any]:
+    """Content of `generation_config.json`, empty without one."""
+    return _optional_json(source, "generation_config.json")
 
-    Where no file names one of the `rows` tokens, one by a usual name is taken; a model without any
-    is said to have none.
+
+def end_tokens(
+    name: str, holders: Iterable[Mapping[str, Any]], tokenizer: Any, rows: int
+) -> frozenset[int]:
+    """Every token that ends an answer: those that are stated, and those that end a chat's turn.
+
+    Where none of the `rows` tokens is stated, one by a usual name is taken; a model without any is
+    said to have none.
+
+    Parameters
+    ----------
+    holders
+        Contents of configs that may have an `eos_token_id`.
 
     Raises
     ------
@@ -129,12 +139,12 @@ def end_tokens(
         If an entry is no token id.
     """
     ids: set[int] = set()
-    for holder in (config, _optional_json(source, "generation_config.json")):
+    for holder in holders:
         value = holder.get("eos_token_id")
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token_id) is int for token_id in listed):
             raise SpiffyError(
-                f"{source.place}: eos_token_id {value!r} is neither a token id nor a list of them"
+                f"{name}: eos_token_id {value!r} is neither a token id nor a list of them"
             )
         ids.update(token_id for token_id in listed if 0 <= token_id < rows)
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
@@ -145,8 +155,8 @@ def end_tokens(
         usual = next((token for token in _USUAL_ENDS if token in vocabulary), None)
         if usual is not None:
             ids.add(vocabulary[usual])
-            note(f"{source.place} names no end-of-sequence token: {usual} is taken as one")
+            note(f"{name} names no end-of-sequence token: {usual} is taken as one")
     ids.update(vocabulary[token] for token in _TURN_ENDS if token in vocabulary)
     if not ids:
-        note(f"{source.place} has no end-of-sequence token: every answer fills its whole length")
+        note(f"{name} has no end-of-sequence token: every answer fills its whole length")
     return frozenset(ids)

@@ -1,0 +1,52 @@
+"""Weights in fewer bits, by torchao: layers of the transformer, never the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from spiffy.runtime.models.base import Family
+from spiffy.schemas import SpiffyError
+
+#: What weights can be quantised to.
+KINDS = ("int8",)
+
+
+def check_quantise(name: str, kind: str, family: Family, config: Mapping[str, Any]) -> None:
+    """Refuse what cannot be quantised, before anything is loaded.
+
+    Raises
+    ------
+    SpiffyError
+        If the kind is unknown, torchao is not installed, or the model is a mixture of experts.
+    """
+    if kind not in KINDS:
+        raise SpiffyError(f"unknown quantization {kind!r}: choose {' or '.join(KINDS)}")
+    if find_spec("torchao") is None:
+        raise SpiffyError("--quantize needs torchao: pip install 'spiffy-dllm[quantize]'")
+    if family.merged(config):
+        raise SpiffyError(
+            f"{name}: a mixture of experts cannot be quantised here: its experts, which are nearly "
+            "all of it, would stay as they are"
+        )
+
+
+def quantise(module: Any, device: torch.device | None) -> None:
+    """Quantise the linear layers of a transformer to int8, one scale per row; in place.
+
+    Parameters
+    ----------
+    module
+        The family's transformers module; its `lm_head` stays as it is.
+    device
+        Where to put each layer before it is quantised; None leaves them where they are.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    # Settings of torch's compiler are the whole process's: not ours to change.
+    quantize_(module.model, Int8WeightOnlyConfig(set_inductor_config=False), device=device)
+    for layer in module.model.modules():
+        vars(layer).pop("extra_repr", None)  # torchao's, which cannot be pickled
