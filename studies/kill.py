@@ -6,6 +6,8 @@ trials are killed after a random time, half in the middle of a random file opera
 written, written and not synced, the artifact or manifest written and not renamed. Processes are
 forked from one that has imported everything, which saves most of the time.
 
+Do not commit meanwhile: artifacts record the commit of the checkout, and would differ.
+
     python studies/kill.py --kills 50
 """
 
