@@ -27,8 +27,8 @@ EXACT_CACHES = {
     "tiny-dream": ("none", "dual"),
     "tiny-sdar": ("block",),
 }
-PROMPTS = 20
-FEWER = 8  # where a decode is dear (32 drafts), or goes over the same ground (edges, sampling)
+PROMPTS = 10
+FEWER = 5  # where a decode is dear (32 drafts), or goes over the same ground (edges, sampling)
 LAYOUTS = [(name, kind) for name, kinds in EXACT_CACHES.items() for kind in kinds]
 # The other caches have nothing to gain at a block's edge.
 WITH_EDGES = [layout for layout in LAYOUTS if layout[1] in ("none", "block")]
