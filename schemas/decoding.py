@@ -121,11 +121,12 @@ class DecodingSettings(BaseModel):
         """Leave out what is not read, of what came later: older artifacts keep their digests."""
         content: dict[str, Any] = handler(self)
         if self.policy != "entropy-bounded":
-            del content["entropy_bound"]
+            content.pop("entropy_bound", None)
         if self.policy != "joint":
-            del content["edit_threshold"], content["max_post_steps"]
+            content.pop("edit_threshold", None)
+            content.pop("max_post_steps", None)
         if self.sub_block_length is None:
-            del content["sub_block_length"]
+            content.pop("sub_block_length", None)
         return content
 
     @property

@@ -119,7 +119,8 @@ def race(
 
 def table(lines: Sequence[Line], prompts: int) -> Table:
     """One row per model, best first."""
-    shown = Table(title=f"{prompts} word problems that neither training nor calibration saw")
+    title = f"{prompts} word problems that neither training nor calibration saw"
+    shown = Table(title=title, box=None, pad_edge=False, title_justify="left")
     shown.add_column("model (cache)", no_wrap=True)
     shown.add_column("tokens", no_wrap=True)
     shown.add_column("NFE, fewer", justify="right", no_wrap=True)

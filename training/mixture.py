@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from corpus import EOS_ID, MASK_ID
+from masking import BLOCK_LENGTHS
 from torch import Tensor, nn
 
 from spiffy.runtime.models.llada2 import LLADA2
@@ -26,6 +27,7 @@ def mixture_config(sdar: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["LLaDA2MoeModelLM"],
         "attention_dropout": 0.0,
+        "block_size": BLOCK_LENGTHS[0],
         "embedding_dropout": 0.0,
         "eos_token_id": EOS_ID,
         "first_k_dense_replace": 1,

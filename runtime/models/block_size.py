@@ -51,6 +51,11 @@ def stated_block_size(name: str, config: Mapping[str, Any]) -> int | None:
             f"{name}: its folder's name says blocks of {in_folder}, config.json {in_config}: give "
             "--block-length"
         )
+    if in_folder is not None and in_config is None:
+        note(
+            f"{name}: blocks of {in_folder}, as a folder's name says, because neither its own name "
+            "nor config.json says it; --block-length gives another size"
+        )
     return in_config if in_folder is None else in_folder
 
 
@@ -80,7 +85,7 @@ def _of_name(name: str, part: str) -> int | None:
 def _names(name: str) -> list[str]:
     """The checkpoint's own name, then those of the folders above it, the nearest first."""
     source = Source(ALIASES.get(name, name))
-    if not source.is_directory:
+    if not source.is_directory or name in ALIASES:  # where the package lies says nothing
         return [source.own_name]
     given, real = Path(source.place).absolute(), Path(source.place).resolve()
     above = [*reversed(given.parts), *reversed(real.parts)]
