@@ -7,7 +7,7 @@ READY := .venv/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          three tiny models with and without drafts, and a real model's size"
+	@echo "make demo          four tiny models with and without drafts, and a real model's size"
 	@echo "make test          run the whole test suite"
 	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
 	@echo "make results       measure the other tables in docs/ again (about an hour)"

@@ -221,6 +221,10 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     elif content is not None:  # or a call of a tool
         raise SpiffyError("holds a message whose content is no text")
     kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    try:
+        _check_unicode(json.dumps(kept, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError):
+        raise SpiffyError("holds a message with values that are not JSON") from None
     return {"role": _role(turn), "content": content, **kept}
 
 

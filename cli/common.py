@@ -110,11 +110,16 @@ def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> Non
         )
 
 
+def hush() -> None:
+    """Keep libraries from talking about kernels of other machines."""
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def run_app(app: Callable[[], None]) -> None:
     """Run a typer app; bad input and failed output end in one line and exit code 2."""
     wait_passively()
-    for library in _TALKATIVE:
-        logging.getLogger(library).setLevel(logging.ERROR)
+    hush()
     try:
         with guarded_streams():
             for out in (console, log):

@@ -90,6 +90,8 @@ class _Prompts:
             return list(drawn.texts)
         if self.prompt is not None:
             return [self.prompt]
+        if sys.stdin is None:  # closed by whoever started this
+            raise SpiffyError("standard input is closed: give --prompt or --prompts")
         if sys.stdin.isatty():
             log.print("reading the prompt from standard input, end with Ctrl-D")
         text = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")

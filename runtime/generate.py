@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Stats, Task, decoded, make_task, run
@@ -78,7 +78,7 @@ def generate(
     *,
     raw: bool = False,
     system: str | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     graph: DraftGraph | None = None,
     budget: int | Literal["auto"] = "auto",
     selection: Selection = "model",
@@ -128,6 +128,10 @@ def generate(
     SpiffyError
         If an option, the prompt, or the graph does not fit the model.
     """
+    if budget != "auto" and not isinstance(budget, int):
+        raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts")
+    if selection not in get_args(Selection):
+        raise SpiffyError(f"selection {selection!r}: choose {' or '.join(get_args(Selection))}")
     if graph is None and budget != "auto":
         raise SpiffyError(f"budget {budget} counts drafts: give a graph")
     settings = decoding_settings(model, graph, any_model=any_model, **options)

@@ -61,7 +61,11 @@ class Manifest(_Record):
 
     def content(self) -> dict[str, Any]:
         """What is written: how prompts were encoded is only there if it is not as usual."""
-        usual = {name for name in ("raw", "system") if not getattr(self, name)}
+        usual = {
+            name
+            for name, value in (("raw", False), ("system", None))
+            if getattr(self, name) == value
+        }
         return self.model_dump(mode="json", exclude=usual)
 
     def digest(self) -> str:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from spiffy.cli.common import console, log, progress_bar
+from spiffy.cli.common import console, hush, log, progress_bar
 from spiffy.cli.threads import set_threads, wait_passively
 
 wait_passively()  # before torch is imported
+hush()
 
 # ruff: noqa: E402
 from rich.table import Table

@@ -1,9 +1,9 @@
 """What drafts save for `tiny-llada2`, and how often replaced tokens end a walk: some 15 minutes.
 
 Part of `make results`; the table is in docs/results.md. The model is calibrated on generated
-for every policy and decodes others, plainly and with 1, 8 and 32 drafts; tokens are compared. Of a
-drafted decode's walks, those are counted that ended because a step replaced a committed token: a
-draft only fills masks, so it cannot hold such a state.
+problems for every policy and decodes others, plainly and with 1, 8 and 32 drafts; tokens are
+compared. Of a drafted decode's walks, those are counted that ended because a step replaced a
+committed token: a draft only fills masks, so it cannot hold such a state.
 """
 
 from __future__ import annotations

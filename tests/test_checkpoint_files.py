@@ -632,3 +632,14 @@ def test_no_module_needs_posix_to_be_imported() -> None:
     assert any(name == "torch" for _, name in found)
     posix = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios"}
     assert [(path, name) for path, name in found if name.split(".")[0] in posix] == []
+
+
+def test_a_folder_that_decides_is_named_and_where_the_package_lies_decides_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"model_type": "llada2_moe"}
+    (tmp_path / "proj-b4" / "model").mkdir(parents=True)
+    assert stated_block_size(str(tmp_path / "proj-b4" / "model"), config) == 4
+    assert "as a folder's name says" in caplog.text
+    monkeypatch.setitem(ALIASES, "shipped", str(tmp_path / "proj-b4" / "model"))
+    assert stated_block_size("shipped", config) is None

@@ -513,3 +513,9 @@ def test_fast_dllm_decodes_by_its_own_sub_blocks_unless_told_otherwise() -> None
     assert decoding_settings(model).sub_block_length == 8
     assert decoding_settings(model, sub_block_length=4).sub_block_length == 4
     assert decoding_settings(parity_model("sdar-a")).sub_block_length is None
+
+
+def test_settings_may_be_dumped_in_part() -> None:
+    settings = DecodingSettings.parse(threshold=0.8)
+    assert settings.model_dump(exclude_defaults=True) == {"threshold": 0.8}
+    assert settings.model_dump(include={"policy"}) == {"policy": "static"}

@@ -197,3 +197,13 @@ def test_datasets_of_the_hub_are_named_as_there(monkeypatch: pytest.MonkeyPatch)
     ]
     with pytest.raises(SpiffyError, match="no such file"):
         load_prompts("folder/p.jsonl")
+
+
+@pytest.mark.parametrize("value", ["[1e400]", "[NaN]", '"\\ud800"'])
+def test_what_a_message_holds_besides_is_json_too(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "p.jsonl"
+    good = '{"prompt": "one"}\n'
+    turn = '{"role": "user", "content": "x", "tool_calls": ' + value + "}"
+    file.write_text(good + '{"messages": [' + turn + "]}\n")
+    with pytest.raises(SpiffyError, match=r"line 2|:2"):
+        load_prompts(str(file), 2)

@@ -309,3 +309,24 @@ def test_calibration_encodes_prompts_as_decoding_does() -> None:
     ):
         (task,) = prepare(model, prompts, settings)
         assert task.prompt.tolist() == model.encode(prompt).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"stop": 5}, "give a string, or a list of strings"),
+        ({"budget": "8"}, "budget '8': give 'auto' or a number"),
+        ({"budget": 2.5}, "budget 2.5: give 'auto' or a number"),
+        ({"selection": "acceptance"}, "choose model or graph"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused(options: dict[str, Any], reason: str) -> None:
+    model = load_model("tiny-llada", device="cpu")
+    with pytest.raises(SpiffyError, match=reason):
+        generate(model, "Tom has 3 apples.", gen_length=32, **options)
+
+
+def test_no_stop_string_may_be_said_by_none() -> None:
+    model = load_model("tiny-llada", device="cpu")
+    plain = generate(model, "Tom has 3 apples.", gen_length=32)
+    assert generate(model, "Tom has 3 apples.", gen_length=32, stop=None).text == plain.text

@@ -546,3 +546,8 @@ def test_ranks_without_a_work_directory_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, log = run(*SETTINGS, *out)
     assert (code, "give --workdir" in log) == (2, True)
+
+
+def test_an_empty_system_message_is_one() -> None:
+    assert Manifest.model_construct(raw=False, system="").content() == {"system": ""}
+    assert Manifest.model_construct(raw=False, system=None).content() == {}

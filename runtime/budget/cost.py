@@ -93,7 +93,7 @@ class _Stage:
             first_only = cache.first_only(cursor)
             known = evaluation.distribution(0, looked_at(task, cursor, first_only))
             following = denoising_step(task, cursor, known, first_only)
-            if first_only and not following.finished:  # tells about one position only
+            if first_only and following.block == cursor.block:  # tells about one position only
                 cursor = following
                 continue
             if not passed:  # what is known before a block's first forward is known less well

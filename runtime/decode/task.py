@@ -137,7 +137,7 @@ def make_task(
     seed: int = 0,
     sequence: int = 0,
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
 ) -> Task:
     """Prepare the decoding of one prompt: whatever `DiffusionLM.encode` takes.
 

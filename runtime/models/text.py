@@ -423,14 +423,18 @@ def _row(values: Any, vocab_size: int) -> Tensor:
     return ids.to(torch.long)
 
 
-def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Stop strings, one or several.
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop strings, one or several; None: none.
 
     Raises
     ------
     SpiffyError
         If one is empty or no text.
     """
+    if stop is None:
+        return ()
+    if not isinstance(stop, str | list | tuple):
+        raise SpiffyError(f"stop {stop!r}: give a string, or a list of strings")
     words = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(word, str) and word for word in words):
         raise SpiffyError(f"stop {list(words)}: every stop string must be text, and not empty")
