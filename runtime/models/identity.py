@@ -13,19 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from spiffy.runtime.models.base import Family
-from spiffy.runtime.models.fields import rope
+from spiffy.runtime.models.fields import ROPE, USUAL, rope
 from spiffy.schemas.graph import FINGERPRINT
 
 # Of transformers' configs, as the families fill them. What is false or missing says nothing.
 _COMPUTED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
+    *sorted(USUAL - ROPE),
     "attention_bias",
     "moe_intermediate_size",
     "num_experts",
