@@ -57,7 +57,7 @@ imports: $(READY)
 
 # mypy and mkdocstrings cannot follow the import hook of an editable install: give them the installed
 # layout as links.
-FOLDERS := bench calib cli graphs runtime schemas
+FOLDERS := bench calib cli graphs integrations runtime schemas
 links:
 	mkdir -p .work/types/spiffy
 	for folder in $(FOLDERS); do ln -sfn $(CURDIR)/$$folder .work/types/spiffy/$$folder; done

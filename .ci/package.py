@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MOST_BYTES = 25_000_000
-PACKAGES = ("bench", "calib", "cli", "graphs", "runtime", "schemas")
+PACKAGES = ("bench", "calib", "cli", "graphs", "integrations", "runtime", "schemas")
 MODELS = ("tiny-llada", "tiny-dream", "tiny-sdar", "tiny-llada2")
 IN_WHEEL = {
     *(f"spiffy/{package}/py.typed" for package in PACKAGES),

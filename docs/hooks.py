@@ -26,7 +26,8 @@ PAGES = {
     "training.md": "training/README.md",
 }
 _NAMES = {source: page for page, source in PAGES.items()}
-_FOLDERS = ("runtime", "schemas", "graphs", "calib", "bench")  # commands have --help
+# Commands have --help instead.
+_FOLDERS = ("runtime", "schemas", "graphs", "calib", "bench", "integrations")
 _SHOWN = re.compile(r"^::: (\S+)", re.MULTILINE)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 
