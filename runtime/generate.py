@@ -14,6 +14,8 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
+Budget = int | Literal["auto"]  # drafts per forward
+
 
 @dataclass
 class Output:
@@ -72,6 +74,22 @@ def decoding_settings(
     return settings
 
 
+def check_drafting(graph: DraftGraph | None, budget: Budget, selection: Selection) -> None:
+    """Check what says how many drafts there are, and who chooses them.
+
+    Raises
+    ------
+    SpiffyError
+        If one is none, or there is nothing to draft with.
+    """
+    if budget != "auto" and not isinstance(budget, int):
+        raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts")
+    if selection not in get_args(Selection):
+        raise SpiffyError(f"selection {selection!r}: choose {' or '.join(get_args(Selection))}")
+    if graph is None and budget != "auto":
+        raise SpiffyError(f"budget {budget} counts drafts: give a graph")
+
+
 def generate(
     model: DiffusionLM,
     prompt: Prompt,
@@ -80,7 +98,7 @@ def generate(
     system: str | None = None,
     stop: str | Sequence[str] | None = (),
     graph: DraftGraph | None = None,
-    budget: int | Literal["auto"] = "auto",
+    budget: Budget = "auto",
     selection: Selection = "model",
     seed: int = 0,
     sequence: int = 0,
@@ -128,12 +146,7 @@ def generate(
     SpiffyError
         If an option, the prompt, or the graph does not fit the model.
     """
-    if budget != "auto" and not isinstance(budget, int):
-        raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts")
-    if selection not in get_args(Selection):
-        raise SpiffyError(f"selection {selection!r}: choose {' or '.join(get_args(Selection))}")
-    if graph is None and budget != "auto":
-        raise SpiffyError(f"budget {budget} counts drafts: give a graph")
+    check_drafting(graph, budget, selection)
     settings = decoding_settings(model, graph, any_model=any_model, **options)
     ids = model.encode(prompt, raw=raw, system=system)
     task = make_task(model, ids, settings, None, seed, sequence, edges, stop)

@@ -287,6 +287,8 @@ class DraftGraph(Record):
 
         Parameters
         ----------
+        fingerprint
+            Empty: not known, and not compared; a note says so.
         any_model
             Take any model of the family, such as a fine-tune: drafts never change a token, and are
             accepted less often the more the models differ.
@@ -301,7 +303,7 @@ class DraftGraph(Record):
         if not any_model:
             facts.append(("vocabulary size", ours.vocab_size, vocab_size))
         older = fingerprint.startswith(FINGERPRINT) and not ours.fingerprint.startswith(FINGERPRINT)
-        if not any_model and not older:
+        if not any_model and not older and fingerprint:
             facts.append(
                 ("fingerprint of config and tokenizer", ours.fingerprint, fingerprint),
             )
@@ -312,6 +314,12 @@ class DraftGraph(Record):
                     f"the graph was calibrated for {ours.id}: {what} {expected}, this model has "
                     f"{received}; calibrate one for this model{advice}"
                 )
+        if not fingerprint and not any_model:
+            note(
+                f"nothing tells whether the graph of {ours.id} is of this very model, whose "
+                "tokenizer is not known here: family and vocabulary fit; wrap(module, tokenizer, "
+                "family=...) makes it known"
+            )
         if older and not any_model:
             note(
                 f"the graph of {ours.id} was made by an older version, whose fingerprints cannot "
