@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -218,7 +217,13 @@ class _Output:
 @app.command()
 @spread
 def decode(
-    graph: Annotated[Path | None, model_option(help="Draft graph; without one: plain.")] = None,
+    graph: Annotated[
+        str | None,
+        model_option(
+            help="Draft graph: a file, a folder or a hub id (owner/name) that has "
+            "draft_graph.json; without one: plain."
+        ),
+    ] = None,
     *,
     model: ModelOfGraph,
     prompts: _Prompts,
@@ -238,7 +243,7 @@ def decode(
     """
     prompts.check()
     encoding.check()
-    artifact = None if graph is None else DraftGraph.load(graph)
+    artifact = None if graph is None else DraftGraph.find(graph)
     if artifact is None and model.model is None:
         raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
     output.check(drafts=artifact is not None and drafting.speculation)

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from transformers import (
     GenerationMixin,
     StopStringCriteria,
@@ -39,7 +39,7 @@ from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 
 @dataclass
-class DraftedOutput(ModelOutput):
+class DraftedOutput(ModelOutput):  # type: ignore[misc]
     """What `generate` returns with `return_dict_in_generate=True`.
 
     Attributes
@@ -52,11 +52,11 @@ class DraftedOutput(ModelOutput):
         int64 [batch]: model forwards, positions that they ran, denoising steps.
     """
 
-    sequences: LongTensor | None = None
+    sequences: Tensor | None = None
     tokens_per_forward: Tensor | None = None
-    forwards: LongTensor | None = None
-    positions_computed: LongTensor | None = None
-    steps: LongTensor | None = None
+    forwards: Tensor | None = None
+    positions_computed: Tensor | None = None
+    steps: Tensor | None = None
 
 
 def custom_generate(
@@ -449,7 +449,7 @@ def _refuse_inputs(model_kwargs: Mapping[str, Any], token_type_ids: Tensor | Non
 
 
 def _refuse_positions(position_ids: Tensor | None, prompts: Sequence[Tensor]) -> None:
-    """Refuse positions other than those that transformers fills in: 0, 1, ... behind the padding."""
+    """Refuse positions other than those that transformers fills in: 0, 1, ... after padding."""
     if position_ids is None:
         return
     for ids, positions in zip(prompts, position_ids.expand(len(prompts), -1), strict=True):
@@ -481,7 +481,7 @@ def _refuse_options(config: Any, of_module: Any) -> None:
     One is asked for if it is not what transformers fills in. What came with the checkpoint counts
     too, unless it could not change a token.
     """
-    usual = getattr(config, "_get_default_generation_params", dict)()
+    usual: dict[str, Any] = getattr(config, "_get_default_generation_params", dict)()
     for name, value in vars(config).items():
         if name.startswith("_") or value is None or value is False or value == usual.get(name):
             continue
@@ -492,11 +492,13 @@ def _refuse_options(config: Any, of_module: Any) -> None:
         if name == "temperature" and not config.do_sample:
             raise SpiffyError(f"generate: temperature={value!r} needs do_sample=True")
         if name not in _FOLLOWED and not (name == "top_k" and value == 0):
-            off = None if name in _OF_SAMPLING else usual.get(name)
+            off = f"do_sample=False, or {name}=None"
+            if name not in _OF_SAMPLING:
+                off = f"{name}={usual.get(name)!r}"
             whence = " (of the module's generation_config)" if came_along else ""
             raise SpiffyError(
                 f"generate: {name}={value!r}{whence} has no meaning for a denoising decode: "
-                + (f"give {name}={off!r}" if came_along else "drop it")
+                + (f"give {off}" if came_along else "drop it")
             )
     if config.use_cache is False and getattr(of_module, "use_cache", None) is not False:
         raise SpiffyError("generate: use_cache=False: give decoding={'cache': 'none'} instead")

@@ -10,6 +10,7 @@ from pydantic import FailFast, Field, ValidationError, model_validator
 
 from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.errors import SpiffyError
+from spiffy.schemas.hub import GRAPH_FILE, download, names_repository, note_other_weights
 from spiffy.schemas.io import MAX_BYTES, canonical_json, is_unicode, read_json, write_atomically
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import (
@@ -247,24 +248,33 @@ class DraftGraph(Record):
     def from_pretrained(cls, repo_or_dir: str, *, revision: str | None = None) -> DraftGraph:
         """Load `draft_graph.json` from a checkpoint directory or a hub repository.
 
+        Where the repository also holds weights, of another revision than those that the graph was
+        calibrated with, a note says so.
+
         Raises
         ------
         SpiffyError
             If there is none, or it is invalid.
         """
         if Path(repo_or_dir).is_dir():
-            return cls.load(Path(repo_or_dir) / "draft_graph.json")
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import RemoteEntryNotFoundError
+            return cls.load(Path(repo_or_dir) / GRAPH_FILE)
+        graph = cls.load(download(repo_or_dir, revision))
+        note_other_weights(graph.model, repo_or_dir, revision)
+        return graph
 
-        try:
-            path = hf_hub_download(repo_or_dir, "draft_graph.json", revision=revision)
-        except RemoteEntryNotFoundError:
-            raise SpiffyError(f"{repo_or_dir}: the hub has no draft_graph.json there") from None
-        except Exception as error:  # the hub's client raises many kinds
-            reason = " ".join(str(error).split())
-            raise SpiffyError(f"{repo_or_dir}: no draft_graph.json to be had ({reason})") from None
-        return cls.load(path)
+    @classmethod
+    def find(cls, place: str | Path) -> DraftGraph:
+        """Load a graph from a file, a checkpoint directory, or a hub repository (owner/name).
+
+        Raises
+        ------
+        SpiffyError
+            If there is none, or it is invalid.
+        """
+        name = str(place)
+        if names_repository(name) or Path(name).is_dir():
+            return cls.from_pretrained(name)
+        return cls.load(name)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import Candidates, Drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.schemas import DecodingSettings
+from spiffy.schemas import CalibrationRecord, DecodingSettings, DraftGraph, ModelRecord, Node
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -43,6 +43,40 @@ def with_eos(model: DiffusionLM, tokens: Iterable[int]) -> DiffusionLM:
     other = copy.copy(model)
     other.eos_token_ids = frozenset(tokens)
     return other
+
+
+def a_graph_of(model: DiffusionLM, **decoding: Any) -> DraftGraph:
+    """A graph of three nodes by hand."""
+    settings = {"cache": model.family.caches[0], "gen_length": 8, "block_length": 4, **decoding}
+    if model.family.sub_block_length is not None:
+        settings.setdefault("sub_block_length", settings["block_length"])
+    return DraftGraph(
+        model=ModelRecord(
+            family=model.family.name,
+            id=model.name,
+            revision=model.revision,
+            fingerprint=model.fingerprint,
+            vocab_size=model.vocab_size,
+        ),
+        decoding=DecodingSettings.parse(**settings),
+        exact=True,
+        calibration=CalibrationRecord(
+            dataset="by hand",
+            dataset_sha256="0" * 64,
+            samples=1,
+            held_out_samples=0,
+            roots=4,
+            seed=0,
+            objective="paper",
+            tool_version="0.1.0",
+        ),
+        expected_steps=(1.0, 1.5, 2.0, 2.25),
+        nodes=(
+            Node(fill=((0, 0),), parents=(0,), count=3),
+            Node(fill=((0, 0), (1, 0)), parents=(1,), count=2),
+            Node(fill=((1, 0),), parents=(0,), count=1),
+        ),
+    )
 
 
 def random_prompt(model: DiffusionLM, length: int, seed: int = 0) -> Tensor:

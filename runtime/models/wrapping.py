@@ -180,6 +180,10 @@ def check_attention(model: DiffusionLM) -> None:
     """
     attention = getattr(model.module.config, "_attn_implementation", None) or "its own"
     advice = "load the module with attn_implementation='sdpa' or 'eager'"
+    if attention == "flex_attention":  # its kernel for CPUs ends the process at such a mask
+        raise SpiffyError(
+            f"{model.name}: flex attention does not take the mask that drafts need: {advice}"
+        )
     try:
         alone, packed = _both_ways(model)
     except Exception as error:  # of any kernel
