@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -285,3 +286,20 @@ def test_a_folder_is_taken_too(tmp_path: Path, call: Call) -> None:
     a_graph().save(tmp_path / "draft_graph.json")
     assert DraftGraph.find(tmp_path) == a_graph()
     assert call("graph", "validate", tmp_path, "--strict")[0] == 0
+
+
+def test_the_readmes_commands_run(
+    hub: LoopbackHub, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Use it where you are\n")[2].partition("\n## ")[0]
+    lines = [shlex.split(line) for line in section.splitlines() if "you/llada-drafts" in line]
+    assert [line[0] for line in lines] == ["spiffy-graph", "spiffy-decode"]
+    a_graph_of(load_model("tiny-llada", device="cpu"), block_length=32, gen_length=32).save(
+        tmp_path / "llada.json"
+    )
+    monkeypatch.chdir(tmp_path)
+    for command, *arguments in lines:
+        code, printed, log = call(command.removeprefix("spiffy-"), *arguments)
+        assert code == 0, log
+    assert printed.rstrip().endswith("#### 11")
