@@ -248,7 +248,7 @@ def _merged(old: str | None, graph: DraftGraph, repo: str, weights_there: bool) 
             f"{repo}: the front matter of its README.md cannot be read ({answered(error)}): mend it"
         ) from None
     fresh = _metadata(graph)
-    fresh["tags"] = list(dict.fromkeys([*(written.data.tags or ()), *_TAGS]))
+    fresh["tags"] = list(dict.fromkeys([*(written.data.get("tags") or ()), *_TAGS]))
     for key in ("library_name", "tags", "base_model", "base_model_revision"):
         if (value := fresh.get(key)) is not None:
             written.data[key] = value
