@@ -65,7 +65,9 @@ def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Itera
 def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput] | None:
     """Outputs of all rows; None if they do not fit into memory."""
     try:
-        return forward(model, [row for _, _, rows in running for row in rows])
+        rows = [row for _, _, rows in running for row in rows]
+        lengths = [task.canvas.length for task, _, rows in running for _ in rows]
+        return forward(model, rows, lengths)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
