@@ -45,6 +45,10 @@ def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Itera
             most = min(most, *(task.most_drafts for task, _, _ in running))
         synchronize(model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
+        advisers = {id(task.adviser): task.adviser for task, _, _ in running}
+        for adviser in advisers.values():
+            if adviser is not None:
+                adviser.turn(len(running))
         finished: list[Task] = []
         still: list[_Running] = []
         for task, decoding, rows in running:
