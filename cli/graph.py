@@ -14,10 +14,10 @@ from rich.tree import Tree
 from spiffy.cli.common import console, log, run_app
 from spiffy.cli.options import VersionOption
 from spiffy.cli.streams import write_utf8
-from spiffy.graphs.labels import beyond_parent
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
 from spiffy.schemas.hub import graph_file
 from spiffy.schemas.io import check_writable, read_json, write_atomically
+from spiffy.schemas.labels import beyond_parent
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__

@@ -13,6 +13,7 @@ from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.html import block, page, table
 
 Budget = int | Literal["auto"]  # drafts per forward
 
@@ -36,6 +37,26 @@ class Output:
     token_ids: list[int]
     stats: Stats
     states: list[list[int]] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the answer, and what it cost."""
+        stats, tokens = self.stats, len(self.token_ids)
+        rows: list[list[object]] = [
+            ["tokens", tokens],
+            ["forwards (NFE)", stats.nfe],
+            ["positions computed", stats.positions_computed],
+            ["denoising steps", stats.steps],
+            ["seconds", f"{stats.seconds:.3g}"],
+        ]
+        if stats.drafted:
+            rows.append(["drafts accepted", f"{stats.accepted} of {stats.drafted}"])
+        if stats.seconds:
+            rows.append(["tokens/s", f"{tokens / stats.seconds:.1f}"])
+        if stats.budgets:
+            used = ", ".join(f"{name}: {count}" for name, count in stats.budgets.items())
+            rows.append(["forwards by drafts", used])
+        answer = block(self.text) if self.text else block(" ".join(map(str, self.token_ids)))
+        return page(answer, table([], rows))
 
 
 def decoding_settings(

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import FailFast, Field, ValidationError, model_validator
 
 from spiffy.schemas.decoding import DecodingSettings, first_problem
+from spiffy.schemas.drawing import svg
 from spiffy.schemas.errors import SpiffyError
+from spiffy.schemas.html import inline, page, paragraph, table
 from spiffy.schemas.hub import GRAPH_FILE, download, names_repository, note_other_weights
 from spiffy.schemas.io import MAX_BYTES, canonical_json, is_unicode, read_json, write_atomically
 from spiffy.schemas.notes import note
@@ -139,6 +141,26 @@ class DraftGraph(Record):
                 graph.nodes[number]["expected_gain"] = round(after - before, 6)
             graph.add_edges_from((parent, number) for parent in node.parents)
         return graph
+
+    def _repr_html_(self) -> str:
+        """For notebooks: where it comes from, its drawing, and what it is expected to bring."""
+        record, settings = self.calibration, self.decoding
+        parts = [
+            paragraph(
+                f"Draft graph of <strong>{inline(self.model.id)}</strong> "
+                f"({inline(self.model.family)}): {self.budget} nodes, {settings.policy}, cache "
+                f"{settings.cache}, block {settings.block_length}; {record.roots} roots of "
+                f"{record.samples} prompts ({inline(record.dataset)})"
+            )
+        ]
+        if self.nodes:
+            parts.append(svg(self.nodes, record.roots))
+        if self.expected_steps:
+            shown = sorted({*(n for n in (1, 2, 4, 8, 16, 32) if n < self.budget), self.budget})
+            steps = [f"{self.expected_steps[n]:.2f}" for n in shown]
+            headings = ["drafts", *map(str, shown)]
+            parts.append(table(headings, [["expected steps per forward", *steps]]))
+        return page(*parts)
 
     def differences(self, settings: DecodingSettings) -> tuple[str, ...]:
         """Settings, in words, for which the graph's expected steps do not hold.
