@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from importlib.metadata import version
 from importlib.resources import files
 
 from huggingface_hub import (
@@ -146,7 +147,7 @@ def _code(text: str) -> str:
     return re.sub(r"[`|<>&\\]", "?", text)
 
 
-def beside_weights(graph: DraftGraph, repo: str) -> dict[str, str]:
+def beside_weights(repo: str) -> dict[str, str]:
     """Files beyond the graph for a repository that holds weights, by name.
 
     With them, transformers' `generate(custom_generate=repo, trust_remote_code=True)` decodes with
@@ -154,11 +155,9 @@ def beside_weights(graph: DraftGraph, repo: str) -> dict[str, str]:
     """
     template = files("spiffy.integrations").joinpath("templates/generate.py")
     code = template.read_text(encoding="utf-8").replace('"OWNER/NAME"', json.dumps(repo))
-    version = graph.calibration.tool_version.split("+")[0]
-    lower = f">={version}" if re.fullmatch(r"\d+(\.\d+)*", version) else ""
     return {
         "custom_generate/generate.py": code,
-        "custom_generate/requirements.txt": f"spiffy-dllm{lower}\n",
+        "custom_generate/requirements.txt": f"spiffy-dllm>={version('spiffy-dllm')}\n",
     }
 
 
@@ -208,7 +207,7 @@ def push(
             "README.md": _merged(old, graph, repo, weights_there),
         }
         if weights_there:
-            content |= beside_weights(graph, repo)
+            content |= beside_weights(repo)
         operations = [CommitOperationAdd(name, text.encode()) for name, text in content.items()]
         api = HfApi()
         if there is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from loopback_hub import LoopbackHub, connect
 from spiffy.cli import decode
 from spiffy.cli import graph as graph_command
 from spiffy.integrations import hub as door
-from spiffy.runtime import ALIASES, load_model
+from spiffy.runtime import ALIASES, generate, load_model
 from spiffy.schemas import CostPoint, CostProfile, DraftGraph, ExpectedSteps
 from spiffy.schemas import hub as schemas_hub
 
@@ -149,7 +150,7 @@ def test_push_beside_weights_leaves_the_models_card_and_adds_the_folder(
         )
     assert files["config.json"] == "{}"
     assert 'GRAPH = "org/model"' in files["custom_generate/generate.py"]
-    assert files["custom_generate/requirements.txt"] == "spiffy-dllm>=0.1.0\n"
+    assert files["custom_generate/requirements.txt"] == f"spiffy-dllm>={version('spiffy-dllm')}\n"
     compile(files["custom_generate/generate.py"], "generate.py", "exec")
 
 
@@ -303,3 +304,23 @@ def test_the_readmes_commands_run(
         code, printed, log = call(command.removeprefix("spiffy-"), *arguments)
         assert code == 0, log
     assert printed.rstrip().endswith("#### 11")
+
+
+def test_transformers_decodes_with_what_push_put_beside_the_weights(
+    hub: LoopbackHub, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's trust in this folder is what transformers asks for; our code never asks for it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "m")])
+    tiny = load_model("tiny-sdar", device="cpu")
+    a_graph_of(tiny, block_length=8, gen_length=16).save(tmp_path / "graph.json")
+    hub.put("some/model", {"config.json": b"{}"})
+    assert call("graph", "push", tmp_path / "graph.json", "some/model", "--beside-weights")[0] == 0
+    ids, options = tiny.encode("Tom has 3 apples.")[None], {"max_new_tokens": 16}
+    out = tiny.module.generate(  # type: ignore[operator]
+        ids, custom_generate="some/model", trust_remote_code=True, **options
+    )
+    answer = generate(tiny, ids[0], gen_length=16).token_ids
+    assert out[0, ids.shape[1] :].tolist() == answer
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        tiny.module.generate(ids, custom_generate="some/model", trust_remote_code=False)  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +82,10 @@ def test_rows_of_a_padded_batch_are_what_generate_gives(name: str) -> None:
     assert out.forwards.tolist() == [stats.nfe for stats in ours]
     assert out.positions_computed.tolist() == [stats.positions_computed for stats in ours]
     assert out.tokens_per_forward.tolist() == pytest.approx([8 / stats.nfe for stats in ours])
+    native = copy.deepcopy(model.module)  # which nobody has seen yet
+    assert DiffusionLM.of(native) is None
+    told = {"graph": graph, "budget": 2, "mask_token_id": model.mask_token_id}
+    assert torch.equal(drafted(native, inputs, **told), expected)
 
 
 @pytest.mark.parametrize("name", ["llada-a", "sdar-a"])
@@ -330,7 +335,7 @@ def test_a_folder_beside_the_weights_decodes_with_its_graph(
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "m")])
     model, folder = load_model("tiny-sdar", device="cpu"), tmp_path / "weights"
     graph = a_graph_of(model, block_length=8, gen_length=48)
-    for name, content in beside_weights(graph, str(folder)).items():
+    for name, content in beside_weights(str(folder)).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
     graph.save(folder / "draft_graph.json")
