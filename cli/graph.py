@@ -15,6 +15,7 @@ from spiffy.cli.common import console, log, run_app
 from spiffy.cli.options import VersionOption
 from spiffy.cli.streams import write_utf8
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
+from spiffy.schemas.errors import printable
 from spiffy.schemas.hub import graph_file
 from spiffy.schemas.io import check_writable, read_json, write_atomically
 from spiffy.schemas.labels import beyond_parent
@@ -258,7 +259,7 @@ def push(
 
     graph = DraftGraph.find(file)
     address = push_to(graph, repo, weights_there=beside_weights, private=private)
-    console.print(address, highlight=False, soft_wrap=True)
+    console.print(printable(address), highlight=False, soft_wrap=True)
 
 
 @app.command()

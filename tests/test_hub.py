@@ -199,6 +199,27 @@ def test_what_the_hub_refuses_is_one_line(
     }
 
 
+@pytest.mark.parametrize("status", [401, 403, 500, 503])
+def test_what_cannot_be_had_is_one_line(hub: LoopbackHub, call: Call, status: int) -> None:
+    hub.put("some/drafts", {"draft_graph.json": a_graph().to_json().encode()})
+    hub.fails["draft_graph.json"] = status
+    for command in (("graph", "show", "some/drafts"), ("decode", "--graph", "some/drafts")):
+        code, _, log = call(*command)
+        assert (code, log.count("\n")) == (2, 1)
+        assert "some/drafts: no draft_graph.json to be had (" in log
+        assert str(status) in log
+
+
+def test_a_card_that_cannot_be_read_stays_as_it_is(
+    hub: LoopbackHub, call: Call, file: Path
+) -> None:
+    hub.put("some/drafts", {"README.md": b"---\ntags: [\n---\n"})
+    code, _, log = call("graph", "push", file, "some/drafts")
+    assert (code, log.count("\n")) == (2, 1)
+    assert "the front matter of its README.md cannot be read" in log
+    assert len(hub.repositories["some/drafts"]) == 1
+
+
 def test_without_token_or_network_it_is_one_line(
     hub: LoopbackHub, call: Call, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
