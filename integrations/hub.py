@@ -20,7 +20,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
+from spiffy.schemas import CostProfile, DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.hub import GRAPH_FILE, Snapshot, answered, is_hub_id, snapshot
 
 _BEGIN, _END = "<!-- spiffy draft graph -->", "<!-- /spiffy draft graph -->"
@@ -66,16 +66,15 @@ def section(graph: DraftGraph, repo: str | None = None, beside: bool = False) ->
             "```",
             "",
         ]
-    steps = settings.steps_per_block or f"{settings.tokens_per_step} tokens a step"
     lines += [
         "| made for | |",
         "| --- | --- |",
-        f"| unmasking policy | {settings.policy}, {steps} |",
+        f"| unmasking policy | {_policy(settings)} |",
         f"| block length, cache | {settings.block_length}, {settings.cache} |",
         f"| temperature | {settings.temperature:g} |",
         f"| calibrated on | {_plain(record.dataset)}: {record.samples} prompts, "
         f"{record.roots} roots, seed {record.seed} |",
-        f"| held out | {record.held_out_samples} prompts |",
+        f"| held out from that | {record.held_out_samples} prompts |",
         f"| drafts | {graph.budget}, grown for {_plain(record.objective)} |",
         f"| digest | `{graph.digest()[:16]}` |",
         "",
@@ -84,6 +83,19 @@ def section(graph: DraftGraph, repo: str | None = None, beside: bool = False) ->
         _END,
     ]
     return "\n".join(lines)
+
+
+def _policy(settings: DecodingSettings) -> str:
+    """The unmasking policy, with what it commits by."""
+    if settings.policy == "threshold":
+        return f"threshold {settings.threshold:g}"
+    if settings.policy == "joint":
+        return f"joint {settings.threshold:g}, edits above {settings.edit_threshold:g}"
+    if settings.policy == "entropy-bounded":
+        return f"entropy-bounded, {settings.entropy_bound:g} nats"
+    if settings.steps_per_block is not None:
+        return f"{settings.policy}, {settings.steps_per_block} steps a block ({settings.schedule})"
+    return f"{settings.policy}, tokens a step: {settings.tokens_per_step}"
 
 
 def _metadata(graph: DraftGraph) -> ModelCardData:
@@ -111,8 +123,9 @@ def _steps_table(graph: DraftGraph) -> list[str]:
     rows = [n for n in asked if any(n in column for column in columns.values())]
     if not rows:
         return []
+    prompts = "held-out prompts" if graph.calibration.held_out_samples else "the same prompts"
     return [
-        "Denoising steps that a forward is worth, on held-out prompts; plain decoding: 1.",
+        f"Denoising steps that a forward is worth, on {prompts}; plain decoding: 1.",
         "",
         f"| drafts | {' | '.join(columns)} |",
         f"| ---: |{' ---: |' * len(columns)}",

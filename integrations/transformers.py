@@ -170,7 +170,8 @@ def generate_with(place: str, model: Any, **options: Any) -> Any:
         given["graph"] = _graph_of(place, options.get("revision"))
     tokenizer, strings = given.pop("tokenizer", None), given.pop("stop_strings", None)
     if tokenizer is not None and _unknown(model):
-        wrap(model, tokenizer, _family(model, given["graph"], given.get("family")))
+        family = _family(model, given["graph"], given.get("family"))
+        wrap(model, tokenizer, family, mask_token_id=given.get("mask_token_id"))
     if strings is not None:
         if tokenizer is None:
             raise SpiffyError("stop_strings are found in text: give tokenizer= too")
@@ -272,8 +273,9 @@ def _settings(
     block = options.get("block_length")
     if block is None:
         block = lm.default_block_length if graph is None else graph.decoding.block_length
-    whole = longest if lm.family.block_causal else -(-longest // block) * block
-    return decoding_settings(lm, graph, any_model=any_model, gen_length=whole, **options)
+    if not lm.family.block_causal and isinstance(block, int) and block > 0:
+        longest = -(-longest // block) * block
+    return decoding_settings(lm, graph, any_model=any_model, gen_length=longest, **options)
 
 
 # -- the rows -------------------------------------------------------------------------------------

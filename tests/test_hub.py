@@ -82,6 +82,21 @@ def test_a_card_names_the_model_and_shows_what_was_measured(call: Call, file: Pa
     assert f"`{a_graph().digest()[:16]}`" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "static, tokens a step: 1"),
+        ({"steps_per_block": 2, "schedule": "timestep"}, "static, 2 steps a block (timestep)"),
+        ({"policy": "threshold", "threshold": 0.85}, "threshold 0.85"),
+        ({"policy": "joint", "edit_threshold": 0.5}, "joint 0.9, edits above 0.5"),
+        ({"policy": "entropy-bounded"}, "entropy-bounded, 0.1 nats"),
+    ],
+)
+def test_a_card_says_what_a_step_commits_by(settings: dict[str, Any], said: str) -> None:
+    graph = a_graph_of(parity_model("sdar-a"), **settings)
+    assert f"| unmasking policy | {said} |" in door.card(graph)
+
+
 @pytest.mark.parametrize("name", ["tiny-llada", "](http://x) <img src=x>", "a|b"])
 def test_a_card_takes_no_model_for_one_of_the_hub_and_no_name_for_markup(name: str) -> None:
     text = door.card(a_graph(id=name))

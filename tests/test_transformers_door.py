@@ -204,6 +204,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"decoding": {"gen_length": 8}}, "give max_new_tokens="),
     ({"decoding": {"temperature": 1.0}}, "give do_sample=True and temperature="),
     ({"decoding": {"polcy": "static"}}, "polcy"),
+    ({"decoding": {"block_length": "four"}}, "block_length"),
+    ({"decoding": {"block_length": 0}}, "block_length"),
     ({"budget": 4}, "budget 4 counts drafts: give a graph"),
     ({"budget": 2.5}, "budget 2.5: give 'auto'"),
     ({"selection": "both"}, "selection 'both'"),
