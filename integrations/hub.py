@@ -280,4 +280,4 @@ def _errors(repo: str) -> Iterator[None]:
             advice = ": the token is not valid; run `hf auth login`, or set HF_TOKEN"
         elif status == 403:
             advice = ": the token may not write there"
-        raise SpiffyError(f"{repo}: the hub refuses{advice} ({answered(error)})") from None
+        raise SpiffyError(f"{repo}: nothing was pushed{advice} ({answered(error)})") from None

@@ -125,21 +125,24 @@ def note_other_weights(model: ModelRecord, repo: str, revision: str | None) -> N
     A commit that changes no weights makes no other model: their content is compared. Nothing is
     said where the hub cannot be asked, or the graph does not name a revision.
     """
+    from huggingface_hub.errors import RevisionNotFoundError
+
     if model.revision is None:
         return
+    named = f"the revision that the graph was calibrated with ({model.id} at {model.revision[:12]})"
     try:
         here = snapshot(repo, revision)
         if not here.weights:
             return
         own = model.id if is_hub_id(model.id) else repo
         same = snapshot(own, model.revision).weights == here.weights
-    except Exception as error:  # the hub's client raises many kinds
-        if type(error).__name__ != "RevisionNotFoundError":
-            return
-        same = False
-    if not same:
-        note(
-            f"{repo}: its weights are not of the revision that the graph was calibrated with "
-            f"({model.id} at {model.revision[:12]}): no token changes, but drafts may be accepted "
-            "less often; calibrate again"
-        )
+    except RevisionNotFoundError:
+        note(f"{repo}: whether its weights are of {named} cannot be told: the hub does not know it")
+    except Exception:  # the hub's client raises many kinds
+        return
+    else:
+        if not same:
+            note(
+                f"{repo}: its weights are not of {named}: no token changes, but drafts may be "
+                "accepted less often; calibrate again"
+            )

@@ -207,7 +207,7 @@ def test_what_the_hub_refuses_is_one_line(
         hub.fails = {"/new/drafts": status}
     code, _, log = call("graph", "push", file, "new/drafts")
     assert (code, log.count("\n")) == (2, 1)
-    assert log.startswith("error: new/drafts: the hub refuses")
+    assert log.startswith("error: new/drafts: nothing was pushed")
     assert said in log
     assert "draft_graph.json" not in {
         n for _, f in hub.repositories.get("new/drafts", []) for n in f
@@ -282,7 +282,8 @@ def test_other_weights_than_the_graphs_are_noted(
     unknown = a_graph(revision="d" * 40, id="nobody-knows")
     hub.put("org/model", {"draft_graph.json": unknown.to_json().encode()})
     DraftGraph.find("org/model")
-    assert "not of the revision that the graph was calibrated with (nobody-knows" in caplog.text
+    assert "are of the revision that the graph was calibrated with (nobody-knows" in caplog.text
+    assert "cannot be told: the hub does not know it" in caplog.text
 
 
 def test_what_is_no_file_is_looked_for_on_the_hub_unless_it_is_called_like_one(
