@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TorchAoConfig
 from typer.testing import CliRunner
 
-from spiffy.calib.workdir import _weights_digest
+from spiffy.calib.workdir import weights_digest
 from spiffy.runtime import ALIASES, DiffusionLM, load_model, wrap
 from spiffy.runtime.budget.cost import conditions
 from spiffy.runtime.decode import make_task
@@ -124,8 +124,8 @@ def test_a_checkpoint_that_transformers_loads_in_8_bits_wraps() -> None:
 def test_quantised_weights_count_as_other_weights_where_that_matters() -> None:
     """Recordings are of certain weights, and costs of certain kernels; graphs are of neither."""
     plain, ours = parity_model("sdar-a"), quantised(str(PARITY / "sdar-a"))
-    assert _weights_digest(ours) != _weights_digest(plain)
-    assert _weights_digest(ours) == _weights_digest(quantised(str(PARITY / "sdar-a")))
+    assert weights_digest(ours) != weights_digest(plain)
+    assert weights_digest(ours) == weights_digest(quantised(str(PARITY / "sdar-a")))
     settings = DecodingSettings.parse(cache="block", block_length=8, gen_length=16)
     prompt = random_prompt(plain, 11)
     costs = [conditions(make_task(model, prompt, settings)) for model in (plain, ours)]
