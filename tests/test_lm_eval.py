@@ -18,6 +18,7 @@ from helpers import chain_graph, parity_model, random_prompt
 
 pytest.importorskip("lm_eval", reason="pip install 'spiffy-dllm[lm-eval]'")
 
+import lm_eval.evaluator
 import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
@@ -69,9 +70,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Evaluate:
     """Run `spiffy-lm-eval` in this process."""
     monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])
-    manager = lm_eval.tasks.TaskManager  # reading the harness's own 15,000 tasks takes 10 seconds
+    # Seconds each: the harness reads all of its own tasks, and lists the packages installed.
+    manager = lm_eval.tasks.TaskManager
     start = partialmethod(manager.__init__, include_defaults=False)
     monkeypatch.setattr(manager, "__init__", start)
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["spiffy-lm-eval", *map(str, arguments)])
