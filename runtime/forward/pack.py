@@ -91,30 +91,35 @@ def pack(
     return Row(ids, positions, mask, frozen, keep)
 
 
-def forward(model: DiffusionLM, rows: Sequence[Row]) -> list[RowOutput]:
+def forward(
+    model: DiffusionLM, rows: Sequence[Row], lengths: Sequence[int] | None = None
+) -> list[RowOutput]:
     """Run rows, of one or of several sequences, as one batch.
 
     Rows of equal shape are only stacked; others are padded on the right, out of everyone's sight.
+    `lengths` are those of the whole sequences, row by row (`DiffusionLM.hidden_states`).
     """
-    lengths = [len(row.ids) for row in rows]
-    width, past = max(lengths), max(row.past for row in rows)
+    sizes = [len(row.ids) for row in rows]
+    width, past = max(sizes), max(row.past for row in rows)
     keep = any(row.keep for row in rows)
     if len(rows) == 1:
         row = rows[0]
         mask = None if row.mask is None else row.mask[None]
         frozen = None if row.frozen is None else row.frozen.layers
         hidden, kept = model.hidden_states(
-            row.ids[None], row.positions[None], mask, frozen, keep=keep
+            row.ids[None], row.positions[None], mask, frozen, keep, lengths
         )
         return [RowOutput(hidden[0], kept)]
     ids = torch.stack([_pad(row.ids, width, model.mask_token_id) for row in rows])
     positions = torch.stack([_pad(row.positions, width, 0) for row in rows])
-    uniform = min(lengths) == width and past == 0 and all(row.mask is None for row in rows)
+    uniform = min(sizes) == width and past == 0 and all(row.mask is None for row in rows)
     batch_mask = None if uniform else torch.stack([_padded_mask(r, width, past) for r in rows])
-    hidden, kept = model.hidden_states(ids, positions, batch_mask, _stacked(rows, past), keep=keep)
+    hidden, kept = model.hidden_states(
+        ids, positions, batch_mask, _stacked(rows, past), keep, lengths
+    )
     return [
-        RowOutput(hidden[k, :length], _row_of(kept, k, length) if rows[k].keep else None)
-        for k, length in enumerate(lengths)
+        RowOutput(hidden[k, :size], _row_of(kept, k, size) if rows[k].keep else None)
+        for k, size in enumerate(sizes)
     ]
 
 
