@@ -18,7 +18,7 @@ import torch
 
 from spiffy.runtime import generate
 from spiffy.runtime.models import DiffusionLM
-from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas import SpiffyError
 
 
 def log_likelihood(
@@ -89,12 +89,7 @@ def _masked_sets(length: int, samples: int, seed: str) -> list[tuple[tuple[int, 
     return chosen
 
 
-def is_greedy(
-    model: DiffusionLM,
-    context: Sequence[int],
-    continuation: Sequence[int],
-    graph: DraftGraph | None = None,
-) -> bool:
+def is_greedy(model: DiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> bool:
     """Whether decoding of as many tokens, the most confident one per step, gives this one."""
     check_any_order(model)
     length = len(continuation)
@@ -103,7 +98,6 @@ def is_greedy(
     output = generate(
         model,
         [*context],
-        graph=graph,
         gen_length=length,
         block_length=length,
         policy="static",

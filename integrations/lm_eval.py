@@ -218,7 +218,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         *,
         budget: Budget | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,
+        max_batch_size: int | None = None,  # the harness gives it, for what has batch_size auto
         device: str | None = None,
         verify_share: float = 0.0,
         likelihood_samples: int = 128,
@@ -234,7 +234,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
             if verify_share:
                 raise SpiffyError("give --verify-share, or verify_share among --model_args")
             verify_share = launch.verify_share
-        _check(batch_size, verify_share, graph, options)
+        _check(batch_size, verify_share, likelihood_samples, graph, options)
         self.batch_size, self.verify_share = int(batch_size), verify_share
         self.likelihood_samples = likelihood_samples
         loading = {name: options.pop(name) for name in _LOADING if name in options}
@@ -431,7 +431,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
                 self.batch_size,
                 self.loaded.seed,
             )
-            answer = estimate, is_greedy(model, context, continuation, self.loaded.graph)
+            answer = estimate, is_greedy(model, context, continuation)
             self.cache_hook.add_partial("loglikelihood", texts, answer)
             found.append(answer)
         return found
@@ -471,13 +471,19 @@ def _named(request: Instance) -> Iterator[None]:
 
 
 def _check(
-    batch_size: int | str, verify_share: float, graph: str | None, options: Mapping[str, Any]
+    batch_size: int | str,
+    verify_share: float,
+    likelihood_samples: int,
+    graph: str | None,
+    options: Mapping[str, Any],
 ) -> None:
     """Refuse options that cannot be, before anything is loaded."""
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise SpiffyError(f"batch_size {batch_size}: give a number of sequences from 1")
     if not isinstance(verify_share, int | float) or not 0 <= verify_share <= 1:
         raise SpiffyError(f"verify_share {verify_share!r}: give a number from 0 to 1")
+    if type(likelihood_samples) is not int or likelihood_samples < 1:
+        raise SpiffyError(f"likelihood_samples {likelihood_samples!r}: give a number from 1")
     if verify_share and graph is None:
         raise SpiffyError("verify_share compares drafting with plain decoding: give graph=FILE")
     for name, instead in _ELSEWHERE.items():

@@ -294,6 +294,7 @@ def test_what_the_harness_has_cached_is_not_decoded_again(
         ({"batch_size": 0}, "batch_size 0: give a number"),
         ({"verify_share": 0.1}, "give graph=FILE"),
         ({"verify_share": 2, "graph": "x.json"}, "verify_share 2: give a number from 0 to 1"),
+        ({"likelihood_samples": 0}, "likelihood_samples 0: give a number from 1"),
         ({"temperature": 1.0}, "--gen_kwargs"),
         ({"system": "x"}, "--system_instruction"),
         ({"trust_remote_code": True}, "no code of a checkpoint is run"),
@@ -334,6 +335,18 @@ def test_wrong_commands_end_in_one_line(
     assert (code, len(errors)) == (2, 1)
     assert message in errors[0]
     assert "Traceback" not in log
+
+
+def test_a_missing_harness_is_named_with_the_line_for_pip(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "spiffy.integrations.lm_eval")
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    code, printed, log = evaluate("--model", "spiffy", "--tasks", "x")
+    assert (code, printed) == (2, "")
+    assert log == (
+        "error: lm-evaluation-harness is not installed: pip install 'spiffy-dllm[lm-eval]'\n"
+    )
 
 
 def test_help_and_version(evaluate: Evaluate) -> None:
