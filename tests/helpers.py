@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import CalibrationRecord, DecodingSettings, DraftGraph, ModelRecord, Node
 
 PARITY = Path(__file__).parent / "parity"
+
+
+def shown(page: str, starts: str) -> str:
+    """The block of code of a page that has a line starting with these words."""
+    text = (PARITY.parent.parent / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if re.search(f"^{starts}", block, re.MULTILINE)]
+    return found
 
 
 def study(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import chain_graph, study
+from helpers import chain_graph, shown, study
 
 from spiffy.calib.answers import Answers
 from spiffy.cli import decode
@@ -118,6 +119,21 @@ def test_answers_are_those_of_generate_in_order(
     code, log = run(*arguments, "--out", out)
     assert (code, log) == (2, f"error: {out}: is there already: remove it, or give another --out\n")
     assert out.read_bytes() == before
+
+
+def test_the_command_that_the_page_shows_runs(
+    run: Run, graph: DraftGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph.save("llada.json")
+    Path("questions.jsonl").write_text(json.dumps({"question": PROMPTS[0]}) + "\n")
+    words = shlex.split(shown("docs/integrations.md", "torchrun"))
+    module = words.index("-m")
+    assert words[module + 1] == decode.__name__
+    code, log = run(*words[module + 2 :])
+    assert code == 0, log
+    answer = generate(load_model("tiny-sdar", device="cpu"), PROMPTS[0], gen_length=16)
+    assert [line["text"] for line in read(Path("answers.jsonl"))] == [answer.text]
 
 
 @pytest.mark.parametrize("operation", [2, 7, 14])

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partialmethod
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import chain_graph, parity_model, random_prompt
+from helpers import chain_graph, parity_model, random_prompt, shown
 
 pytest.importorskip("lm_eval", reason="pip install 'spiffy-dllm[lm-eval]'")
 
@@ -146,6 +147,24 @@ def test_the_harness_scores_the_same_with_and_without_a_graph(
             assert counts["verified"]["nfe"] < counts["verified"]["plain_nfe"]
             assert "1 of 1" in printed
     assert scores[0] == scores[2]
+
+
+def test_the_command_that_the_page_shows_runs(
+    evaluate: Evaluate, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = shown("docs/integrations.md", "spiffy-lm-eval").replace("\\\n", "")
+    (line,) = [line for line in lines.splitlines() if line.startswith("spiffy-lm-eval")]
+    monkeypatch.chdir(tmp_path)
+    settings = FAMILIES["tiny-llada"]
+    chain_graph("tiny-llada", 2, gen_length=32, **settings).save("llada.json")
+    Path("problems.yaml").write_text(task.read_text())
+    code, printed, log = evaluate(*shlex.split(line)[1:])
+    assert code == 0, log
+    (path,) = Path("results").glob("*/results_*.json")
+    record = json.loads(path.read_text(encoding="utf-8"))["config"]["spiffy"]
+    assert (record["budget"], record["decoding"]["cache"]) == ("auto", "dual")
+    assert record["tasks"]["problems"]["verified"]["identical"] == 1
+    assert "1 of 1" in printed
 
 
 def test_an_answer_that_differs_is_reported_and_ends_in_1(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import chain_graph
+from helpers import chain_graph, shown
 
+import spiffy.integrations.ray as door
 from spiffy.integrations.ray import Decoder
 from spiffy.runtime import generate, load_model
 from spiffy.schemas import SpiffyError
@@ -109,47 +111,55 @@ def test_wrong_columns_and_options_are_refused(
         Decoder("tiny-sdar", device="cpu", **options)(batch)
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[Any]:
+@pytest.fixture
+def local_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray on this machine; its workers are where this process is when it starts."""
     ray = pytest.importorskip("ray", reason="pip install 'spiffy-dllm[ray]'")
-    pytest.importorskip("ray.data")
+    pytest.importorskip("ray.data", reason="pip install 'spiffy-dllm[ray]'")
+    monkeypatch.chdir(tmp_path)
     ray.init(
-        num_cpus=2,
+        num_cpus=4,  # two for the actors, the others for what reads and writes
         include_dashboard=False,
         object_store_memory=80 * 1024**2,
         log_to_driver=False,
         logging_level="error",
     )
-    yield ray
+    yield
     ray.shutdown()
 
 
-def test_two_actors_decode_a_data_set_and_one_of_them_is_killed(
-    local_ray: Any, graph: str, tmp_path: Path
+@pytest.mark.usefixtures("local_ray")
+def test_two_actors_run_what_the_page_shows_and_one_of_them_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    place, doomed = tmp_path, PROMPTS[3]
+
     class Mortal(Decoder):
         """Its process is killed, once, with a batch in hand."""
 
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, budget=2, device="cpu")
+
         def __call__(self, batch: Any) -> dict[str, Any]:
-            pids = tmp_path / "pids"
-            pids.mkdir(exist_ok=True)
-            (pids / str(os.getpid())).touch()
-            if PROMPTS[3] in [*batch["prompt"]] and not (tmp_path / "killed").exists():
-                (tmp_path / "killed").touch()
+            (place / f"pid-{os.getpid()}").touch()
+            if doomed in [*batch["prompt"]] and not (place / "killed").exists():
+                (place / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
 
-    items = [{"id": k, "prompt": prompt} for k, prompt in enumerate(PROMPTS)]
-    dataset = local_ray.data.from_items(items, override_num_blocks=6).map_batches(
-        Mortal,
-        fn_constructor_kwargs={"graph": graph, "budget": 2, "device": "cpu"},
-        batch_size=1,
-        compute=local_ray.data.ActorPoolStrategy(size=2),
-        num_cpus=1,
-    )
-    found = sorted(dataset.take_all(), key=lambda row: row["id"])
-    assert (tmp_path / "killed").exists()
-    assert len([*(tmp_path / "pids").iterdir()]) >= 2
-    assert [row["id"] for row in found] == list(range(6))
+    chain_graph("tiny-sdar", 2, gen_length=16).save("llada.json")
+    Path("questions").mkdir()
+    for number, prompt in enumerate(PROMPTS):  # a block of the data set each
+        line = json.dumps({"id": number, "prompt": prompt})
+        Path("questions", f"{number}.json").write_text(line + "\n")
+    snippet = shown("docs/integrations.md", "ds = ray.data")
+    assert "size=2" in snippet
+    monkeypatch.setattr(door, "Decoder", Mortal)
+    exec(compile(snippet.replace("batch_size=64", "batch_size=1"), "integrations.md", "exec"), {})
+    assert Path("killed").exists()
+    assert len([*place.glob("pid-*")]) > 1
+    lines = [line for path in Path("answers").iterdir() for line in path.read_text().splitlines()]
+    found = sorted(map(json.loads, lines), key=lambda row: row["id"])
+    assert [row["id"] for row in found] == list(range(len(PROMPTS)))
     for row, prompt in zip(found, PROMPTS, strict=True):
         assert without(row, "id", "prompt", "seconds") == expected(prompt)
