@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import chain_graph, parity_model, random_prompt, shown
+from helpers import chain_graph, parity_model, random_prompt, shown, study
 
 pytest.importorskip("lm_eval", reason="pip install 'spiffy-dllm[lm-eval]'")
 
@@ -35,20 +35,6 @@ PROBLEMS = {
     "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?": 7,
     "Lily has 9 old pens and buys 2 new pens. How many pens are there now?": 11,
 }
-TASK = """
-task: problems
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["Question:"], do_sample: false, max_gen_toks: 32}}
-filter_list:
-  - name: strict
-    filter: [{{function: regex, regex_pattern: "#### (-?[0-9]+)"}}, {{function: take_first}}]
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
 FAMILIES = {
     "tiny-llada": {"policy": "threshold", "threshold": 0.8, "cache": "dual"},
     "tiny-dream": {"tokens_per_step": 2, "cache": "dual"},
@@ -62,7 +48,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     rows = [{"question": text, "answer": str(number)} for text, number in PROBLEMS.items()]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = TASK.format(data=folder / "data.jsonl", cache=folder / "cache")
+    places = {"data": folder / "data.jsonl", "cache": folder / "cache"}
+    text = study("harness").TASK.format(**places, length=32)
     (folder / "problems.yaml").write_text(text)
     return folder / "problems.yaml"
 
@@ -131,7 +118,7 @@ def test_the_harness_scores_the_same_with_and_without_a_graph(
             re.findall(r"#### (-?\d+)", out.text)[:1] == [str(answer)]
             for out, answer in zip(outputs, PROBLEMS.values(), strict=True)
         ]
-        scores[drafts] = content["results"]["problems"]["exact_match,strict"]
+        scores[drafts] = content["results"]["problems"]["exact_match,strict-match"]
         assert scores[drafts] == sum(right) / len(right) > 0
         counts = content["config"]["spiffy"]["tasks"]["problems"]
         for count in ("nfe", "positions_computed", "steps", "accepted"):
