@@ -18,7 +18,7 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from spiffy.schemas import SpiffyError
+from spiffy.schemas import DecodingSettings, SpiffyError
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from spiffy.integrations.loaded import Budget
     from spiffy.runtime.generate import Output
-    from spiffy.schemas import DecodingSettings
 
 _LOADING = ("revision", "dtype", "device_map", "family", "adapter", "quantize")
 #: Of generation arguments that are no use here: what leaves an answer as it is.
@@ -294,8 +293,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         changes: dict[str, Any] = {"temperature": temperature}
         if most and self._gen_length is None:
             changes["gen_length"] = self._room_for(most)
-        content = self.loaded.settings.model_dump() | changes
-        settings = type(self.loaded.settings).parse(**content)
+        settings = DecodingSettings.parse(**(self.loaded.settings.model_dump() | changes))
         document = int(request.doc_id or 0)
         with _named(request):
             prompt = self._encoded(context)
@@ -324,10 +322,11 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         """Numbers and outputs of jobs, as they finish."""
         from spiffy.runtime.generate import generate_batch
 
-        tasks = [
-            self.loaded.task(job.prompt, job.settings, number, job.stop, plain=plain)
-            for number, job in ((number, jobs[number]) for number in numbers)
-        ]
+        tasks = []
+        for number in numbers:
+            job = jobs[number]
+            task = self.loaded.task(job.prompt, job.settings, number, job.stop, plain=plain)
+            tasks.append(task)
         for task, output in generate_batch(self.loaded.model, tasks, self.batch_size):
             task.path.clear()  # all states that it came through
             most = jobs[task.sequence].most
