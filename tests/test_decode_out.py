@@ -136,7 +136,7 @@ def test_the_command_that_the_page_shows_runs(
     assert [line["text"] for line in read(Path("answers.jsonl"))] == [answer.text]
 
 
-@pytest.mark.parametrize("operation", [2, 7, 14])
+@pytest.mark.parametrize("operation", [7, 14])
 def test_killed_at_any_moment_it_goes_on(
     run: Run,
     arguments: list[str],
@@ -145,7 +145,7 @@ def test_killed_at_any_moment_it_goes_on(
     operation: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the manifest's rename, in a record, in its sync, before the last rename."""
+    """In the middle of a record, and before the last rename."""
     out, log = tmp_path / "answers.jsonl", tmp_path / "log"
     die, main = study("kill").die_in_operation, decode.main
     monkeypatch.setattr(decode, "main", lambda: (die(operation), main()))
@@ -253,7 +253,6 @@ def test_another_input_or_setting_is_refused_and_what_is_there_stays(
     for words, difference in (
         (("--stop", "x"), "stop [], not ['x']"),
         (("--gen-length", "20"), "decoding.gen_length 16, not 20"),
-        (("--raw",), "raw False, not True"),
         (("--seed", "1"), "seed 0, not 1"),
         (("--edges", "none"), "edges.complete True, not False"),
         (("--samples", "3"), "dataset_sha256"),

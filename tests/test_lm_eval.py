@@ -388,16 +388,16 @@ def by_the_paper(
 def test_a_likelihood_is_the_papers_estimate(name: str) -> None:
     model = parity_model(name, "float64")
     context, continuation = random_prompt(model, 4).tolist(), random_prompt(model, 3, 1).tolist()
-    literal = by_the_paper(model, context, continuation, 400, 0)
+    literal = by_the_paper(model, context, continuation, 150, 0)
     exact = log_likelihood(model, context, continuation)  # of all 7 sets of positions
     error = float(literal.std()) / math.sqrt(len(literal))
     assert abs(exact - float(literal.mean())) < 4 * error
-    assert error < 0.02 * abs(exact)
+    assert error < 0.03 * abs(exact)
     # Fewer samples than sets: drawn, and right on average.
-    drawn = [log_likelihood(model, context, continuation, 3, 2, seed) for seed in range(60)]
+    drawn = [log_likelihood(model, context, continuation, 3, 2, seed) for seed in range(40)]
     spread = torch.tensor(drawn, dtype=torch.float64)
     assert spread.std() > 0
-    assert abs(exact - float(spread.mean())) < 4 * float(spread.std()) / math.sqrt(60)
+    assert abs(exact - float(spread.mean())) < 4 * float(spread.std()) / math.sqrt(40)
 
 
 def test_the_likelihood_of_one_token_is_its_probability() -> None:
@@ -412,22 +412,16 @@ def test_the_likelihood_of_one_token_is_its_probability() -> None:
     assert not is_greedy(model, context, [best ^ 1])
 
 
-def test_the_harness_chooses_by_likelihood(tmp_path: Path) -> None:
-    chain_graph("tiny-llada", 2, gen_length=32).save(tmp_path / "graph.json")
-    place = str(tmp_path / "graph.json")
-    model = SpiffyLM(graph=place, device="cpu", batch_size=8, likelihood_samples=16)
-    context = f"<|user|>{PROMPT}<|assistant|>"
-    answer = generate(model.loaded.model, PROMPT, gen_length=32, block_length=32).text
-    wrong = answer.replace("7", "9")
-    pairs = [(context, answer), (context, wrong)]
-    requests = [Instance("loglikelihood", {}, pair, 0, ("task", 0, 1)) for pair in pairs]
-    (right, greedy), (other, other_greedy) = model.loglikelihood(requests, disable_tqdm=True)
-    assert 0 > right > other
-    tokenizer = model.loaded.model.codec.tokenizer
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    whole = {"gen_length": len(ids), "block_length": len(ids), "stop_at_eos": False, "raw": True}
-    assert greedy == (generate(model.loaded.model, context, **whole).token_ids == ids)
-    assert not other_greedy
+def test_the_harness_chooses_by_likelihood() -> None:
+    model = SpiffyLM("tiny-llada", device="cpu", batch_size=8)
+    context = f"<|user|>{PROMPT}<|assistant|>That makes 3+4=<<3+4=7>>"
+    requests = [
+        Instance("loglikelihood", {}, (context, str(choice)), 0, ("task", 0, 1))
+        for choice in range(10)
+    ]
+    found = model.loglikelihood(requests, disable_tqdm=True)
+    assert max(found)[0] == found[7][0] < 0
+    assert [greedy for _, greedy in found] == [choice == 7 for choice in range(10)]
 
 
 def test_likelihoods_that_are_none_are_refused(sdar: SpiffyLM) -> None:

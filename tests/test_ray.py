@@ -18,25 +18,25 @@ from spiffy.integrations.ray import Decoder
 from spiffy.runtime import generate, load_model
 from spiffy.schemas import SpiffyError
 
-PROMPTS = [f"Tom has {k} apples. He buys 4 more. How many now?" for k in range(1, 7)]
+PROMPTS = [f"Tom has {k} apples. He buys 4 more. How many now?" for k in range(1, 5)]
 COUNTS = ("nfe", "positions_computed", "steps", "accepted")
 
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("graph") / "graph.json"
-    chain_graph("tiny-sdar", 2, gen_length=16).save(path)
+    chain_graph("tiny-sdar", 2, gen_length=8).save(path)
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def decoder(graph: str) -> Decoder:
-    return Decoder(graph=graph, budget=2, batch_size=4, device="cpu")
+    return Decoder(graph=graph, budget=2, batch_size=3, device="cpu")
 
 
 def expected(prompt: Any, **options: Any) -> dict[str, Any]:
     """The columns that a row is to get, by `generate`; with two drafts, on every machine."""
-    graph = chain_graph("tiny-sdar", 2, gen_length=16)
+    graph = chain_graph("tiny-sdar", 2, gen_length=8)
     out = generate(load_model("tiny-sdar", device="cpu"), prompt, graph=graph, budget=2, **options)
     counts = {name: getattr(out.stats, name) for name in COUNTS}
     return {"text": out.text, "token_ids": out.token_ids, **counts, "error": ""}
@@ -51,9 +51,9 @@ def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def test_rows_of_a_batch_share_forwards_and_change_nothing(decoder: Decoder) -> None:
-    batch = {"id": np.arange(6), "prompt": np.array(PROMPTS, dtype=object)}
+    batch = {"id": np.arange(4), "prompt": np.array(PROMPTS, dtype=object)}
     found = rows(decoder(batch))
-    assert [row["id"] for row in found] == list(range(6))
+    assert [row["id"] for row in found] == list(range(4))
     for row, prompt in zip(found, PROMPTS, strict=True):
         assert row["prompt"] == prompt
         assert row["seconds"] > 0
@@ -132,7 +132,7 @@ def local_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def test_two_actors_run_what_the_page_shows_and_one_of_them_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, doomed = tmp_path, PROMPTS[3]
+    place, doomed = tmp_path, PROMPTS[2]
 
     class Mortal(Decoder):
         """Its process is killed, once, with a batch in hand."""
@@ -147,7 +147,7 @@ def test_two_actors_run_what_the_page_shows_and_one_of_them_is_killed(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
 
-    chain_graph("tiny-sdar", 2, gen_length=16).save("llada.json")
+    chain_graph("tiny-sdar", 2, gen_length=8).save("llada.json")
     Path("questions").mkdir()
     for number, prompt in enumerate(PROMPTS):  # a block of the data set each
         line = json.dumps({"id": number, "prompt": prompt})
