@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from spiffy.integrations.loaded import Budget
     from spiffy.runtime.generate import Output
 
-_LOADING = ("revision", "dtype", "device_map", "family", "adapter", "quantize")
 #: Of generation arguments that are no use here: what leaves an answer as it is.
 _NEUTRAL = {"num_beams": 1, "top_p": 1, "repetition_penalty": 1, "num_return_sequences": 1}
 _ELSEWHERE = {
@@ -236,7 +235,6 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         _check(batch_size, verify_share, likelihood_samples, graph, options)
         self.batch_size, self.verify_share = int(batch_size), verify_share
         self.likelihood_samples = likelihood_samples
-        loading = {name: options.pop(name) for name in _LOADING if name in options}
         self._gen_length: int | None = options.get("gen_length")
         self.loaded = Loaded(
             pretrained,
@@ -244,8 +242,8 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
             budget=budget,
             seed=seed,
             any_model=any_model,
-            loading={"device": _device(device), **loading},
-            decoding=options,
+            device=_device(device),
+            **options,
         )
         self.counts: dict[str, Counts] = {}
         if launch is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 Budget = int | Literal["auto"]
 
+_LOADING = tuple(signature(load_model).parameters)[1:]  # without the name
+
 
 class Loaded:
     """A model and the draft graph that it decodes with, if any.
@@ -28,10 +31,9 @@ class Loaded:
         File, folder or hub repository of a draft graph; None: decode plainly.
     budget
         Drafts per forward, or "auto".
-    loading
-        Options of `load_model`.
-    decoding
-        Fields of `DecodingSettings`; what is not given is the graph's, else the family's.
+    options
+        Options of `load_model`, and fields of `DecodingSettings`; what of these is not given is
+        the graph's, else the family's.
 
     Raises
     ------
@@ -47,8 +49,7 @@ class Loaded:
         budget: Budget | None = None,
         seed: int = 0,
         any_model: bool = False,
-        loading: dict[str, Any],
-        decoding: dict[str, Any],
+        **options: Any,
     ) -> None:
         self.graph = None if graph is None else graph_at(graph)
         if self.graph is None and budget not in (None, "auto"):
@@ -57,8 +58,9 @@ class Loaded:
             raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts from 1")
         self.budget: Budget = budget or "auto"
         self.seed = seed
+        loading = {name: options.pop(name) for name in _LOADING if name in options}
         self.model = _load(model, self.graph, graph, loading)
-        self.settings = decoding_settings(self.model, self.graph, any_model=any_model, **decoding)
+        self.settings = decoding_settings(self.model, self.graph, any_model=any_model, **options)
         self._drafters: dict[DecodingSettings, Drafter] = {}
 
     def task(

@@ -22,7 +22,6 @@ from spiffy.runtime.models.text import stop_strings
 from spiffy.schemas import SpiffyError
 
 _COUNTS = ("nfe", "positions_computed", "steps", "accepted")
-_LOADING = ("device", "dtype", "revision", "device_map", "family", "adapter", "quantize")
 
 Columns = Mapping[str, Any]  # each np.ndarray [rows] or a list
 
@@ -84,15 +83,7 @@ class Decoder:
             raise SpiffyError("raw takes prompts as they are: write the system message into them")
         self.field, self.index, self.prefix, self.batch_size = field, index, prefix, batch_size
         self.raw, self.system, self.stop = raw, system, stop_strings(stop)
-        self.loaded = Loaded(
-            model,
-            graph,
-            budget=budget,
-            seed=seed,
-            any_model=any_model,
-            loading={name: options.pop(name) for name in _LOADING if name in options},
-            decoding=options,
-        )
+        self.loaded = Loaded(model, graph, budget=budget, seed=seed, any_model=any_model, **options)
 
     def __call__(self, batch: Columns) -> dict[str, Any]:
         """The batch with the columns added.
