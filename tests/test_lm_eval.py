@@ -136,10 +136,10 @@ def test_the_harness_scores_the_same_with_and_without_a_graph(
     assert scores[0] == scores[2]
 
 
-def test_the_command_that_the_page_shows_runs(
+def test_the_command_of_the_readme_runs(
     evaluate: Evaluate, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = shown("docs/integrations.md", "spiffy-lm-eval").replace("\\\n", "")
+    lines = shown("README.md", "spiffy-lm-eval").replace("\\\n", "")
     (line,) = [line for line in lines.splitlines() if line.startswith("spiffy-lm-eval")]
     monkeypatch.chdir(tmp_path)
     settings = FAMILIES["tiny-llada"]
