@@ -181,10 +181,10 @@ def halved(device: str) -> Outcome:
     lm = model("sdar-a", device)
     forward = driver.forward
 
-    def small(lm: DiffusionLM, rows: Sequence[Row]) -> list[RowOutput]:
+    def small(lm: DiffusionLM, rows: Sequence[Row], lengths: Sequence[int] = ()) -> list[RowOutput]:
         if sum(len(row.ids) for row in rows) > 4 * BLOCK:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(lm, rows)
+        return forward(lm, rows, lengths)
 
     tasks = tasks_of(lm, 1, "graph")
     with pytest.MonkeyPatch.context() as patch:
