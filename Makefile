@@ -45,6 +45,7 @@ results: $(READY)
 	$(BIN)/python studies/threads.py --into docs/what-pays.md
 	$(BIN)/python studies/real_sizes.py --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md
+	$(BIN)/python studies/harness.py --into docs/integrations.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup
