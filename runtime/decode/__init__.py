@@ -4,7 +4,7 @@
 `driver` runs one or many at a time.
 """
 
-from spiffy.runtime.decode.driver import is_out_of_memory, run, synchronize
+from spiffy.runtime.decode.driver import Scheduler, is_out_of_memory, run, synchronize
 from spiffy.runtime.decode.loop import (
     denoise,
     denoising_step,
@@ -17,6 +17,7 @@ from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, ma
 __all__ = [
     "Advice",
     "Adviser",
+    "Scheduler",
     "Stats",
     "Task",
     "decoded",

@@ -111,6 +111,8 @@ class Task:
         The state after every denoising step made so far.
     roots
         For every forward that made denoising steps, how many had been made before it.
+    error
+        What ended it before its time.
     """
 
     model: DiffusionLM
@@ -127,6 +129,7 @@ class Task:
     roots: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     adviser: Adviser | None = None
+    error: Exception | None = None
 
 
 def make_task(
