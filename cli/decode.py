@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from spiffy.cli.common import (
 )
 from spiffy.cli.decode_runs import Runs, Way, compare, print_json, report
 from spiffy.cli.options import (
+    Budget,
     Decoding,
     Encoding,
     Field,
@@ -31,6 +32,7 @@ from spiffy.cli.options import (
     model_option,
     output_option,
     prompt_option,
+    read_budget,
     spread,
 )
 from spiffy.cli.streams import write
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
     from spiffy.runtime.budget.auto import AutoBudget
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-Budget = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Drafting:
         elif self.budget is None:
             found = ["auto"]
         else:
-            found = [self._budget(word.strip()) for word in self.budget.split(",")]
+            found = [read_budget(word.strip()) for word in self.budget.split(",")]
         if self.remeasure and "auto" not in found:
             raise SpiffyError("--remeasure times this machine for --budget auto: give that too")
         if len(found) > 1 and not several:
@@ -143,15 +143,6 @@ class _Drafting:
                 f"--budget {self.budget}: several budgets need --verify, to compare them"
             )
         return found
-
-    def _budget(self, word: str) -> Budget:
-        if word == "auto":
-            return "auto"
-        if word.removeprefix("-").isdecimal() and len(word) < 10:
-            if int(word) < 1:
-                raise SpiffyError(f"--budget {word}: must be at least 1 draft")
-            return int(word)
-        raise SpiffyError(f"--budget {self.budget!r}: give a number of drafts, or auto")
 
     def ways(
         self, runs: Runs, artifact: DraftGraph | None, budgets: list[Budget]

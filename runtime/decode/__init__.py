@@ -12,7 +12,7 @@ from spiffy.runtime.decode.loop import (
     looked_at,
     may_complete,
 )
-from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task
+from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task, planned
 
 __all__ = [
     "Advice",
@@ -28,6 +28,7 @@ __all__ = [
     "looked_at",
     "make_task",
     "may_complete",
+    "planned",
     "run",
     "synchronize",
 ]
