@@ -9,7 +9,8 @@ import torch
 from helpers import Oracle, decode, parity_model, random_prompt, states
 from test_trust import Memory
 
-from spiffy.runtime.decode import Scheduler, Task, driver, make_task
+from spiffy.bench.watch import WatchedAdviser
+from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task
 from spiffy.schemas import DecodingSettings, SpiffyError
 
 LAYOUTS = {"none": "llada-a", "block": "sdar-a", "dual": "dream-a"}
@@ -163,3 +164,40 @@ def test_one_that_does_not_fit_alone_ends_alone(monkeypatch: pytest.MonkeyPatch)
             assert isinstance(ours.error, torch.OutOfMemoryError)
         else:
             assert states(ours) == states(theirs)
+
+
+class Adviser:
+    """Counts the forwards that it hears of; never drafts."""
+
+    def __init__(self) -> None:
+        self.turns: list[int] = []
+
+    def begin(self, canvas: Any) -> None:
+        pass
+
+    def turn(self, sequences: int) -> None:
+        self.turns.append(sequences)
+
+    def advise(self) -> Advice:
+        return Advice(None, None)
+
+    def learn(self, *_: Any) -> None:
+        pass
+
+    def why(self) -> str:
+        return ""
+
+
+def test_an_adviser_hears_of_a_forward_once_also_if_one_of_its_tasks_is_watched() -> None:
+    tasks, _ = begun("block")
+    adviser = Adviser()
+    for task in tasks:
+        task.adviser = adviser
+    tasks[1].adviser = WatchedAdviser(adviser)
+    tasks[2].adviser = WatchedAdviser(adviser)
+    scheduler = Scheduler(tasks[0].model, batch_size=5)
+    for task in tasks:
+        scheduler.add(task)
+    for _ in range(3):
+        scheduler.step()
+    assert adviser.turns == [5, 5, 5]
