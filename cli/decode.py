@@ -27,6 +27,7 @@ from spiffy.cli.options import (
     ModelOfGraph,
     SkipBad,
     VersionOption,
+    decoding_option,
     drafting_option,
     draw,
     model_option,
@@ -42,6 +43,7 @@ from spiffy.schemas import DraftGraph, SpiffyError
 if TYPE_CHECKING:
     from spiffy.calib.prompt_files import Text
     from spiffy.runtime.budget.auto import AutoBudget
+    from spiffy.runtime.generate import Output
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -188,6 +190,14 @@ class _Output:
         bool, output_option("--stream", help="Print blocks as they are finished.")
     ] = False
     json: Annotated[bool, output_option("--json", help="Print one JSON object per prompt.")] = False
+    batch_size: Annotated[
+        int,
+        decoding_option(
+            min=1,
+            help="Prompts that share forwards. With --json answers are printed as they finish, "
+            "else in order.",
+        ),
+    ] = 1
     stop: Annotated[
         list[str] | None,
         output_option(
@@ -198,6 +208,11 @@ class _Output:
 
     def check(self, drafts: bool) -> None:
         """Refuse options that exclude each other; `drafts` says whether there are any."""
+        if self.batch_size > 1 and (self.stream or self.verify):
+            raise SpiffyError(
+                "--batch-size decodes prompts together: drop --stream and --verify, which take one "
+                "after the other"
+            )
         if self.stream and (self.json or self.verify):
             raise SpiffyError("--stream prints plain text as it comes: drop --json and --verify")
         if self.verify and not drafts:
@@ -250,6 +265,8 @@ def decode(
         runs.ways = drafting.ways(runs, artifact, budgets)
     if output.verify:
         _verify(runs, output.json)
+    elif output.batch_size > 1:
+        _answer_together(runs, output.batch_size, output.json)
     else:
         _answer(runs, output)
 
@@ -282,6 +299,20 @@ def _answer(runs: Runs, output: _Output) -> None:
             print_json(prompt[0], answer)
         else:
             write("\n" if output.stream else answer.text + "\n")
+    report(runs)
+
+
+def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:
+    """Decode prompts that share forwards; print JSON as they finish, texts in order."""
+    came: dict[int, Output] = {}
+    order = [index for index, _ in runs.prompts]
+    for index, output in runs.together(runs.shown, batch_size):
+        if json_lines:
+            print_json(index, output)
+            continue
+        came[index] = output
+        while order and order[0] in came:
+            write(came.pop(order.pop(0)).text + "\n")
     report(runs)
 
 
