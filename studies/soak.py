@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import platform
 import random
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
+from losslessness import fill
 from serving import Server, calibrated, questions, serving
 
 from spiffy.runtime import decoding_settings, generate, load_model
@@ -206,6 +209,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--max-waiting", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
     args = parser.parse_args()
     report, cases = Report(), good_cases(args.model)
     room = ("--max-batch", str(args.max_batch), "--max-waiting", str(args.max_waiting))
@@ -229,12 +233,25 @@ def main() -> None:
         max(settled[-max(1, len(settled) // 4) :]),
     )
     report.expect(last <= first * (1 + _GROWTH), "memory kept", (first, last))
-    for what, number in sorted(report.counts.items()):
-        print(f"{number:8} {what}")
-    print(f"memory {first / 1e6:.0f} MB -> {last / 1e6:.0f} MB")
+    block = (
+        f"`python studies/soak.py --model {args.model} --minutes {args.minutes:g} --clients "
+        f"{args.clients} --max-batch {args.max_batch} --max-waiting {args.max_waiting}` (torch "
+        f"{torch.__version__}, {platform.machine()}, float32)\n\n"
+        f"{table(report)}\n\nMemory: {first / 1e6:.0f} MB after the first fifth of the time, "
+        f"{last / 1e6:.0f} MB at the end."
+    )
+    print(f"\n{block}")
     for problem in report.wrong:
         print(f"wrong: {problem}")
+    for path in args.into:
+        fill(path, "soak", block)
     sys.exit(bool(report.wrong))
+
+
+def table(report: Report) -> str:
+    """Markdown: what was counted."""
+    rows = [f"| {what} | {number} |" for what, number in sorted(report.counts.items())]
+    return "\n".join(["| | |", "| --- | ---: |", *rows])
 
 
 if __name__ == "__main__":
