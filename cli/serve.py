@@ -154,7 +154,7 @@ def serve(
         engine = Engine(lm, settings, artifact, drafts, edges=edges, limits=serving.limits())
         server = build(engine, serving.access(), decoding.seed)
     address = address_of(sock)
-    listen(server, sock, serving.sockets(), lambda: write(_greeting(lm.name, address, serving)))
+    listen(server, sock, serving.sockets(), lambda: write(_greeting(engine.name, address, serving)))
 
 
 def _greeting(model: str, address: str, serving: _Serving) -> str:

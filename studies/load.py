@@ -3,8 +3,8 @@
 A closed loop: every client asks, waits for its answer, and asks again. Servers of one model,
 without drafts, with as many as pay, and with eight for every answer whoever else asks, run beside
 each other and are measured in turns, so that what else the machine does hits all alike; only one of
-them is asked at a time. Temperature 0, generated problems that neither training nor calibration saw.
-An answer differs if it is not the first one that plain decoding gave, which is a near-tie of
+them is asked at a time. Temperature 0, generated problems that neither training nor calibration
+saw. An answer differs if it is not the first one that plain decoding gave, which is a near-tie of
 floating point at most (docs/losslessness.md).
 
     python studies/load.py --model tiny-sdar --cache block

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -27,9 +29,18 @@ from spiffy.cli import serve as command
 from spiffy.integrations.serve import app as serving
 from spiffy.integrations.serve import listen
 from spiffy.integrations.serve.app import Access, build
-from spiffy.integrations.serve.engine import BusyError, Done, Engine, Event, Failed, Job, Limits
+from spiffy.integrations.serve.engine import (
+    BusyError,
+    Done,
+    Engine,
+    Event,
+    Failed,
+    Job,
+    Limits,
+    StoppedError,
+)
 from spiffy.integrations.serve.listen import BoundedProtocol, Server, Sockets, address_of, bind
-from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
+from spiffy.runtime import ALIASES, DiffusionLM, decoding_settings, generate, load_model
 from spiffy.runtime.decode import make_task
 from spiffy.runtime.generate import Output
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
@@ -170,13 +181,48 @@ def test_a_forward_that_fails_is_the_end_of_those_in_it(monkeypatch: pytest.Monk
         assert isinstance(submit(engine)[1](), Done)
 
 
-def test_jobs_that_are_left_when_it_stops_fail() -> None:
+def test_jobs_that_are_left_when_it_stops_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model(), settings())
-    _, end = submit(engine)
-    engine.start()
-    engine.stop()
-    assert isinstance(end(), Done | Failed)
+    with held(monkeypatch) as go_on:
+        _, end = submit(engine)
+        engine.start()
+        wait_until(lambda: engine._scheduler.running != [])
+        threading.Timer(0.1, go_on.set).start()
+        engine.stop()
+    failed = end()
+    assert isinstance(failed, Failed)
+    assert str(failed.error) == "the server is stopping"
     assert not engine.alive
+    with pytest.raises(StoppedError):
+        submit(engine)
+
+
+def test_text_that_cannot_be_told_is_the_end_of_that_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with running() as engine:
+        for broken in ("before_stop", "decode"):
+            with monkeypatch.context() as patch:
+
+                def fails(*_: Any, **__: Any) -> Any:
+                    raise ValueError("no text")
+
+                patch.setattr(model().codec, broken, fails)
+                events: queue.Queue[Event] = queue.Queue()
+                job = Job(engine.task(QUESTION, stop="#"), events.put, stream=True)
+                engine.submit([job])
+                failed = events.get(timeout=SECONDS)
+            assert isinstance(failed, Failed)
+            assert str(failed.error) == "no text"
+        assert isinstance(submit(engine)[1](), Done)
+
+
+def test_a_folder_is_served_by_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    shutil.copytree(ALIASES["tiny-sdar"], folder)
+    lm = load_model(str(folder), device="cpu")
+    assert Engine(lm, settings()).name == "my-model"
+    assert Engine(model(), settings()).name == "tiny-sdar"
 
 
 def test_answers_are_compared_with_plain_decoding_when_idle() -> None:
@@ -491,7 +537,7 @@ def test_clients_that_vanish_leave_the_forwards(
         connection = here.connect()
         headers = {"Content-Type": "application/json"}
         connection.request("POST", "/v1/chat/completions", body(stream=stream, n=2), headers)
-        wait_until(lambda: here.sample("spiffy_running") == 2)
+        wait_until(lambda: len(here.engine._scheduler.running) == 2)
         assert connection.sock is not None
         connection.sock.close()
         connection.close()

@@ -15,6 +15,7 @@ from importlib.resources import files
 from time import monotonic, time
 from typing import Any
 
+import torch
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -38,6 +39,7 @@ from spiffy.integrations.serve.engine import (
     Failed,
     Job,
     Seen,
+    StoppedError,
     Text,
     TooLongError,
 )
@@ -127,7 +129,7 @@ def _open_routes(engine: Engine) -> APIRouter:
 def _asking_routes(desk: _Desk) -> APIRouter:
     router = APIRouter()
     card = {
-        "id": desk.engine.model.name,
+        "id": desk.engine.name,
         "object": "model",
         "created": int(time()),
         "owned_by": "spiffy",
@@ -191,7 +193,7 @@ class _Desk:
         self._encoder.shutdown(cancel_futures=True)
 
     def check_model(self, name: str | None) -> None:
-        served = self.engine.model.name
+        served = self.engine.name
         if name not in (None, served):
             raise ApiError(
                 404,
@@ -256,6 +258,8 @@ class _Desk:
                 kind="rate_limit_error",
                 headers={"Retry-After": str(busy.seconds)},
             ) from None
+        except StoppedError:
+            raise ApiError(503, "the server is stopping", kind="server_error") from None
 
     async def answer(
         self,
@@ -276,7 +280,7 @@ class _Desk:
         queue = _Queue()
         jobs = [Job(task, queue.put, k, stream=asked.stream) for k, task in enumerate(tasks)]
         prompt_tokens = sum(len(task.prompt) for task in tasks[:: asked.n])
-        answers = events.Answers(way, self.engine.model.name, prompt_tokens)
+        answers = events.Answers(way, self.engine.name, prompt_tokens)
         self._submit(jobs)
         if asked.stream:
             usage = asked.stream_options.include_usage
@@ -423,6 +427,10 @@ def _failure(error: Exception) -> ApiError:
     """Of an answer that was begun. What only the log should know stays there."""
     if isinstance(error, SpiffyError):  # the model computed NaN
         return ApiError(500, str(error), kind="server_error", code="decoding_failed")
+    if isinstance(error, torch.OutOfMemoryError):
+        return ApiError(500, "out of memory", kind="server_error", code="out_of_memory")
+    if isinstance(error, StoppedError):
+        return ApiError(503, str(error), kind="server_error")
     _LOG.error("an answer failed: %r", error, exc_info=error)
     return ApiError(500, "the answer failed: see the server's log", kind="server_error")
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple
 
@@ -45,6 +46,10 @@ class BusyError(Exception):
     def __init__(self, seconds: int) -> None:
         super().__init__(f"too many requests wait already: try again in {seconds} s")
         self.seconds = seconds
+
+
+class StoppedError(Exception):
+    """No jobs are taken any more."""
 
 
 class Text(NamedTuple):
@@ -126,17 +131,22 @@ class Job:
 
     def end(self) -> Done | Failed:
         """Tell how it ended."""
-        task = self.task
         event: Done | Failed
-        if task.error is not None:
-            event = Failed(self, task.error)
-        else:
-            output = collect(task)
-            if self._stream:
-                self._say(output.text)
-            event = Done(self, output.text, output.token_ids, output.stats, _reason(task))
+        try:
+            event = self._done()
+        except Exception as error:  # such as of a tokenizer
+            event = Failed(self, error)
         self.tell(event)
         return event
+
+    def _done(self) -> Done:
+        task = self.task
+        if task.error is not None:
+            raise task.error
+        output = collect(task)
+        if self._stream:
+            self._say(output.text)
+        return Done(self, output.text, output.token_ids, output.stats, _reason(task))
 
     def _say(self, text: str) -> None:
         if more := text[len(self._sent) :]:
@@ -197,6 +207,8 @@ class Engine:
     ) -> None:
         self.model, self.settings, self.graph, self.budget = model, settings, graph, budget
         self.edges, self.limits = edges, limits
+        #: What the model is called: of a folder, its last part.
+        self.name = Path(model.name).name if Path(model.name).is_dir() else model.name
         self.metrics = Metrics() if metrics is None else metrics
         self.max_length = model.max_length or _LONGEST
         self._changed = threading.Condition()  # guards the next five
@@ -282,9 +294,13 @@ class Engine:
         ------
         BusyError
             If too many wait already.
+        StoppedError
+            If none are decoded any more.
         """
         most = self.limits.batch + self.limits.waiting
         with self._changed:
+            if self._stopping:
+                raise StoppedError
             if self._count + len(jobs) > most:
                 turns = self._count / self.limits.batch
                 raise BusyError(min(60, max(1, ceil(turns * self._seconds))))
@@ -325,14 +341,21 @@ class Engine:
     # ------------------------------------------------------------ the engine's thread
 
     def _run(self) -> None:
-        while self._take():
-            if self._scheduler.busy:
-                self._forward()
-            else:
-                self._check()
-        for job in list(self._jobs.values()):
-            job.task.error = RuntimeError("the server is stopping")
-            self._end(job)
+        try:
+            while self._take():
+                if self._scheduler.busy:
+                    self._forward()
+                else:
+                    self._check()
+        except Exception:  # an error in this file
+            _LOG.exception("the engine failed: no more requests are answered")
+        finally:
+            with self._changed:
+                self._stopping = True
+                left = [*self._jobs.values(), *self._arrived]
+                self._jobs = {id(job.task): job for job in left}
+            for job in left:
+                self._fail(job, StoppedError("the server is stopping"))
 
     def _take(self) -> bool:
         """Take in what came and what left, between two forwards; returns whether to go on.
@@ -363,22 +386,34 @@ class Engine:
         return going_on
 
     def _forward(self) -> None:
-        finished: list[Task] = []
+        before = self._scheduler.forwards
         try:
             finished = self._scheduler.step()
         except Exception as error:  # of the forward itself: whose fault it is, nobody knows
             _LOG.exception("a forward failed")
-            finished = self._scheduler.running
-            for task in finished:
-                task.error = error
-                self._scheduler.remove(task)
-        together = [*self._scheduler.running, *(task for task in finished if task.error is None)]
-        if together:
+            for task in self._scheduler.running:
+                self._fail(self._jobs[id(task)], error)
+            return
+        if self._scheduler.forwards > before:
+            together = [*self._scheduler.running, *finished]
             self.metrics.forward(len(together))
-        for task in together:
-            self._jobs[id(task)].follow()
+            for task in together:
+                self._follow(self._jobs[id(task)])
         for task in finished:
-            self._end(self._jobs[id(task)])
+            if id(task) in self._jobs:
+                self._end(self._jobs[id(task)])
+
+    def _follow(self, job: Job) -> None:
+        if job.task.error is None:
+            try:
+                job.follow()
+            except Exception as error:  # such as of a tokenizer
+                self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.task.error = error
+        self._scheduler.remove(job.task)
+        self._end(job)
 
     def _end(self, job: Job) -> None:
         del self._jobs[id(job.task)]

@@ -55,10 +55,16 @@ class Scheduler:
     ----------
     batch_size
         Decodes that share a forward, at most.
+
+    Attributes
+    ----------
+    forwards
+        Made so far, however many decodes shared them.
     """
 
     def __init__(self, model: DiffusionLM, batch_size: int = 1) -> None:
         self.model, self.batch_size = model, batch_size
+        self.forwards = 0
         self._waiting: deque[Task] = deque()
         self._running: list[_Running] = []
         self._most_drafts, self._most_decodes = MAX_NODES, batch_size  # that fitted
@@ -105,6 +111,7 @@ class Scheduler:
         while (outputs := _forward(self.model, self._running)) is None:
             if (failed := self._do_with_less()) is not None:
                 return [failed]
+        self.forwards += 1
         self._remember_that_it_fitted()
         synchronize(self.model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
