@@ -26,7 +26,7 @@ LOGITS = [HALF, SURE, FLAT, HALF, SURE]
 def committed(settings: DecodingSettings, rows: list[list[float]] = LOGITS) -> list[int]:
     """Positions that one step with a quota of 1 commits."""
     logits = torch.tensor(rows, dtype=torch.float64)
-    distribution = Distribution.of(logits, torch.arange(len(rows)))
+    distribution = Distribution.of(logits)
     _, score = choose(distribution, settings, mask_token_id=3)
     return select(score, 1, settings, strict=False).nonzero()[:, 0].tolist()
 
@@ -63,7 +63,7 @@ def test_a_step_commits_its_tokens_whatever_the_bound() -> None:
 
 def test_the_score_is_the_negative_entropy_whatever_score_asks() -> None:
     logits = torch.tensor(LOGITS, dtype=torch.float64)
-    distribution = Distribution.of(logits, torch.arange(len(LOGITS)))
+    distribution = Distribution.of(logits)
     _, score = choose(distribution, bounded(1.0, score="margin"), mask_token_id=3)
     expected = [-math.log(2), 0.0, -math.log(4), -math.log(2), 0.0]
     assert score.tolist() == pytest.approx(expected, abs=1e-12)

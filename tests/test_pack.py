@@ -173,10 +173,7 @@ def test_dual_cache_freezes_what_the_blocks_first_forward_saw(checkpoint: str) -
     (whole,) = forward(model, [Row(cursor.ids, everything, keep=True)])
     assert whole.kept is not None
     span = canvas.span(1)
-    outside = torch.tensor([p for p in range(canvas.length) if p not in span])
-    row = Row(
-        root.ids[span.start : span.stop], torch.tensor(span), None, whole.kept.select(outside)
-    )
+    row = Row(root.ids[span.start : span.stop], torch.tensor(span), None, whole.kept.without(span))
     assert apart(ours.windows[0].hidden, forward(model, [row])[0].hidden) < TOLERANCE
 
 
@@ -198,7 +195,7 @@ def test_what_a_prefix_cache_says_of_root_and_drafts(
 
     (whole,) = forward(model, [Row(cursor.ids, torch.arange(canvas.length), keep=True)])
     assert whole.kept is not None
-    prefix = whole.kept.select(torch.arange(span.start))
+    prefix = whole.kept.narrow(range(span.start))
     anew = torch.arange(span.start, canvas.length)
     error = []
     for window, ids in zip(ours.windows, states, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spiffy.runtime.draft import rank_candidates
 from spiffy.runtime.step.policy import Distribution, choose, gumbel_noise, select, step_quota
+from spiffy.runtime.step.reading import Reading, Rules
 from spiffy.schemas import DecodingSettings, SpiffyError
 
 STATIC = DecodingSettings.parse()
@@ -28,9 +29,15 @@ def quotas(settings: DecodingSettings, masked: int) -> list[int]:
 
 
 def of_probabilities(rows: list[list[float]]) -> Distribution:
-    """Distribution at positions 0, 1, ... from probabilities."""
+    """Distribution from probabilities."""
     log_p = torch.tensor(rows, dtype=torch.float64).log()
-    return Distribution(torch.arange(len(rows)), log_p, log_p)
+    return Distribution(log_p, log_p)
+
+
+def read(distribution: Distribution, mask_token_id: int) -> Reading:
+    """The reading at positions 0, 1, ..."""
+    positions = torch.arange(len(distribution.log_p))
+    return Reading.of(distribution, positions, Rules(STATIC, mask_token_id, ranks=0))
 
 
 # ---------------------------------------------------------------- how many tokens a step commits
@@ -221,7 +228,7 @@ def test_confident_positions_are_ranked_in_float64() -> None:
     """In float32 both softmaxes are exactly 1.0 and the lower position would win."""
     logits = torch.tensor([[29.0, 0.0], [31.0, 0.0]])
     assert logits.softmax(-1)[:, 0].tolist() == [1.0, 1.0]
-    tokens, score = choose(Distribution.of(logits, torch.arange(2)), STATIC, mask_token_id=1)
+    tokens, score = choose(Distribution.of(logits), STATIC, mask_token_id=1)
     assert tokens.tolist() == [0, 0]
     assert select(score, 1, STATIC, strict=False).tolist() == [False, True]
 
@@ -231,14 +238,14 @@ def test_confident_positions_are_ranked_in_float64() -> None:
 
 def test_candidates_rank_positions_by_score_and_tokens_by_probability() -> None:
     rows = [[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.7, 0.1], [0.25, 0.5, 0.2, 0.05]]
-    ranked = rank_candidates(of_probabilities(rows), STATIC, mask_token_id=3, token_ranks=3)
+    ranked = rank_candidates(read(of_probabilities(rows), 3), STATIC, 3, token_ranks=3)
     assert ranked.positions.tolist() == [1, 0, 2]  # 0.7, then a tie at 0.5: lower position first
     assert ranked.tokens.tolist() == [[2, 0, 1], [0, 1, 2], [1, 0, 2]]  # ties: lower id first
 
 
 def test_candidates_never_offer_the_mask_token() -> None:
     distribution = of_probabilities([[0.1, 0.8, 0.1]])
-    ranked = rank_candidates(distribution, STATIC, mask_token_id=1, token_ranks=10)
+    ranked = rank_candidates(read(distribution, 1), STATIC, 1, token_ranks=10)
     assert ranked.tokens.tolist() == [[0, 2]]
     assert distribution.log_p[0, 1].exp() == pytest.approx(0.8)  # not written to
 
@@ -300,7 +307,7 @@ def test_the_top_of_a_distribution_is_that_of_a_sort(vocab: int, ties: bool) -> 
     logits[:8] = torch.arange(vocab) * torch.linspace(-1, 1, 8)[:, None]  # best ones side by side
     if ties:
         logits = logits.round()
-    distribution = Distribution.of(logits, torch.arange(24))
+    distribution = Distribution.of(logits)
     log_p, ids = distribution.top(5)
     assert torch.equal(log_p, distribution.log_p.sort(descending=True).values[:, :5])
     assert torch.equal(distribution.log_p.gather(1, ids), log_p)

@@ -23,13 +23,17 @@ from spiffy.runtime.decode import (
     is_out_of_memory,
     looked_at,
     may_complete,
+    noise_of,
     synchronize,
 )
 from spiffy.runtime.draft import Drafter, rank_candidates
-from spiffy.runtime.forward.cache import CACHES, Cache, Evaluation, Forwards
+from spiffy.runtime.draft.acceptance import TOKEN_RANKS
+from spiffy.runtime.forward.cache import CACHES, Cache, Forwards
+from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import forward
+from spiffy.runtime.forward.question import Reader
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.runtime.step.policy import Distribution
+from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import CostPoint, CostProfile, SpiffyError
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
@@ -63,7 +67,7 @@ class _Site:
     """A root on the way through a task's first block, and what is known there."""
 
     root: Cursor
-    known: Distribution
+    known: Reading
     fresh: Tensor
 
 
@@ -85,13 +89,15 @@ class _Stage:
         started = perf_counter()
         task = _whole_blocks(task)
         model, canvas = task.model, task.canvas
-        cache = CACHES[task.settings.cache](model, canvas, task.edges)
+        reader = Reader(model, task.settings, canvas, TOKEN_RANKS + 1, asks_rejected=True)
+        cache = CACHES[task.settings.cache](model, canvas, task.edges, reader)
         cursor = canvas.start(task.prompt, model.mask_token_id)
         passed: list[_Site] = []
         while True:
             evaluation = _run(task, cache.evaluate(cursor, cursor.ids[None], False))
             first_only = cache.first_only(cursor)
-            known = evaluation.distribution(0, looked_at(task, cursor, first_only))
+            positions = looked_at(task, cursor, first_only)
+            known = evaluation.reading(0, positions, noise_of(task, cursor, positions))
             following = denoising_step(task, cursor, known, first_only)
             if first_only and following.block == cursor.block:  # tells about one position only
                 cursor = following
@@ -136,7 +142,8 @@ class _Stage:
     def step(self, site: _Site, states: Tensor, evaluation: Evaluation) -> None:
         """One denoising step of the walk."""
         positions = looked_at(self.task, site.root)
-        following = denoising_step(self.task, site.root, evaluation.distribution(0, positions))
+        noise = noise_of(self.task, site.root, positions)
+        following = denoising_step(self.task, site.root, evaluation.reading(0, positions, noise))
         find(states, following.ids)
 
 

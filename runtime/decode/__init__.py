@@ -11,6 +11,7 @@ from spiffy.runtime.decode.loop import (
     find,
     looked_at,
     may_complete,
+    noise_of,
 )
 from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task, planned
 
@@ -28,6 +29,7 @@ __all__ = [
     "looked_at",
     "make_task",
     "may_complete",
+    "noise_of",
     "planned",
     "run",
     "synchronize",

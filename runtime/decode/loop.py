@@ -14,18 +14,15 @@ from torch import Tensor
 
 from spiffy.runtime.decode.task import Task, is_stopped
 from spiffy.runtime.draft import Candidates, Drafter, rank_candidates
+from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.draft.rejected import with_rejected
-from spiffy.runtime.forward.cache import CACHES, Cache, Evaluation
+from spiffy.runtime.forward.cache import CACHES, Cache
+from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
+from spiffy.runtime.forward.question import Reader, reads_on_host
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.runtime.step.policy import (
-    Distribution,
-    choose,
-    gumbel_noise,
-    replaced,
-    select,
-    step_quota,
-)
+from spiffy.runtime.step.policy import gumbel_noise, replaced, select, step_quota
+from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import SpiffyError
 
 _FORESEEN = 32  # rows that pass through a dear output head at once
@@ -41,7 +38,7 @@ def denoise(task: Task) -> Decoding:
     nothing else: every step is a `denoising_step` on what the model says at a true state.
     """
     canvas, stats = task.canvas, task.stats
-    cache = open_cache(task)
+    cache, dear = open_cache(task), is_dear(task)
     root = canvas.start(task.prompt, task.model.mask_token_id)
     drafter, advice = task.drafter, None
     candidates: Candidates | None = None  # what is known about the root before its forward
@@ -66,11 +63,10 @@ def denoise(task: Task) -> Decoding:
         while True:
             first_only = cache.first_only(cursor)
             positions = looked_at(task, cursor, first_only)
-            wanted = here not in evaluation.foreseen and not first_only
-            if len(states) > 1 and task.model.head_is_dear and wanted:
+            if len(states) > 1 and dear and not first_only and here not in evaluation.foreseen:
                 evaluation.foresee(_likely(task, cursor, states, evaluation, here))
-            distribution = evaluation.distribution(here, positions)
-            before, cursor = cursor, denoising_step(task, cursor, distribution, first_only)
+            reading = evaluation.reading(here, positions, noise_of(task, cursor, positions))
+            before, cursor = cursor, denoising_step(task, cursor, reading, first_only)
             task.path.append(cursor)
             stats.steps += 1
             verified = _verified(task, cache, states, evaluation, root, cursor)
@@ -101,9 +97,14 @@ def denoise(task: Task) -> Decoding:
                     states,
                     evaluation,
                     here,
-                    None if first_only else distribution,
+                    None if first_only else reading,
                 )
                 drafting = perf_counter() - walked
+
+
+def is_dear(task: Task) -> bool:
+    """Whether a head that is passed state by state had better be passed for several at once."""
+    return task.model.head_is_dear and reads_on_host(task.model)
 
 
 def _likely(
@@ -133,9 +134,18 @@ def _likely(
 
 def open_cache(task: Task) -> Cache:
     """The cache of a decode; without drafts a forward tells about the state that it is at."""
-    drafts = task.drafter is not None or task.adviser is not None
+    drafter, advised = task.drafter, task.adviser is not None
+    drafts = drafter is not None or advised
     edges = task.edges if drafts else replace(task.edges, complete=False)
-    return CACHES[task.settings.cache](task.model, task.canvas, edges)
+    ranks = max(TOKEN_RANKS if advised else 0, 0 if drafter is None else drafter.token_ranks)
+    reader = Reader(
+        task.model,
+        task.settings,
+        task.canvas,
+        ranks + 1 if drafts else 0,  # the mask token may be among them
+        asks_rejected=advised or (drafter is not None and drafter.asks_rejected),
+    )
+    return CACHES[task.settings.cache](task.model, task.canvas, edges, reader)
 
 
 def may_complete(task: Task, cache: Cache, root: Cursor) -> bool:
@@ -198,52 +208,55 @@ def _candidates(
     states: Tensor,
     evaluation: Evaluation,
     here: int,
-    distribution: Distribution | None,
+    reading: Reading | None,
 ) -> Candidates | None:
     """What is known about the new root's masked positions: the best source of drafts.
 
-    That is the distribution that produced the root, unless it is of one position only; beside it
-    stands what rejected drafts say, if the drafter asks. It does not reach into a new block, except
-    where the forward did; then a draft that completed the old block, though it was rejected, may
-    have seen nearly the right thing. The last two are what `BlockEdges.first` switches.
+    That is the distribution that produced the root (what was read of it), unless it is of one
+    position only; beside it stands what rejected drafts say, if the drafter asks. It does not reach
+    into a new block, except where the forward did; then a draft that completed the old block,
+    though it was rejected, may have seen nearly the right thing. The last two are what
+    `BlockEdges.first` switches.
     """
     masked = task.canvas.masked(root, task.model.mask_token_id)
     source = None
-    if root.block_step > 0 and distribution is not None:
-        source, seen = distribution, here
+    if root.block_step > 0 and reading is not None:
+        source, seen = reading, here
     elif root.block_step > 0 or task.edges.first:
         span = task.canvas.span(root.block)
         for seen in (here, *range(len(evaluation.windows))):
             if evaluation.windows[seen].covers(span):
-                source = evaluation.distribution(seen, masked)
+                source = evaluation.reading(seen, masked)
                 break
     if source is None:
         return None
     fresh = (states[seen] != root.ids).nonzero()[:, 0]
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
     candidates = rank_candidates(source, task.settings, mask, ranks, masked, fresh)
-    if source is distribution and drafter.asks_rejected:
+    if source is reading and drafter.asks_rejected:
         span = task.canvas.span(root.block)
         return with_rejected(candidates, evaluation, root, states, seen, span, mask)
     return candidates
 
 
+def noise_of(task: Task, cursor: Cursor, positions: Tensor) -> Tensor | None:
+    """Noise of a state's next step at positions of its block (int64 [M]): float64 [M, vocab]."""
+    if task.settings.temperature == 0:
+        return None
+    canvas, vocab = task.canvas, task.model.vocab_size
+    drawn = gumbel_noise(task.seed, task.sequence, cursor.step, canvas.block_length, vocab)
+    return drawn[positions - canvas.span(cursor.block).start]
+
+
 def denoising_step(
-    task: Task, cursor: Cursor, distribution: Distribution, first_only: bool = False
+    task: Task, cursor: Cursor, reading: Reading, first_only: bool = False
 ) -> Cursor:
     """The next true state: the unmasking policy applied to what the model says at this one."""
     settings, model, canvas = task.settings, task.model, task.canvas
-    positions, span = distribution.positions, canvas.span(cursor.block)
+    positions, tokens, score = reading.positions, reading.tokens, reading.score
     own, held = canvas.answer(cursor.block), cursor.ids[positions]
-    if not distribution.is_number:
+    if not reading.is_number:
         raise _no_number(task, cursor)
-    noise = None
-    if settings.temperature > 0:
-        drawn = gumbel_noise(
-            task.seed, task.sequence, cursor.step, canvas.block_length, model.vocab_size
-        )
-        noise = drawn.to(positions.device)[positions - span.start]
-    tokens, score = choose(distribution, settings, model.mask_token_id, noise)
     masked = free = held == model.mask_token_id
     filling = bool(masked.any())
     if filling and settings.sub_block_length is not None:

@@ -42,6 +42,7 @@ class Stats:
     forward_seconds, draft_seconds, verify_seconds
         What of it went into the transformer; into ranking candidates and choosing drafts; into the
         walk (output head, softmax, unmasking policy), which plain decoding makes step by step too.
+        Off the CPU head and softmax belong to the forward.
     budgets
         With budget "auto": forwards by what was chosen for them ("plain", "graph 8", "model 4").
     why
@@ -102,7 +103,7 @@ class Task:
     Attributes
     ----------
     prompt
-        int64 [prompt], on the model's device.
+        int64 [prompt], on the host.
     seed, sequence
         The noise of a denoising step is a function of these and of the step alone.
     drafter, adviser
@@ -170,7 +171,7 @@ def make_task(
         model,
         settings,
         canvas,
-        ids.to(model.device, torch.long),
+        ids.to("cpu", torch.long),
         seed,
         sequence,
         drafter,

@@ -31,10 +31,12 @@ class GraphDrafter:
         width = max((len(fill) for fill in fills), default=1)
         # Short fills repeat their first pair: writing a token twice changes nothing.
         padded = [[*fill, *([fill[0]] * (width - len(fill)))] for fill in fills]
-        pairs = torch.tensor(padded, dtype=torch.long, device=model.device)
+        pairs = torch.tensor(padded, dtype=torch.long)
         self.position_ranks, self.ranks_of_tokens = pairs.reshape(-1, width, 2).unbind(-1)
-        self.sizes = torch.tensor([len(fill) for fill in fills], device=model.device)
-        self.token_ranks = max((j for fill in fills for _, j in fill), default=0) + 1
+        self.sizes = torch.tensor([len(fill) for fill in fills])
+        # No position has more of them than the vocabulary, the mask token left out.
+        ranks = max((j for fill in fills for _, j in fill), default=0) + 1
+        self.token_ranks = min(ranks, model.vocab_size - 1)
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """See `Drafter`; nodes that need ranks which do not exist here are left out."""
@@ -91,9 +93,7 @@ class GeometricMeanDrafter(GraphDrafter):
             for parent in node.parents
             if children != "ignored" and parent > 0
         ]
-        self.parent, self.child = (
-            torch.tensor(steps, dtype=torch.long, device=model.device).reshape(-1, 2).unbind(-1)
-        )
+        self.parent, self.child = torch.tensor(steps, dtype=torch.long).reshape(-1, 2).unbind(-1)
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """See `Drafter`."""

@@ -73,11 +73,11 @@ class AcceptanceDrafter:
     def outlook(self, root: Cursor, candidates: Candidates) -> Outlook:
         """Lay out the root for the acceptance model."""
         return Outlook.at(
-            root.ids.cpu().numpy(),
-            candidates.positions.cpu().numpy(),
-            candidates.tokens.cpu().numpy(),
-            candidates.log_p.cpu().numpy(),
-            candidates.fresh.cpu().numpy(),
+            root.ids.numpy(),
+            candidates.positions.numpy(),
+            candidates.tokens.numpy(),
+            candidates.log_p.numpy(),
+            candidates.fresh.numpy(),
             mask_token_id=self.mask_token_id,
             eos_token_ids=self.eos_token_ids,
             vocab=self.vocab_size,
@@ -91,7 +91,7 @@ class AcceptanceDrafter:
         outlook = self.outlook(root, candidates)
         choice, p = expand(self.weights, outlook, self.budget, room)
         choice = choice[: self.pays(p)]
-        states = np.repeat(root.ids.cpu().numpy()[None], len(choice), 0)
+        states = np.repeat(root.ids.numpy()[None], len(choice), 0)
         at, m = (choice >= 0).nonzero()
         states[at, outlook.positions[m]] = outlook.tokens[m, choice[at, m]]
-        return torch.from_numpy(states).to(root.ids.device)
+        return torch.from_numpy(states)

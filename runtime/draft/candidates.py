@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spiffy.runtime.draft.outlook import Rejected
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.runtime.step.policy import Distribution, choose
+from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import DecodingSettings
 
 #: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
@@ -24,7 +24,7 @@ Selection = Literal["model", "graph"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """A root's masked positions in draft coordinates, and what is known about them.
+    """A root's masked positions in draft coordinates, and what is known about them; on the host.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Candidates:
 
 
 def rank_candidates(
-    distribution: Distribution,
+    reading: Reading,
     settings: DecodingSettings,
     mask_token_id: int,
     token_ranks: int,
@@ -58,32 +58,30 @@ def rank_candidates(
 ) -> Candidates:
     """Rank positions by score and tokens by probability; ties to the lower position, lower id.
 
-    `masked` (int64 [M], ascending, default: all) are those of the distribution's positions that the
-    root still masks; `fresh` those whose tokens the distribution has not seen. Sorted on the CPU:
-    the arrays are small.
+    `masked` (int64 [M], ascending, default: all) are those of the reading's positions that the
+    root still masks; `fresh` those whose tokens the distribution has not seen.
     """
-    log_p, tokens = (part.cpu().numpy() for part in distribution.top(token_ranks + 1))
-    positions = distribution.positions.cpu().numpy()
+    log_p, tokens = (part.numpy() for part in reading.top(token_ranks + 1))
+    positions = reading.positions.numpy()
     log_p = np.where(tokens == mask_token_id, -np.inf, log_p)  # never drafted
     rows = np.arange(len(positions))[:, None]
     ranked = np.lexsort((tokens, -log_p))
     log_p, tokens = log_p[rows, ranked], tokens[rows, ranked]
     if settings.policy in ("static", "threshold", "joint") and settings.score == "confidence":
-        score = torch.from_numpy(log_p[:, 0]).exp()  # `choose` without passing over all tokens
+        score = torch.from_numpy(log_p[:, 0]).exp()  # that of the reading may be a drawn token's
     else:
-        score = choose(distribution, settings, mask_token_id)[1].cpu()
+        score = reading.score
     order = (-score.numpy()).argsort(kind="stable")
     if masked is not None:
         left = np.zeros(len(positions), dtype=np.bool_)
-        left[positions.searchsorted(masked.cpu().numpy())] = True
+        left[positions.searchsorted(masked.numpy())] = True
         order = order[left[order]]
-    kept = min(token_ranks, distribution.log_p.shape[-1] - 1)
-    device = distribution.positions.device
+    kept = min(token_ranks, tokens.shape[1] - 1)
     return Candidates(
-        torch.from_numpy(positions[order]).to(device),
-        torch.from_numpy(tokens[order, :kept]).to(device),
-        torch.from_numpy(log_p[order, :kept]).to(device),
-        distribution.positions[:0] if fresh is None else fresh,
+        torch.from_numpy(positions[order]),
+        torch.from_numpy(tokens[order, :kept]),
+        torch.from_numpy(log_p[order, :kept]),
+        reading.positions[:0] if fresh is None else fresh,
     )
 
 

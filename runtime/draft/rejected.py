@@ -10,7 +10,7 @@ from torch import Tensor
 from spiffy.runtime.draft.candidates import Candidates
 from spiffy.runtime.draft.ngrams import Floats
 from spiffy.runtime.draft.outlook import Rejected
-from spiffy.runtime.forward.cache import Evaluation
+from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.step.canvas import Cursor
 
 _LIKELY = np.log(0.05)  # least log-probability of what an asked draft holds more
@@ -46,14 +46,14 @@ def with_rejected(
     span
         Positions of the root's block.
     """
-    log_p = candidates.log_p.cpu().numpy()
+    log_p = candidates.log_p.numpy()
     if len(states) == 1 or log_p.max(initial=-np.inf) <= _LIKELY:
         return candidates
     block = slice(span.start, span.stop)
-    ids, held = root.ids[block].cpu().numpy(), states[:, block].cpu().numpy()
-    tokens = candidates.tokens.cpu().numpy()
-    positions = candidates.positions.cpu().numpy() - span.start
-    fresh = candidates.fresh.cpu().numpy() - span.start
+    ids, held = root.ids[block].numpy(), states[:, block].numpy()
+    tokens = candidates.tokens.numpy()
+    positions = candidates.positions.numpy() - span.start
+    fresh = candidates.fresh.numpy() - span.start
     masked = held == mask_token_id
     # In this block they hold all that the candidates' source does, and nothing else than the root.
     may = ((held == held[seen]) | masked[seen]).all(1)
@@ -67,22 +67,23 @@ def with_rejected(
     asked = may.nonzero()[0][:most]
     if not len(asked):
         return candidates
-    logits = evaluation.logits_of([seen, *asked.tolist()], candidates.positions, candidates.tokens)
-    if logits is None:
+    said = evaluation.quoted(seen, asked.tolist(), candidates.positions, candidates.tokens, log_p)
+    if said is None:
         return candidates
-    quoted = _log_p_of(logits[1:], logits[0], log_p)
+    quoted = _log_p_of(*said, log_p)
+    quoted = np.where(filled[asked][:, :, None], log_p, quoted)  # nobody asks of those
     numbers = np.isfinite(quoted).all((1, 2))  # a draft may overflow where the truth does not
     asked, quoted = asked[numbers], quoted[numbers]
     choice = np.where(filled[asked], same[asked].argmax(-1), -1)
     return replace(candidates, rejected=Rejected(choice, quoted, masked[asked][:, fresh]))
 
 
-def _log_p_of(logits: Floats, known_logits: Floats, known_log_p: Floats) -> Floats:
-    """Log-probabilities of some tokens' logits [R, M, J], where those of other logits are known.
+def _log_p_of(log_total: Floats, logits: Floats, known: Floats) -> Floats:
+    """Log-probabilities of some tokens' logits [R, M, J].
 
-    All tokens that are not among the J have the weight that they have there ([M, J] both).
+    All tokens that are not among the J have the weight that they have at the source of the
+    candidates, where all together have `log_total` [M], and the J log-probabilities `known` [M, J].
     """
-    others = np.log1p(-np.minimum(np.exp(known_log_p).sum(-1), _SURE))
-    others += known_logits[:, 0] - known_log_p[:, 0]
+    others = log_total + np.log1p(-np.minimum(np.exp(known).sum(-1), _SURE))
     log_p: Floats = logits - np.logaddexp(np.logaddexp.reduce(logits, -1), others)[:, :, None]
     return log_p

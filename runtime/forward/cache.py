@@ -7,19 +7,18 @@ of many sequences together.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from spiffy.runtime.forward.evaluation import Evaluation, Window
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, pack
+from spiffy.runtime.forward.question import Place, Reader
 from spiffy.runtime.models.base import DiffusionLM, KeyValues
 from spiffy.runtime.step.canvas import Canvas, Cursor
-from spiffy.runtime.step.policy import Distribution
 from spiffy.schemas import CacheName, DecodingSettings
 
 
@@ -45,75 +44,29 @@ class BlockEdges:
     fold: bool = True
 
 
-class Window(NamedTuple):
-    """Hidden states [positions, hidden] of one state, from position `start` on."""
-
-    hidden: Tensor
-    start: int
-
-    def covers(self, span: range) -> bool:
-        """Whether it reaches over all positions of `span`."""
-        return self.start <= span.start and span.stop <= self.start + len(self.hidden)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a forward says about the root (state 0) and the drafts; logits only on demand.
-
-    Attributes
-    ----------
-    foreseen
-        Positions and logits [M, vocab] by state, of those passed through the head beforehand.
-    """
-
-    model: DiffusionLM
-    windows: Sequence[Window]
-    foreseen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def distribution(self, state: int, positions: Tensor) -> Distribution:
-        """What one state says about the given masked positions (int64 [M])."""
-        known = self.foreseen.get(state)
-        if known is not None and torch.equal(known[0], positions):
-            return Distribution.of(known[1], positions)
-        return Distribution.of(self.model.head(self._hidden(state, positions)), positions)
-
-    def foresee(self, asked: Mapping[int, Tensor]) -> None:
-        """Pass several states through the output head at once, because they may be asked about.
-
-        Reading a large head costs more than multiplying a few rows more with it.
-
-        Parameters
-        ----------
-        asked
-            Masked positions (int64 [M]) by state.
-        """
-        hidden = [self._hidden(state, positions) for state, positions in asked.items()]
-        logits = torch.split(self.model.head(torch.cat(hidden)), [len(part) for part in hidden])
-        for (state, positions), part in zip(asked.items(), logits, strict=True):
-            self.foreseen[state] = positions, part
-
-    def _hidden(self, state: int, positions: Tensor) -> Tensor:
-        """Hidden states [M, hidden] that speak of positions."""
-        window = self.windows[state]
-        return window.hidden[self.model.rows_of(positions, window.start)]
-
-    def logits_of(
-        self, states: Sequence[int], positions: Tensor, tokens: Tensor
-    ) -> NDArray[np.float64] | None:
-        """What states say about some tokens (int64 [M, J]) of positions (int64 [M]).
-
-        Returns
-        -------
-        [states, M, J], or None where the model has no such short way.
-        """
-        windows = [self.windows[state] for state in states]
-        rows = {start: self.model.rows_of(positions, start) for _, start in windows}
-        hidden = torch.stack([window.hidden[rows[window.start]] for window in windows])
-        logits = self.model.head_of(hidden, tokens)
-        return None if logits is None else logits.double().cpu().numpy()
-
-
 Forwards = Generator[list[Row], list[RowOutput], Evaluation]
+
+
+def _evaluated(
+    model: DiffusionLM,
+    reader: Reader | None,
+    cursor: Cursor,
+    states: Tensor,
+    rows: list[Row],
+    places: Sequence[Place],
+) -> Generator[list[Row], list[RowOutput], tuple[Evaluation, RowOutput]]:
+    """Run the forward that holds the states; returns the output of its first row too."""
+    question = None
+    if reader is not None and reader.ahead:
+        question = reader.question(cursor, states, places)
+        rows = question.put(rows)
+    outputs = yield rows
+    windows = [
+        Window(outputs[row].hidden[first : first + length], start)
+        for row, first, start, length in places
+    ]
+    answers = None if question is None else question.answered(outputs)
+    return Evaluation(model, windows, reader, answers), outputs[0]
 
 
 class Cache(Protocol):
@@ -146,8 +99,11 @@ class Cache(Protocol):
 class NoCache:
     """Every state is a full sequence, one row each. Exact."""
 
-    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
+    def __init__(
+        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader | None = None
+    ) -> None:
         self.model = model
+        self.reader = reader
         self.crosses = edges.complete
 
     def first_only(self, cursor: Cursor) -> bool:
@@ -160,9 +116,11 @@ class NoCache:
 
     def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
         """See `Cache`."""
-        positions = torch.arange(states.shape[1], device=states.device)
-        outputs = yield [Row(ids, positions) for ids in states]
-        return Evaluation(self.model, [Window(output.hidden, 0) for output in outputs])
+        length = states.shape[1]
+        positions = torch.arange(length)
+        rows = [Row(ids, positions) for ids in states]
+        places = [Place(k, 0, 0, length) for k in range(len(rows))]
+        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))[0]
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing."""
@@ -180,9 +138,12 @@ class DualCache:
 
     crosses = False
 
-    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
+    def __init__(
+        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader | None = None
+    ) -> None:
         self.model = model
         self.canvas = canvas
+        self.reader = reader
         self.block = -1
         self.frozen: KeyValues | None = None
 
@@ -205,11 +166,11 @@ class DualCache:
         span = self.canvas.span(cursor.block)
         anew = self._anew(span)
         own = [Segment(ids, anew.start) for ids in states[:, anew.start : anew.stop]]
-        (output,) = yield [pack(own, [[k] for k in range(len(own))], self.frozen)]
-        # Windows end with the block: what lies behind it rests on this block's cache, and the next
+        rows = [pack(own, [[k] for k in range(len(own))], self.frozen)]
+        # They end with the block: what lies behind it rests on this block's cache, and the next
         # block has another.
-        hidden = output.hidden.view(len(own), len(anew), -1)[:, : len(span)]
-        return Evaluation(self.model, [Window(h, span.start) for h in hidden])
+        places = [Place(0, k * len(anew), span.start, len(span)) for k in range(len(own))]
+        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))[0]
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing: the block's cache does not change until the next block."""
@@ -219,14 +180,16 @@ class DualCache:
         return span
 
     def _refresh(self, cursor: Cursor) -> Forwards:
-        positions = torch.arange(self.canvas.length, device=cursor.ids.device)
-        (output,) = yield [Row(cursor.ids, positions, keep=True)]
+        length = self.canvas.length
+        rows = [Row(cursor.ids, torch.arange(length), keep=True)]
+        evaluation, output = yield from _evaluated(
+            self.model, self.reader, cursor, cursor.ids[None], rows, [Place(0, 0, 0, length)]
+        )
         assert output.kept is not None  # asked for above
         self.block = cursor.block
         anew = self._anew(self.canvas.span(cursor.block))
-        frozen = positions[(positions < anew.start) | (positions >= anew.stop)]
-        self.frozen = output.kept.select(frozen) if len(frozen) else None
-        return Evaluation(self.model, [Window(output.hidden, 0)])
+        self.frozen = output.kept.without(anew) if len(anew) < length else None
+        return evaluation
 
 
 class PrefixCache(DualCache):
@@ -257,9 +220,9 @@ class PrefixSharedCache(PrefixCache):
         suffix = Segment(cursor.ids[span.stop :], span.stop)
         last = len(blocks)
         sees = [[k, last] for k in range(last)] + [[0, last]]
-        (output,) = yield [pack([*blocks, suffix], sees, self.frozen)]
-        hidden = output.hidden[: last * len(span)].view(last, len(span), -1)
-        return Evaluation(self.model, [Window(h, span.start) for h in hidden])
+        rows = [pack([*blocks, suffix], sees, self.frozen)]
+        places = [Place(0, k * len(span), span.start, len(span)) for k in range(last)]
+        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))[0]
 
 
 class BlockCache:
@@ -273,9 +236,12 @@ class BlockCache:
     position speaks of the next one.
     """
 
-    def __init__(self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges) -> None:
+    def __init__(
+        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader | None = None
+    ) -> None:
         self.model = model
         self.canvas = canvas
+        self.reader = reader
         self.crosses = edges.complete
         self.fold = edges.fold
         self.frozen: KeyValues | None = None
@@ -299,9 +265,13 @@ class BlockCache:
         waiting = self._waiting(cursor)
         self.block, self.completed = cursor.block, {}
         if self.first_only(cursor):
-            (output,) = yield [pack(waiting, _causal(len(waiting)), self.frozen, keep=True)]
+            rows = [pack(waiting, _causal(len(waiting)), self.frozen, keep=True)]
+            places = [Place(0, 0, waiting[0].start, len(rows[0].ids))]
+            evaluation, output = yield from _evaluated(
+                self.model, self.reader, cursor, cursor.ids[None], rows, places
+            )
             self._store(output.kept, range(len(output.hidden)))
-            return Evaluation(self.model, [Window(output.hidden, waiting[0].start)])
+            return evaluation
         if not self.fold:
             prompt = sum(block.start < self.canvas.first for block in waiting)
             for blocks in (waiting[:prompt], *([b] for b in waiting[prompt:])):
@@ -333,12 +303,15 @@ class BlockCache:
             start = stop
 
         keep = bool(waiting or self.completed)
-        (output,) = yield [pack(segments, sees, self.frozen, keep)]
+        rows = [pack(segments, sees, self.frozen, keep)]
+        places = [Place(0, run.start, span.start, len(run)) for run in runs]
+        evaluation, output = yield from _evaluated(
+            self.model, self.reader, cursor, states, rows, places
+        )
         self.kept = output.kept
         if waiting:
             self._store(output.kept, range(sum(len(block.ids) for block in waiting)))
-        hidden = [output.hidden[run.start : run.stop] for run in runs]
-        return Evaluation(self.model, [Window(part, span.start) for part in hidden])
+        return evaluation
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Store the block that the state completes, if the walk stepped on from behind it."""

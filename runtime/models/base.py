@@ -140,11 +140,17 @@ class KeyValues:
         """Number of positions held."""
         return self.layers[0][0].shape[2]
 
-    def select(self, positions: Tensor) -> KeyValues:
-        """Copy out the given positions (int64 [k], indices into this object's positions)."""
-        chosen = positions.to  # layers may lie on different devices
+    def without(self, positions: range) -> KeyValues:
+        """Copy out all but a run of positions."""
+        first, end = positions.start, positions.stop
         return KeyValues(
-            [(k[:, :, chosen(k.device)], v[:, :, chosen(v.device)]) for k, v in self.layers]
+            [
+                (
+                    torch.cat((k[:, :, :first], k[:, :, end:]), 2),
+                    torch.cat((v[:, :, :first], v[:, :, end:]), 2),
+                )
+                for k, v in self.layers
+            ]
         )
 
     def narrow(self, positions: range) -> KeyValues:

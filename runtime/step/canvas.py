@@ -88,7 +88,7 @@ class Canvas:
     def answered(self, cursor: Cursor) -> Tensor:
         """All positions of the cursor's block that are the answer's, int64 [M]."""
         answer = self.answer(cursor.block)
-        return torch.arange(answer.start, answer.stop, device=cursor.ids.device)
+        return torch.arange(answer.start, answer.stop)
 
     def sub_block(self, block: int, position: int, length: int) -> range:
         """The sub-block of a block, `length` positions from its start on, that holds a position."""
@@ -114,7 +114,7 @@ class Cursor:
     Attributes
     ----------
     ids
-        int64 [length]: prompt, committed tokens, masks.
+        int64 [length] on the host: prompt, committed tokens, masks.
     block, block_step, step
         The block being decoded; denoising steps made in it, and since the start.
     finished

@@ -22,12 +22,10 @@ _FEW = 1 << 18  # logits that are sorted sooner than grouped
 
 @dataclass(frozen=True)
 class Distribution:
-    """What the model says about M masked positions.
+    """What the model says about M masked positions, on the device that computed it.
 
     Attributes
     ----------
-    positions
-        int64 [M], ascending positions in the sequence.
     logits
         [M, vocab] in the model's dtype: in the order of `log_p`, and less memory to pass over.
     log_p
@@ -35,19 +33,18 @@ class Distribution:
         which would turn the order of confident positions into a matter of ties.
     """
 
-    positions: Tensor
     logits: Tensor
     log_p: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, positions: Tensor) -> Distribution:
+    def of(cls, logits: Tensor) -> Distribution:
         """Normalise logits [M, vocab] of any float dtype."""
-        return cls(positions, logits, logits.double().log_softmax(-1))
+        return cls(logits, logits.double().log_softmax(-1))
 
     @property
-    def is_number(self) -> bool:
-        """Whether no logit was NaN or +inf: either makes its whole row NaN, so one column tells."""
-        return not bool(self.log_p[:, 0].isnan().any())
+    def no_number(self) -> Tensor:
+        """Where a logit was NaN or +inf, bool [M]: that makes the row NaN, so one column tells."""
+        return self.log_p[:, 0].isnan()
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` most likely tokens: log-probabilities float64 and ids int64, [M, <= count].
@@ -92,12 +89,12 @@ def choose(
     """
     log_p = distribution.log_p
     weights = log_p if noise is None else log_p + settings.temperature * noise
+    # Put out of sight and back: no copy of rows as wide as the vocabulary, no question to a device.
+    masking = weights[:, mask_token_id]
+    seen = masking.clone()
+    masking.fill_(-torch.inf)
     tokens = weights.max(-1).indices  # the first maximum, as argmax, but several times faster
-    masking = tokens == mask_token_id
-    if masking.any():  # rare: spare the usual case a copy of rows as wide as the vocabulary
-        others = weights[masking]
-        others[:, mask_token_id] = -torch.inf
-        tokens[masking] = others.argmax(-1)
+    masking.copy_(seen)
     if settings.policy == "sequential":
         return tokens, torch.zeros_like(log_p[:, 0])  # ties go to the lower position
     if settings.policy == "entropy-bounded":

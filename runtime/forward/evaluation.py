@@ -1,0 +1,145 @@
+"""What a forward says about the states that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spiffy.runtime.forward.asked import on_device
+from spiffy.runtime.forward.question import Answers, Reader, reads_on_host
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.step.policy import Distribution
+from spiffy.runtime.step.reading import Reading, Rules, likeliest, reading_of
+
+Floats = NDArray[np.float64]
+
+
+class Window(NamedTuple):
+    """Hidden states [positions, hidden] of one state, from position `start` on."""
+
+    hidden: Tensor
+    start: int
+
+    def covers(self, span: range) -> bool:
+        """Whether it reaches over all positions of `span`."""
+        return self.start <= span.start and span.stop <= self.start + len(self.hidden)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a forward says about the root (state 0) and the drafts.
+
+    Attributes
+    ----------
+    reader
+        How it is read.
+    answers
+        What was read in the forward itself; of anything else logits are computed on demand.
+    foreseen
+        Positions and logits [M, vocab] by state, of those passed through the head beforehand.
+    """
+
+    model: DiffusionLM
+    windows: Sequence[Window]
+    reader: Reader | None = None
+    answers: Answers | None = None
+    foreseen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def reading(self, state: int, positions: Tensor, noise: Tensor | None = None) -> Reading:
+        """What is known of a state's positions (int64 [M], ascending).
+
+        Parameters
+        ----------
+        noise
+            float64 [M, vocab] on the host, see `choose`.
+        """
+        assert self.reader is not None  # of caches that a decode opens
+        rules = self.reader.rules
+        table = None if self.answers is None else self.answers.of(state, positions.numpy())
+        if table is None and reads_on_host(self.model):
+            distribution = Distribution.of(self.logits(state, positions).cpu())
+            return Reading.of(distribution, positions, rules, noise)
+        if table is None:
+            table = self._table(rules, state, positions, noise)
+
+        def top(count: int) -> tuple[Tensor, Tensor]:
+            known = table
+            if rules.ranks < min(count, self.model.vocab_size):  # nobody said that so many matter
+                known = self._table(replace(rules, ranks=count), state, positions)
+            log_p, ids = likeliest(known)
+            return log_p[:, :count], ids[:, :count]
+
+        return reading_of(table, positions, top)
+
+    def logits(self, state: int, positions: Tensor) -> Tensor:
+        """Logits [M, vocab] of a state's positions (int64 [M])."""
+        known = self.foreseen.get(state)
+        if known is not None and torch.equal(known[0], positions):
+            return known[1]
+        return self.model.head(self._hidden(state, positions))
+
+    def foresee(self, asked: Mapping[int, Tensor]) -> None:
+        """Pass several states through the output head at once, because they may be asked about.
+
+        Reading a large head costs more than multiplying a few rows more with it.
+
+        Parameters
+        ----------
+        asked
+            Masked positions (int64 [M]) by state.
+        """
+        hidden = [self._hidden(state, positions) for state, positions in asked.items()]
+        logits = torch.split(self.model.head(torch.cat(hidden)), [len(part) for part in hidden])
+        for (state, positions), part in zip(asked.items(), logits, strict=True):
+            self.foreseen[state] = positions, part
+
+    def quoted(
+        self, seen: int, states: Sequence[int], positions: Tensor, tokens: Tensor, log_p: Floats
+    ) -> tuple[Floats, Floats] | None:
+        """What other states say about tokens that are likely at state `seen`.
+
+        Parameters
+        ----------
+        states
+            R states that hold all that `seen` does.
+        positions, tokens, log_p
+            int64 [M], masked at `seen`; int64 [M, J], and their log-probabilities there.
+
+        Returns
+        -------
+        The logarithm of all tokens' weights (the exponentiated logits) at `seen`, [M]; logits
+        [R, M, J] of the states, any numbers where they are not masked. None where the model has no
+        short way to them.
+        """
+        if self.answers is not None:
+            return self.answers.quoted(seen, states, positions.numpy(), tokens.numpy())
+        windows = [self.windows[state] for state in (seen, *states)]
+        rows = [self.model.rows_of(positions, start) for _, start in windows]
+        *at, tokens = on_device((*rows, tokens), self.model.device)
+        hidden = [window.hidden[mine] for window, mine in zip(windows, at, strict=True)]
+        logits = self.model.head_of(torch.stack(hidden), tokens)
+        if logits is None:
+            return None
+        known, *others = logits.cpu().double().numpy()
+        return known[:, 0] - log_p[:, 0], np.stack(others)
+
+    def _hidden(self, state: int, positions: Tensor) -> Tensor:
+        """Hidden states [M, hidden] that speak of positions."""
+        window = self.windows[state]
+        return window.hidden[self.model.rows_of(positions, window.start)]
+
+    def _table(
+        self, rules: Rules, state: int, positions: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """What the device reads, see `Rules.table`."""
+        window = self.windows[state]
+        parts = [self.model.rows_of(positions, window.start)]
+        at, *drawn = on_device(parts if noise is None else [*parts, noise], self.model.device)
+        logits = self.model.head(window.hidden.index_select(0, at))
+        return rules.table(logits, *drawn).cpu()

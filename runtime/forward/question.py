@@ -1,0 +1,220 @@
+"""What is known of the states of a forward: read as the walk comes to them, or all of it at once.
+
+On the CPU the output head is dear beside what it costs to ask, so it computes the states that the
+walk visits (`Evaluation.logits`). Any other device would be waited for at each of them, so there
+everything that the walk, and who drafts next, may ask is known beforehand (`Question`) and comes
+back with the forward (`Answers`). Both give the same `Reading`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spiffy.runtime.forward.asked import Asked
+from spiffy.runtime.forward.pack import Row, RowOutput
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.step.canvas import Canvas, Cursor
+from spiffy.runtime.step.reading import Rules, likeliest, log_total
+from spiffy.schemas import DecodingSettings
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+_HOSTS = frozenset({"cpu", "mps"})  # of the latter logits are copied: it knows no float64
+
+_MOST_PAIRS = 1 << 14  # of a position and what another state says of it
+
+
+def reads_on_host(model: DiffusionLM) -> bool:
+    """Whether distributions are read on the host."""
+    return model.device.type in _HOSTS
+
+
+class Place(NamedTuple):
+    """Where a state lies in a forward: `length` positions of row `row`, from `first` on.
+
+    In the sequence they start at `start`.
+    """
+
+    row: int
+    first: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one decode reads what the model says.
+
+    Attributes
+    ----------
+    ranks
+        How many likeliest tokens of a position whoever drafts may want; 0: nobody drafts.
+    asks_rejected
+        Whether whoever drafts wants to know what rejected drafts say.
+    """
+
+    model: DiffusionLM
+    settings: DecodingSettings
+    canvas: Canvas
+    ranks: int
+    asks_rejected: bool
+
+    @property
+    def rules(self) -> Rules:
+        """How a distribution is read."""
+        return Rules(self.settings, self.model.mask_token_id, self.ranks)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether all states are read in the forward itself.
+
+        With noise that would take the noise of every state.
+        """
+        return not reads_on_host(self.model) and self.settings.temperature == 0
+
+    def question(self, root: Cursor, states: Tensor, places: Sequence[Place]) -> Question:
+        """All that may be asked about the states (int64 [S, length]) of a forward.
+
+        That is what a step looks at in the root's block, and the next block, which a draft or the
+        step from it may come to, as far as the forward tells about it.
+        """
+        canvas, mask = self.canvas, self.model.mask_token_id
+        shift = self.model.family.logit_shift
+        answer = canvas.answer(root.block)
+        last = min(root.block + 1, canvas.blocks - 1)
+        ids = states[:, answer.start : canvas.span(last).stop].numpy()
+        size = len(answer)
+        masked = ids == mask
+        wanted = masked.copy()
+        if self.settings.policy == "joint":
+            wanted[:, :size] = True
+        if not self.ranks:  # a plain walk ends with the block
+            wanted[:, size:] = False
+        row, first, start, length = np.array(places, dtype=np.int64).T
+        position = np.arange(answer.start, answer.start + ids.shape[1])
+        behind = position - start[:, None]
+        wanted &= (behind >= 0) & (behind - shift < length[:, None])
+        state, at = wanted.nonzero()
+        in_row = first[state] + np.maximum(behind[state, at] - shift, 0)
+        number = np.full(wanted.shape, -1)
+        number[state, at] = np.arange(len(state))
+        rejected = slice(size if self.asks_rejected else 0)
+        pairs = _pairs(ids[:, rejected], masked[:, rejected], number[:, rejected])
+        return Question(self.rules, state, position[at], row[state], in_row, len(states), pairs)
+
+
+def _pairs(ids: Ints, masked: Bools, number: Ints) -> Ints:
+    """Positions [2, T] by `number`: at a state and at one that extends it, masked at both."""
+    extends = ((ids[:, None] == ids) | masked[:, None]).all(-1)
+    np.fill_diagonal(extends, False)
+    both = extends[:, :, None] & masked[:, None] & masked & (number >= 0)[:, None] & (number >= 0)
+    of, by, at = (index[:_MOST_PAIRS] for index in both.nonzero())
+    return np.array((number[of, at], number[by, at]))
+
+
+@dataclass(frozen=True)
+class Question:
+    """Positions of states that are asked about, ascending by state.
+
+    Attributes
+    ----------
+    rules
+        How they are read.
+    state, position
+        int64 [K].
+    row, in_row
+        int64 [K], where in the forward.
+    states
+        Number of states.
+    pairs
+        int64 [2, T], see `Asked`.
+    """
+
+    rules: Rules
+    state: Ints
+    position: Ints
+    row: Ints
+    in_row: Ints
+    states: int
+    pairs: Ints
+
+    def put(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with what is asked of each."""
+        edges = self.row.searchsorted(np.arange(len(rows) + 1))
+        asked = []
+        for k, row in enumerate(rows):
+            at = torch.from_numpy(self.in_row[edges[k] : edges[k + 1]])
+            pairs = torch.from_numpy(self.pairs if k == 0 else self.pairs[:, :0])
+            asked.append(replace(row, asked=Asked(at, self.rules, pairs)))
+        return asked
+
+    def answered(self, outputs: Sequence[RowOutput]) -> Answers:
+        """What the forward said."""
+        said = [output.said for output in outputs if output.said is not None]
+        table = torch.cat([each.table for each in said])
+        edges = self.state.searchsorted(np.arange(self.states + 1))
+        return Answers(self, edges, table, said[0].quotes.numpy())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a forward said of the states that it was asked about.
+
+    Attributes
+    ----------
+    edges
+        int64 [S + 1], where in the question each state begins.
+    table
+        int64 [K, C], see `Rules.table`.
+    quotes
+        float64 [T, J], see `Asked`.
+    """
+
+    question: Question
+    edges: Ints
+    table: Tensor
+    quotes: Floats
+
+    def of(self, state: int, positions: Ints) -> Tensor | None:
+        """The table's rows about positions of a state, if all of them were asked about."""
+        numbers = self._numbers(state, positions)
+        return None if numbers is None else self.table[numbers]
+
+    def quoted(
+        self, seen: int, states: Sequence[int], positions: Ints, tokens: Ints
+    ) -> tuple[Floats, Floats] | None:
+        """What states say about likely tokens of another; see `Evaluation.quoted`."""
+        numbers = self._numbers(seen, positions)
+        if numbers is None:
+            return None
+        rows = self.table[numbers]
+        column = (likeliest(rows)[1].numpy()[:, None] == tokens[:, :, None]).argmax(-1)
+        index = np.full(len(self.question.position), -1)
+        index[numbers] = np.arange(len(numbers))
+        which = np.full(len(self.edges) - 1, -1)
+        which[list(states)] = np.arange(len(states))
+        of, by = self.question.pairs
+        m, r = index[of], which[self.question.state[by]]
+        wanted = (m >= 0) & (r >= 0)
+        m, r = m[wanted], r[wanted]
+        logits = np.full((len(states), *tokens.shape), -np.inf)
+        logits[r, m] = np.take_along_axis(self.quotes[wanted], column[m], 1)
+        return log_total(rows).numpy(), logits
+
+    def _numbers(self, state: int, positions: Ints) -> Ints | None:
+        """Where the table speaks of positions of a state; None unless of all of them."""
+        known = self.question.position[self.edges[state] : self.edges[state + 1]]
+        at = known.searchsorted(positions)
+        if not len(known) or (known.take(at, mode="clip") != positions).any():
+            return None
+        numbers: Ints = self.edges[state] + at
+        return numbers

@@ -1,0 +1,125 @@
+"""What a denoising step, and the choice of drafts, have to know of a distribution: on the host.
+
+Where the distribution lies there, it is looked at as needed (`Reading.of`). Any other device works
+out all of it as one table of numbers (`Rules.table`), which comes over in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spiffy.runtime.step.policy import Distribution, choose
+from spiffy.schemas import DecodingSettings
+
+_AT_ONCE = 1 << 25  # log-probabilities that a table is worked out from: 256 MB
+_FIRST = 4  # columns before those of the likeliest tokens
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a distribution is read.
+
+    Attributes
+    ----------
+    settings, mask_token_id
+        As `choose` takes them.
+    ranks
+        How many of each position's likeliest tokens are wanted.
+    """
+
+    settings: DecodingSettings
+    mask_token_id: int
+    ranks: int
+
+    def table(self, logits: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Read logits [M, vocab] on their device, without a question to it.
+
+        Returns
+        -------
+        int64 [M, C]: chosen token; by their bits float64 score and logarithm of all tokens' weights
+        (the exponentiated logits); whether the row is no number; the likeliest tokens, fewer than
+        `ranks` in a small vocabulary; by their bits float64 log-probabilities of those.
+        """
+        rows = max(1, _AT_ONCE // logits.shape[1])
+        parts = torch.split(logits, rows)
+        drawn = [None] * len(parts) if noise is None else torch.split(noise, rows)
+        return torch.cat([self._table(*pair) for pair in zip(parts, drawn, strict=True)])
+
+    def _table(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        distribution = Distribution.of(logits)
+        tokens, score = choose(distribution, self.settings, self.mask_token_id, noise)
+        chosen = tokens[:, None]
+        total = logits.gather(1, chosen).double() - distribution.log_p.gather(1, chosen)
+        broken = distribution.no_number[:, None]
+        columns = [chosen, _bits(score[:, None]), _bits(total), broken.long()]
+        if self.ranks:
+            log_p, ids = distribution.top(self.ranks)
+            columns += [ids, _bits(log_p)]
+        return torch.cat(columns, 1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is known of M positions of one state.
+
+    Attributes
+    ----------
+    positions
+        int64 [M], ascending positions in the sequence.
+    tokens, score
+        int64 and float64 [M], as `choose` chooses.
+    is_number
+        Whether the model computed numbers.
+    top
+        From a number to that many likeliest tokens of each position, as `Distribution.top`.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+    score: Tensor
+    is_number: bool
+    top: Callable[[int], tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(
+        cls,
+        distribution: Distribution,
+        positions: Tensor,
+        rules: Rules,
+        noise: Tensor | None = None,
+    ) -> Reading:
+        """Read a distribution of these positions (int64 [M]) that lies on the host."""
+        tokens, score = choose(distribution, rules.settings, rules.mask_token_id, noise)
+        is_number = not bool(distribution.no_number.any())
+        return cls(positions, tokens, score, is_number, distribution.top)
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.view(torch.int64)
+
+
+def _numbers(bits: Tensor) -> Tensor:
+    return bits.view(torch.float64)
+
+
+def likeliest(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens that a table (int64 [M, C]) has: log-probabilities and ids [M, J]."""
+    ids, log_p = table[:, _FIRST:].chunk(2, 1)
+    return _numbers(log_p), ids
+
+
+def log_total(table: Tensor) -> Tensor:
+    """The logarithm of all tokens' weights from a table (int64 [M, C]), float64 [M]."""
+    return _numbers(table[:, 2])
+
+
+def reading_of(
+    table: Tensor, positions: Tensor, top: Callable[[int], tuple[Tensor, Tensor]]
+) -> Reading:
+    """The reading of positions (int64 [M]) from a table on the host (int64 [M, C])."""
+    is_number = not bool(table[:, 3].any())
+    return Reading(positions, table[:, 0], _numbers(table[:, 1]), is_number, top)
