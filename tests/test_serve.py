@@ -273,10 +273,10 @@ class Here:
 
 
 @contextmanager
-def served(engine: Engine, access: Access) -> Iterator[Here]:
+def served(engine: Engine, access: Access, sockets: Sockets) -> Iterator[Here]:
     sock = bind("127.0.0.1", 0)
     begun = threading.Event()
-    server = Server(build(engine, access), Sockets(), begun.set)
+    server = Server(build(engine, access), sockets, begun.set)
     thread = threading.Thread(target=lambda: server.run(sockets=[sock]))
     thread.start()
     assert begun.wait(SECONDS)
@@ -290,15 +290,15 @@ def served(engine: Engine, access: Access) -> Iterator[Here]:
 @pytest.fixture(scope="module")
 def here() -> Iterator[Here]:
     engine = Engine(model(), settings(), graph(), budget=4)
-    with served(engine, Access()) as found:
+    with served(engine, Access(), Sockets()) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Here]:
-    """One answer at a time, a key, small bodies."""
+    """One answer at a time, a key, small bodies, few connections."""
     engine = Engine(model(), settings(), limits=Limits(batch=1, waiting=0))
-    with served(engine, Access("sesame", body_bytes=1000)) as found:
+    with served(engine, Access("sesame", body_bytes=1000), Sockets(connections=16)) as found:
         yield found
 
 
@@ -510,6 +510,15 @@ def test_more_than_may_wait_is_told_to_come_later(
     with pytest.raises(openai.BadRequestError, match="more than 1 answers"):
         client.chat.completions.create(model="tiny-sdar", messages=message(), n=2)
     assert client.chat.completions.create(model="tiny-sdar", messages=message()).choices
+
+
+def test_more_connections_than_there_may_be_are_turned_away(narrow: Here) -> None:
+    host, port = narrow.address.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port)), timeout=SECONDS) for _ in range(16)]
+    wait_until(lambda: narrow.ask("GET", "/health")[0] == 503)
+    for connection in idle:
+        connection.close()
+    wait_until(lambda: narrow.ask("GET", "/health")[0] == 200)
 
 
 @contextmanager
