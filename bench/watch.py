@@ -43,21 +43,12 @@ class Watched:
 
 
 class WatchedAdviser:
-    """An adviser whose drafters' proposals are remembered.
-
-    To whoever asks it is the same as the one that it watches, which may advise others meanwhile.
-    """
+    """An adviser whose drafters' proposals are remembered; it may advise others meanwhile."""
 
     def __init__(self, adviser: Adviser) -> None:
         self.adviser = adviser
         self.begin, self.turn, self.why = adviser.begin, adviser.turn, adviser.why
         self.calls: Calls = {}
-
-    def __eq__(self, other: object) -> bool:
-        return self.adviser is (other.adviser if isinstance(other, WatchedAdviser) else other)
-
-    def __hash__(self) -> int:
-        return hash(self.adviser)
 
     def advise(self) -> Advice:
         """See `spiffy.runtime.decode.Adviser`."""

@@ -122,9 +122,9 @@ class Scheduler:
         self._remember_that_it_fitted()
         synchronize(self.model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
-        for adviser in {task.adviser for task in self.running}:
-            if adviser is not None:
-                adviser.turn(len(self._running))
+        # Methods, not advisers: one that is watched has that of the one which it stands for.
+        for turn in {task.adviser.turn for task in self.running if task.adviser is not None}:
+            turn(len(self._running))
         walked = self._running
         self._running = []
         for task, decoding, rows in walked:
