@@ -360,6 +360,26 @@ class Growth:
             raise SpiffyError(f"--budget {self.budget}: must be between 1 and {MAX_NODES} drafts")
 
 
+Budget = int | Literal["auto"]
+
+
+def read_budget(word: str) -> Budget:
+    """What `--budget` asks for.
+
+    Raises
+    ------
+    SpiffyError
+        If it is neither "auto" nor a positive number.
+    """
+    if word == "auto":
+        return "auto"
+    if word.removeprefix("-").isdecimal() and len(word) < 10:
+        if int(word) < 1:
+            raise SpiffyError(f"--budget {word}: must be at least 1 draft")
+        return int(word)
+    raise SpiffyError(f"--budget {word!r}: give a number of drafts, or auto")
+
+
 def draw(
     dataset: str,
     samples: int | None,

@@ -100,11 +100,12 @@ def ended(forked: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1])
 
 
+@pytest.mark.parametrize("together", [1, 3])
 def test_answers_are_those_of_generate_in_order(
-    run: Run, arguments: list[str], expected: list[dict[str, Any]], tmp_path: Path
+    run: Run, arguments: list[str], expected: list[dict[str, Any]], tmp_path: Path, together: int
 ) -> None:
     out = tmp_path / "answers.jsonl"
-    code, log = run(*arguments, "--out", out)
+    code, log = run(*arguments, "--out", out, "--batch-size", together)
     assert code == 0, log
     assert read(out) == expected
     tokens, nfe = sum(len(a["token_ids"]) for a in expected), sum(a["nfe"] for a in expected)
