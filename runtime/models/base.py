@@ -239,7 +239,7 @@ class DiffusionLM:
         stated = next((int(config[k]) for k in limits if config.get(k)), None)
         self.max_length = reach(stated, getattr(settings, "rope_parameters", None) or {})
         self._rope_of_length = install(module)
-        self._remember()
+        self.remember()
 
     @classmethod
     def of(cls, module: nn.Module) -> DiffusionLM | None:
@@ -254,7 +254,8 @@ class DiffusionLM:
         other.__dict__.pop("codec", None)  # made of the end tokens
         return other
 
-    def _remember(self) -> None:
+    def remember(self) -> None:
+        """Make this what `of` gives for its module."""
         self._known[self.module] = {
             "family": self.family,
             "config": self.config,
@@ -265,10 +266,14 @@ class DiffusionLM:
             "eos_token_ids": self.eos_token_ids,
         }
 
+    def forget(self) -> None:
+        """Make nothing known of its module, for what turned out not to be usable."""
+        self._known.pop(self.module, None)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """From pickle, or a copy."""
         self.__dict__.update(state)
-        self._remember()
+        self.remember()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, weights included, as for processes that are spawned.
