@@ -54,6 +54,8 @@ class Loaded:
         **options: Any,
     ) -> None:
         check_seed(seed)
+        if not isinstance(any_model, bool):  # such as "no", which would be taken for True
+            raise SpiffyError(f"any_model {any_model!r}: give True or False")
         self.graph = None if graph is None else DraftGraph.find(graph)
         if self.graph is None and budget not in (None, "auto"):
             raise SpiffyError(f"budget {budget} counts drafts: give a graph")

@@ -212,22 +212,21 @@ def _model(
     module: Any, graph: DraftGraph | None, family: str | None, mask_token_id: int | None
 ) -> DiffusionLM:
     """The model that a module is: known, or found out now and known from here on."""
-    known = lm = DiffusionLM.of(module)
+    known = DiffusionLM.of(module)
     if known is None:
         lm = wrap(module, None, _family(module, graph, family), mask_token_id=mask_token_id)
-    elif family not in (None, known.family.name) or mask_token_id not in (
-        None,
-        known.mask_token_id,
-    ):
-        lm = _otherwise(known, family or known.family.name, mask_token_id)
+    else:
+        own = known.family.name, known.mask_token_id
+        wanted = family or own[0], own[1] if mask_token_id is None else mask_token_id
+        lm = known if wanted == own else _otherwise(known, *wanted)
     if lm.tokenizer is None and graph is not None and graph.model.fingerprint != lm.fingerprint:
         return lm.but(fingerprint="")  # of the config alone: nothing to compare the graph's with
     return lm
 
 
-def _otherwise(known: DiffusionLM, family: str, mask_token_id: int | None) -> DiffusionLM:
+def _otherwise(known: DiffusionLM, family: str, mask_token_id: int) -> DiffusionLM:
     """A known model as one call wants it: of another family, or with another mask token."""
-    if mask_token_id is not None and mask_token_id not in range(known.vocab_size):
+    if mask_token_id not in range(known.vocab_size):
         raise SpiffyError(f"mask_token_id {mask_token_id!r} is not a token of {known.vocab_size}")
     config = known.config if family == known.family.name else None
     lm = wrap(known.module, known.tokenizer, family, config, mask_token_id=mask_token_id)
@@ -476,7 +475,7 @@ def _refuse_positions(position_ids: Tensor | None, prompts: Sequence[Tensor]) ->
     """Refuse positions other than those that transformers fills in: 0, 1, ... after padding."""
     if position_ids is None:
         return
-    rows = torch.atleast_2d(position_ids)
+    rows = position_ids if position_ids.ndim > 1 else position_ids[None]
     fits = rows.ndim == 2 and len(rows) in (1, len(prompts))
     if not fits or any(
         positions[-len(ids) :].tolist() != list(range(len(ids)))
