@@ -91,7 +91,8 @@ def use(wheel: Path, folder: Path) -> None:
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     pins = ("-c", ROOT / "constraints.txt")
-    run("python", "-m", "pip", "install", "-qq", "--disable-pip-version-check", *pins, wheel)
+    pip = ("-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check")
+    run("python", *pip, *pins, wheel)
     print(f"installed in {time.monotonic() - began:.0f} s")
     place = run("python", "-c", "import spiffy.runtime; print(spiffy.runtime.__file__)")
     if not Path(place.strip()).is_relative_to(folder):

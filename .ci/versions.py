@@ -92,7 +92,7 @@ def run(command: list[str], **variables: str) -> int:
 
 def try_versions(which: str, with_torch: bool) -> int:
     """Install, test, say what was tried and how long it took; nonzero if anything failed."""
-    pip = ["-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pip = ["-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory(dir=ROOT / ".work", prefix=f"{which}-") as folder:
         began = time.monotonic()
         python, variables = sys.executable, {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}

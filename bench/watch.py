@@ -43,7 +43,7 @@ class WatchedAdviser:
 
     def __init__(self, adviser: Adviser) -> None:
         self.adviser = adviser
-        self.begin, self.why = adviser.begin, adviser.why
+        self.begin, self.turn, self.why = adviser.begin, adviser.turn, adviser.why
         self.calls: Calls = {}
 
     def advise(self) -> Advice:

@@ -22,7 +22,8 @@ from spiffy.calib.prompts import DATASETS, MERGED, PromptSet
 from spiffy.calib.store import About, Place, Stored, TraceFile, encode, scan, tokens_digest
 from spiffy.runtime.decode import Task
 from spiffy.runtime.forward.cache import BlockEdges
-from spiffy.runtime.models.base import DiffusionLM, stored_tensors
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.stored import stored_tensors
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.decoding import first_problem
 from spiffy.schemas.io import canonical_json, read_json, write_atomically

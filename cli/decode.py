@@ -105,8 +105,9 @@ class _Drafting:
     budget: Annotated[
         str | None,
         drafting_option(
-            help="Drafts per forward. auto (default): as many as pay on this machine, none where "
-            "none do, learned while decoding. With --verify also several, such as auto,8,32."
+            help="Most drafts per forward. auto (default): as many as pay on this machine, none "
+            "where none do, learned while decoding. A number may exceed the graph's, if it has an "
+            "acceptance model. With --verify also several, such as auto,8,32."
         ),
     ] = None
     remeasure: Annotated[
@@ -134,7 +135,7 @@ class _Drafting:
         elif self.budget is None:
             found = ["auto"]
         else:
-            found = [self._budget(word.strip(), artifact) for word in self.budget.split(",")]
+            found = [self._budget(word.strip()) for word in self.budget.split(",")]
         if self.remeasure and "auto" not in found:
             raise SpiffyError("--remeasure times this machine for --budget auto: give that too")
         if len(found) > 1 and not several:
@@ -143,13 +144,13 @@ class _Drafting:
             )
         return found
 
-    def _budget(self, word: str, artifact: DraftGraph) -> Budget:
+    def _budget(self, word: str) -> Budget:
         if word == "auto":
             return "auto"
         if word.removeprefix("-").isdecimal() and len(word) < 10:
             if int(word) < 1:
                 raise SpiffyError(f"--budget {word}: must be at least 1 draft")
-            return min(int(word), artifact.budget)
+            return int(word)
         raise SpiffyError(f"--budget {self.budget!r}: give a number of drafts, or auto")
 
     def ways(

@@ -217,9 +217,10 @@ ROPE_ENTRIES: dict[str, tuple[Json, ...]] = {
 
 def rope(rng: random.Random) -> Json:
     """Parameters of rotary embeddings, whole or nearly so, flat or by layer type."""
-    kind = rng.choice(ROPE_ENTRIES["rope_type"][:4])
+    kind = rng.choice(ROPE_ENTRIES["rope_type"][:5])
     needed = {
         "linear": ("factor",),
+        "dynamic": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
         "yarn": ("factor",),
     }.get(str(kind), ())

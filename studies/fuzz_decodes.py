@@ -175,6 +175,9 @@ class TakingTurns:
     def begin(self, canvas: Canvas) -> None:
         """Nothing to prepare."""
 
+    def turn(self, sequences: int) -> None:
+        """Nothing to hear."""
+
     def advise(self) -> Advice:
         """Any of them."""
         drafter = self.rng.choice(self.drafters)

@@ -162,7 +162,9 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
 }
+LIMITS = {"llada-a": "max_sequence_length"}  # others: max_position_embeddings
 OFFICIAL: dict[str, tuple[Any, Any]] = {
     "llada-a": (LlamaForCausalLM, LlamaConfig),
     "dream-a": (Qwen2ForCausalLM, Qwen2Config),
@@ -187,8 +189,10 @@ def with_config(folder: Path, source: str, **entries: Any) -> Path:
 def test_scaled_rope_is_computed_as_transformers_computes_it(
     tmp_path: Path, source: str, scaling: str
 ) -> None:
-    folder = with_config(tmp_path, source, rope_scaling=SCALINGS[scaling])
+    limit = {LIMITS.get(source, "max_position_embeddings"): 16}
+    folder = with_config(tmp_path, source, rope_scaling=SCALINGS[scaling], **limit)
     model = load_model(str(folder), device="cpu", dtype="float32")
+    assert model.max_length == (16 if scaling == "llama3" else 64)
     ours = model.forward_logits(IDS, 64 if model.family.block_causal else None)
 
     architecture, configuration = OFFICIAL[source]
@@ -199,7 +203,7 @@ def test_scaled_rope_is_computed_as_transformers_computes_it(
         configuration(
             **{name: getattr(loaded, name) for name in names},
             **({"head_dim": config["head_dim"]} if "head_dim" in config else {}),
-            max_position_embeddings=model.max_length,
+            max_position_embeddings=16,
             rope_theta=config["rope_theta"],
             rope_scaling=dict(SCALINGS[scaling]),
             tie_word_embeddings=False,
@@ -279,12 +283,12 @@ def test_scaling_has_one_meaning_in_every_spelling() -> None:
             "rope_parameters.sliding_attention is not supported",
         ),
         (
-            BASE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "'dynamic' is not supported: its frequencies depend on how long the forwards are",
+            BASE | {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 3}},
+            "rope_scaling.alpha = 3 is not supported for type 'dynamic'",
         ),
         (
             BASE | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
-            "'longrope' is not supported",
+            "RoPE of type 'longrope' is not supported: default, dynamic, linear, llama3, yarn are",
         ),
         (BASE | {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "'mrope' is not suppor"),
         (BASE | {"rope_scaling": {"type": "linear"}}, "rope_scaling lacks 'factor'"),

@@ -184,7 +184,7 @@ def under(monkeypatch: pytest.MonkeyPatch, curve: Any) -> None:
     """Let a forward take what an invented machine takes."""
 
     def learn(self: Any, advice: Any, steps: int, *_: float) -> None:
-        self.controller.learn(advice.choice, steps, curve(advice.choice.drafts), 0.0)
+        self.shared.learn(advice.choice, steps, curve(advice.choice.drafts), 0.0)
 
     monkeypatch.setattr(auto.AutoBudget, "learn", learn)
 
@@ -223,7 +223,7 @@ def test_sequences_that_share_forwards_share_a_budget(graph: DraftGraph) -> None
     for _ in run(model, tasks, batch_size=4):
         pass
     assert [collect(task).token_ids for task in tasks] == [out.token_ids for out in plain]
-    assert sum(adviser.controller.used.values()) == sum(
+    assert sum(adviser.shared.used.values()) == sum(
         sum(task.stats.budgets.values()) for task in tasks
     )
 

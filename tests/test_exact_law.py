@@ -7,7 +7,7 @@ logits are those of a random LLaDA network at all 81 states, kept in a table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -62,9 +62,10 @@ class TableModel(DiffusionLM):
         mask: Tensor | None = None,
         frozen: list[tuple[Tensor, Tensor]] | None = None,
         keep: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, KeyValues | None]:
         if not hasattr(self, "table"):
-            return super().hidden_states(ids, positions, mask, frozen, keep)
+            return super().hidden_states(ids, positions, mask, frozen, keep, lengths)
         assert mask is None
         assert frozen is None
         weights = torch.tensor([VOCAB**k for k in reversed(range(BLOCK))])

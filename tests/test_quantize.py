@@ -23,7 +23,7 @@ from spiffy.runtime import ALIASES, DiffusionLM, load_model, wrap
 from spiffy.runtime.budget.cost import conditions
 from spiffy.runtime.decode import make_task
 from spiffy.runtime.draft import GraphDrafter
-from spiffy.runtime.models.base import stored_tensors
+from spiffy.runtime.models.stored import stored_tensors
 from spiffy.schemas import (
     CalibrationRecord,
     DecodingSettings,

@@ -25,7 +25,7 @@ from transformers import (
 
 from spiffy.runtime import ALIASES, DiffusionLM, load_model, wrap
 from spiffy.runtime.draft import GraphDrafter
-from spiffy.runtime.models.base import stored_tensors
+from spiffy.runtime.models.stored import stored_tensors
 from spiffy.schemas import DecodingSettings, SpiffyError
 
 IDS = torch.tensor([[5, 9, 311, 311, 7, 42]])
@@ -291,8 +291,14 @@ def test_a_config_of_another_model_is_refused(changes: dict[str, Any], words: st
         ("sliding_window", 64, "use_sliding_window = True is not supported"),
         (
             "rope_parameters",
-            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-            "'dynamic'",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 16,
+            },
+            "'longrope'",
         ),
     ],
 )

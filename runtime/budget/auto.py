@@ -16,6 +16,7 @@ import numpy as np
 
 from spiffy.runtime.budget.controller import Choice, Controller, interpolated
 from spiffy.runtime.budget.cost import cost_profile, known_profile
+from spiffy.runtime.budget.shared import SharedController
 from spiffy.runtime.decode import Advice, Task
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, graph_drafter
 from spiffy.runtime.draft.acceptance import acceptance_of
@@ -179,10 +180,10 @@ def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> Cost
 
 
 class AutoBudget:
-    """Drafts by an artifact, as many as pay, as a `Controller` learns it: an `Adviser`.
+    """Drafts by an artifact, as many as pay, as a `SharedController` learns it: an `Adviser`.
 
     One serves all sequences of a process that are decoded with the same model, graph and settings
-    (`auto_budget`).
+    (`auto_budget`), together or one by one.
 
     Parameters
     ----------
@@ -205,18 +206,27 @@ class AutoBudget:
             steps.pop("model", None)
         points = {who: [(p.drafts, p.steps) for p in curve] for who, curve in steps.items()}
         seconds = [] if prior is None else _pairs(prior.points)
-        self.controller = Controller(points, min(graph.budget, MOST_UNASKED), seconds)
+        self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
         self._drafters: dict[Choice, Drafter] = {}
+
+    @property
+    def controller(self) -> Controller:
+        """What is known of forwards that hold as many sequences as the last one did."""
+        return self.shared.now
 
     def begin(self, canvas: Canvas) -> None:
         """See `Adviser`: where forwards compute all the answer, a longer one makes them longer."""
         first = canvas.span(0)
         anew = {"none": range(canvas.length), "prefix": range(first.start, canvas.length)}
-        self.controller.start(len(anew.get(self.settings.plain_cache, first)))
+        self.shared.crowds[1].start(len(anew.get(self.settings.plain_cache, first)))
+
+    def turn(self, sequences: int) -> None:
+        """See `Adviser`."""
+        self.shared.turn(sequences)
 
     def advise(self) -> Advice:
         """See `Adviser`."""
-        choice = self.controller.choose()
+        choice = self.shared.choose()
         if choice.way is None:
             return Advice(None, choice)
         drafter = self._drafters.get(choice)
@@ -230,7 +240,7 @@ class AutoBudget:
         self, advice: Advice, steps: int, forward_seconds: float, draft_seconds: float
     ) -> None:
         """See `Adviser`."""
-        self.controller.learn(advice.choice, steps, forward_seconds, draft_seconds)
+        self.shared.learn(advice.choice, steps, forward_seconds, draft_seconds)
 
     def why(self) -> str:
         """See `Adviser`."""

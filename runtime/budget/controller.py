@@ -227,11 +227,11 @@ class ForwardSteps:
         self._by_way: dict[Selection, _Gain] = {way: _Gain(memory=1.0) for way in prior}
         self._by_choice: dict[Choice, _Gain] = {}
 
-    def observe(self, choice: Choice, steps: int) -> None:
-        """Learn from a forward with drafts."""
+    def observe(self, choice: Choice, steps: float, sequences: int = 1) -> None:
+        """Learn from a forward with drafts: steps on average of so many sequences."""
         if choice.way is None:
             return
-        accepted, expected = steps - 1, self._artifact(choice)
+        accepted, expected = sequences * (steps - 1), sequences * self._artifact(choice)
         self._by_choice.setdefault(choice, _Gain(memory=1.0)).observe(
             accepted, expected * self._ratio(choice.way)
         )
@@ -256,21 +256,24 @@ class ForwardSteps:
 
 @dataclass
 class Controller:
-    """Chooses the drafts of every forward, for all sequences of a process.
+    """Chooses the drafts of every forward that holds a certain number of sequences.
 
     Parameters
     ----------
     steps
         By who drafts: (drafts, steps per forward) as the artifact expects them.
     most
-        Most drafts per forward.
+        Most drafts per forward and sequence.
     seconds
         (drafts, seconds) of a forward as measured before, if it was.
+    worth
+        What is learned of steps per forward, where several controllers share that.
     """
 
     steps: Mapping[Selection, Points]
     most: int
     seconds: Points = ()
+    worth: ForwardSteps | None = None
     used: Counter[Choice] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -279,7 +282,7 @@ class Controller:
         # By the acceptance model a forward has fewer drafts than it may have; plain ones are alike.
         self._forward = {way: ForwardSeconds(self.seconds) for way in self.steps}
         self._plain = next(iter(self._forward.values()))
-        self._worth = ForwardSteps(self.steps)
+        self._worth = ForwardSteps(self.steps) if self.worth is None else self.worth
         self._drafting: dict[Selection, deque[float]] = {}
         self._tried: dict[Choice, int] = {}  # number of the forward
         self._forwards = 0
@@ -307,7 +310,9 @@ class Controller:
         self._left -= 1
         return self._now
 
-    def learn(self, choice: Choice, steps: int, forward: float, drafting: float) -> None:
+    def learn(
+        self, choice: Choice, steps: float, forward: float, drafting: float, sequences: int = 1
+    ) -> None:
         """Take in what came of a forward.
 
         Parameters
@@ -315,12 +320,14 @@ class Controller:
         choice
             What was chosen for it.
         steps
-            Denoising steps that it was worth.
+            Denoising steps that it was worth, on average of the sequences.
         forward, drafting
             Seconds.
+        sequences
+            How many of those in the forward had this choice.
         """
         self._forwards += 1
-        self.used[choice] += 1
+        self.used[choice] += sequences
         self._tried[choice] = self._forwards
         # Right after forwards of another kind, the processor's caches are still theirs.
         settled = choice == self._before_this or not self._own(choice).knows(choice.drafts)
@@ -329,7 +336,7 @@ class Controller:
         if choice.way is not None:
             recent = self._drafting.setdefault(choice.way, deque(maxlen=_KEPT))
             recent.append(drafting)
-        self._worth.observe(choice, steps)
+        self._worth.observe(choice, steps, sequences)
         self._spent += forward + drafting
         self._tries += self._trying
         # Expected seconds here and below: what an interrupted forward took says nothing.
@@ -355,13 +362,22 @@ class Controller:
         return [self._of(choice).expected(n) for n in range(choice.drafts + 1)]
 
     @property
+    def has_seen_plain(self) -> bool:
+        """Whether it knows what a forward without drafts takes."""
+        return self._plain.knows(0)
+
+    def plain_seconds(self, drafts: float) -> float:
+        """Seconds of a forward with that many drafts or sequences more, as far as is known."""
+        return self._plain.expected(drafts)
+
+    @property
     def trying(self) -> bool:
         """Whether the present choice is a try, to be made in full."""
         return self._trying
 
     def why(self) -> str:
         """What it would choose now and what that rests on, in words."""
-        if not self._plain.knows(0):
+        if not self.has_seen_plain:
             return "nothing is known about plain forwards yet"
         best = self._best()
         plain, ours = (1000 * self.seconds_per_step(choice) for choice in (PLAIN, best))

@@ -160,7 +160,7 @@ def _run(task: Task, forwards: Forwards) -> Evaluation:
     rows = next(forwards)
     while True:
         try:
-            rows = forwards.send(forward(task.model, rows))
+            rows = forwards.send(forward(task.model, rows, [task.canvas.length] * len(rows)))
         except StopIteration as done:
             evaluation: Evaluation = done.value
             return evaluation

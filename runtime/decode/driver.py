@@ -45,6 +45,10 @@ def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Itera
             most = min(most, *(task.most_drafts for task, _, _ in running))
         synchronize(model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
+        advisers = {id(task.adviser): task.adviser for task, _, _ in running}
+        for adviser in advisers.values():
+            if adviser is not None:
+                adviser.turn(len(running))
         finished: list[Task] = []
         still: list[_Running] = []
         for task, decoding, rows in running:
@@ -65,7 +69,9 @@ def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Itera
 def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput] | None:
     """Outputs of all rows; None if they do not fit into memory."""
     try:
-        return forward(model, [row for _, _, rows in running for row in rows])
+        rows = [row for _, _, rows in running for row in rows]
+        lengths = [task.canvas.length for task, _, rows in running for _ in rows]
+        return forward(model, rows, lengths)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -77,6 +77,10 @@ class Adviser(Protocol):
         """Meet a sequence."""
         ...
 
+    def turn(self, sequences: int) -> None:
+        """Hear of a forward that so many sequences shared, before they learn of it and go on."""
+        ...
+
     def advise(self) -> Advice:
         """Choose for the next forward; called where it may have drafts."""
         ...

@@ -105,13 +105,16 @@ def pack(
     return Row(ids, positions, mask, frozen, keep)
 
 
-def forward(model: DiffusionLM, rows: Sequence[Row]) -> list[RowOutput]:
+def forward(
+    model: DiffusionLM, rows: Sequence[Row], lengths: Sequence[int] | None = None
+) -> list[RowOutput]:
     """Run rows, of one or of several sequences, as one batch, and read what is asked of them.
 
     Rows of equal shape are only stacked; others are padded on the right, out of everyone's sight.
+    `lengths` are those of the whole sequences, row by row (`DiffusionLM.hidden_states`).
     """
-    lengths = [len(row.ids) for row in rows]
-    width, past = max(lengths), max(row.past for row in rows)
+    sizes = [len(row.ids) for row in rows]
+    width, past = max(sizes), max(row.past for row in rows)
     ids, positions, at, pairs, *mask = on_device(
         [
             _stack([row.ids for row in rows], width, model.mask_token_id),
@@ -126,17 +129,18 @@ def forward(model: DiffusionLM, rows: Sequence[Row]) -> list[RowOutput]:
         positions,
         mask[0] if mask else None,
         _stacked(rows, past),
-        keep=any(row.keep for row in rows),
+        any(row.keep for row in rows),
+        lengths,
     )
     asked = [row.asked for row in rows if row.asked is not None]
     said = iter(read(model, asked, hidden.flatten(0, 1), at, pairs) if asked else ())
     return [
         RowOutput(
-            hidden[k, :length],
-            _row_of(kept, k, length) if row.keep else None,
+            hidden[k, :size],
+            _row_of(kept, k, size) if row.keep else None,
             None if row.asked is None else next(said),
         )
-        for k, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        for k, (row, size) in enumerate(zip(rows, sizes, strict=True))
     ]
 
 

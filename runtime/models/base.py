@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 
 from spiffy.runtime.models.block_size import is_published, stated_block_size
 from spiffy.runtime.models.fields import Entries
+from spiffy.runtime.models.rotary import install, reach, whole_lengths
+from spiffy.runtime.models.stored import stored_tensors
 from spiffy.runtime.models.text import Prompt, TextCodec, given_ids, is_text
 from spiffy.schemas import CacheName, SpiffyError
 from spiffy.schemas.notes import note
@@ -163,16 +164,6 @@ class KeyValues:
         return KeyValues([(torch.cat((a, c), 2), torch.cat((b, d), 2)) for (a, b), (c, d) in pairs])
 
 
-def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a parameter consists of: itself, or what a quantised one holds."""
-    parts: Any = parameter
-    if not is_traceable_wrapper_subclass(parts):
-        yield parameter
-        return
-    for name in parts.__tensor_flatten__()[0]:
-        yield from stored_tensors(getattr(parts, name))
-
-
 class _AttentionCache:
     """What transformers' attention takes as its cache: puts frozen positions in front.
 
@@ -212,7 +203,7 @@ class DiffusionLM:
     tokenizer
         The checkpoint's tokenizer, or None if it ships none.
     mask_token_id, eos_token_ids, vocab_size, max_length
-        Token ids, number of logits per position, and positions the model was trained for.
+        Token ids, number of logits per position, and positions that training and RoPE reach.
     """
 
     def __init__(
@@ -241,7 +232,9 @@ class DiffusionLM:
         settings: Any = getattr(module, "config", None)
         self._attention = getattr(settings, "_attn_implementation", None) or "sdpa"
         limits = ("max_sequence_length", "max_position_embeddings")
-        self.max_length = next((int(config[k]) for k in limits if config.get(k)), None)
+        stated = next((int(config[k]) for k in limits if config.get(k)), None)
+        self.max_length = reach(stated, getattr(settings, "rope_parameters", None) or {})
+        self._rope_of_length = install(module)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, weights included, as for processes that are spawned.
@@ -328,6 +321,7 @@ class DiffusionLM:
         mask: Tensor | None = None,
         frozen: list[tuple[Tensor, Tensor]] | None = None,
         keep: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, KeyValues | None]:
         """One forward of the transformer, without the output head.
 
@@ -341,6 +335,9 @@ class DiffusionLM:
             Keys and values put in front of every row, [batch or 1, heads, frozen, head_dim] each.
         keep
             Also return the queries' own keys and values.
+        lengths
+            Lengths of the whole sequences of which the rows are parts, where RoPE depends on them;
+            by default up to the furthest position.
 
         Returns
         -------
@@ -353,13 +350,16 @@ class DiffusionLM:
             hidden_out = torch.finfo(self.dtype).min
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, hidden_out)
         cache = _AttentionCache(frozen, keep)
-        hidden = self.module.model(  # type: ignore[operator]
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask[:, None],
-            use_cache=False,
-            **{_CACHE: cache},
-        ).last_hidden_state
+        if lengths is None:
+            lengths = [int(positions.max()) + 1] * len(ids) if self._rope_of_length else ()
+        with whole_lengths(lengths):
+            hidden = self.module.model(  # type: ignore[operator]
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask[:, None],
+                use_cache=False,
+                **{_CACHE: cache},
+            ).last_hidden_state
         return hidden, KeyValues(cache.fresh) if keep else None
 
     @property

@@ -262,10 +262,11 @@ def check_qk_norm(config: Config, computed: bool) -> None:
             raise ValueError(f"{entry} = {_short(stated)} is not supported: {computed} is computed")
 
 
-# Frequencies that are a function of the position alone, as transformers computes them, with what
-# they need and may have.
+# RoPE as transformers computes it (`dynamic` by the whole sequence's length: `rotary`), with what
+# each type needs and may have.
 _SCALED: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "default": (frozenset(), frozenset()),
+    "dynamic": (frozenset({"factor"}), frozenset()),
     "linear": (frozenset({"factor"}), frozenset()),
     "llama3": (
         frozenset(
@@ -356,11 +357,6 @@ def _agreed(stated: Mapping[str, Any]) -> Any:
 def _check_scaling(entry: str, scaling: dict[str, Any]) -> None:
     """Refuse what is not computed; numbers are normalised in place."""
     kind = scaling["rope_type"]
-    if kind in ("dynamic", "longrope", "su"):
-        raise ValueError(
-            f"{entry}: RoPE of type {kind!r} is not supported: its frequencies depend on how long "
-            "the forwards are that were made, and drafts change that"
-        )
     if not isinstance(kind, str) or kind not in _SCALED:
         raise ValueError(
             f"{entry}: RoPE of type {_short(kind)} is not supported: {', '.join(_SCALED)} are"

@@ -1,12 +1,14 @@
-"""What a checkpoint's safetensors hold, before any of it is read as weights."""
+"""What a checkpoint's safetensors hold, before any of it is read as weights, and a parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spiffy.schemas import SpiffyError
 
@@ -63,3 +65,13 @@ def refuse_other_forms(name: str, stored: Mapping[str, Any]) -> None:
     for word, wrapper in _WRAPPED.items():
         if stored and all(key.startswith(word) for key in stored):
             raise SpiffyError(f"{name}: every parameter's name starts with {word!r}, as {wrapper}")
+
+
+def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a parameter consists of: itself, or what a quantised one holds."""
+    parts: Any = parameter
+    if not is_traceable_wrapper_subclass(parts):
+        yield parameter
+        return
+    for name in parts.__tensor_flatten__()[0]:
+        yield from stored_tensors(getattr(parts, name))

@@ -95,7 +95,7 @@ def wrap(
             f"{name}: neither its config nor its tokenizer has {error.args[0]!r}: give the content "
             "of the checkpoint's config.json as config="
         ) from None
-    except ValueError as error:  # such as RoPE with which no draft is exact
+    except ValueError as error:  # such as RoPE that is not supported
         raise SpiffyError(f"{name}: {error}") from None
     model = DiffusionLM(
         module,

@@ -1,0 +1,116 @@
+"""One budget for all sequences that share forwards: as many drafts as the machine has room for.
+
+What a forward takes depends on how many sequences it holds. Alone, one that waits for memory has
+room for many drafts; among sixteen, that room is theirs. So costs are learned by the number of
+sequences, and what drafts are worth is learned in common. All sequences of a forward get the same
+choice: the fewest seconds per step for each of them are the most steps per second for all together.
+Which of its drafts a sequence then sends along is decided by how probable they are (`auto.Pays`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping
+from statistics import fmean
+from typing import NamedTuple
+
+from spiffy.runtime.budget.controller import LADDER, Choice, Controller, ForwardSteps, Points
+from spiffy.runtime.draft import Selection
+
+#: Numbers of sequences that are told apart; others count as the next smaller one,
+CROWDS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
+_SAME = 1.3  # or as the one at hand, if they differ by less: it has tries under way
+
+
+class _Turn(NamedTuple):
+    """What one sequence's part of a forward came to."""
+
+    choice: Choice
+    steps: int
+    forward: float
+    drafting: float
+
+
+class SharedController:
+    """A `Controller` for every number of sequences.
+
+    A driver calls `turn` after every forward, and every sequence then `learn`s of that forward and
+    `choose`s for the next one. The first choice holds for all of them.
+
+    Parameters
+    ----------
+    steps, most, seconds
+        As `Controller` takes them; `seconds` are of forwards that hold one sequence.
+    """
+
+    def __init__(self, steps: Mapping[Selection, Points], most: int, seconds: Points = ()) -> None:
+        self.steps, self.most = steps, most
+        self.worth = ForwardSteps(steps)
+        self.crowds = {1: Controller(steps, most, seconds, worth=self.worth)}
+        self._crowd = 1
+        self._asked = 0  # sequences with a choice for the next forward
+        self._due = 0  # of the last forward, those that have not told yet
+        self._told: list[_Turn] = []
+        self._choice: Choice | None = None
+        self._chose = self._planned = 1  # for how many the last and the next choice were made
+        self.used: Counter[Choice] = Counter()
+
+    @property
+    def now(self) -> Controller:
+        """The controller for as many sequences as the last forward held."""
+        return self.crowds[self._crowd]
+
+    def turn(self, sequences: int) -> None:
+        """Hear of a forward that so many sequences shared."""
+        self._settle()
+        self._due, self._asked, self._choice = self._asked, 0, None
+        self._chose = self._planned
+        if self._crowd / _SAME < sequences < self._crowd * _SAME:
+            return
+        crowd = CROWDS[bisect_right(CROWDS, sequences) - 1]
+        if crowd not in self.crowds:
+            self.crowds[crowd] = Controller(
+                self.steps, self.most, self._likely_seconds(crowd), worth=self.worth
+            )
+        self._crowd = crowd
+
+    def choose(self) -> Choice:
+        """Who drafts the next forward, and up to how many for each sequence."""
+        if self._choice is None:
+            self._choice, self._planned = self.now.choose(), self._crowd
+        self._asked += 1
+        return self._choice
+
+    def learn(self, choice: Choice, steps: int, forward: float, drafting: float) -> None:
+        """Take in what the last forward was worth to one sequence, and the seconds it took."""
+        self._told.append(_Turn(choice, steps, forward, drafting))
+        self._due -= 1
+        if self._due <= 0:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Learn from the last forward; mostly all had the same choice."""
+        told, self._told = self._told, []
+        for choice in dict.fromkeys(turn.choice for turn in told):
+            alike = [turn for turn in told if turn.choice == choice]
+            self.used[choice] += len(alike)
+            steps = fmean(turn.steps for turn in alike)
+            if self._chose != self._crowd and not self.now.has_seen_plain:
+                self.worth.observe(choice, steps, len(alike))  # seconds compare with nothing here
+                continue
+            seconds = fmean(turn.forward for turn in alike)
+            drafting = fmean(turn.drafting for turn in alike)
+            self.now.learn(choice, steps, seconds, drafting, sequences=len(alike))
+
+    def _likely_seconds(self, crowd: int) -> Points:
+        """What forwards of so many sequences may take, by those of the most similar number.
+
+        As if a state cost the same whichever sequence it is of; only the shape of it counts.
+        """
+        nearest = min(self.crowds, key=lambda known: max(known / crowd, crowd / known))
+        known = self.crowds[nearest]
+        if not known.has_seen_plain:
+            return ()
+        numbers = [0, *(n for n in LADDER if n < self.most), self.most]
+        return [(n, known.plain_seconds((1 + n) * crowd / nearest - 1)) for n in numbers]

@@ -1,0 +1,118 @@
+"""One budget for many sequences: simulated with invented clocks."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+from helpers import study
+
+from spiffy.runtime.budget.controller import PLAIN, Choice
+from spiffy.runtime.budget.shared import CROWDS, SharedController
+
+regret = study("regret")
+World = regret.World
+Machine = Callable[[int], float]  # seconds of a forward by how many states it holds
+
+MACHINES: dict[str, Machine] = {
+    "computing": lambda states: 0.2 + 0.8 * states,
+    "waits for memory": lambda states: 1 + 0.002 * states,
+    "room for 16 states": lambda states: max(1.0, states / 16),
+    "in between": lambda states: 1 + 0.1 * states,
+}
+
+
+def served(
+    machine: Machine, crowds: Sequence[int], seed: int, share: float = 1.0
+) -> tuple[SharedController, list[tuple[int, Choice, float]]]:
+    """Forwards with so many sequences each; for each their number, the choice, expected seconds."""
+    rng = random.Random(seed)
+    world = World(lambda n, t: 1.0, share)
+    budget = SharedController(regret.EXPECTED, regret.MOST)
+    forwards = []
+    for sequences in crowds:
+        chosen = [budget.choose() for _ in range(sequences)]
+        assert len(set(chosen)) == 1
+        choice = chosen[0]
+        seconds = machine(sequences * (1 + choice.drafts))
+        measured = seconds * rng.lognormvariate(0, 0.03)
+        drafting = 0.0 if choice.way is None else 0.01
+        budget.turn(sequences)
+        for _ in range(sequences):
+            mean = world.steps(choice) - 1
+            steps = 1 + (regret._accepted(rng, mean, choice.drafts) if choice.way else 0)
+            budget.learn(choice, steps, measured, drafting)
+        forwards.append((sequences, choice, seconds + drafting))
+    return budget, forwards
+
+
+def seconds_per_step(machine: Machine, sequences: int, choice: Choice, share: float) -> float:
+    drafting = 0.0 if choice.way is None else 0.01
+    return (machine(sequences * (1 + choice.drafts)) + drafting) / World(
+        lambda n, t: 1.0, share
+    ).steps(choice)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("sequences", [2, 8, 32])
+@pytest.mark.parametrize("name", MACHINES)
+def test_as_many_drafts_as_the_machine_has_room_for(
+    name: str, sequences: int, share: float
+) -> None:
+    machine = MACHINES[name]
+    _, forwards = served(machine, [sequences] * 300, 0, share)
+    spent = {
+        choice: seconds_per_step(machine, sequences, choice, share) for choice in regret.CHOICES
+    }
+    late = forwards[100:]
+    steps = sum(seconds / spent[choice] for _, choice, seconds in late)
+    mean = sum(seconds for *_, seconds in late) / steps
+    assert mean < 1.05 * min(spent.values())
+    whole = sum(seconds / spent[choice] for _, choice, seconds in forwards)
+    assert sum(seconds for *_, seconds in forwards) < 1.03 * whole * spent[PLAIN]
+
+
+def test_drafts_fill_what_the_sequences_leave() -> None:
+    """Many alone, some among four, none among thirty-two, and many again."""
+    machine = MACHINES["room for 16 states"]
+    crowds = [1] * 150 + [4] * 150 + [32] * 150 + [1] * 60
+    _, forwards = served(machine, crowds, 1)
+    used = {
+        at: Counter(choice.drafts for _, choice, _ in forwards[at : at + 50]).most_common(1)[0][0]
+        for at in (100, 250, 400, 460)
+    }
+    assert used[100] >= 12
+    assert 2 <= used[250] <= 4
+    assert used[400] == 0
+    assert used[460] >= 12
+
+
+def test_what_is_known_of_one_crowd_helps_the_next() -> None:
+    """The first forwards of a crowd go by those of another: few tries of what cannot pay."""
+    machine = MACHINES["computing"]
+    budget, forwards = served(machine, [4] * 100 + [16] * 40, 2)
+    tries = [choice.drafts for _, choice, _ in forwards[100:] if choice != PLAIN]
+    assert len(tries) <= 4
+    assert max(tries, default=0) <= 2
+    assert set(budget.crowds) == {1, 4, 16}
+
+
+def test_a_crowd_that_changes_by_one_stays_the_same() -> None:
+    budget, _ = served(MACHINES["in between"], [8, 7, 8, 9, 8, 7] * 20, 3)
+    assert set(budget.crowds) == {1, 8}
+    assert budget.used.total() == sum([8, 7, 8, 9, 8, 7] * 20)
+    assert list(CROWDS) == sorted(CROWDS)
+
+
+def test_sequences_that_end_without_a_word_hold_nothing_up() -> None:
+    """One that failed never tells; the others' forwards are learned from all the same."""
+    budget = SharedController(regret.EXPECTED, 8)
+    for _ in range(30):
+        choices = [budget.choose() for _ in range(3)]
+        budget.turn(3)
+        for choice in choices[:2]:
+            budget.learn(choice, 1, 1.0, 0.0)
+    budget.turn(3)
+    assert budget.used.total() == 60
