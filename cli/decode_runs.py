@@ -171,10 +171,10 @@ def note_budgets(outputs: Sequence[Output]) -> None:
         )
 
 
-def print_json(index: int, output: Output) -> None:
-    """Print one answer as a line of JSON."""
+def as_json(index: int, output: Output) -> dict[str, Any]:
+    """One answer as `--json` prints it and `--out` keeps it."""
     stats = output.stats
-    record: dict[str, Any] = {
+    return {
         "index": index,
         "text": output.text,
         "token_ids": output.token_ids,
@@ -184,4 +184,8 @@ def print_json(index: int, output: Output) -> None:
         "accepted": stats.accepted,
         "seconds": round(stats.seconds, 6),
     }
-    write_utf8(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def print_json(index: int, output: Output) -> None:
+    """Print one answer as a line of JSON."""
+    write_utf8(json.dumps(as_json(index, output), ensure_ascii=False) + "\n")

@@ -21,10 +21,13 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from spiffy.runtime.decode import Task, denoising_step
+from spiffy.runtime.decode.loop import noise_of
 from spiffy.runtime.draft import Candidates, Drafter, GraphDrafter
+from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.models.base import DiffusionLM, KeyValues
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.step.canvas import Cursor
+from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import DecodingSettings
 
 MASK, BLOCK, VOCAB = 2, 4, 3
@@ -224,18 +227,27 @@ def test_speculative_samples_follow_the_exact_law(temperature: float) -> None:
 def test_drawing_again_after_a_miss_breaks_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above would notice: a second draw gives drafted states a second chance."""
     current: list[Recording] = []
+    asked: list[tuple[Evaluation, int, Tensor]] = []
+    read = Evaluation.reading
 
-    def redrawing_step(task: Task, *rest: Any) -> Cursor:
-        following = denoising_step(task, *rest)
+    def reading(evaluation: Evaluation, state: int, at: Tensor, *noise: Any) -> Reading:
+        asked.append((evaluation, state, at))
+        return read(evaluation, state, at, *noise)
+
+    def redrawing_step(task: Task, cursor: Cursor, said: Reading, *rest: Any) -> Cursor:
+        following = denoising_step(task, cursor, said, *rest)
         drafted = current[-1].drafted
         if drafted and following.ids.tolist() not in drafted:
-            following = denoising_step(replace(task, sequence=1), *rest)
+            evaluation, state, at = asked[-1]
+            other = read(evaluation, state, at, noise_of(replace(task, sequence=1), cursor, at))
+            following = denoising_step(task, cursor, other, *rest)
         return following
 
     def drafter() -> Recording:
         current.append(Recording(graph_drafter(1.0)))
         return current[-1]
 
+    monkeypatch.setattr(Evaluation, "reading", reading)
     monkeypatch.setattr("spiffy.runtime.decode.loop.denoising_step", redrawing_step)
     paths, _ = sample(1.0, range(SAMPLES), drafter)
     assert max(p_values(paths, 1.0)) < 1e-6
