@@ -45,6 +45,9 @@ results: $(READY)
 	$(BIN)/python studies/threads.py --into docs/what-pays.md
 	$(BIN)/python studies/real_sizes.py --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md
+	$(BIN)/python studies/load.py --model tiny-sdar --cache block --into docs/serving.md
+	$(BIN)/python studies/load.py --model tiny-llada --cache dual --into docs/serving.md
+	$(BIN)/python studies/soak.py --into docs/serving.md
 	$(BIN)/python studies/harness.py --into docs/integrations.md
 
 test: $(READY)

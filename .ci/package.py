@@ -22,6 +22,7 @@ PACKAGES = ("bench", "calib", "cli", "graphs", "integrations", "runtime", "schem
 MODELS = ("tiny-llada", "tiny-dream", "tiny-sdar", "tiny-llada2")
 IN_WHEEL = {
     *(f"spiffy/{package}/py.typed" for package in PACKAGES),
+    "spiffy/integrations/serve/page.html",
     *(f"spiffy/runtime/checkpoints/{model}/model.safetensors" for model in MODELS),
     *(f"spiffy/runtime/checkpoints/{model}/tokenizer.json" for model in MODELS),
     *(

@@ -43,7 +43,7 @@ class Watched:
 
 
 class WatchedAdviser:
-    """An adviser whose drafters' proposals are remembered."""
+    """An adviser whose drafters' proposals are remembered; it may advise others meanwhile."""
 
     def __init__(self, adviser: Adviser) -> None:
         self.adviser = adviser
@@ -88,25 +88,43 @@ class Forward:
     seconds: float
 
 
+class Watch:
+    """Follows the decode of a task, forward by forward.
+
+    Its drafter or adviser, if any, must be a watched one.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        watched = task.adviser or task.drafter
+        self._calls = watched.calls if isinstance(watched, (Watched, WatchedAdviser)) else {}
+        self._begin()
+        self._accepted, self._started = 0, perf_counter()
+
+    def _begin(self) -> None:
+        task = self.task
+        self._root, self._steps = task.canvas.start(task.prompt, task.model.mask_token_id), 0
+
+    def forward(self) -> Forward:
+        """What the last forward did; to be called after each."""
+        task = self.task
+        if len(task.path) < self._steps:  # begun anew
+            self._begin()
+        # A forward that only fills a cache makes no step; the root's drafts wait for the next.
+        root, reached = self._root, tuple(task.path[self._steps :])
+        candidates, states = self._calls.get(root.step, (None, None)) if reached else (None, None)
+        hops = task.stats.accepted - self._accepted
+        seconds = perf_counter() - self._started
+        self._steps, self._accepted = len(task.path), task.stats.accepted
+        self._root = reached[-1] if reached else root
+        self._started = perf_counter()
+        return Forward(root, candidates, states, reached[:hops], reached, seconds)
+
+
 def decode(task: Task) -> list[Forward]:
     """Decode a task to its end; its drafter or adviser, if any, must be a watched one."""
-    watched = task.adviser or task.drafter
-    calls = watched.calls if isinstance(watched, (Watched, WatchedAdviser)) else {}
-    root = task.canvas.start(task.prompt, task.model.mask_token_id)
-    forwards = []
-    steps = accepted = 0
-    started = perf_counter()
-    for _ in run(task.model, [task]):
-        # A forward that only fills a cache makes no step; the root's drafts wait for the next.
-        reached = tuple(task.path[steps:])
-        candidates, states = calls.get(root.step, (None, None)) if reached else (None, None)
-        hops = task.stats.accepted - accepted
-        forwards.append(
-            Forward(root, candidates, states, reached[:hops], reached, perf_counter() - started)
-        )
-        steps, accepted, started = len(task.path), task.stats.accepted, perf_counter()
-        root = reached[-1] if reached else root
-    return forwards
+    watch = Watch(task)
+    return [watch.forward() for _ in run(task.model, [task])]
 
 
 def step_through(

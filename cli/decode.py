@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,17 +24,20 @@ from spiffy.cli.common import (
 from spiffy.cli.decode_out import decode_into
 from spiffy.cli.decode_runs import Runs, Way, compare, print_json, report
 from spiffy.cli.options import (
+    Budget,
     Decoding,
     Encoding,
     Field,
     ModelOfGraph,
     SkipBad,
     VersionOption,
+    decoding_option,
     drafting_option,
     draw,
     model_option,
     output_option,
     prompt_option,
+    read_budget,
     spread,
 )
 from spiffy.cli.streams import write
@@ -45,10 +48,9 @@ from spiffy.schemas.io import check_writable
 if TYPE_CHECKING:
     from spiffy.calib.prompts import PromptSet
     from spiffy.runtime.budget.auto import AutoBudget
+    from spiffy.runtime.generate import Output
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-Budget = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class _Drafting:
         elif self.budget is None:
             found = ["auto"]
         else:
-            found = [self._budget(word.strip()) for word in self.budget.split(",")]
+            found = [read_budget(word.strip()) for word in self.budget.split(",")]
         if self.remeasure and "auto" not in found:
             raise SpiffyError("--remeasure times this machine for --budget auto: give that too")
         if len(found) > 1 and not several:
@@ -150,15 +152,6 @@ class _Drafting:
                 f"--budget {self.budget}: several budgets need --verify, to compare them"
             )
         return found
-
-    def _budget(self, word: str) -> Budget:
-        if word == "auto":
-            return "auto"
-        if word.removeprefix("-").isdecimal() and len(word) < 10:
-            if int(word) < 1:
-                raise SpiffyError(f"--budget {word}: must be at least 1 draft")
-            return int(word)
-        raise SpiffyError(f"--budget {self.budget!r}: give a number of drafts, or auto")
 
     def ways(
         self, runs: Runs, artifact: DraftGraph | None, budgets: list[Budget]
@@ -204,6 +197,14 @@ class _Output:
         bool, output_option("--stream", help="Print blocks as they are finished.")
     ] = False
     json: Annotated[bool, output_option("--json", help="Print one JSON object per prompt.")] = False
+    batch_size: Annotated[
+        int,
+        decoding_option(
+            min=1,
+            help="Prompts that share forwards. With --json answers are printed as they finish, "
+            "else in order.",
+        ),
+    ] = 1
     out: Annotated[
         Path | None,
         output_option(
@@ -222,6 +223,11 @@ class _Output:
 
     def check(self, drafts: bool, prompts: str | None, ranks: Ranks) -> None:
         """Refuse options that exclude each other; `drafts` says whether there are any."""
+        if self.batch_size > 1 and (self.stream or self.verify):
+            raise SpiffyError(
+                "--batch-size decodes prompts together: drop --stream and --verify, which take one "
+                "after the other"
+            )
         if self.out is not None:
             if self.json or self.stream or self.verify:
                 raise SpiffyError(
@@ -294,9 +300,12 @@ def decode(
                 warn_of_differences(artifact, settings)
             runs.ways = drafting.ways(runs, artifact, budgets)
         if output.out is not None:
-            decode_into(output.out, runs, drawn, artifact, next(iter(budgets), None), ranks)
+            budget = next(iter(budgets), None)
+            decode_into(output.out, runs, drawn, artifact, budget, ranks, output.batch_size)
         elif output.verify:
             _verify(runs, output.json)
+        elif output.batch_size > 1:
+            _answer_together(runs, output.batch_size, output.json)
         else:
             _answer(runs, output)
 
@@ -329,6 +338,21 @@ def _answer(runs: Runs, output: _Output) -> None:
             print_json(prompt[0], answer)
         else:
             write("\n" if output.stream else answer.text + "\n")
+    report(runs)
+
+
+def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:
+    """Decode prompts that share forwards; print JSON as they finish, texts in order."""
+    came: dict[int, Output] = {}
+    unprinted = [index for index, _ in runs.prompts]
+    for index, output in runs.together(runs.prompts, runs.shown, batch_size):
+        came[index] = output
+        if json_lines:
+            print_json(index, output)
+            continue
+        while unprinted and unprinted[0] in came:
+            write(came[unprinted.pop(0)].text + "\n")
+    runs.outputs[runs.shown] = [*came.values()]
     report(runs)
 
 

@@ -23,6 +23,7 @@ def decode_into(
     graph: DraftGraph | None,
     budget: int | Literal["auto"] | None,
     ranks: Ranks,
+    batch_size: int = 1,
 ) -> None:
     """Decode this rank's share of the prompts; rank 0 then writes the answers of all.
 
@@ -32,7 +33,7 @@ def decode_into(
         If answers on their way to the file are to other prompts or of other settings, or another
         process writes them, or they cannot be written.
     KeyboardInterrupt
-        If asked to stop, after the prompt in hand.
+        If asked to stop, after an answer.
     """
     from spiffy.calib.answers import Answers, answers_manifest
 
@@ -47,7 +48,7 @@ def decode_into(
         runs.edges,
     )
     with ranks.sharing(lambda: Answers(out, manifest, ranks.rank)) as answers:
-        _decode_missing(runs, answers, ranks)
+        _decode_missing(runs, answers, ranks, batch_size)
     if ranks.rank == 0:
         sums = answers.merge([number for number, _ in runs.prompts])
         log.print(
@@ -58,7 +59,7 @@ def decode_into(
         )
 
 
-def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks) -> None:
+def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int) -> None:
     from spiffy.calib.workdir import until_interrupted
 
     for note in answers.notes:
@@ -69,9 +70,10 @@ def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks) -> None:
     mine = todo[ranks.rank :: ranks.world]
     of = f" (rank {ranks.rank} of {ranks.world})" if ranks.world > 1 else ""
     with progress_bar() as bar, until_interrupted(log.print) as stopped:
-        for prompt in bar.track(mine, description=f"decoding prompts{of}"):
-            runs.decode(prompt, runs.shown)
-            (output,) = runs.outputs.pop(runs.shown)
-            answers.append(as_json(prompt[0], output))
+        finished = runs.together(mine, runs.shown, batch_size)
+        for index, output in bar.track(
+            finished, total=len(mine), description=f"decoding prompts{of}"
+        ):
+            answers.append(as_json(index, output))
             if stopped():
                 raise KeyboardInterrupt

@@ -6,19 +6,21 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from spiffy.cli.common import log, note_if_inexact
 from spiffy.cli.streams import write_utf8
+from spiffy.schemas.records import MAX_NODES
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
     from spiffy.runtime import BlockEdges
-    from spiffy.runtime.decode import Adviser
+    from spiffy.runtime.decode import Adviser, Task
     from spiffy.runtime.draft import Drafter
     from spiffy.runtime.generate import Output
     from spiffy.runtime.models import DiffusionLM
@@ -31,6 +33,15 @@ class Way:
 
     drafter: Drafter | None = None
     adviser: Adviser | None = None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What decoding prompts together took: how many at a time, forwards in all, seconds."""
+
+    batch_size: int
+    forwards: int
+    seconds: float
 
 
 @dataclass
@@ -46,6 +57,7 @@ class Runs:
     ways: dict[str, Way] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     fitting: dict[str, int] = field(default_factory=dict)  # drafts that memory allows
+    shared: Shared | None = None
 
     @property
     def shown(self) -> str:
@@ -59,14 +71,10 @@ class Runs:
 
     def stream(self, prompt: tuple[int, Tensor], name: str) -> Iterator[str]:
         """Decode one prompt; yields the text of each block when it is finished."""
-        from spiffy.runtime.decode import make_task, run
+        from spiffy.runtime.decode import run
         from spiffy.runtime.generate import answer, collect
 
-        sequence, ids = prompt
-        way, edges = self.ways[name], self.edges
-        options = (way.drafter, self.seed, sequence, edges, self.stop)
-        task = make_task(self.lm, ids, self.settings, *options)
-        task.adviser = way.adviser
+        task = self._task(prompt, name)
         task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
         printed, block = "", 0
         for _ in run(self.lm, [task]):
@@ -78,12 +86,46 @@ class Runs:
                 printed = full
         if task.stats.halvings:
             self.fitting[name] = task.most_drafts
-            log.print(
-                f"out of memory: going on with at most {task.most_drafts} drafts per forward, "
-                "the tokens stay the same",
-                soft_wrap=True,
-            )
+            _note_fewer_drafts(task)
         self.outputs.setdefault(name, []).append(collect(task))
+
+    def together(
+        self, prompts: Sequence[tuple[int, Tensor]], name: str, batch_size: int
+    ) -> Iterator[tuple[int, Output]]:
+        """Decode prompts, up to `batch_size` sharing forwards; yields answers as they finish.
+
+        Afterwards `shared` says what that took.
+        """
+        from spiffy.runtime.decode import run
+        from spiffy.runtime.generate import collect
+
+        forwards, began, fewest = 0, perf_counter(), MAX_NODES
+        for finished in run(self.lm, (self._task(prompt, name) for prompt in prompts), batch_size):
+            forwards += 1
+            for task in finished:
+                if task.stats.halvings and task.most_drafts < fewest:
+                    fewest = task.most_drafts
+                    _note_fewer_drafts(task)
+                yield task.sequence, collect(task)
+        self.shared = Shared(batch_size, forwards, perf_counter() - began)
+
+    def _task(self, prompt: tuple[int, Tensor], name: str) -> Task:
+        from spiffy.runtime.decode import make_task
+
+        sequence, ids = prompt
+        way = self.ways[name]
+        options = (way.drafter, self.seed, sequence, self.edges, self.stop)
+        task = make_task(self.lm, ids, self.settings, *options)
+        task.adviser = way.adviser
+        return task
+
+
+def _note_fewer_drafts(task: Task) -> None:
+    log.print(
+        f"out of memory: going on with at most {task.most_drafts} drafts per forward, the tokens "
+        "stay the same",
+        soft_wrap=True,
+    )
 
 
 def _totals(outputs: Sequence[Output]) -> dict[str, float]:
@@ -148,12 +190,16 @@ def compare(runs: Runs, out: Console) -> bool:
 
 def report(runs: Runs) -> None:
     """Print what the answers cost."""
-    totals = _totals(runs.outputs[runs.shown])
+    totals, shared = _totals(runs.outputs[runs.shown]), runs.shared
+    forwards = f"{totals['nfe']:.0f} forwards"
+    if shared is not None:
+        forwards = f"{shared.forwards} forwards that up to {shared.batch_size} prompts shared"
+    seconds = totals["seconds"] if shared is None else shared.seconds
     log.print(
-        f"{totals['tokens']:.0f} tokens, {totals['nfe']:.0f} forwards, "
+        f"{totals['tokens']:.0f} tokens, {forwards}, "
         f"{totals['positions_computed']:.0f} positions, "
         f"{totals['steps'] / totals['nfe']:.2f} steps per forward, "
-        f"{totals['tokens'] / totals['seconds']:.1f} tokens/s"
+        f"{totals['tokens'] / seconds:.1f} tokens/s"
     )
     note_budgets(runs.outputs[runs.shown])
     if runs.shown != "plain":

@@ -7,6 +7,9 @@ graph, and with the paper's; with every exact cache, and with and without block 
 A second table is of the one cache that is not exact, beside the exact one that freezes the same:
 how many answers its drafts change, and what it saves for that. Whole answers are compared, not cut
 at their end; with `--dataset` also those to other prompts.
+
+A third table is of company: the same answers decoded alone, and together with fifteen others, whose
+rows a forward then pads and multiplies in one go, in float32 and in bfloat16.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.decode import make_task, run
+from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.generate import Output, Selection, collect
 from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName
@@ -38,6 +41,9 @@ POLICIES: tuple[PolicyName, ...] = ("static", "threshold")
 BUDGETS = (1, 8, 32)
 PREFIX_CACHES: tuple[CacheName, ...] = ("prefix", "prefix-shared")
 SHARING = 8  # drafts of the second table
+TOGETHER = 16  # sequences that share a forward, of the third table
+DRAFTED = 8  # drafts of each of them, beside none
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,114 @@ def sharing(rows: Sequence[Sharing]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Company:
+    """Answers decoded together beside the same ones decoded plainly, each alone.
+
+    Attributes
+    ----------
+    differing
+        Answers that are not plain decoding's, by way: plain, or with drafts.
+    steps
+        Denoising steps that were compared: of an answer that differs, up to where it does.
+    """
+
+    model: str
+    cache: str
+    policy: PolicyName
+    dtype: str
+    compared: int
+    differing: Mapping[str, int]
+    steps: Mapping[str, int]
+
+
+def keep_company(name: str, args: argparse.Namespace) -> Iterator[Company]:
+    """Decode alone and together, of every exact cache that is no variant of another."""
+    prompts = load_prompts("synthetic", args.calibrate)
+    questions = [problem.question for problem in islice(problems("test"), args.company_samples)]
+    models = {dtype: load_model(name, device="cpu", dtype=dtype) for dtype in DTYPES}
+    first = models[DTYPES[0]]
+    for cache in args.caches or [c for c in first.family.caches if c in ("none", "dual", "block")]:
+        for policy in POLICIES:
+            settings = decoding_settings(
+                first, gen_length=args.gen_length, cache=cache, policy=policy
+            )
+            traces = record(first, prepare(first, prompts, settings))
+            graph = build_graph(first, prompts, settings, traces, DRAFTED)
+            for dtype, model in models.items():
+                drafter = graph_drafter(model, graph, settings, DRAFTED)
+                alone = decoded_tasks(model, settings, questions, None, 1)
+                parted: dict[str, list[int | None]] = {}
+                for way, used in (("plain", None), (f"{DRAFTED} drafts", drafter)):
+                    together = decoded_tasks(model, settings, questions, used, TOGETHER)
+                    parted[way] = [*map(parting, alone, together)]
+                steps = [len(task.path) for task in alone]
+                yield Company(
+                    name,
+                    cache,
+                    policy,
+                    dtype,
+                    len(questions),
+                    {way: sum(at is not None for at in ats) for way, ats in parted.items()},
+                    {
+                        way: sum(
+                            made if at is None else at + 1
+                            for made, at in zip(steps, ats, strict=True)
+                        )
+                        for way, ats in parted.items()
+                    },
+                )
+
+
+def decoded_tasks(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    questions: Sequence[str],
+    drafter: Drafter | None,
+    batch_size: int,
+) -> list[Task]:
+    """Decode every question, so many at a time."""
+    tasks = [
+        make_task(model, question, settings, drafter, 0, sequence)
+        for sequence, question in enumerate(questions)
+    ]
+    for _ in run(model, tasks, batch_size):
+        pass
+    return tasks
+
+
+def parting(ours: Task, theirs: Task) -> int | None:
+    """The first denoising step that two decodes do not share; None if they share all."""
+    states = zip(ours.path, theirs.path, strict=False)
+    return next((k for k, (a, b) in enumerate(states) if not torch.equal(a.ids, b.ids)), None)
+
+
+def company(rows: Sequence[Company]) -> str:
+    """Markdown: how often company changes an answer, and how many denoising steps that takes."""
+    ways = list(rows[0].differing)
+    lines = [
+        "| model | cache | policy | dtype "
+        + "".join(f"| {way}: answers that differ | one near-tie in steps " for way in ways)
+        + "|",
+        "| --- | --- | --- | --- |" + " ---: | ---: |" * len(ways),
+    ]
+
+    def cells(some: Sequence[Company]) -> str:
+        found = []
+        for way in ways:
+            wrong, total = sum(r.differing[way] for r in some), sum(r.compared for r in some)
+            steps = sum(r.steps[way] for r in some)
+            often = f"{steps / wrong:.0f}" if wrong else f"none in {steps}"
+            found.append(f"{wrong} of {total} ({wrong / total:.1%}) | {often}")
+        return " | ".join(found)
+
+    for row in rows:
+        lines.append(f"| {row.model} | {row.cache} | {row.policy} | {row.dtype} | {cells([row])} |")
+    for dtype in DTYPES:
+        lines.append(f"| all | | | {dtype} | {cells([r for r in rows if r.dtype == dtype])} |")
+    return "\n".join(lines)
+
+
 def losslessness(rows: Sequence[Row]) -> str:
     """Markdown: what was compared with plain decoding, and how many answers differed."""
     heads = ["no drafts", *(f"{budget} draft{'s' * (budget > 1)}" for budget in BUDGETS)]
@@ -265,11 +379,14 @@ def main() -> None:
     parser.add_argument(
         "--tables",
         nargs="+",
-        choices=("losslessness", "sharing"),
-        default=["losslessness", "sharing"],
+        choices=("losslessness", "sharing", "company"),
+        default=["losslessness", "sharing", "company"],
     )
     parser.add_argument(
         "--near-samples", type=int, default=20, help="test problems of the second table"
+    )
+    parser.add_argument(
+        "--company-samples", type=int, default=64, help="test problems of the third table"
     )
     parser.add_argument("--dataset", help="name or JSONL file of more prompts for it")
     parser.add_argument("--dataset-samples", type=int, default=10, help="how many of those")
@@ -298,6 +415,13 @@ def main() -> None:
         blocks["sharing"] = (
             f"`{command} {' '.join(models)} --tables sharing --near-samples {args.near_samples} "
             f"{size}{more}` ({versions()})\n\n{sharing(beside)}"
+        )
+    if "company" in args.tables:
+        kept = measured(keep_company, args.models, args)
+        blocks["company"] = (
+            f"`{command} {' '.join(args.models)} --tables company --company-samples "
+            f"{args.company_samples} {size}` ({versions().replace('float32, ', '')})\n\n"
+            f"{company(kept)}"
         )
     for key, block in blocks.items():
         print(f"\n{block}")

@@ -21,6 +21,7 @@ import torch
 
 from spiffy.calib.pipeline import record
 from spiffy.calib.record import Recorder
+from spiffy.integrations import custom_generate
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.budget.cost import measure_cost
 from spiffy.runtime.decode import Advice, Task, driver, make_task, run
@@ -181,10 +182,10 @@ def halved(device: str) -> Outcome:
     lm = model("sdar-a", device)
     forward = driver.forward
 
-    def small(lm: DiffusionLM, rows: Sequence[Row], *lengths: Any) -> list[RowOutput]:
+    def small(lm: DiffusionLM, rows: Sequence[Row], lengths: Sequence[int] = ()) -> list[RowOutput]:
         if sum(len(row.ids) for row in rows) > 4 * BLOCK:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(lm, rows, *lengths)
+        return forward(lm, rows, lengths)
 
     tasks = tasks_of(lm, 1, "graph")
     with pytest.MonkeyPatch.context() as patch:
@@ -199,6 +200,23 @@ def without_float64(device: str) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(question, "_HOSTS", {"cpu", device})
         return outcome(lm, tasks_of(lm, 1, "model"))
+
+
+def generated(device: str) -> Outcome:
+    """By transformers' `generate`: a padded batch whose ids are on the device, with a criterion."""
+    module: Any = model("sdar-a", device).module
+    ids = torch.tensor([PROMPT, (0, 0, *PROMPT[2:])], device=device)
+    sequences = module.generate(
+        input_ids=ids,
+        attention_mask=(ids > 0).long(),
+        custom_generate=custom_generate,
+        decoding={"block_length": BLOCK, "stop_at_eos": False},
+        max_new_tokens=GEN,
+        pad_token_id=0,
+        stopping_criteria=[lambda found, _: found[:, -1] < 0],
+    )
+    assert sequences.device == ids.device
+    return Outcome(sequences.cpu().tolist())
 
 
 def broken(device: str) -> Outcome:
@@ -222,7 +240,8 @@ def cases() -> Iterator[tuple[str, Callable[[str], Outcome]]]:
             yield f"{layout}, batch: {way}", partial(decoded, name, way, SEQUENCES, options)
     yield "logits", partial(logits, "dream-a")
     yield from (("recorded", recorded), ("measured", measured), ("advised", advised))
-    yield from (("halved", halved), ("no float64", without_float64), ("broken", broken))
+    yield from (("halved", halved), ("broken", broken), ("generated", generated))
+    yield "no float64", without_float64
 
 
 def main(device: str) -> None:

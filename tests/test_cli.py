@@ -104,6 +104,29 @@ def test_decode_prints_the_answer_and_counts(call: Call, artifact: Path) -> None
     assert (code, streamed.strip()) == (0, answer.strip())
 
 
+def test_prompts_that_share_forwards_are_answered_in_order_or_as_they_finish(
+    call: Call, artifact: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    texts = [f"{PROMPT} {'And then?' * k}" for k in (4, 0, 2)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    command = ("decode", "--graph", artifact, "--prompts", prompts, "--stop", "\n")
+    code, alone, log = call(*command)
+    assert (code, len(alone.splitlines())) == (0, 3)
+    assert "shared" not in log
+    code, together, log = call(*command, "--batch-size", 3)
+    assert (code, together) == (0, alone)
+    assert "forwards that up to 3 prompts shared" in log
+    code, lines, _ = call(*command, "--batch-size", 2, "--json")
+    assert code == 0
+    answers = {answer["index"]: answer["text"] for answer in map(json.loads, lines.splitlines())}
+    assert [answers[index] for index in range(3)] == alone.splitlines()
+    for other in ("--stream", "--verify"):
+        code, printed, log = call(*command, "--batch-size", 2, other)
+        assert (code, printed) == (2, "")
+        assert log.startswith("error: --batch-size decodes prompts together")
+
+
 def test_json_has_one_object_per_prompt(call: Call, artifact: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{PROMPT} {k}"}) + "\n" for k in range(3)))

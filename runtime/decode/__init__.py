@@ -4,7 +4,7 @@
 `driver` runs one or many at a time.
 """
 
-from spiffy.runtime.decode.driver import is_out_of_memory, run, synchronize
+from spiffy.runtime.decode.driver import Scheduler, is_out_of_memory, run, synchronize
 from spiffy.runtime.decode.loop import (
     denoise,
     denoising_step,
@@ -13,11 +13,12 @@ from spiffy.runtime.decode.loop import (
     may_complete,
     noise_of,
 )
-from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task
+from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task, planned
 
 __all__ = [
     "Advice",
     "Adviser",
+    "Scheduler",
     "Stats",
     "Task",
     "decoded",
@@ -29,6 +30,7 @@ __all__ = [
     "make_task",
     "may_complete",
     "noise_of",
+    "planned",
     "run",
     "synchronize",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 
 import torch
@@ -22,48 +23,172 @@ def synchronize(device: torch.device) -> None:
 
 _Running = tuple[Task, Decoding, list[Row]]
 
+_TRY_AGAIN = 512  # forwards that fitted, after which a little more is tried
 
-def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Iterator[list[Task]]:
+
+def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Iterator[list[Task]]:
     """Decode tasks, up to `batch_size` at a time sharing their forwards.
 
-    Yields after every forward the tasks that it finished, often none; their `path` and `stats`
-    are up to date at any time.
+    They are taken when there is room for them. Yields after every forward the tasks that it
+    finished, often none; their `path` and `stats` are up to date at any time. The error of a task
+    that fails is raised.
     """
-    waiting = iter(tasks)
-    running: list[_Running] = []
-    most = MAX_NODES  # drafts that fitted
+    scheduler, more = Scheduler(model, batch_size), iter(tasks)
     while True:
-        while len(running) < batch_size and (task := next(waiting, None)) is not None:
-            task.most_drafts = min(task.most_drafts, most)
-            decoding = denoise(task)
-            running.append((task, decoding, next(decoding)))
-        if not running:
+        while len(scheduler) < batch_size and (task := next(more, None)) is not None:
+            scheduler.add(task)
+        if not scheduler.busy:
             return
+        finished = scheduler.step()
+        for task in finished:
+            if task.error is not None:
+                raise task.error
+        yield finished
+
+
+class Scheduler:
+    """Decodes that share forwards: they join and leave between two of them, in order.
+
+    A decode that fails ends alone, with its error. A forward that does not fit into memory is made
+    again with half the drafts; if there are none left, with half the decodes: the others wait and
+    are begun anew, for what they hold takes memory too. What fitted is remembered, and exceeded a
+    little after many forwards. For one thread.
+
+    Parameters
+    ----------
+    batch_size
+        Decodes that share a forward, at most.
+
+    Attributes
+    ----------
+    forwards
+        Made so far, however many decodes shared them.
+    """
+
+    def __init__(self, model: DiffusionLM, batch_size: int = 1) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.forwards = 0
+        self._waiting: deque[Task] = deque()
+        self._running: list[_Running] = []
+        self._most_drafts, self._most_decodes = MAX_NODES, batch_size  # that fitted
+        self._fitted = 0  # forwards since one did not
+
+    def __len__(self) -> int:
+        """Number of tasks that are decoded or wait."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to decode."""
+        return len(self) > 0
+
+    @property
+    def running(self) -> list[Task]:
+        """Tasks that share the next forward with others that may join it."""
+        return [task for task, _, _ in self._running]
+
+    @property
+    def waiting(self) -> int:
+        """Number of tasks that are not begun."""
+        return len(self._waiting)
+
+    def add(self, task: Task) -> None:
+        """Let a task wait for its turn."""
+        self._waiting.append(task)
+
+    def remove(self, task: Task) -> None:
+        """Give up a task: the next forward is without its rows. No matter if it is not there."""
+        self._waiting = deque(other for other in self._waiting if other is not task)
+        self._running = [entry for entry in self._running if entry[0] is not task]
+
+    def step(self) -> list[Task]:
+        """Make a forward; returns the tasks that it finished.
+
+        Also returns, without a forward, tasks that fail before it, or for which it has no room.
+
+        Raises
+        ------
+        Exception
+            What the forward itself raises; it can be made again.
+        """
+        finished = self._begin()
+        if finished or not self._running:
+            return finished
         started = perf_counter()
-        while (outputs := _forward(model, running)) is None:
-            running = _with_fewer_drafts(running)
-            most = min(most, *(task.most_drafts for task, _, _ in running))
-        synchronize(model.device)  # the walk waits for the values anyway
+        while (outputs := _forward(self.model, self._running)) is None:
+            if (failed := self._do_with_less()) is not None:
+                return [failed]
+        self.forwards += 1
+        self._remember_that_it_fitted()
+        synchronize(self.model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
-        advisers = {id(task.adviser): task.adviser for task, _, _ in running}
-        for adviser in advisers.values():
-            if adviser is not None:
-                adviser.turn(len(running))
-        finished: list[Task] = []
-        still: list[_Running] = []
-        for task, decoding, rows in running:
+        # Methods, not advisers: one that is watched has that of the one which it stands for.
+        for turn in {task.adviser.turn for task in self.running if task.adviser is not None}:
+            turn(len(self._running))
+        walked = self._running
+        self._running = []
+        for task, decoding, rows in walked:
             task.stats.nfe += 1
             task.stats.forward_seconds += forwarded
             task.stats.positions_computed += sum(len(row.ids) for row in rows)
             ours, outputs = outputs[: len(rows)], outputs[len(rows) :]
             try:
-                still.append((task, decoding, decoding.send(ours)))
+                self._running.append((task, decoding, decoding.send(ours)))
             except StopIteration:
                 finished.append(task)
-        for task, _, _ in running:
+            except Exception as error:  # of this decode: the others go on
+                task.error = error
+                finished.append(task)
+        for task, _, _ in walked:
             task.stats.seconds += perf_counter() - started
-        running = still
-        yield finished
+        return finished
+
+    def _begin(self) -> list[Task]:
+        """Let waiting tasks join; returns those that fail at once."""
+        failed: list[Task] = []
+        while self._waiting and len(self._running) < self._most_decodes:
+            task = self._waiting.popleft()
+            task.most_drafts = min(task.most_drafts, self._most_drafts)
+            decoding = denoise(task)
+            try:
+                self._running.append((task, decoding, next(decoding)))
+            except Exception as error:
+                task.error = error
+                failed.append(task)
+        return failed
+
+    def _do_with_less(self) -> Task | None:
+        """Halve the drafts, else the decodes; a task that fails because it is alone is returned."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._fitted = 0
+        tasks = self.running
+        before = sum(task.stats.halvings for task in tasks)
+        self._running = [
+            (task, decoding, decoding.throw(TooLargeError())) for task, decoding, _ in self._running
+        ]
+        if sum(task.stats.halvings for task in tasks) > before:
+            self._most_drafts = min(self._most_drafts, *(task.most_drafts for task in tasks))
+            return None
+        if len(tasks) == 1:
+            self._running = []
+            tasks[0].error = torch.OutOfMemoryError(
+                "a forward without drafts does not fit into memory"
+            )
+            return tasks[0]
+        self._most_decodes = len(tasks) // 2
+        self._running = self._running[: self._most_decodes]
+        for task in reversed(tasks[self._most_decodes :]):
+            task.path.clear()
+            task.roots.clear()
+            self._waiting.appendleft(task)
+        return None
+
+    def _remember_that_it_fitted(self) -> None:
+        self._fitted += 1
+        if self._fitted % _TRY_AGAIN == 0:
+            self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
+            self._most_decodes = min(self._most_decodes + 1, self.batch_size)
 
 
 def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput] | None:
@@ -76,23 +201,6 @@ def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput]
         if not is_out_of_memory(error):
             raise
     return None  # outside of the handler, which keeps the failed forward's tensors alive
-
-
-def _with_fewer_drafts(running: Sequence[_Running]) -> list[_Running]:
-    """The same decodes with half the drafts.
-
-    Raises
-    ------
-    torch.OutOfMemoryError
-        If there are no drafts to do without: plain decoding does not fit either.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    before = sum(task.stats.halvings for task, _, _ in running)
-    smaller = [(task, decoding, decoding.throw(TooLargeError())) for task, decoding, _ in running]
-    if sum(task.stats.halvings for task, _, _ in running) == before:
-        raise torch.OutOfMemoryError("a forward without drafts does not fit into memory")
-    return smaller
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

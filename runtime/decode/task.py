@@ -119,6 +119,8 @@ class Task:
         The state after every denoising step made so far.
     roots
         For every forward that made denoising steps, how many had been made before it.
+    error
+        What ended it before its time.
     """
 
     model: DiffusionLM
@@ -136,6 +138,7 @@ class Task:
     roots: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     adviser: Adviser | None = None
+    error: Exception | None = None
 
 
 def make_task(
@@ -162,15 +165,7 @@ def make_task(
             f"{model.name} ships no tokenizer, so its answers have no text to stop at"
         )
     ids = given_ids(model.encode(prompt), model.vocab_size)
-    family = model.family
-    canvas = Canvas.plan(
-        len(ids),
-        settings.gen_length,
-        settings.block_length,
-        family.block_causal,
-        ends_with_prompt=family.blocks_end_with_prompt,
-        cut=family.cuts_last_block,
-    )
+    canvas = planned(model, settings, len(ids))
     if model.max_length is not None and canvas.length > model.max_length:
         raise SpiffyError(
             f"prompt of {len(ids)} tokens plus gen_length {settings.gen_length} exceeds the "
@@ -187,6 +182,19 @@ def make_task(
         edges,
         most_drafts(settings, canvas),
         stop=stop,
+    )
+
+
+def planned(model: DiffusionLM, settings: DecodingSettings, prompt_length: int) -> Canvas:
+    """Where prompt, blocks and answer will lie."""
+    family = model.family
+    return Canvas.plan(
+        prompt_length,
+        settings.gen_length,
+        settings.block_length,
+        family.block_causal,
+        ends_with_prompt=family.blocks_end_with_prompt,
+        cut=family.cuts_last_block,
     )
 
 

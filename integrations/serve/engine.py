@@ -1,0 +1,474 @@
+"""One thread owns the model: jobs come through a queue and share their forwards.
+
+Nothing here knows of HTTP. A job's `tell` is called from the engine's thread, in the order in which
+things happen to it, and a last time with `Done` or `Failed`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal, NamedTuple
+
+from spiffy.bench.watch import Watch, Watched, WatchedAdviser
+from spiffy.integrations.serve.metrics import Metrics
+from spiffy.integrations.serve.watching import forward_event
+from spiffy.runtime.budget.auto import auto_budget
+from spiffy.runtime.decode import Scheduler, Stats, Task, decoded, make_task, planned
+from spiffy.runtime.draft import graph_drafter
+from spiffy.runtime.forward.cache import BlockEdges
+from spiffy.runtime.generate import answer, collect
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.text import Prompt, given_ids
+from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+
+_LOG = logging.getLogger("spiffy")
+
+_LONGEST = 4096  # positions, of a model that states no limit
+_UNCHECKED = 64  # answers that wait for an idle moment to be compared
+_RECENT = 0.9  # weight of the past in what a job takes
+
+
+class TooLongError(SpiffyError):
+    """Prompt and answer together are longer than the model reaches."""
+
+
+class BusyError(Exception):
+    """As many jobs wait as may; `seconds` says after how long it is worth another try."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"too many requests wait already: try again in {seconds} s")
+        self.seconds = seconds
+
+
+class StoppedError(Exception):
+    """No jobs are taken any more."""
+
+
+class Text(NamedTuple):
+    """More of an answer: blocks that are finished."""
+
+    job: Job
+    text: str
+
+
+class Seen(NamedTuple):
+    """A forward of a watched job (`watching.forward_event`)."""
+
+    job: Job
+    forward: dict[str, Any]
+
+
+class Done(NamedTuple):
+    """A whole answer; `ids` hold its end-of-sequence token, if there is one."""
+
+    job: Job
+    text: str
+    ids: list[int]
+    stats: Stats
+    reason: Literal["stop", "length"]
+
+
+class Failed(NamedTuple):
+    """The end of a job without an answer."""
+
+    job: Job
+    error: Exception
+
+
+Event = Text | Seen | Done | Failed
+
+
+class Job:
+    """One answer that somebody waits for.
+
+    Parameters
+    ----------
+    task
+        What is decoded (`Engine.task`).
+    tell
+        Is called with all that happens to it.
+    number
+        Of the answer among those to one request.
+    stream, watch
+        Whether finished blocks, and whether forwards, are told.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tell: Callable[[Event], None],
+        number: int = 0,
+        *,
+        stream: bool = False,
+        watch: bool = False,
+    ) -> None:
+        self.task, self.tell, self.number = task, tell, number
+        self._stream, self._block, self._sent = stream, 0, ""
+        self._watch: Watch | None = None
+        if watch:
+            if task.adviser is not None:
+                task.adviser = WatchedAdviser(task.adviser)
+            elif task.drafter is not None:
+                task.drafter = Watched(task.drafter)
+            self._watch = Watch(task)
+        self.since = monotonic()
+
+    def follow(self) -> None:
+        """Tell what the last forward brought; called after each."""
+        if self._watch is not None:
+            self.tell(Seen(self, forward_event(self.task, self._watch.forward())))
+        if self._stream and self.task.path and self.task.path[-1].block > self._block:
+            self._block = self.task.path[-1].block
+            self._say(answer(self.task)[0])
+
+    def end(self) -> Done | Failed:
+        """Tell how it ended."""
+        event: Done | Failed
+        try:
+            event = self._done()
+        except Exception as error:  # such as of a tokenizer
+            event = Failed(self, error)
+        self.tell(event)
+        return event
+
+    def _done(self) -> Done:
+        task = self.task
+        if task.error is not None:
+            raise task.error
+        output = collect(task)
+        if self._stream:
+            self._say(output.text)
+        return Done(self, output.text, output.token_ids, output.stats, _reason(task))
+
+    def _say(self, text: str) -> None:
+        if more := text[len(self._sent) :]:
+            self._sent = text
+            self.tell(Text(self, more))
+
+
+def _reason(task: Task) -> Literal["stop", "length"]:
+    """Whether an answer ended by itself: with an end-of-sequence token or before a stop string."""
+    cursor = task.path[-1]
+    ids = decoded(task, cursor.ids, task.canvas.span(cursor.block).start)
+    if task.stop and task.model.codec.before_stop(ids, task.stop) is not None:
+        return "stop"
+    ended = task.settings.stop_at_eos and ids and ids[-1] in task.model.eos_token_ids
+    return "stop" if ended else "length"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine takes on.
+
+    Attributes
+    ----------
+    batch
+        Jobs that share a forward.
+    waiting
+        Jobs beside those.
+    verify_share
+        Share of the answers that are compared with plain decoding when nothing else is to be done.
+    """
+
+    batch: int = 16
+    waiting: int = 64
+    verify_share: float = 0.0
+
+
+class Engine:
+    """Decodes what is submitted, as many at a time as there may be.
+
+    Parameters
+    ----------
+    settings
+        Of all answers; a job may have its own length and temperature.
+    graph, budget
+        What drafts, and how many; without a graph nothing does.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionLM,
+        settings: DecodingSettings,
+        graph: DraftGraph | None = None,
+        budget: int | Literal["auto"] = "auto",
+        *,
+        edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+        limits: Limits = Limits(),
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.model, self.settings, self.graph, self.budget = model, settings, graph, budget
+        self.edges, self.limits = edges, limits
+        #: What the model is called: of a folder, its last part.
+        self.name = Path(model.name).name if Path(model.name).is_dir() else model.name
+        self.metrics = Metrics() if metrics is None else metrics
+        self.max_length = model.max_length or _LONGEST
+        self._changed = threading.Condition()  # guards the next five
+        self._arrived: list[Job] = []
+        self._left: list[Job] = []
+        self._count = 0  # jobs submitted that have not ended
+        self._seconds = 1.0  # that a job took of late
+        self._stopping = False
+        # Of the engine's thread alone:
+        self._jobs: dict[int, Job] = {}  # by id of their tasks
+        self._scheduler = Scheduler(model, limits.batch)
+        self._checker = Scheduler(model, 1)
+        self._unchecked: deque[tuple[Task, Done]] = deque()
+        self._checked: Done | None = None  # the answer that `_checker` decodes plainly
+        self._draw = random.Random(0)
+        self.metrics.running.set_function(lambda: min(self._count, limits.batch))
+        self.metrics.waiting.set_function(lambda: max(0, self._count - limits.batch))
+        self._thread = threading.Thread(target=self._run, name="spiffy-engine", daemon=True)
+
+    # ------------------------------------------------------------ from any thread
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the forward in hand; jobs that are left fail."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are taken and decoded."""
+        return self._thread.is_alive() and not self._stopping
+
+    def task(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+        sequence: int = 0,
+        stop: str | Sequence[str] | None = (),
+        drafts: bool = True,
+    ) -> Task:
+        """What a job decodes: an answer of at most `max_tokens` tokens.
+
+        Blocks are decoded whole: where the length is no multiple of the block's, positions behind
+        the answer are decoded too. Without `max_tokens` there is room for as much as the settings
+        say, or as the model reaches.
+
+        Raises
+        ------
+        TooLongError
+            If prompt and answer are longer than the model reaches.
+        SpiffyError
+            If the prompt, or an option, is bad.
+        """
+        ids = given_ids(self.model.encode(prompt, raw=raw), self.model.vocab_size)
+        wanted = self._room(len(ids)) if max_tokens is None else max_tokens
+        settings = self._settings(wanted, temperature)
+        length = planned(self.model, settings, len(ids)).length
+        if length > self.max_length:
+            raise TooLongError(
+                f"a prompt of {len(ids)} tokens and an answer of {wanted} take {length} positions, "
+                f"more than the {self.max_length} of {self.model.name}: shorten one of them"
+            )
+        task = make_task(self.model, ids, settings, None, seed, sequence, self.edges, stop)
+        task.canvas = replace(task.canvas, gen_length=wanted)
+        if drafts:
+            self._equip(task)
+        return task
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take jobs on, all or none.
+
+        Raises
+        ------
+        BusyError
+            If too many wait already.
+        StoppedError
+            If none are decoded any more.
+        """
+        most = self.limits.batch + self.limits.waiting
+        with self._changed:
+            if self._stopping:
+                raise StoppedError
+            if self._count + len(jobs) > most:
+                turns = self._count / self.limits.batch
+                raise BusyError(min(60, max(1, ceil(turns * self._seconds))))
+            self._count += len(jobs)
+            self._arrived += jobs
+            self._changed.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Give jobs up: the next forward is without their rows. Ended ones are no matter."""
+        with self._changed:
+            self._left += jobs
+            self._changed.notify()
+
+    def _room(self, prompt_length: int) -> int:
+        """Tokens of an answer that none were asked for."""
+        settings, block = self.settings, self.settings.block_length
+        first = planned(self.model, settings, prompt_length).first
+        most = (self.max_length - first) // block * block - (prompt_length - first)
+        return max(1, min(settings.gen_length, most))
+
+    def _settings(self, max_tokens: int, temperature: float | None) -> DecodingSettings:
+        block = self.settings.block_length
+        whole = max_tokens if self.settings.cache == "block" else ceil(max_tokens / block) * block
+        changed: dict[str, object] = {"gen_length": whole}
+        if temperature is not None:
+            changed["temperature"] = temperature
+        return DecodingSettings.parse(**{**self.settings.model_dump(), **changed})
+
+    def _equip(self, task: Task) -> None:
+        """Give a task what drafts for it."""
+        if self.graph is None:
+            return
+        if self.budget == "auto":
+            task.adviser = auto_budget(task, self.graph)
+        else:
+            task.drafter = graph_drafter(self.model, self.graph, task.settings, self.budget)
+
+    # ------------------------------------------------------------ the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                if self._scheduler.busy:
+                    self._forward()
+                else:
+                    self._check()
+        except Exception:  # an error in this file
+            _LOG.exception("the engine failed: no more requests are answered")
+        finally:
+            with self._changed:
+                self._stopping = True
+                left = [*self._jobs.values(), *self._arrived]
+                self._jobs = {id(job.task): job for job in left}
+            for job in left:
+                self._fail(job, StoppedError("the server is stopping"))
+
+    def _take(self) -> bool:
+        """Take in what came and what left, between two forwards; returns whether to go on.
+
+        Waits where there is nothing else to do.
+        """
+        with self._changed:
+            while not (
+                self._arrived
+                or self._left
+                or self._stopping
+                or self._scheduler.busy
+                or self._checker.busy
+                or self._unchecked
+            ):
+                self._changed.wait()
+            arrived, self._arrived = self._arrived, []
+            left, self._left = self._left, []
+            going_on = not self._stopping
+        for job in arrived:
+            self._jobs[id(job.task)] = job
+            self._scheduler.add(job.task)
+        for job in left:
+            if self._jobs.pop(id(job.task), None) is not None:
+                self._scheduler.remove(job.task)
+                self._forget(job)
+                self.metrics.cancelled.inc()
+        return going_on
+
+    def _forward(self) -> None:
+        before = self._scheduler.forwards
+        try:
+            finished = self._scheduler.step()
+        except Exception as error:  # of the forward itself: whose fault it is, nobody knows
+            _LOG.exception("a forward failed")
+            for task in self._scheduler.running:
+                self._fail(self._jobs[id(task)], error)
+            return
+        if self._scheduler.forwards > before:
+            together = [*self._scheduler.running, *finished]
+            self.metrics.forward(len(together))
+            for task in together:
+                self._follow(self._jobs[id(task)])
+        for task in finished:
+            if id(task) in self._jobs:
+                self._end(self._jobs[id(task)])
+
+    def _follow(self, job: Job) -> None:
+        if job.task.error is None:
+            try:
+                job.follow()
+            except Exception as error:  # such as of a tokenizer
+                self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.task.error = error
+        self._scheduler.remove(job.task)
+        self._end(job)
+
+    def _end(self, job: Job) -> None:
+        del self._jobs[id(job.task)]
+        event = job.end()
+        self._forget(job, ended=True)
+        self.metrics.ended(job.task, event.ids if isinstance(event, Done) else None)
+        if isinstance(event, Done) and self._draw.random() < self.limits.verify_share:
+            self._keep_to_check(event)
+
+    def _keep_to_check(self, done: Done) -> None:
+        if len(self._unchecked) >= _UNCHECKED:
+            self.metrics.verified.labels("skipped").inc()
+            return
+        task = replace(done.job.task, path=[], roots=[], stats=Stats())
+        task.drafter = task.adviser = None
+        self._unchecked.append((task, done))
+
+    def _forget(self, job: Job, *, ended: bool = False) -> None:
+        with self._changed:
+            self._count -= 1
+            if ended:
+                took = monotonic() - job.since
+                self._seconds = _RECENT * self._seconds + (1 - _RECENT) * took
+
+    def _check(self) -> None:
+        """Go on comparing an answer with plain decoding, by one forward."""
+        done = self._checked
+        if done is None:
+            if not self._unchecked:
+                return
+            task, done = self._unchecked.popleft()
+            self._checker.add(task)
+            self._checked = done
+        try:
+            finished = self._checker.step()
+        except Exception as error:  # of the forward itself
+            finished = self._checker.running
+            for task in finished:
+                task.error = error
+                self._checker.remove(task)
+        for task in finished:
+            self.metrics.verified.labels(_compared(done, task)).inc()
+            self._checked = None
+
+
+def _compared(done: Done, plain: Task) -> Literal["same", "different", "failed"]:
+    """What became of comparing an answer with plain decoding's."""
+    if plain.error is not None:
+        _LOG.warning("an answer could not be compared with plain decoding: %s", plain.error)
+        return "failed"
+    output = collect(plain)
+    if (output.token_ids, output.text) == (done.ids, done.text):
+        return "same"
+    pairs = enumerate(zip(done.ids, output.token_ids, strict=False))
+    shorter = min(len(done.ids), len(output.token_ids))
+    at = next((k for k, (ours, theirs) in pairs if ours != theirs), shorter)
+    _LOG.warning("an answer is not plain decoding's: they part at token %d", at)
+    return "different"

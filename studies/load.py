@@ -1,0 +1,173 @@
+"""What a server gives as more and more clients ask: throughput and latency (docs/serving.md).
+
+A closed loop: every client asks, waits for its answer, and asks again. Servers of one model,
+without drafts, with as many as pay, and with eight for every answer whoever else asks, run beside
+each other and are measured in turns, so that what else the machine does hits all alike; only one of
+them is asked at a time. Temperature 0, generated problems that neither training nor calibration
+saw. An answer differs if it is not the first one that plain decoding gave, which is a near-tie of
+floating point at most (docs/losslessness.md).
+
+    python studies/load.py --model tiny-sdar --cache block
+    python studies/load.py --model tiny-llada --cache dual
+    python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 --seconds 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+
+import httpx
+import torch
+from losslessness import fill
+from rich.console import Console
+from serving import Server, calibrated, percentile, questions, serving
+
+WAYS: dict[str, tuple[str, ...] | None] = {
+    "none": None,
+    "auto": ("--budget", "auto"),
+    "8 each": ("--budget", "8"),
+}
+log = Console(stderr=True, highlight=False, markup=False)
+
+
+@dataclass
+class Measured:
+    """What one server gave to a number of clients."""
+
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    tokens: int = 0
+    differing: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, of all clients."""
+        return self.tokens / self.seconds
+
+
+async def ask(
+    server: Server,
+    clients: int,
+    seconds: float,
+    prompts: Sequence[str],
+    gen_length: int,
+    known: dict[str, str],
+    into: Measured | None,
+) -> None:
+    """Let clients ask for some seconds; what is under way then is waited for and counted."""
+    numbers = count()
+    end = perf_counter() + seconds
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=server.address, timeout=600, limits=limits) as http:
+
+        async def client() -> None:
+            while perf_counter() < end:
+                prompt = prompts[next(numbers) % len(prompts)]
+                began = perf_counter()
+                response = await http.post(
+                    "/v1/chat/completions",
+                    json={
+                        "messages": [{"role": "user", "content": prompt}],
+                        "max_tokens": gen_length,
+                    },
+                )
+                took = perf_counter() - began
+                answer = response.raise_for_status().json()
+                if into is None:
+                    continue
+                text = answer["choices"][0]["message"]["content"]
+                into.latencies.append(took)
+                into.tokens += answer["usage"]["completion_tokens"]
+                into.differing += text != known.setdefault(prompt, text)
+
+        began = perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        if into is not None:
+            into.seconds += perf_counter() - began
+
+
+def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
+    """All numbers of clients, all ways, in turns."""
+    prompts = questions(args.prompts)
+    known: dict[str, str] = {}
+    decoding = ("--cache", args.cache, "--gen-length", str(args.gen_length))
+    room = ("--max-batch", str(args.max_batch), "--max-waiting", str(max(args.clients)))
+    found: dict[int, dict[str, Measured]] = {}
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        graph = calibrated(args.model, args.graphs or Path(temporary), *decoding)
+        servers = {}
+        for way, budget in WAYS.items():
+            drafts = () if budget is None else ("--graph", graph, *budget)
+            options = ("--model", args.model, *decoding, *room, *drafts)
+            servers[way] = stack.enter_context(serving(*options, shape=args.shape))
+        for clients in args.clients:
+            found[clients] = {way: Measured() for way in WAYS}
+            for turn in range(-1, args.turns):  # the first one warms up, and lets auto learn
+                for way, server in servers.items():
+                    seconds = args.warm_up if turn < 0 else args.seconds / args.turns
+                    into = None if turn < 0 else found[clients][way]
+                    work = ask(server, clients, seconds, prompts, args.gen_length, known, into)
+                    asyncio.run(work)
+            log.print(
+                f"{clients} clients:", *(f"{w} {m.rate:.0f}" for w, m in found[clients].items())
+            )
+    return found
+
+
+def table(found: dict[int, dict[str, Measured]]) -> str:
+    """Markdown: throughput against the server without drafts, and latencies."""
+    heads = " | ".join(f"{way}: tokens/s | p50, p95 (s)" for way in WAYS)
+    lines = [f"| clients | {heads} | differing |", "| ---: |" + " ---: |" * (2 * len(WAYS) + 1)]
+    for clients, ways in found.items():
+        plain, cells = ways["none"], []
+        for way, measured in ways.items():
+            ratio = "" if way == "none" else f" ({measured.rate / plain.rate:.2f}x)"
+            middle, late = (percentile(measured.latencies, share) for share in (0.5, 0.95))
+            cells += [f"{measured.rate:.0f}{ratio}", f"{middle:.2f}, {late:.2f}"]
+        wrong = sum(measured.differing for measured in ways.values())
+        total = sum(len(measured.latencies) for measured in ways.values())
+        lines.append(f"| {clients} | {' | '.join(cells)} | {wrong} of {total} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table, or put it into a Markdown file between its markers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny-sdar")
+    parser.add_argument("--shape", help="of a real model, such as 0.3b")
+    parser.add_argument("--cache", default="block")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=30, help="per way and number of clients")
+    parser.add_argument("--turns", type=int, default=3, help="that these are split into")
+    parser.add_argument("--warm-up", type=float, default=5, help="seconds before, not counted")
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--graphs", type=Path, help="folder of calibrated graphs, to use again")
+    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    args = parser.parse_args()
+    found = measure(args)
+    shape = f" --shape {args.shape}" if args.shape else ""
+    block = (
+        f"`python studies/load.py --model {args.model} --cache {args.cache}{shape} --clients "
+        f"{' '.join(map(str, args.clients))} --max-batch {args.max_batch} --seconds "
+        f"{args.seconds:g} --gen-length {args.gen_length}` (torch {torch.__version__}, "
+        f"{os.cpu_count()} CPUs, {platform.machine()})\n\n{table(found)}"
+    )
+    print(f"\n{block}")
+    for path in args.into:
+        fill(path, f"load {args.model}{shape}", block)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Decodes join and leave between forwards, fail alone, and do with the memory there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Oracle, decode, parity_model, random_prompt, states
+from test_trust import Memory
+
+from spiffy.bench.watch import Watch, WatchedAdviser
+from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task
+from spiffy.schemas import DecodingSettings, SpiffyError
+
+LAYOUTS = {"none": "llada-a", "block": "sdar-a", "dual": "dream-a"}
+LENGTHS = (3, 9, 8, 11, 1)
+
+
+def begun(cache: Any, drafts: int = 0, **options: Any) -> tuple[list[Task], list[Task]]:
+    """Tasks, and the same ones decoded plainly, each alone; in float64, so that no tie is near."""
+    model = parity_model(LAYOUTS[cache], "float64")
+    settings = DecodingSettings.parse(
+        cache=cache, block_length=8, gen_length=16, stop_at_eos=False, **options
+    )
+    prompts = [random_prompt(model, length) for length in LENGTHS]
+    plainly = [decode(model, prompt, settings) for prompt in prompts]
+    tasks = [
+        make_task(model, task.prompt, settings, Oracle(task, drafts) if drafts else None)
+        for task in plainly
+    ]
+    return tasks, plainly
+
+
+def decoded(scheduler: Scheduler) -> list[Task]:
+    """Step to the end; what finished, in that order."""
+    finished = []
+    for _ in range(500):
+        finished += scheduler.step()
+        if not scheduler.busy:
+            return finished
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("cache", LAYOUTS)
+def test_decodes_join_and_leave_between_forwards(cache: Any) -> None:
+    tasks, plainly = begun(cache, drafts=2)
+    scheduler = Scheduler(tasks[0].model, batch_size=3)
+    assert not scheduler.busy
+    assert scheduler.step() == []
+    for task in tasks[:4]:
+        scheduler.add(task)
+    for _ in range(3):
+        scheduler.step()
+    assert [scheduler.running[k] is tasks[k] for k in range(3)] == [True] * 3
+    assert scheduler.waiting == 1
+    scheduler.remove(tasks[1])
+    forwards = tasks[1].stats.nfe
+    scheduler.add(tasks[4])
+    finished = decoded(scheduler)
+    assert tasks[1].stats.nfe == forwards == 3  # its rows were in no forward after that
+    assert {id(task) for task in finished} == {id(tasks[k]) for k in (0, 2, 3, 4)}
+    for k in (0, 2, 3, 4):
+        assert states(tasks[k]) == states(plainly[k])
+
+
+def test_what_waits_is_begun_in_order_and_can_be_given_up() -> None:
+    tasks, _ = begun("block")
+    scheduler = Scheduler(tasks[0].model, batch_size=1)
+    for task in tasks:
+        scheduler.add(task)
+    scheduler.remove(tasks[2])
+    scheduler.remove(tasks[2])  # not there: no matter
+    assert [tasks.index(task) for task in decoded(scheduler)] == [0, 1, 3, 4]
+    assert tasks[2].stats.nfe == 0
+
+
+class Broken:
+    """A drafter that fails."""
+
+    token_ranks = 1
+    asks_rejected = False
+
+    def __call__(self, *_: Any) -> Any:
+        raise RuntimeError("no drafts")
+
+
+@pytest.mark.parametrize("cache", LAYOUTS)
+def test_a_decode_that_fails_ends_alone(cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, plainly = begun(cache)
+    model, poisoned = tasks[0].model, tasks[1]
+    tasks[3].drafter = Broken()
+    hidden_states = model.hidden_states
+
+    def overflowing(*args: Any) -> Any:
+        hidden, kept = hidden_states(*args)
+        if poisoned.stats.nfe == 2:
+            hidden = hidden.clone()
+            hidden[scheduler.running.index(poisoned)] = torch.nan
+        return hidden, kept
+
+    monkeypatch.setattr(model, "hidden_states", overflowing)
+    scheduler = Scheduler(model, batch_size=3)
+    for task in tasks:
+        scheduler.add(task)
+    assert len(decoded(scheduler)) == len(tasks)
+    assert isinstance(poisoned.error, SpiffyError)
+    assert "NaN" in str(poisoned.error)
+    assert str(tasks[3].error) == "no drafts"
+    for k in (0, 2, 4):
+        assert tasks[k].error is None
+        assert states(tasks[k]) == states(plainly[k])
+
+
+@pytest.mark.parametrize("cache", LAYOUTS)
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_decodes_that_do_not_fit_wait_and_are_begun_anew(
+    cache: Any, drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, plainly = begun(cache, drafts)
+    # The longest sequence as a whole fits, or a block with a few drafts; blocks of all do not.
+    memory = Memory(max(task.canvas.length for task in tasks), torch.OutOfMemoryError("CUDA"))
+    monkeypatch.setattr(driver, "forward", memory)
+    scheduler = Scheduler(tasks[0].model, batch_size=5)
+    for task in tasks:
+        scheduler.add(task)
+    assert len(decoded(scheduler)) == len(tasks)
+    assert 0 < memory.failed < 8  # remembered: not tried again at every forward
+    for ours, theirs in zip(tasks, plainly, strict=True):
+        assert ours.error is None
+        assert states(ours) == states(theirs)
+
+
+def test_what_is_begun_anew_is_watched_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, second, *_), plainly = begun("none")
+    scheduler = Scheduler(first.model, batch_size=2)
+    scheduler.add(first)
+    scheduler.add(second)
+    watch, seen = Watch(second), []
+    for _ in range(3):
+        scheduler.step()
+        seen += watch.forward().reached
+    assert len(seen) == 3
+    longest = max(task.canvas.length for task in (first, second))
+    monkeypatch.setattr(driver, "forward", Memory(longest, torch.OutOfMemoryError("CUDA")))
+    while scheduler.busy:
+        scheduler.step()
+        if second.stats.nfe > len(seen):
+            seen += watch.forward().reached
+    assert [cursor.ids.tolist() for cursor in seen] == states(plainly[1])[:3] + states(plainly[1])
+
+
+def test_more_is_tried_again_after_many_forwards_that_fitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks, _ = begun("none")
+    memory = Memory(30, torch.OutOfMemoryError("CUDA"))
+    monkeypatch.setattr(driver, "forward", memory)
+    monkeypatch.setattr(driver, "_TRY_AGAIN", 4)
+    scheduler = Scheduler(tasks[0].model, batch_size=3)
+    for task in tasks:
+        scheduler.add(task)
+    scheduler.step()
+    assert len(scheduler.running) == 1
+    memory.most = 1000  # whoever had the memory gave it back
+    together = 0
+    while scheduler.busy:
+        scheduler.step()
+        together = max(together, len(scheduler.running))
+    assert together == 3
+
+
+def test_one_that_does_not_fit_alone_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, plainly = begun("none")
+    longest = max(task.canvas.length for task in tasks)
+    monkeypatch.setattr(driver, "forward", Memory(longest - 1, torch.OutOfMemoryError("CUDA")))
+    scheduler = Scheduler(tasks[0].model, batch_size=2)
+    for task in tasks:
+        scheduler.add(task)
+    decoded(scheduler)
+    for ours, theirs in zip(tasks, plainly, strict=True):
+        if ours.canvas.length == longest:
+            assert isinstance(ours.error, torch.OutOfMemoryError)
+        else:
+            assert states(ours) == states(theirs)
+
+
+class Adviser:
+    """Counts the forwards that it hears of; never drafts."""
+
+    def __init__(self) -> None:
+        self.turns: list[int] = []
+
+    def begin(self, canvas: Any) -> None:
+        pass
+
+    def turn(self, sequences: int) -> None:
+        self.turns.append(sequences)
+
+    def advise(self) -> Advice:
+        return Advice(None, None)
+
+    def learn(self, *_: Any) -> None:
+        pass
+
+    def why(self) -> str:
+        return ""
+
+
+def test_an_adviser_hears_of_a_forward_once_also_if_one_of_its_tasks_is_watched() -> None:
+    tasks, _ = begun("block")
+    adviser = Adviser()
+    for task in tasks:
+        task.adviser = adviser
+    tasks[1].adviser = WatchedAdviser(adviser)
+    tasks[2].adviser = WatchedAdviser(adviser)
+    scheduler = Scheduler(tasks[0].model, batch_size=5)
+    for task in tasks:
+        scheduler.add(task)
+    for _ in range(3):
+        scheduler.step()
+    assert adviser.turns == [5, 5, 5]
