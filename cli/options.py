@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial, wraps
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -19,7 +18,7 @@ import typer
 from spiffy.cli.common import log
 from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.hub import holds_weights
+from spiffy.schemas.hub import checkpoint_beside
 from spiffy.schemas.records import MAX_NODES
 
 if TYPE_CHECKING:
@@ -166,19 +165,10 @@ class ModelOfGraph:
             return load(self.model)
         if artifact is None or place is None:
             raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
-        if (beside := _checkpoint_beside(place)) is not None:
+        if (beside := checkpoint_beside(place)) is not None:
             return load(beside)
         record = artifact.model
         return load(record.id, revision=record.revision)
-
-
-def _checkpoint_beside(place: str) -> str | None:
-    """The checkpoint in the folder or the repository where a graph was found, if there is one."""
-    path = Path(place)
-    if path.exists():
-        folder = path if path.is_dir() else path.parent
-        return str(folder) if (folder / "config.json").is_file() else None
-    return place if holds_weights(place) else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.models import DiffusionLM
 from spiffy.runtime.models.text import Prompt
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.hub import checkpoint_beside
 
 Budget = int | Literal["auto"]
 
@@ -51,7 +52,7 @@ class Loaded:
         any_model: bool = False,
         **options: Any,
     ) -> None:
-        self.graph = None if graph is None else graph_at(graph)
+        self.graph = None if graph is None else DraftGraph.find(graph)
         if self.graph is None and budget not in (None, "auto"):
             raise SpiffyError(f"budget {budget} counts drafts: give a graph")
         if budget not in (None, "auto") and (type(budget) is not int or budget < 1):
@@ -92,22 +93,14 @@ class Loaded:
         return task
 
 
-def graph_at(place: str | Path) -> DraftGraph:
-    """A graph by file, by folder, or by hub repository."""
-    if Path(place).is_file() or Path(place).suffix == ".json":
-        return DraftGraph.load(place)
-    return DraftGraph.from_pretrained(str(place))
-
-
 def _load(
     model: str | None, graph: DraftGraph | None, place: str | Path | None, loading: dict[str, Any]
 ) -> DiffusionLM:
-    """The model that is named, else the graph's: by its id, or in the graph's folder."""
+    """The model that is named, else that beside the graph, else the one that the graph names."""
     if model is not None:
         return load_model(model, **loading)
     if graph is None or place is None:
         raise SpiffyError("name a model, or give a graph, which names its own")
-    folder = Path(place) if Path(place).is_dir() else Path(place).parent
-    if (folder / "config.json").is_file():
-        return load_model(str(folder), **loading)
+    if (beside := checkpoint_beside(str(place))) is not None:
+        return load_model(beside, **loading)
     return load_model(graph.model.id, **{"revision": graph.model.revision, **loading})

@@ -100,6 +100,15 @@ def holds_weights(repo: str) -> bool:
         return isinstance(try_to_load_from_cache(repo, "config.json"), str)
 
 
+def checkpoint_beside(place: str) -> str | None:
+    """The checkpoint in the folder or the repository where a graph was found, if there is one."""
+    path = Path(place)
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        return str(folder) if (folder / "config.json").is_file() else None
+    return place if holds_weights(place) else None
+
+
 def download(repo: str, revision: str | None) -> Path:
     """Path of a repository's graph in the hub's cache, downloaded if needed.
 

@@ -122,13 +122,13 @@ def test_answers_are_those_of_generate_in_order(
     assert out.read_bytes() == before
 
 
-def test_the_command_that_the_page_shows_runs(
+def test_the_command_of_the_readme_runs(
     run: Run, graph: DraftGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     graph.save("llada.json")
     Path("questions.jsonl").write_text(json.dumps({"question": PROMPTS[0]}) + "\n")
-    words = shlex.split(shown("docs/integrations.md", "torchrun"))
+    words = shlex.split(shown("README.md", "torchrun"))
     module = words.index("-m")
     assert words[module + 1] == decode.__name__
     code, log = run(*words[module + 2 :])

@@ -129,7 +129,7 @@ def local_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_two_actors_run_what_the_page_shows_and_one_of_them_is_killed(
+def test_two_actors_run_what_the_readme_shows_and_one_of_them_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, doomed = tmp_path, PROMPTS[2]
@@ -152,10 +152,10 @@ def test_two_actors_run_what_the_page_shows_and_one_of_them_is_killed(
     for number, prompt in enumerate(PROMPTS):  # a block of the data set each
         line = json.dumps({"id": number, "prompt": prompt})
         Path("questions", f"{number}.json").write_text(line + "\n")
-    snippet = shown("docs/integrations.md", "ds = ray.data")
+    snippet = shown("README.md", "ds = ray.data")
     assert "size=2" in snippet
     monkeypatch.setattr(door, "Decoder", Mortal)
-    exec(compile(snippet.replace("batch_size=64", "batch_size=1"), "integrations.md", "exec"), {})
+    exec(compile(snippet.replace("batch_size=64", "batch_size=1"), "README.md", "exec"), {})
     assert Path("killed").exists()
     assert len([*place.glob("pid-*")]) > 1
     lines = [line for path in Path("answers").iterdir() for line in path.read_text().splitlines()]
