@@ -704,6 +704,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.Mo
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with bind("127.0.0.1", 0) as taken:
+        taken.listen()
         port = str(taken.getsockname()[1])
         cases = {
             ("--port", port, "--model", "tiny-sdar"): f"cannot listen at 127.0.0.1, port {port}",
