@@ -27,6 +27,7 @@ from spiffy.runtime.budget.cost import measure_cost
 from spiffy.runtime.decode import Advice, Task, driver, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
+from spiffy.runtime.forward import question
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import SpiffyError
@@ -193,6 +194,14 @@ def halved(device: str) -> Outcome:
     return replace(found, values=[found.values, tasks[0].stats.halvings])
 
 
+def without_float64(device: str) -> Outcome:
+    """Logits come over instead, as for a device that has no float64."""
+    lm = model("sdar-a", device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(question, "_HOSTS", {"cpu", device})
+        return outcome(lm, tasks_of(lm, 1, "model"))
+
+
 def generated(device: str) -> Outcome:
     """By transformers' `generate`: a padded batch whose ids are on the device, with a criterion."""
     module: Any = model("sdar-a", device).module
@@ -232,6 +241,7 @@ def cases() -> Iterator[tuple[str, Callable[[str], Outcome]]]:
     yield "logits", partial(logits, "dream-a")
     yield from (("recorded", recorded), ("measured", measured), ("advised", advised))
     yield from (("halved", halved), ("broken", broken), ("generated", generated))
+    yield "no float64", without_float64
 
 
 def main(device: str) -> None:

@@ -152,6 +152,15 @@ def test_without_a_length_there_is_as_much_room_as_there_is() -> None:
         engine.task("x", max_tokens=513)
 
 
+def test_temperatures_are_no_reason_to_learn_anew_how_many_drafts_pay() -> None:
+    engine = Engine(model(), settings(), graph())
+    of = {t: engine.task(QUESTION, temperature=t).adviser for t in (0.0, 0.3, 0.9, None)}
+    assert of[0.0] is of[None] is not None
+    assert of[0.3] is of[0.9] is not of[0.0]
+    assert engine.task(QUESTION, temperature=0.3).settings.temperature == 0.3
+    assert engine.task(QUESTION, drafts=False).adviser is None
+
+
 def test_what_is_given_up_leaves_and_what_is_too_much_is_refused() -> None:
     with running(batch=1, waiting=1) as engine:
         first, _ = submit(engine)
@@ -695,6 +704,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.Mo
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with bind("127.0.0.1", 0) as taken:
+        taken.listen()
         port = str(taken.getsockname()[1])
         cases = {
             ("--port", port, "--model", "tiny-sdar"): f"cannot listen at 127.0.0.1, port {port}",
