@@ -35,6 +35,7 @@ from spiffy.runtime.draft import Drafter, Selection, graph_drafter
 from spiffy.runtime.generate import Budget, check_drafting, check_seed, decoding_settings
 from spiffy.runtime.models import DiffusionLM, wrap
 from spiffy.runtime.models.load import FAMILIES
+from spiffy.runtime.models.wrapping import check_attention
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 
@@ -216,6 +217,9 @@ def _model(
     if known is None:
         lm = wrap(module, None, _family(module, graph, family), mask_token_id=mask_token_id)
     else:
+        if not known.is_attention_trusted:  # set_attn_implementation was called since
+            check_attention(known)
+            known.trust_attention()
         own = known.family.name, known.mask_token_id
         wanted = family or own[0], own[1] if mask_token_id is None else mask_token_id
         lm = known if wanted == own else _otherwise(known, *wanted)

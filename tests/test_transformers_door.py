@@ -399,6 +399,16 @@ def test_attention_that_was_refused_is_refused_again() -> None:
     for _ in range(2):
         assert "does not keep to the mask" in refusal(lambda: drafted(module, inputs, **options))
     assert DiffusionLM.of(module) is None
+    module.set_attn_implementation("sdpa")
+    expected = drafted(model.module, inputs, decoding={"block_length": 4})
+    got = drafted(module, inputs, decoding={"block_length": 4}, **options)
+    assert torch.equal(got, expected)
+    module.set_attn_implementation("blind")  # of a module that is known by now
+    for _ in range(2):
+        assert "does not keep to the mask" in refusal(lambda: drafted(module, inputs, **options))
+    module.set_attn_implementation("eager")
+    got = drafted(module, inputs, decoding={"block_length": 4}, **options)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(

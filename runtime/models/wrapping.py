@@ -117,6 +117,7 @@ def wrap(
     except SpiffyError:
         model.forget()  # else a second try would find a known module, and trust it
         raise
+    model.trust_attention()
     return model
 
 
