@@ -356,12 +356,13 @@ def test_wrong_commands_end_in_one_line(
     ],
 )
 def test_what_a_task_does_wrong_is_one_line(
-    evaluate: Evaluate, task: Path, before: str, after: str, said: str
+    evaluate: Evaluate, task: Path, tmp_path: Path, before: str, after: str, said: str
 ) -> None:
     text = task.read_text()
     assert before in text
-    task.write_text(text.replace(before, after))
-    code, _, log = evaluate("--model", "dummy", "--tasks", task, "--limit", 1)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text.replace(before, after))
+    code, _, log = evaluate("--model", "dummy", "--tasks", wrong, "--limit", 1)
     (error,) = [line for line in log.splitlines() if line.startswith("error: ")]
     assert code == 2
     assert error.startswith(f"error: lm-evaluation-harness: {said}")
