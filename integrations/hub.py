@@ -254,14 +254,15 @@ def _merged(old: str | None, graph: DraftGraph, repo: str, weights_there: bool) 
         text = f"{old.rstrip()}\n\n{ours}\n"
     if weights_there:
         return text
+    fresh = _metadata(graph)
     try:
         written = ModelCard(text)
-    except Exception as error:  # YAML's own, and that it is no mapping
+        fresh["tags"] = list(dict.fromkeys([*(written.data.get("tags") or ()), *_TAGS]))
+    except Exception as error:  # YAML's own, that it is no mapping, and tags that are no list
+        reason = " ".join(str(error).split())[:300]
         raise SpiffyError(
-            f"{repo}: the front matter of its README.md cannot be read ({answered(error)}): mend it"
+            f"{repo}: the front matter of its README.md cannot be read ({reason}): mend it"
         ) from None
-    fresh = _metadata(graph)
-    fresh["tags"] = list(dict.fromkeys([*(written.data.get("tags") or ()), *_TAGS]))
     for key in ("library_name", "tags", "base_model", "base_model_revision"):
         if (value := fresh.get(key)) is not None:
             written.data[key] = value

@@ -516,6 +516,8 @@ def _refuse_options(config: Any, of_module: Any) -> None:
     for name, value in vars(config).items():
         if name.startswith("_") or value is None or value is False or value == usual.get(name):
             continue
+        if name == "min_length" and config.min_new_tokens is not None:
+            continue  # transformers made it of that, which is refused by its own name
         came_along = of_module is not None and value == getattr(of_module, name, None)
         harmless = name in _OF_SPEED or (name in _OF_SAMPLING and not config.do_sample)
         if came_along and (harmless or name not in _known_options()):

@@ -250,10 +250,11 @@ def test_what_cannot_be_had_is_one_line(hub: LoopbackHub, call: Call, status: in
         assert str(status) in log
 
 
+@pytest.mark.parametrize("metadata", ["tags: [", "tags: 5", "- a"])
 def test_a_card_that_cannot_be_read_stays_as_it_is(
-    hub: LoopbackHub, call: Call, file: Path
+    hub: LoopbackHub, call: Call, file: Path, metadata: str
 ) -> None:
-    hub.put("some/drafts", {"README.md": b"---\ntags: [\n---\n"})
+    hub.put("some/drafts", {"README.md": f"---\n{metadata}\n---\n".encode()})
     code, _, log = call("graph", "push", file, "some/drafts")
     assert (code, log.count("\n")) == (2, 1)
     assert "the front matter of its README.md cannot be read" in log

@@ -196,7 +196,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 0.7}, "temperature=0.7 needs do_sample=True"),
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True"),
     ({"use_cache": False}, "give decoding={'cache': 'none'}"),
-    ({"min_new_tokens": 4}, "min_"),
+    ({"min_new_tokens": 4}, "min_new_tokens=4"),
     ({"prompt_lookup_num_tokens": 4}, "prompt_lookup_num_tokens=4"),
     ({"logits_processor": [TemperatureLogitsWarper(0.5)]}, "TemperatureLogitsWarper"),
     ({"prefix_allowed_tokens_fn": lambda *_: [1]}, "prefix_allowed_tokens_fn"),
