@@ -9,10 +9,17 @@ from spiffy.runtime.decode import Task
 
 
 def beginning(task: Task) -> dict[str, Any]:
-    """Where the answer will lie."""
+    """Where the answer will lie, and whether anything drafts.
+
+    `given` are the prompt's tokens in the first block, which the answer's may share.
+    """
     canvas = task.canvas
+    first = canvas.span(0).start
+    given = task.prompt[first:].tolist()
     return {
         "type": "start",
+        "drafting": task.adviser is not None or task.drafter is not None,
+        "given": [[at, token_text(task.model, token)] for at, token in enumerate(given, first)],
         "prompt_tokens": canvas.prompt_length,
         "answer": [canvas.prompt_length, canvas.prompt_length + canvas.gen_length],
         "blocks": [[span.start, span.stop] for span in map(canvas.span, range(canvas.blocks))],
@@ -39,5 +46,6 @@ def forward_event(task: Task, forward: Forward) -> dict[str, Any]:
         "drafts": told["drafts"],
         "nfe": stats.nfe,
         "plain": stats.nfe + stats.accepted,
+        "positions": stats.positions_computed,
         "seconds": stats.seconds,
     }
