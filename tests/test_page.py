@@ -1,0 +1,162 @@
+"""The server's page: what is seen of a decode, and that nothing else gets into it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from in_browser import Browser, needs_browser
+from test_serve import LENGTH, Here, graph, held, model, plainly, served, settings, wait_until
+
+from spiffy.integrations.serve.app import Access
+from spiffy.integrations.serve.engine import Engine
+from spiffy.integrations.serve.page import page
+
+pytestmark = pytest.mark.xdist_group("page")
+
+
+def test_the_page_is_one_file_that_runs_its_own_script_and_nothing_else() -> None:
+    text, headers = page()
+    assert len(text.encode()) < 40_000
+    policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    for kind in ("script", "style"):
+        assert re.fullmatch(r"'sha256-[A-Za-z0-9+/]{43}='", policy[f"{kind}-src"])
+        assert text.count(f"<{kind}") == 1  # one hash covers all there is
+    assert not re.search(r"\b(innerHTML|outerHTML|insertAdjacentHTML|write|eval)\b", text)
+    assert not re.search(r"(?:src|href|action)=[\"'](?!data:|health|metrics)", text)
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Here]:
+    with served(Engine(model(), settings(), graph(), budget=4), Access()) as found:
+        yield found
+
+
+class Shown:
+    """The page in a browser."""
+
+    def __init__(self, browser: Browser, here: Here, width: int = 1280) -> None:
+        self.browser, self.js = browser, browser.js
+        browser.errors(), browser.requests()  # of what was open before
+        browser.open(f"{here.address}/", width)
+        self.set("pace", "0")
+        self.set("length", LENGTH)
+
+    def set(self, name: str, value: object) -> None:
+        self.js(f"document.getElementById('{name}').value = '{value}'")
+
+    def click(self, name: str) -> None:
+        self.js(f"document.getElementById('{name}').click()")
+
+    def wait(self, expression: str) -> None:
+        wait_until(lambda: bool(self.js(expression)))
+
+    def decode(self, mode: str) -> None:
+        self.js(f"document.querySelector('input[value={mode}]').click()")
+        self.click("run")
+        self.wait("document.querySelector('#verdict.done')")
+
+    def texts(self, selector: str) -> list[str]:
+        found = self.js(f"[...document.querySelectorAll('{selector}')].map(e => e.textContent)")
+        return [str(text) for text in found]
+
+    @property
+    def error(self) -> str:
+        return str(self.js("document.getElementById('error').textContent"))
+
+
+@needs_browser
+def test_both_ways_of_decoding_race_to_the_same_answer(browser: Browser, here: Here) -> None:
+    shown, plain = Shown(browser, here, width=360), plainly()
+    shown.decode("both")
+    assert shown.texts(".text") == [plain.text, plain.text]
+    assert "The same answer" in shown.texts("#verdict")[0]
+    drafted, plainly_made = map(int, shown.texts("[data-part=forwards]"))
+    assert drafted < plainly_made == plain.stats.nfe
+    assert len(shown.texts(".strip i")) == drafted + plainly_made
+    assert shown.js("document.documentElement.scrollWidth") <= 360
+    assert browser.errors() == []
+    own = (here.address, "data:")
+    assert [url for url in browser.requests() if not url.startswith(own)] == []
+
+
+@needs_browser
+def test_the_switch_shows_one_way_alone_and_steps_through_it(browser: Browser, here: Here) -> None:
+    shown, plain = Shown(browser, here), plainly()
+    for mode, panel in (("plain", 0), ("drafts", 1)):
+        shown.decode(mode)
+        assert shown.texts(".text") == [plain.text]
+        panels = "[...document.querySelectorAll('[data-part=drafts-panel]')]"
+        assert shown.js(f"{panels}.filter(e => !e.hidden).length") == panel
+    assert shown.js("document.documentElement.scrollWidth") <= 1280
+    forwards = int(shown.texts("[data-part=forwards]")[0])
+    browser.press("ArrowLeft")
+    assert shown.texts("#place") == [f"forward {forwards - 1} of {forwards}"]
+    shown.click("first")
+    assert shown.texts(".board .tok:not(.mask):not(.given)") == []
+    assert shown.js("document.getElementById('back').disabled")
+    seen: list[str] = []
+    for _ in range(forwards):  # every forward's drafts, those that came true are marked
+        browser.press("ArrowRight")
+        seen += shown.js("[...document.querySelectorAll('tbody tr')].map(e => e.className)")
+        assert shown.texts(".tok.first, .tok.hop") != []
+    assert seen.count("true") == plain.stats.nfe - forwards > 0
+    assert "false" in seen
+    shown.click("play")  # from the start again, to the end
+    shown.wait("document.querySelector('#verdict.done')")
+    assert browser.errors() == []
+
+
+@needs_browser
+def test_stop_frees_the_rows(browser: Browser, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, before = Shown(browser, here), here.sample("spiffy_cancelled_total")
+    with held(monkeypatch) as go_on:
+        shown.click("run")
+        shown.wait("!document.getElementById('stop').disabled")
+        shown.wait("document.querySelector('.block')")  # it has been taken on
+        shown.click("stop")
+        shown.wait("!document.getElementById('run').disabled")
+        go_on.set()
+    shown.wait("document.getElementById('stop').disabled")
+    wait_until(lambda: here.sample("spiffy_cancelled_total") == before + 1)
+    assert shown.error == ""
+    shown.decode("plain")
+    assert shown.texts(".text") == [plainly().text]
+
+
+@needs_browser
+def test_what_is_refused_is_said_in_a_line(browser: Browser, here: Here) -> None:
+    shown = Shown(browser, here)
+    shown.set("length", 4000)
+    shown.click("run")
+    shown.wait("!document.getElementById('error').hidden")
+    assert "more than the 512 of tiny-sdar" in shown.error
+    assert "\n" not in shown.error
+    assert shown.js("document.getElementById('player').hidden")
+    browser.errors()  # the browser logs every 400
+
+
+@contextmanager
+def locked() -> Iterator[Here]:
+    with served(Engine(model(), settings()), Access("sesame")) as found:
+        yield found
+
+
+@needs_browser
+def test_a_key_is_asked_for_where_one_is_wanted(browser: Browser) -> None:
+    with locked() as here:
+        shown = Shown(browser, here)
+        shown.wait("!document.getElementById('key-row').hidden")
+        shown.click("run")
+        shown.wait("!document.getElementById('error').hidden")
+        assert "API key" in shown.error
+        shown.set("key", "sesame")
+        shown.decode("drafts")
+        assert shown.texts(".text") == [plainly().text]
+        assert "without a draft graph" in shown.texts("[data-part=drafts-title]")[0]
+        browser.driver.get("data:,")  # lets the server's connections go
+        browser.errors()
