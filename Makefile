@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Compiling all of torch and its like takes longer than installing it; Python compiles what it imports.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help demo bench results test lint types links imports docs package versions oldest newest clean
+.PHONY: help demo bench results test lint types links imports tour docs package versions oldest newest clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,7 @@ results: $(READY)
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --into docs/serving.md
 	$(BIN)/python studies/load.py --model tiny-llada --cache dual --into docs/serving.md
 	$(BIN)/python studies/soak.py --into docs/serving.md
+	$(BIN)/python studies/harness.py --into docs/integrations.md
 
 test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup
@@ -70,8 +71,13 @@ links:
 types: $(READY) links
 	MYPYPATH=.work/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p spiffy
 
+# The notebook runs in a folder of its own, and what comes out becomes a page.
+tour: $(READY)
+	rm -rf .work/tour && mkdir -p .work/tour && cp docs/tour.ipynb .work/tour
+	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --execute --to markdown .work/tour/tour.ipynb
+
 # A link that leads nowhere, or a page that is not in the navigation, ends the build.
-docs: $(READY) links
+docs: $(READY) links tour
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the pages are in .work/site; .venv/bin/mkdocs serve shows them at http://127.0.0.1:8000"
 

@@ -26,8 +26,9 @@ IN_WHEEL = {
     *(f"spiffy/runtime/checkpoints/{model}/model.safetensors" for model in MODELS),
     *(f"spiffy/runtime/checkpoints/{model}/tokenizer.json" for model in MODELS),
     *(
-        f"spiffy/bench/{file.relative_to(ROOT / 'bench')}"
-        for file in ROOT.glob("bench/templates/*")
+        f"spiffy/{file.relative_to(ROOT)}"
+        for package in ("bench", "integrations")
+        for file in ROOT.glob(f"{package}/templates/*.*")
     ),
 }
 BESIDE_PACKAGES = {

@@ -27,6 +27,8 @@ WITH_TORCH = ("torch", "accelerate", "peft")
 # What a dependency could break: the official outputs, loading, losslessness, the commands.
 LOSSLESS = "tests/test_losslessness.py::test_"
 CLI = "tests/test_cli.py::test_"
+DOOR = "tests/test_transformers_door.py::test_"
+HUB = "tests/test_hub.py::test_"
 FAST = (
     "tests/test_warnings.py",
     "tests/test_load.py",
@@ -43,6 +45,12 @@ FAST = (
     "tests/test_adapters.py::test_drafts_leave_an_adapted_models_tokens_as_they_are",
     "tests/test_quantize.py::test_drafts_leave_a_quantised_models_tokens_as_they_are",
     f"{CLI}bad_decode_input_is_one_line",
+    f"{DOOR}rows_of_a_padded_batch_are_what_generate_gives",
+    f"{DOOR}a_streamer_gets_the_prompt_and_then_block_by_block",
+    f"{DOOR}stopping_criteria_end_an_answer_where_they_would_token_by_token",
+    f"{DOOR}what_has_no_meaning_is_refused",
+    f"{HUB}push_makes_a_repository_that_the_graph_is_found_in",
+    f"{HUB}transformers_decodes_with_what_push_put_beside_the_weights",
 )
 SHOW = """
 import sys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import unicodedata
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from markupsafe import Markup
 from spiffy.bench import tables
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, Walkthrough
+from spiffy.schemas.html import presentable, visible
 from spiffy.schemas.io import write_atomically
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _render(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": visible, "picture": _figure, "plain": _printable}
+    environment.filters |= {"visible": visible, "picture": _figure, "plain": presentable}
     assert environment.loader is not None
     script = environment.loader.get_source(environment, "walkthrough.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -142,35 +142,6 @@ def _render(template: str, **content: Any) -> str:
 
 def _figure(picture: Picture) -> Markup:
     return Markup(picture.inline())
-
-
-#: Categories of characters that are invisible, or that reorder or end the text around them.
-_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
-_SHOWN = {" ": "\N{MIDDLE DOT}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\u21e5"}
-#: Reorder text beyond the element they are in.
-_BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-
-
-def visible(token: str) -> str:
-    """A token's text with blanks and control characters made visible; never empty."""
-    shown = "".join(
-        _SHOWN.get(c) or (_escaped(c) if unicodedata.category(c) in _HIDDEN else c) for c in token
-    )
-    return shown or "\N{EMPTY SET}"
-
-
-def _escaped(character: str) -> str:
-    return f"\\u{ord(character):04x}"
-
-
-def _printable(text: str) -> str:
-    """Text as it is, but for characters that a page cannot hold or that reorder it."""
-    return "".join(
-        _escaped(c)
-        if ord(c) in _BIDI or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")
-        else c
-        for c in text
-    )
 
 
 def safe_json(content: Any) -> Markup:

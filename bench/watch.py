@@ -7,14 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
+from typing import Any
 
 from torch import Tensor
 
-from spiffy.runtime.decode import Advice, Adviser, Task, run
-from spiffy.runtime.draft import Candidates, Drafter
+from spiffy.runtime.decode import Advice, Adviser, Task, make_task, run
+from spiffy.runtime.draft import Candidates, Drafter, Selection, graph_drafter
+from spiffy.runtime.generate import collect, decoding_settings
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.text import Prompt
 from spiffy.runtime.step.canvas import Canvas, Cursor
-from spiffy.schemas.bench import Acceptance, Draft, RankTally, Tally, Turn
+from spiffy.schemas import DraftGraph
+from spiffy.schemas.bench import Acceptance, Draft, RankTally, Tally, Turn, Walkthrough
 
 Fill = dict[int, int]  # positions to token ids
 
@@ -39,21 +43,12 @@ class Watched:
 
 
 class WatchedAdviser:
-    """An adviser whose drafters' proposals are remembered.
-
-    To whoever asks it is the same as the one that it watches, which may advise others meanwhile.
-    """
+    """An adviser whose drafters' proposals are remembered; it may advise others meanwhile."""
 
     def __init__(self, adviser: Adviser) -> None:
         self.adviser = adviser
         self.begin, self.turn, self.why = adviser.begin, adviser.turn, adviser.why
         self.calls: Calls = {}
-
-    def __eq__(self, other: object) -> bool:
-        return self.adviser is (other.adviser if isinstance(other, WatchedAdviser) else other)
-
-    def __hash__(self) -> int:
-        return hash(self.adviser)
 
     def advise(self) -> Advice:
         """See `spiffy.runtime.decode.Adviser`."""
@@ -130,6 +125,49 @@ def decode(task: Task) -> list[Forward]:
     """Decode a task to its end; its drafter or adviser, if any, must be a watched one."""
     watch = Watch(task)
     return [watch.forward() for _ in run(task.model, [task])]
+
+
+def step_through(
+    model: DiffusionLM,
+    prompt: Prompt,
+    graph: DraftGraph,
+    budget: int = 8,
+    selection: Selection = "model",
+    **options: Any,
+) -> Walkthrough:
+    """One decode to step through, in a notebook for example.
+
+    Parameters
+    ----------
+    prompt, graph, selection, options
+        As for `spiffy.runtime.generate`.
+    budget
+        Drafts per forward.
+
+    Raises
+    ------
+    SpiffyError
+        As `spiffy.runtime.generate`.
+    """
+    settings = decoding_settings(model, graph, **options)
+    ids = model.encode(prompt)
+    plain = make_task(model, ids, settings)
+    decode(plain)
+    task = make_task(model, ids, settings)
+    task.drafter = Watched(graph_drafter(model, graph, settings, budget, selection))
+    forwards = decode(task)
+    canvas = task.canvas
+    tail = forwards[0].root.ids[canvas.first : canvas.prompt_length].tolist()
+    return Walkthrough(
+        prompt=model.decode_text(ids.tolist()),
+        method=f"{selection} {budget}",
+        answer_start=canvas.prompt_length,
+        length=canvas.length,
+        turns=tuple(turn(model, canvas, forward) for forward in forwards),
+        plain_nfe=plain.stats.nfe,
+        text=collect(task).text,
+        prompt_tokens=tuple(token_text(model, token) for token in tail),
+    )
 
 
 def filled(root: Cursor, ids: Tensor) -> Fill:

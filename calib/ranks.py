@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 from spiffy.schemas import SpiffyError
+
+Opened = TypeVar("Opened")
 
 _PATIENCE = timedelta(days=30)  # the slowest rank decides; a dead one closes its connection
 
@@ -87,6 +92,30 @@ class Ranks:
                 f"rank {self.rank}: {who} has ended; what is recorded is safe, run the same "
                 "command again"
             ) from None
+
+    @contextmanager
+    def sharing(self, opened: Callable[[], AbstractContextManager[Opened]]) -> Iterator[Opened]:
+        """Open what rank 0 makes and all record into; it is closed when all are done.
+
+        Nobody goes on before all have it open and have seen what is there.
+
+        Raises
+        ------
+        SpiffyError
+            If a rank does not come, or ends before the others are done.
+        """
+        self.join()
+        try:
+            if self.rank > 0:
+                self.wait()
+            with opened() as shared:
+                if self.rank == 0:
+                    self.wait()
+                self.wait()
+                yield shared
+                self.wait()
+        finally:
+            self.leave()
 
     def leave(self) -> None:
         """Close the connections."""

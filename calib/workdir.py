@@ -1,7 +1,6 @@
 """Work directories: calibration that goes on where it was stopped, and shards that are joined.
 
-A directory holds `manifest.json` and a trace file for every process that ever recorded into it. A
-prompt counts as recorded as soon as any of the files holds its trace.
+A directory is a `RecordFolder` of traces.
 """
 
 from __future__ import annotations
@@ -15,22 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
+from spiffy.calib.folder import RecordFolder, check_same, read_manifest
+from spiffy.calib.frames import Place, Scan
 from spiffy.calib.pipeline import Origin, Traces, groups, model_facts, traces_of
 from spiffy.calib.prompts import DATASETS, MERGED, PromptSet
-from spiffy.calib.store import About, Place, Stored, TraceFile, encode, scan, tokens_digest
+from spiffy.calib.store import About, Stored, TraceFile, encode, scan, tokens_digest
 from spiffy.runtime.decode import Task
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.stored import stored_tensors
 from spiffy.schemas import DecodingSettings, SpiffyError
-from spiffy.schemas.decoding import first_problem
-from spiffy.schemas.io import canonical_json, read_json, write_atomically
+from spiffy.schemas.io import canonical_json
 from spiffy.schemas.workdir import Manifest
 
-_MANIFEST = "manifest.json"
-_FILES = "traces-*.bin"
 _SAMPLED = 64  # values of each parameter that the digest of the weights looks at
 
 
@@ -46,7 +43,7 @@ def manifest_of(
     """What a run records with; `tasks` prompts of the set can be decoded."""
     return Manifest(
         model=model_facts(model),
-        weights=_weights_digest(model),
+        weights=weights_digest(model),
         dtype=model.arithmetic,
         decoding=settings,
         edges=asdict(edges),
@@ -62,7 +59,8 @@ def manifest_of(
     )
 
 
-def _weights_digest(model: DiffusionLM) -> str:
+def weights_digest(model: DiffusionLM) -> str:
+    """SHA-256 over a sample of every parameter's values."""
     digest = hashlib.sha256()
     module = model.module
     whole = [
@@ -77,55 +75,15 @@ def _weights_digest(model: DiffusionLM) -> str:
     return digest.hexdigest()
 
 
-class WorkDir:
-    """A work directory that this process records into.
+class WorkDir(RecordFolder[Manifest, About]):
+    """A work directory that this process records into."""
 
-    Parameters
-    ----------
-    manifest
-        What is recorded; only rank 0 writes it, into a new directory.
-    rank
-        Of several processes that share the directory, each has its own file.
+    file = TraceFile
 
-    Attributes
-    ----------
-    notes
-        What is worth telling: dropped and damaged records.
-
-    Raises
-    ------
-    SpiffyError
-        If another process records there, it was made with other settings, or is not writable.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, rank: int = 0) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.notes: list[str] = []
-        if rank == 0:
-            _make(folder)
-        self._file = TraceFile(folder / f"traces-{rank:04}.bin")
-        try:
-            if rank == 0 and not (folder / _MANIFEST).exists():
-                text = canonical_json(manifest.content())
-                write_atomically(folder / _MANIFEST, text + "\n")
-            _check_same(folder, read_manifest(folder), manifest)
-            if self._file.dropped:
-                self.notes.append(
-                    f"{self._file.path}: dropped an unfinished record at the end "
-                    f"({self._file.dropped} bytes)"
-                )
-            if self._file.damaged:
-                self.notes.append(f"{self._file.path}: damaged records are recorded again")
-            self.places = recorded(folder, manifest)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> WorkDir:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    @staticmethod
+    def scan(path: Path) -> Scan[About]:
+        """Find the traces of one file."""
+        return scan(path)
 
     def missing(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
         """Groups of tasks of which not all are recorded yet."""
@@ -175,66 +133,12 @@ class WorkDir:
         SpiffyError
             If some prompts are not recorded.
         """
-        self.places = recorded(self.folder, self.manifest)
+        self.places = self.recorded(self.folder, self.manifest)
         _check_complete([self.folder], self.places, self.manifest.prompts)
         return _traces([self.places[k] for k in range(self.manifest.prompts)])
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = [file.name for file in folder.iterdir() if not file.name.startswith(".")]
-    except OSError as error:
-        raise SpiffyError(f"{folder}: cannot be a work directory ({error.strerror})") from None
-    if others and _MANIFEST not in others and others != ["traces-0000.bin"]:
-        raise SpiffyError(f"{folder}: not empty and no work directory: give a new one as --workdir")
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read what a work directory was made with.
-
-    Raises
-    ------
-    SpiffyError
-        If it is none, or was made by another version.
-    """
-    if not (folder / _MANIFEST).is_file():
-        raise SpiffyError(f"{folder}: not a work directory (it has no {_MANIFEST})")
-    content = read_json(folder / _MANIFEST)
-    try:
-        return Manifest.model_validate_json(canonical_json(content))
-    except ValidationError as error:
-        raise SpiffyError(f"{folder / _MANIFEST}: {first_problem(error)}") from None
-
-
-def _check_same(
-    folder: Path, theirs: Manifest, ours: Manifest, free: frozenset[str] = frozenset()
-) -> None:
-    if difference := theirs.difference(ours, free):
-        raise SpiffyError(
-            f"{folder}: recorded with {difference}: use the same settings, or another directory"
-        )
-
-
-def recorded(folder: Path, manifest: Manifest) -> dict[int, Place]:
-    """Where the trace of every recorded prompt lies.
-
-    Raises
-    ------
-    SpiffyError
-        If a file cannot be read, or was recorded with other settings.
-    """
-    places: dict[int, Place] = {}
-    run = manifest.digest()
-    for path in sorted(folder.glob(_FILES)):
-        for place in scan(path).places:
-            if place.about.run != run:
-                raise SpiffyError(f"{path}: recorded with other settings than {folder}: remove it")
-            places.setdefault(place.about.prompt, place)
-    return places
-
-
-def _check_complete(folders: Sequence[Path], places: dict[int, Place], prompts: int) -> None:
+def _check_complete(folders: Sequence[Path], places: dict[int, Place[About]], prompts: int) -> None:
     missing = [k for k in range(prompts) if k not in places]
     if missing:
         names = ", ".join(map(str, folders))
@@ -244,7 +148,7 @@ def _check_complete(folders: Sequence[Path], places: dict[int, Place], prompts: 
         )
 
 
-def _traces(places: Sequence[Place]) -> Traces:
+def _traces(places: Sequence[Place[About]]) -> Traces:
     return Traces(
         Stored(places),
         nfe=sum(place.about.nfe for place in places),
@@ -286,18 +190,18 @@ def join(folders: Sequence[Path]) -> Joined:
     SpiffyError
         If settings differ, or a shard is missing.
     """
-    manifests = {folder: read_manifest(folder) for folder in folders}
+    manifests = {folder: read_manifest(folder, Manifest) for folder in folders}
     sets: defaultdict[str, list[Path]] = defaultdict(list)
     for folder, manifest in manifests.items():
         first = manifests[folders[0]]
-        _check_same(folder, manifest, first, _MAY_DIFFER)
+        check_same(folder, manifest, first, _MAY_DIFFER)
         sets[manifest.dataset_sha256].append(folder)
-    found: list[Place] = []
+    found: list[Place[About]] = []
     repeated = 0
     for same in sets.values():
-        places: dict[int, Place] = {}
+        places: dict[int, Place[About]] = {}
         for folder in sorted(same, key=lambda folder: manifests[folder].digest()):
-            ours = recorded(folder, manifests[folder])
+            ours = WorkDir.recorded(folder, manifests[folder])
             repeated += len(ours.keys() & places.keys())
             places = ours | places
         prompts = manifests[same[0]].prompts
@@ -308,7 +212,7 @@ def join(folders: Sequence[Path]) -> Joined:
     if len(sets) == 1:
         origin = Origin(min(names), min(sets), manifest.drawn, manifest.prompt_digests)
         return Joined(manifest, origin, _traces(found), repeated)
-    once: dict[str, Place] = {}
+    once: dict[str, Place[About]] = {}
     for place in sorted(found, key=lambda place: (place.about.tokens, place.about.run)):
         once.setdefault(place.about.tokens, place)
     # Files have any names; which they are must not decide anything.

@@ -139,7 +139,7 @@ class _Methods:
     """What is measured, and how often."""
 
     paper: Annotated[
-        Path | None,
+        str | None,
         drafting_option(
             help="Graph by the paper's rule (spiffy-calibrate --objective paper), to compare with."
         ),
@@ -258,7 +258,13 @@ class _Run:
 @app.command()
 @spread
 def bench(
-    graph: Annotated[Path, model_option(help="Draft graph, as written by spiffy-calibrate.")],
+    graph: Annotated[
+        str,
+        model_option(
+            help="Draft graph, as written by spiffy-calibrate: a file, a folder or a hub id "
+            "(owner/name) that has draft_graph.json."
+        ),
+    ],
     model: ModelOfGraph,
     shape: _Shape,
     prompts: _Prompts,
@@ -275,7 +281,7 @@ def bench(
 
     Example: spiffy-bench --graph llada.json --samples 12 --out out/llada
     """
-    artifact = DraftGraph.load(graph)
+    artifact = DraftGraph.find(graph)
     methods.check(artifact)
     encoding.check()
     shape.check()
@@ -298,7 +304,7 @@ def bench(
 
 def _prepared(
     artifact: DraftGraph,
-    path: Path,
+    place: str,
     model: ModelOfGraph,
     shape: _Shape,
     prompts: _Prompts,
@@ -311,8 +317,8 @@ def _prepared(
 
     threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
-    rival = None if methods.paper is None else DraftGraph.load(methods.paper)
-    lm = model.load(artifact, path)
+    rival = None if methods.paper is None else DraftGraph.find(methods.paper)
+    lm = model.load(artifact, place)
     lm, (ours, rival) = shape.grown(lm, (artifact, rival), model.any_model)
     artifact = ours or artifact
     settings, edges = decoding.settings(lm, artifact, model.any_model), decoding.block_edges()

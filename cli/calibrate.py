@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,7 @@ import typer
 
 from spiffy.calib.ranks import Ranks
 from spiffy.cli.calibration_tables import predict, shape_like, summarise
-from spiffy.cli.common import console, log, note_skipped, progress_bar, run_app
+from spiffy.cli.common import log, note_skipped, progress_bar, resumable, run_app
 from spiffy.cli.options import (
     Adapter,
     Dataset,
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 merge_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-INTERRUPTED = 130
 
 
 def _list_models(wanted: bool) -> None:
@@ -258,7 +255,7 @@ def calibrate(
     ranks = Ranks.from_environment()
     recording.check(ranks)
     path = output.path_for(model.model)
-    with _resumable(recording.workdir, ranks):
+    with resumable(recording.workdir, ranks):
         with log.status("loading"):
             drawn = prompts.draw(decoding.seed)  # cheap to refuse, before torch is imported
             drawn = replace(drawn, raw=encoding.raw, system=encoding.system)
@@ -293,24 +290,6 @@ def calibrate(
             predict(graph, measured, task, output.predict_for)
         log.print(f"wrote {path}", soft_wrap=True)
         output.write_report(graph, measured)
-
-
-@contextmanager
-def _resumable(workdir: Path | None, ranks: Ranks) -> Iterator[None]:
-    """Let only rank 0 talk, name the rank of an error, and say how to go on after Ctrl-C."""
-    log.quiet = console.quiet = ranks.rank > 0
-    try:
-        yield
-    except KeyboardInterrupt:
-        if workdir is None:
-            raise
-        log.print(f"interrupted: the same command goes on from {workdir}", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except SpiffyError as error:
-        named = ranks.world == 1 or str(error).startswith("rank ")
-        raise error if named else SpiffyError(f"rank {ranks.rank}: {error}") from None
-    finally:
-        log.quiet = console.quiet = False
 
 
 def _note_left_out(drawn: PromptSet, tasks: Sequence[Task], settings: DecodingSettings) -> None:
@@ -358,28 +337,18 @@ def _record_in_workdir(
     manifest = manifest_of(
         model, drawn, first.settings, len(tasks), recording.batch_size, first.seed, first.edges
     )
-    ranks.join()
-    try:
-        if ranks.rank > 0:
-            ranks.wait()  # rank 0 makes the directory
-        with WorkDir(workdir, manifest, ranks.rank) as work:
-            if ranks.rank == 0:
-                ranks.wait()
-            ranks.wait()  # nobody appends before all have seen what is there
-            _record_into(work, model, tasks, ranks, share)
-            ranks.wait()
-        if ranks.rank > 0:
-            return None
-        if share != (0, 1):
-            number, count = share
-            log.print(
-                f"recorded shard {number}/{count} in {workdir}; join with spiffy-calibrate merge",
-                soft_wrap=True,
-            )
-            return None
-        return work.traces()
-    finally:
-        ranks.leave()
+    with ranks.sharing(lambda: WorkDir(workdir, manifest, ranks.rank)) as work:
+        _record_into(work, model, tasks, ranks, share)
+    if ranks.rank > 0:
+        return None
+    if share != (0, 1):
+        number, count = share
+        log.print(
+            f"recorded shard {number}/{count} in {workdir}; join with spiffy-calibrate merge",
+            soft_wrap=True,
+        )
+        return None
+    return work.traces()
 
 
 def _record_into(

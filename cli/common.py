@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spiffy.calib.prompt_files import Text
+    from spiffy.calib.ranks import Ranks
     from spiffy.runtime.models import DiffusionLM
 
 #: Results go to standard output, everything else to standard error.
@@ -35,6 +38,8 @@ log = Console(stderr=True, highlight=False, markup=False, emoji=False)
 # Loggers that complain where torchao is installed, about kernels for other machines: transformers
 # imports it for all models.
 _TALKATIVE = ("torchao", "torch.utils._pytree")
+
+INTERRUPTED = 130  # exit code
 
 _WIDE = 1000  # columns: nothing is cut or broken where no terminal has a width
 
@@ -108,6 +113,27 @@ def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> Non
             "hold, and drafts are accepted less often: calibrate with these",
             soft_wrap=True,
         )
+
+
+@contextmanager
+def resumable(folder: Path | None, ranks: Ranks) -> Iterator[None]:
+    """Let only rank 0 talk, name the rank of an error, and say how to go on after Ctrl-C.
+
+    `folder` is where the same command goes on from, if it can.
+    """
+    log.quiet = console.quiet = ranks.rank > 0
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is None:
+            raise
+        log.print(f"interrupted: the same command goes on from {folder}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except SpiffyError as error:
+        named = ranks.world == 1 or str(error).startswith("rank ")
+        raise error if named else SpiffyError(f"rank {ranks.rank}: {error}") from None
+    finally:
+        log.quiet = console.quiet = False
 
 
 def hush() -> None:

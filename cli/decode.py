@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spiffy.calib.folder import check_begun_or_new
+from spiffy.calib.ranks import Ranks
 from spiffy.cli.common import (
     console,
     decodable,
     log,
     note_skipped,
     progress_bar,
+    resumable,
     run_app,
     warn_of_differences,
 )
+from spiffy.cli.decode_out import decode_into
 from spiffy.cli.decode_runs import Runs, Way, compare, print_json, report
 from spiffy.cli.options import (
     Budget,
@@ -39,9 +43,10 @@ from spiffy.cli.options import (
 from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
-    from spiffy.calib.prompt_files import Text
+    from spiffy.calib.prompts import PromptSet
     from spiffy.runtime.budget.auto import AutoBudget
     from spiffy.runtime.generate import Output
 
@@ -77,8 +82,10 @@ class _Prompts:
         if self.samples is not None and self.prompts is None:
             raise SpiffyError("--samples draws from --prompts: give a file or a dataset")
 
-    def texts(self, seed: int) -> list[Text]:
+    def drawn(self, seed: int) -> PromptSet:
         """Read them: the one given, those of a file or data set, or standard input."""
+        from spiffy.calib.prompts import PromptSet
+
         if self.prompts is not None:
             drawn = draw(
                 self.prompts,
@@ -89,15 +96,15 @@ class _Prompts:
                 field=self.field,
             )
             note_skipped(drawn.skipped, self.prompts)
-            return list(drawn.texts)
+            return drawn
         if self.prompt is not None:
-            return [self.prompt]
+            return PromptSet("--prompt", (self.prompt,))
         if sys.stdin is None:  # closed by whoever started this
             raise SpiffyError("standard input is closed: give --prompt or --prompts")
         if sys.stdin.isatty():
             log.print("reading the prompt from standard input, end with Ctrl-D")
         text = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
-        return [text.removeprefix("\ufeff").strip("\r\n")]
+        return PromptSet("standard input", (text.removeprefix("\ufeff").strip("\r\n"),))
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ class _Drafting:
 
 @dataclass(frozen=True)
 class _Output:
-    """What is printed."""
+    """What is printed, or written."""
 
     verify: Annotated[
         bool,
@@ -198,6 +205,14 @@ class _Output:
             "else in order.",
         ),
     ] = 1
+    out: Annotated[
+        Path | None,
+        output_option(
+            help="Write the objects of --json to this file instead, in order, when all prompts of "
+            "--prompts are decoded. Answers are kept as they come: after an interruption the same "
+            "command goes on, and under torchrun several processes share the prompts."
+        ),
+    ] = None
     stop: Annotated[
         list[str] | None,
         output_option(
@@ -206,13 +221,24 @@ class _Output:
         ),
     ] = None
 
-    def check(self, drafts: bool) -> None:
+    def check(self, drafts: bool, prompts: str | None, ranks: Ranks) -> None:
         """Refuse options that exclude each other; `drafts` says whether there are any."""
         if self.batch_size > 1 and (self.stream or self.verify):
             raise SpiffyError(
                 "--batch-size decodes prompts together: drop --stream and --verify, which take one "
                 "after the other"
             )
+        if self.out is not None:
+            if self.json or self.stream or self.verify:
+                raise SpiffyError(
+                    "--out writes answers and prints none: drop --json, --stream, --verify"
+                )
+            if prompts is None:
+                raise SpiffyError("--out is for the answers to a file of prompts: give --prompts")
+            check_writable(self.out)
+            check_begun_or_new(self.out)
+        elif ranks.world > 1:
+            raise SpiffyError("several ranks: give --out, which they share")
         if self.stream and (self.json or self.verify):
             raise SpiffyError("--stream prints plain text as it comes: drop --json and --verify")
         if self.verify and not drafts:
@@ -225,7 +251,13 @@ class _Output:
 @app.command()
 @spread
 def decode(
-    graph: Annotated[Path | None, model_option(help="Draft graph; without one: plain.")] = None,
+    graph: Annotated[
+        str | None,
+        model_option(
+            help="Draft graph: a file, a folder or a hub id (owner/name) that has "
+            "draft_graph.json; without one: plain."
+        ),
+    ] = None,
     *,
     model: ModelOfGraph,
     prompts: _Prompts,
@@ -245,30 +277,37 @@ def decode(
     """
     prompts.check()
     encoding.check()
-    artifact = None if graph is None else DraftGraph.load(graph)
+    artifact = None if graph is None else DraftGraph.find(graph)
     if artifact is None and model.model is None:
         raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
-    output.check(drafts=artifact is not None and drafting.speculation)
+    ranks = Ranks.from_environment()
+    speculative = artifact is not None and drafting.speculation
+    output.check(speculative, prompts.prompts, ranks)
     budgets = drafting.budgets(artifact, several=output.verify)
     threads = read_threads(model.threads)
-    texts = prompts.texts(decoding.seed)
-    with log.status("loading"):
-        edges = decoding.block_edges()
-        lm = model.load(artifact, graph)
-        settings = decoding.settings(lm, artifact, model.any_model)
-        set_threads(lm, settings, threads)
-        chosen = decodable(lm, settings, texts, raw=encoding.raw, system=encoding.system)
-        runs = Runs(lm, settings, decoding.seed, edges, chosen, tuple(output.stop or ()))
-        encoding.note_spelled(lm, texts)
-        if artifact is not None and budgets:
-            warn_of_differences(artifact, settings)
-        runs.ways = drafting.ways(runs, artifact, budgets)
-    if output.verify:
-        _verify(runs, output.json)
-    elif output.batch_size > 1:
-        _answer_together(runs, output.batch_size, output.json)
-    else:
-        _answer(runs, output)
+    with resumable(output.out, ranks):
+        drawn = prompts.drawn(decoding.seed)
+        drawn = replace(drawn, raw=encoding.raw, system=encoding.system)
+        with log.status("loading"):
+            edges = decoding.block_edges()
+            lm = replace(model, device=ranks.device(model.device)).load(artifact, graph)
+            settings = decoding.settings(lm, artifact, model.any_model)
+            set_threads(lm, settings, threads)
+            chosen = decodable(lm, settings, drawn.texts, raw=encoding.raw, system=encoding.system)
+            runs = Runs(lm, settings, decoding.seed, edges, chosen, tuple(output.stop or ()))
+            encoding.note_spelled(lm, drawn.texts)
+            if artifact is not None and budgets:
+                warn_of_differences(artifact, settings)
+            runs.ways = drafting.ways(runs, artifact, budgets)
+        if output.out is not None:
+            budget = next(iter(budgets), None)
+            decode_into(output.out, runs, drawn, artifact, budget, ranks, output.batch_size)
+        elif output.verify:
+            _verify(runs, output.json)
+        elif output.batch_size > 1:
+            _answer_together(runs, output.batch_size, output.json)
+        else:
+            _answer(runs, output)
 
 
 def _verify(runs: Runs, json_lines: bool) -> None:
@@ -305,14 +344,15 @@ def _answer(runs: Runs, output: _Output) -> None:
 def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:
     """Decode prompts that share forwards; print JSON as they finish, texts in order."""
     came: dict[int, Output] = {}
-    order = [index for index, _ in runs.prompts]
-    for index, output in runs.together(runs.shown, batch_size):
+    unprinted = [index for index, _ in runs.prompts]
+    for index, output in runs.together(runs.prompts, runs.shown, batch_size):
+        came[index] = output
         if json_lines:
             print_json(index, output)
             continue
-        came[index] = output
-        while order and order[0] in came:
-            write(came.pop(order.pop(0)).text + "\n")
+        while unprinted and unprinted[0] in came:
+            write(came[unprinted.pop(0)].text + "\n")
+    runs.outputs[runs.shown] = [*came.values()]
     report(runs)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from spiffy.cli.common import log, note_if_inexact
 from spiffy.cli.streams import write_utf8
+from spiffy.schemas.records import MAX_NODES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,27 +89,25 @@ class Runs:
             _note_fewer_drafts(task)
         self.outputs.setdefault(name, []).append(collect(task))
 
-    def together(self, name: str, batch_size: int) -> Iterator[tuple[int, Output]]:
-        """Decode all prompts, up to `batch_size` sharing forwards; yields answers as they finish.
+    def together(
+        self, prompts: Sequence[tuple[int, Tensor]], name: str, batch_size: int
+    ) -> Iterator[tuple[int, Output]]:
+        """Decode prompts, up to `batch_size` sharing forwards; yields answers as they finish.
 
         Afterwards `shared` says what that took.
         """
         from spiffy.runtime.decode import run
         from spiffy.runtime.generate import collect
 
-        tasks = [self._task(prompt, name) for prompt in self.prompts]
-        came: dict[int, Output] = {}
-        forwards, began, fewest = 0, perf_counter(), None
-        for finished in run(self.lm, tasks, batch_size):
+        forwards, began, fewest = 0, perf_counter(), MAX_NODES
+        for finished in run(self.lm, (self._task(prompt, name) for prompt in prompts), batch_size):
             forwards += 1
             for task in finished:
-                if task.stats.halvings and (fewest is None or task.most_drafts < fewest):
+                if task.stats.halvings and task.most_drafts < fewest:
                     fewest = task.most_drafts
                     _note_fewer_drafts(task)
-                came[task.sequence] = collect(task)
-                yield task.sequence, came[task.sequence]
+                yield task.sequence, collect(task)
         self.shared = Shared(batch_size, forwards, perf_counter() - began)
-        self.outputs[name] = [came[index] for index, _ in self.prompts]
 
     def _task(self, prompt: tuple[int, Tensor], name: str) -> Task:
         from spiffy.runtime.decode import make_task
@@ -218,10 +217,10 @@ def note_budgets(outputs: Sequence[Output]) -> None:
         )
 
 
-def print_json(index: int, output: Output) -> None:
-    """Print one answer as a line of JSON."""
+def as_json(index: int, output: Output) -> dict[str, Any]:
+    """One answer as `--json` prints it and `--out` keeps it."""
     stats = output.stats
-    record: dict[str, Any] = {
+    return {
         "index": index,
         "text": output.text,
         "token_ids": output.token_ids,
@@ -231,4 +230,8 @@ def print_json(index: int, output: Output) -> None:
         "accepted": stats.accepted,
         "seconds": round(stats.seconds, 6),
     }
-    write_utf8(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def print_json(index: int, output: Output) -> None:
+    """Print one answer as a line of JSON."""
+    write_utf8(json.dumps(as_json(index, output), ensure_ascii=False) + "\n")

@@ -14,14 +14,22 @@ from rich.tree import Tree
 from spiffy.cli.common import console, log, run_app
 from spiffy.cli.options import VersionOption
 from spiffy.cli.streams import write_utf8
-from spiffy.graphs.labels import beyond_parent
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
+from spiffy.schemas.errors import printable
+from spiffy.schemas.hub import graph_file
 from spiffy.schemas.io import check_writable, read_json, write_atomically
+from spiffy.schemas.labels import beyond_parent
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__
 )
-File = Annotated[Path, typer.Argument(help="Draft graph, as written by spiffy-calibrate.")]
+File = Annotated[
+    str,
+    typer.Argument(
+        help="Draft graph, as written by spiffy-calibrate: a file, or a folder or hub id "
+        "(owner/name) that has draft_graph.json."
+    ),
+]
 
 
 @app.callback()
@@ -37,7 +45,7 @@ def show(file: File) -> None:
     token (rank 0) at the third most confident position (rank 2). Then come its calibration roots,
     what it adds to the expected steps per forward, and other nodes that lead to it.
     """
-    graph = DraftGraph.load(file)
+    graph = DraftGraph.find(file)
     record, settings = graph.calibration, graph.decoding
     console.print(
         f"{graph.model.id} ({graph.model.family}): {graph.budget} drafts, {settings.policy}, "
@@ -100,8 +108,8 @@ def _profile_line(profile: CostProfile) -> str:
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="Draft graph.")],
-    b: Annotated[Path, typer.Argument(help="Another one.")],
+    a: Annotated[str, typer.Argument(help="Draft graph.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
 ) -> None:
     """Say in words what changed from one artifact to another; exit code 1 if anything did.
 
@@ -110,7 +118,7 @@ def diff(
     """
     from spiffy.graphs.diff import differences
 
-    lines = differences(DraftGraph.load(a), DraftGraph.load(b))
+    lines = differences(DraftGraph.find(a), DraftGraph.find(b))
     console.print("\n".join(lines or ["no differences"]), highlight=False, soft_wrap=True)
     if lines:
         raise typer.Exit(1)
@@ -127,7 +135,7 @@ def plot(
     kind = out.suffix.lower().lstrip(".")
     if kind not in ("svg", "png", "html"):
         raise SpiffyError(f"--out {out}: give a file name that ends in .svg, .png or .html")
-    graph = DraftGraph.load(file)
+    graph = DraftGraph.find(file)
     check_writable(out)
     from spiffy.bench.report import graph_picture, write_calibration_report
 
@@ -161,7 +169,7 @@ def export(
     """
     from spiffy.graphs.export import exported
 
-    text = exported(DraftGraph.load(file), format.value)
+    text = exported(DraftGraph.find(file), format.value)
     if out is None:
         write_utf8(text)
         return
@@ -184,7 +192,7 @@ def validate(
     ] = None,
 ) -> None:
     """Check an artifact completely; exit code 2 and one line if anything is wrong with it."""
-    graph = DraftGraph.load(file)
+    graph = DraftGraph.find(file)
     if (dataset is not None or model is not None) and not strict:
         raise SpiffyError("--dataset and --model are compared by --strict: give that too")
     if strict:
@@ -192,7 +200,7 @@ def validate(
     console.print(f"{file}: valid, {graph.budget} drafts, digest {graph.digest()}", soft_wrap=True)
 
 
-def _audit(file: Path, graph: DraftGraph, dataset: str | None, model: str | None) -> None:
+def _audit(file: str, graph: DraftGraph, dataset: str | None, model: str | None) -> None:
     from spiffy.calib.audit import audit
 
     lm = None
@@ -200,13 +208,58 @@ def _audit(file: Path, graph: DraftGraph, dataset: str | None, model: str | None
         from spiffy.runtime import load_model
 
         lm = load_model(model, device="cpu")
-    found = audit(graph, read_json(file).get("digest"), dataset, lm)
+    found = audit(graph, read_json(graph_file(file)).get("digest"), dataset, lm)
     if found.wrong:
         more = f" (and {len(found.wrong) - 1} more)" if found.wrong[1:] else ""
         raise SpiffyError(f"{file}: {found.wrong[0]}{more}")
     console.print(f"checked: {', '.join(found.checked)}", highlight=False, soft_wrap=True)
     for line in found.unchecked:
         console.print(f"not checked: {line}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def card(
+    file: File,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: print it.")] = None,
+) -> None:
+    """Write a model card for the hub: Markdown with front matter, and what was measured."""
+    from spiffy.integrations.hub import card as card_of
+
+    text = card_of(DraftGraph.find(file))
+    if out is None:
+        write_utf8(text)
+        return
+    check_writable(out)
+    write_atomically(out, text)
+    log.print(f"wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    file: File,
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: owner/name.")],
+    beside_weights: Annotated[
+        bool,
+        typer.Option(
+            "--beside-weights",
+            help="The repository is the model's: its card gets a part about the graph, and the "
+            "folder custom_generate lets transformers decode with it.",
+        ),
+    ] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a repository that is not there yet private.")
+    ] = False,
+) -> None:
+    """Put a graph and its card on the hub, in one commit.
+
+    The repository is the graph's own and is made if there is none, unless --beside-weights says
+    that it is the model's. Then `--graph owner/name` finds the graph.
+    """
+    from spiffy.integrations.hub import push as push_to
+
+    graph = DraftGraph.find(file)
+    address = push_to(graph, repo, weights_there=beside_weights, private=private)
+    console.print(printable(address), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial, wraps
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -19,6 +18,7 @@ import typer
 from spiffy.cli.common import log
 from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.hub import checkpoint_beside
 from spiffy.schemas.records import MAX_NODES
 
 if TYPE_CHECKING:
@@ -141,10 +141,11 @@ class ModelOfGraph:
         ),
     ] = False
 
-    def load(self, artifact: DraftGraph | None, path: Path | None) -> DiffusionLM:
-        """Load the model: the one given, else that of the graph (which lies at `path`).
+    def load(self, artifact: DraftGraph | None, place: str | None) -> DiffusionLM:
+        """Load the model: the one given, else that of the graph (which was found at `place`).
 
-        That is found by its id, or in the checkpoint folder that the graph is in.
+        That is the checkpoint that the graph lies beside, in a folder or a repository, or else the
+        one that the graph names.
 
         Raises
         ------
@@ -162,10 +163,10 @@ class ModelOfGraph:
         )
         if self.model is not None:
             return load(self.model)
-        if artifact is None or path is None:
+        if artifact is None or place is None:
             raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
-        if (path.parent / "config.json").is_file():
-            return load(str(path.parent))
+        if (beside := checkpoint_beside(place)) is not None:
+            return load(beside)
         record = artifact.model
         return load(record.id, revision=record.revision)
 

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -107,7 +106,13 @@ def _require_server() -> None:
 @app.command()
 @spread
 def serve(
-    graph: Annotated[Path | None, model_option(help="Draft graph; without one: plain.")] = None,
+    graph: Annotated[
+        str | None,
+        model_option(
+            help="Draft graph: a file, a folder or a hub id (owner/name) that has "
+            "draft_graph.json; without one: plain."
+        ),
+    ] = None,
     *,
     model: ModelOfGraph,
     serving: _Serving,
@@ -130,7 +135,7 @@ def serve(
     """
     serving.check()
     _require_server()
-    artifact = None if graph is None else DraftGraph.load(graph)
+    artifact = None if graph is None else DraftGraph.find(graph)
     if artifact is None and model.model is None:
         raise SpiffyError("give --graph FILE.json, or --model NAME to serve plainly")
     if budget is not None and artifact is None:

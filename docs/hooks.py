@@ -24,8 +24,11 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "training.md": "training/README.md",
+    "tour.md": ".work/tour/tour.md",  # as `make docs` executed it
 }
-_NAMES = {source: page for page, source in PAGES.items()}
+#: What such a page is made from, where that is another file: its links are relative to this one.
+_MADE_FROM = {"tour.md": "docs/tour.ipynb"}
+_NAMES = {_MADE_FROM.get(page, source): page for page, source in PAGES.items()}
 # Commands have --help instead.
 _FOLDERS = ("runtime", "schemas", "graphs", "calib", "bench", "integrations")
 _SHOWN = re.compile(r"^::: (\S+)", re.MULTILINE)
@@ -53,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Rewrite the page's links; on a reference page, show the modules that it does not name."""
     name = page.file.src_uri
-    source = PurePosixPath(PAGES.get(name, f"docs/{name}"))
+    source = PurePosixPath(_MADE_FROM.get(name) or PAGES.get(name, f"docs/{name}"))
     if name.startswith("reference/"):
         markdown += _others(markdown, Path(config.config_file_path).parent)
 

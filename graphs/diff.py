@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from spiffy.graphs.labels import written
 from spiffy.schemas import AcceptanceModel, DraftGraph, Node
+from spiffy.schemas.labels import written
 
 _NAMED = 12  # nodes listed one by one
 _BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

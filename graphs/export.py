@@ -7,8 +7,8 @@ from typing import Literal
 
 import networkx as nx
 
-from spiffy.graphs.labels import beyond_parent, written
 from spiffy.schemas import DraftGraph
+from spiffy.schemas.labels import beyond_parent, written
 
 ExportFormat = Literal["graphml", "dot", "json"]
 

@@ -13,6 +13,9 @@ from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.html import block, page, table
+
+Budget = int | Literal["auto"]  # drafts per forward
 
 
 @dataclass
@@ -34,6 +37,26 @@ class Output:
     token_ids: list[int]
     stats: Stats
     states: list[list[int]] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the answer, and what it cost."""
+        stats, tokens = self.stats, len(self.token_ids)
+        rows: list[list[object]] = [
+            ["tokens", tokens],
+            ["forwards (NFE)", stats.nfe],
+            ["positions computed", stats.positions_computed],
+            ["denoising steps", stats.steps],
+            ["seconds", f"{stats.seconds:.3g}"],
+        ]
+        if stats.drafted:
+            rows.append(["drafts accepted", f"{stats.accepted} of {stats.drafted}"])
+        if stats.seconds:
+            rows.append(["tokens/s", f"{tokens / stats.seconds:.1f}"])
+        if stats.budgets:
+            used = ", ".join(f"{name}: {count}" for name, count in stats.budgets.items())
+            rows.append(["forwards by drafts", used])
+        answer = block(self.text) if self.text else block(" ".join(map(str, self.token_ids)))
+        return page(answer, table([], rows))
 
 
 def decoding_settings(
@@ -72,6 +95,22 @@ def decoding_settings(
     return settings
 
 
+def check_drafting(graph: DraftGraph | None, budget: Budget, selection: Selection) -> None:
+    """Check what says how many drafts there are, and who chooses them.
+
+    Raises
+    ------
+    SpiffyError
+        If one is none, or there is nothing to draft with.
+    """
+    if budget != "auto" and not isinstance(budget, int):
+        raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts")
+    if selection not in get_args(Selection):
+        raise SpiffyError(f"selection {selection!r}: choose {' or '.join(get_args(Selection))}")
+    if graph is None and budget != "auto":
+        raise SpiffyError(f"budget {budget} counts drafts: give a graph")
+
+
 def generate(
     model: DiffusionLM,
     prompt: Prompt,
@@ -80,7 +119,7 @@ def generate(
     system: str | None = None,
     stop: str | Sequence[str] | None = (),
     graph: DraftGraph | None = None,
-    budget: int | Literal["auto"] = "auto",
+    budget: Budget = "auto",
     selection: Selection = "model",
     seed: int = 0,
     sequence: int = 0,
@@ -128,12 +167,7 @@ def generate(
     SpiffyError
         If an option, the prompt, or the graph does not fit the model.
     """
-    if budget != "auto" and not isinstance(budget, int):
-        raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts")
-    if selection not in get_args(Selection):
-        raise SpiffyError(f"selection {selection!r}: choose {' or '.join(get_args(Selection))}")
-    if graph is None and budget != "auto":
-        raise SpiffyError(f"budget {budget} counts drafts: give a graph")
+    check_drafting(graph, budget, selection)
     settings = decoding_settings(model, graph, any_model=any_model, **options)
     ids = model.encode(prompt, raw=raw, system=system)
     task = make_task(model, ids, settings, None, seed, sequence, edges, stop)

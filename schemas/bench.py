@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.errors import SpiffyError
+from spiffy.schemas.html import block, inline, page, paragraph, table, visible
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 from spiffy.schemas.records import CostProfile, ModelRecord, Node
 
@@ -229,6 +231,50 @@ class Walkthrough(_Record):
     text: str
     prompt_tokens: tuple[str, ...] = ()
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the forwards, each to be opened."""
+        steps = sum(len(turn.steps) for turn in self.turns)
+        start = min((turn.span[0] for turn in self.turns), default=self.answer_start)
+        known = dict(zip(range(start, self.answer_start), self.prompt_tokens, strict=False))
+        parts = [
+            paragraph(
+                f"One answer by {inline(self.method)}: {len(self.turns)} forwards for {steps} "
+                f"denoising steps, where plain decoding takes {self.plain_nfe}. A number is the "
+                "step of the forward that committed the token; from 2 on, drafts gained it."
+            ),
+            block(self.prompt),
+        ]
+        for number, turn in enumerate(self.turns, start=1):
+            parts.append(_turn_html(number, turn, known))
+            known |= {position: text for step in turn.steps for position, text in step}
+        return page(*parts, block(self.text))
+
+
+def _turn_html(number: int, turn: Turn, known: Mapping[int, str]) -> str:
+    """A forward: its block after it, with what it committed by step, and the drafts it verified."""
+    fresh = {p: (text, k) for k, step in enumerate(turn.steps, start=1) for p, text in step}
+    cells = []
+    for position in range(*turn.span):
+        if position in fresh:
+            text, step = fresh[position]
+            cells.append(f"<mark>{inline(visible(text))}<sup>{step}</sup></mark>")
+        else:
+            cells.append(inline(visible(known[position])) if position in known else "_")
+    accepted = sum(draft.accepted for draft in turn.drafts)
+    rows = [
+        [
+            " ".join(f"{position}: {visible(text)}" for position, text in draft.fill),
+            "accepted" if draft.accepted else "",
+        ]
+        for draft in turn.drafts
+    ]
+    drafts = table(["draft (position: token)", ""], rows) if rows else ""
+    return (
+        f"<details><summary>forward {number}, block {turn.block + 1}: {len(turn.steps)} steps, "
+        f"{accepted} of {len(turn.drafts)} drafts accepted</summary>"
+        f"<p><code>{' '.join(cells)}</code></p>{drafts}</details>"
+    )
+
 
 class Machine(_Record):
     """Where it ran.
@@ -309,6 +355,36 @@ class Bench(_Record):
     results: tuple[Result, ...] = Field(min_length=1)
     profile: CostProfile | None = None
     walkthrough: Walkthrough | None = None
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table of results."""
+        base, settings = self.result(self.baseline), self.decoding
+        rows = []
+        for result in self.results:
+            is_base = result.name == base.name
+            same = result.compared - result.differing
+            rows.append(
+                [
+                    result.name,
+                    f"{result.nfe:,}"
+                    + ("" if is_base else f" ({base.nfe / result.nfe:.2f}x fewer)"),
+                    f"{result.positions_computed / base.positions_computed:.2f}x",
+                    f"{result.steps_per_forward:.2f}",
+                    f"{result.tokens_per_second:,.1f}",
+                    "1" if is_base else f"{result.speedup.value:.2f}x",
+                    "" if is_base or not result.compared else f"{same} of {result.compared}",
+                ]
+            )
+        headings = ["", "NFE", "positions", "steps per forward", "tokens/s", "speed", "identical"]
+        return page(
+            paragraph(
+                f"<strong>{inline(self.model.id)}</strong>, {settings.policy}, cache "
+                f"{settings.cache}: {self.data.samples} prompts of {inline(self.data.dataset)} on "
+                f"{inline(self.machine.device)}, {inline(self.machine.dtype)}; against "
+                f"{inline(self.baseline)}"
+            ),
+            table(headings, rows),
+        )
 
     def result(self, name: str) -> Result:
         """The result of that name.

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import FailFast, Field, ValidationError, model_validator
 
 from spiffy.schemas.decoding import DecodingSettings, first_problem
+from spiffy.schemas.drawing import svg
 from spiffy.schemas.errors import SpiffyError
+from spiffy.schemas.html import inline, page, paragraph, table
+from spiffy.schemas.hub import GRAPH_FILE, download, names_repository, note_other_weights
 from spiffy.schemas.io import MAX_BYTES, canonical_json, is_unicode, read_json, write_atomically
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import (
@@ -139,6 +142,26 @@ class DraftGraph(Record):
             graph.add_edges_from((parent, number) for parent in node.parents)
         return graph
 
+    def _repr_html_(self) -> str:
+        """For notebooks: where it comes from, its drawing, and what it is expected to bring."""
+        record, settings = self.calibration, self.decoding
+        parts = [
+            paragraph(
+                f"Draft graph of <strong>{inline(self.model.id)}</strong> "
+                f"({inline(self.model.family)}): {self.budget} nodes, {settings.policy}, cache "
+                f"{settings.cache}, block {settings.block_length}; {record.roots} roots of "
+                f"{record.samples} prompts ({inline(record.dataset)})"
+            )
+        ]
+        if self.nodes:
+            parts.append(svg(self.nodes, record.roots))
+        if self.expected_steps:
+            shown = sorted({*(n for n in (1, 2, 4, 8, 16, 32) if n < self.budget), self.budget})
+            steps = [f"{self.expected_steps[n]:.2f}" for n in shown]
+            headings = ["drafts", *map(str, shown)]
+            parts.append(table(headings, [["expected steps per forward", *steps]]))
+        return page(*parts)
+
     def differences(self, settings: DecodingSettings) -> tuple[str, ...]:
         """Settings, in words, for which the graph's expected steps do not hold.
 
@@ -247,24 +270,33 @@ class DraftGraph(Record):
     def from_pretrained(cls, repo_or_dir: str, *, revision: str | None = None) -> DraftGraph:
         """Load `draft_graph.json` from a checkpoint directory or a hub repository.
 
+        Where the repository also holds weights, of another revision than those that the graph was
+        calibrated with, a note says so.
+
         Raises
         ------
         SpiffyError
             If there is none, or it is invalid.
         """
         if Path(repo_or_dir).is_dir():
-            return cls.load(Path(repo_or_dir) / "draft_graph.json")
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import RemoteEntryNotFoundError
+            return cls.load(Path(repo_or_dir) / GRAPH_FILE)
+        graph = cls.load(download(repo_or_dir, revision))
+        note_other_weights(graph.model, repo_or_dir, revision)
+        return graph
 
-        try:
-            path = hf_hub_download(repo_or_dir, "draft_graph.json", revision=revision)
-        except RemoteEntryNotFoundError:
-            raise SpiffyError(f"{repo_or_dir}: the hub has no draft_graph.json there") from None
-        except Exception as error:  # the hub's client raises many kinds
-            reason = " ".join(str(error).split())
-            raise SpiffyError(f"{repo_or_dir}: no draft_graph.json to be had ({reason})") from None
-        return cls.load(path)
+    @classmethod
+    def find(cls, place: str | Path) -> DraftGraph:
+        """Load a graph from a file, a checkpoint directory, or a hub repository (owner/name).
+
+        Raises
+        ------
+        SpiffyError
+            If there is none, or it is invalid.
+        """
+        name = str(place)
+        if names_repository(name) or Path(name).is_dir():
+            return cls.from_pretrained(name)
+        return cls.load(name)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -287,6 +319,8 @@ class DraftGraph(Record):
 
         Parameters
         ----------
+        fingerprint
+            Empty: not known, and not compared; a note says so.
         any_model
             Take any model of the family, such as a fine-tune: drafts never change a token, and are
             accepted less often the more the models differ.
@@ -301,7 +335,7 @@ class DraftGraph(Record):
         if not any_model:
             facts.append(("vocabulary size", ours.vocab_size, vocab_size))
         older = fingerprint.startswith(FINGERPRINT) and not ours.fingerprint.startswith(FINGERPRINT)
-        if not any_model and not older:
+        if not any_model and not older and fingerprint:
             facts.append(
                 ("fingerprint of config and tokenizer", ours.fingerprint, fingerprint),
             )
@@ -312,6 +346,12 @@ class DraftGraph(Record):
                     f"the graph was calibrated for {ours.id}: {what} {expected}, this model has "
                     f"{received}; calibrate one for this model{advice}"
                 )
+        if not fingerprint and not any_model:
+            note(
+                f"nothing tells whether the graph of {ours.id} is of this very model, whose "
+                "tokenizer is not known here: family and vocabulary fit; wrap(module, tokenizer, "
+                "family=...) makes it known"
+            )
         if older and not any_model:
             note(
                 f"the graph of {ours.id} was made by an older version, whose fingerprints cannot "

@@ -7,6 +7,7 @@ import os
 import stat
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,10 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """Write a whole file (text as UTF-8) or nothing: a sibling temporary file, then a rename.
+
+    What is too much for memory comes in pieces; if making one fails, nothing is written either.
 
     Raises
     ------
@@ -95,14 +98,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             "wb", dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
             temporary = file.name
-            file.write(content.encode() if isinstance(content, str) else content)
+            text = content.encode() if isinstance(content, str) else content
+            file.writelines([text] if isinstance(text, bytes) else text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # NamedTemporaryFile makes them private
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SpiffyError) as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, SpiffyError):
+            raise
         raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
 
 

@@ -1,9 +1,9 @@
-"""The manifest of a work directory: what the traces in it were recorded with."""
+"""Manifests: what the records in a folder, traces or answers, were made with."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,7 +27,39 @@ class ModelFacts(_Record):
     eos_token_ids: tuple[int, ...]
 
 
-class Manifest(_Record):
+class RunManifest(_Record):
+    """What a run that can go on was begun with; one with anything else is refused.
+
+    Attributes
+    ----------
+    unusual
+        Fields that are written only where they are not as given here.
+    """
+
+    unusual: ClassVar[dict[str, object]] = {}
+
+    def content(self) -> dict[str, Any]:
+        """What is written."""
+        usual = {name for name, value in self.unusual.items() if getattr(self, name) == value}
+        return self.model_dump(mode="json", exclude=usual)
+
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.content()).encode()).hexdigest()
+
+    def difference(self, other: RunManifest, free: frozenset[str] = frozenset()) -> str | None:
+        """The first setting that differs, in words, "batch_size 8, not 4"; None if none does.
+
+        `free` names fields that may differ.
+        """
+        for name, ours in _flat(self).items():
+            theirs = _flat(other).get(name)
+            if ours != theirs and name not in free:
+                return f"{name} {ours}, not {theirs}"
+        return None
+
+
+class Manifest(RunManifest):
     """Everything that decides what is recorded; budget and objective come later and are free.
 
     Attributes
@@ -41,6 +73,8 @@ class Manifest(_Record):
     raw, system
         How prompts were encoded, if not by themselves and with the chat template.
     """
+
+    unusual = {"raw": False, "system": None}  # as before there were such options
 
     format: Literal["spiffy.workdir"] = "spiffy.workdir"
     version: Literal[1] = 1
@@ -59,32 +93,41 @@ class Manifest(_Record):
     raw: bool = False
     system: str | None = None
 
-    def content(self) -> dict[str, Any]:
-        """What is written: how prompts were encoded is only there if it is not as usual."""
-        usual = {
-            name
-            for name, value in (("raw", False), ("system", None))
-            if getattr(self, name) == value
-        }
-        return self.model_dump(mode="json", exclude=usual)
 
-    def digest(self) -> str:
-        """SHA-256 over the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.content()).encode()).hexdigest()
+class AnswersManifest(RunManifest):
+    """Everything that decides what answers to a file of prompts are, and what they cost.
 
-    def difference(self, other: Manifest, free: frozenset[str] = frozenset()) -> str | None:
-        """The first setting that differs, in words, "batch_size 8, not 4"; None if none does.
+    Attributes
+    ----------
+    weights
+        Digest over a sample of the weights.
+    graph
+        Digest of the draft graph, if there is one.
+    drafts
+        The budget; None: decoded plainly.
+    dataset_sha256, prompts
+        Digest of the prompt texts, and how many there are.
+    """
 
-        `free` names fields that may differ.
-        """
-        for name, ours in _flat(self).items():
-            theirs = _flat(other).get(name)
-            if ours != theirs and name not in free:
-                return f"{name} {ours}, not {theirs}"
-        return None
+    format: Literal["spiffy.answers"] = "spiffy.answers"
+    version: Literal[1] = 1
+    model: ModelFacts
+    weights: str
+    dtype: str
+    decoding: DecodingSettings
+    edges: dict[str, bool]
+    seed: int
+    graph: str | None
+    drafts: int | Literal["auto"] | None
+    stop: tuple[str, ...]
+    dataset: str
+    dataset_sha256: str
+    prompts: int = Field(ge=1)
+    raw: bool
+    system: str | None
 
 
-def _flat(manifest: Manifest) -> dict[str, object]:
+def _flat(manifest: RunManifest) -> dict[str, object]:
     """Settings by name, those of records inside as `model.id`."""
     flat: dict[str, object] = {}
     for name, value in manifest.model_dump(mode="json").items():

@@ -17,7 +17,10 @@ from pathlib import Path
 import grimp
 import networkx as nx
 
-PACKAGES = [f"spiffy.{name}" for name in ("schemas", "graphs", "runtime", "calib", "bench", "cli")]
+PACKAGES = [
+    f"spiffy.{name}"
+    for name in ("schemas", "graphs", "runtime", "calib", "bench", "integrations", "cli")
+]
 
 
 def room(module: str) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -161,7 +162,7 @@ def main() -> None:
         f"`python studies/load.py --model {args.model} --cache {args.cache}{shape} --clients "
         f"{' '.join(map(str, args.clients))} --max-batch {args.max_batch} --seconds "
         f"{args.seconds:g} --gen-length {args.gen_length}` (torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.machine()})\n\n{table(found)}"
+        f"{os.cpu_count()} CPUs, {platform.machine()})\n\n{table(found)}"
     )
     print(f"\n{block}")
     for path in args.into:

@@ -31,7 +31,7 @@ from spiffy.calib.synthetic import problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import Drafter, graph_drafter
-from spiffy.runtime.generate import Output, Selection, collect
+from spiffy.runtime.generate import Output, Selection, answer_ids, collect
 from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName
 
 OFF = BlockEdges(complete=False, first=False, fold=False)
@@ -244,8 +244,11 @@ class Company:
     ----------
     differing
         Answers that are not plain decoding's, by way: plain, or with drafts.
+    parted
+        Decodes that pass through another state than plain decoding: near-ties, after which the
+        answer may yet be the same.
     steps
-        Denoising steps that were compared: of an answer that differs, up to where it does.
+        Denoising steps that were compared: of a decode that parts, up to where it does.
     """
 
     model: str
@@ -254,6 +257,7 @@ class Company:
     dtype: str
     compared: int
     differing: Mapping[str, int]
+    parted: Mapping[str, int]
     steps: Mapping[str, int]
 
 
@@ -273,26 +277,18 @@ def keep_company(name: str, args: argparse.Namespace) -> Iterator[Company]:
             for dtype, model in models.items():
                 drafter = graph_drafter(model, graph, settings, DRAFTED)
                 alone = decoded_tasks(model, settings, questions, None, 1)
-                parted: dict[str, list[int | None]] = {}
+                wrong, parted, steps = {}, {}, {}
                 for way, used in (("plain", None), (f"{DRAFTED} drafts", drafter)):
                     together = decoded_tasks(model, settings, questions, used, TOGETHER)
-                    parted[way] = [*map(parting, alone, together)]
-                steps = [len(task.path) for task in alone]
-                yield Company(
-                    name,
-                    cache,
-                    policy,
-                    dtype,
-                    len(questions),
-                    {way: sum(at is not None for at in ats) for way, ats in parted.items()},
-                    {
-                        way: sum(
-                            made if at is None else at + 1
-                            for made, at in zip(steps, ats, strict=True)
-                        )
-                        for way, ats in parted.items()
-                    },
-                )
+                    pairs = [*zip(alone, together, strict=True)]
+                    at = [parting(one, other) for one, other in pairs]
+                    wrong[way] = sum(answer_ids(one) != answer_ids(other) for one, other in pairs)
+                    parted[way] = sum(step is not None for step in at)
+                    steps[way] = sum(
+                        len(task.path) if step is None else step + 1
+                        for task, step in zip(alone, at, strict=True)
+                    )
+                yield Company(name, cache, policy, dtype, len(questions), wrong, parted, steps)
 
 
 def decoded_tasks(
@@ -319,12 +315,11 @@ def parting(ours: Task, theirs: Task) -> int | None:
 
 
 def company(rows: Sequence[Company]) -> str:
-    """Markdown: how often company changes an answer, and how many denoising steps that takes."""
+    """Markdown: how often company changes an answer, and how rare near-ties are."""
     ways = list(rows[0].differing)
+    heads = "".join(f" {way}: answers that differ | one near-tie in steps |" for way in ways)
     lines = [
-        "| model | cache | policy | dtype "
-        + "".join(f"| {way}: answers that differ | one near-tie in steps " for way in ways)
-        + "|",
+        f"| model | cache | policy | dtype |{heads}",
         "| --- | --- | --- | --- |" + " ---: | ---: |" * len(ways),
     ]
 
@@ -332,8 +327,8 @@ def company(rows: Sequence[Company]) -> str:
         found = []
         for way in ways:
             wrong, total = sum(r.differing[way] for r in some), sum(r.compared for r in some)
-            steps = sum(r.steps[way] for r in some)
-            often = f"{steps / wrong:.0f}" if wrong else f"none in {steps}"
+            parted, steps = sum(r.parted[way] for r in some), sum(r.steps[way] for r in some)
+            often = f"{steps / parted:.0f}" if parted else f"none in {steps}"
             found.append(f"{wrong} of {total} ({wrong / total:.1%}) | {often}")
         return " | ".join(found)
 

@@ -21,11 +21,13 @@ import torch
 
 from spiffy.calib.pipeline import record
 from spiffy.calib.record import Recorder
+from spiffy.integrations import custom_generate
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.budget.cost import measure_cost
 from spiffy.runtime.decode import Advice, Task, driver, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
+from spiffy.runtime.forward import question
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import SpiffyError
@@ -151,13 +153,15 @@ class Turns:
     """An adviser by whom plain decoding and all ways of drafting take turns."""
 
     drafters: Sequence[Drafter | None]
-    turn: int = 0
+    asked: int = 0
 
     def begin(self, canvas: Canvas) -> None: ...
 
+    def turn(self, sequences: int) -> None: ...
+
     def advise(self) -> Advice:
-        self.turn += 1
-        return Advice(self.drafters[self.turn % len(self.drafters)], self.turn)
+        self.asked += 1
+        return Advice(self.drafters[self.asked % len(self.drafters)], self.asked)
 
     def learn(self, *_: Any) -> None: ...
 
@@ -178,16 +182,41 @@ def halved(device: str) -> Outcome:
     lm = model("sdar-a", device)
     forward = driver.forward
 
-    def small(lm: DiffusionLM, rows: Sequence[Row]) -> list[RowOutput]:
+    def small(lm: DiffusionLM, rows: Sequence[Row], lengths: Sequence[int] = ()) -> list[RowOutput]:
         if sum(len(row.ids) for row in rows) > 4 * BLOCK:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(lm, rows)
+        return forward(lm, rows, lengths)
 
     tasks = tasks_of(lm, 1, "graph")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "forward", small)
         found = outcome(lm, tasks)
     return replace(found, values=[found.values, tasks[0].stats.halvings])
+
+
+def without_float64(device: str) -> Outcome:
+    """Logits come over instead, as for a device that has no float64."""
+    lm = model("sdar-a", device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(question, "_HOSTS", {"cpu", device})
+        return outcome(lm, tasks_of(lm, 1, "model"))
+
+
+def generated(device: str) -> Outcome:
+    """By transformers' `generate`: a padded batch whose ids are on the device, with a criterion."""
+    module: Any = model("sdar-a", device).module
+    ids = torch.tensor([PROMPT, (0, 0, *PROMPT[2:])], device=device)
+    sequences = module.generate(
+        input_ids=ids,
+        attention_mask=(ids > 0).long(),
+        custom_generate=custom_generate,
+        decoding={"block_length": BLOCK, "stop_at_eos": False},
+        max_new_tokens=GEN,
+        pad_token_id=0,
+        stopping_criteria=[lambda found, _: found[:, -1] < 0],
+    )
+    assert sequences.device == ids.device
+    return Outcome(sequences.cpu().tolist())
 
 
 def broken(device: str) -> Outcome:
@@ -211,7 +240,8 @@ def cases() -> Iterator[tuple[str, Callable[[str], Outcome]]]:
             yield f"{layout}, batch: {way}", partial(decoded, name, way, SEQUENCES, options)
     yield "logits", partial(logits, "dream-a")
     yield from (("recorded", recorded), ("measured", measured), ("advised", advised))
-    yield from (("halved", halved), ("broken", broken))
+    yield from (("halved", halved), ("broken", broken), ("generated", generated))
+    yield "no float64", without_float64
 
 
 def main(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from spiffy.runtime import DiffusionLM, load_model
+from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import Candidates, Drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.schemas import DecodingSettings
+from spiffy.schemas import CalibrationRecord, DecodingSettings, DraftGraph, ModelRecord, Node
 
 PARITY = Path(__file__).parent / "parity"
+
+
+def shown(page: str, starts: str) -> str:
+    """The block of code of a page that has a line starting with these words."""
+    text = (PARITY.parent.parent / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if re.search(f"^{starts}", block, re.MULTILINE)]
+    return found
 
 
 def study(name: str) -> Any:
@@ -43,6 +52,68 @@ def with_eos(model: DiffusionLM, tokens: Iterable[int]) -> DiffusionLM:
     other = copy.copy(model)
     other.eos_token_ids = frozenset(tokens)
     return other
+
+
+def chain_graph(name: str, drafts: int = 3, **options: Any) -> DraftGraph:
+    """A graph of a shipped model that no calibration made: the best position, the best two, ..."""
+    model = load_model(name, device="cpu")
+    fills = [tuple((rank, 0) for rank in range(n + 1)) for n in range(drafts)]
+    return DraftGraph(
+        model=ModelRecord(
+            family=model.family.name,
+            id=name,
+            fingerprint=model.fingerprint,
+            vocab_size=model.vocab_size,
+        ),
+        decoding=decoding_settings(model, **options),
+        exact=True,
+        calibration=CalibrationRecord(
+            dataset="by hand",
+            dataset_sha256="0" * 64,
+            samples=1,
+            held_out_samples=0,
+            roots=1,
+            seed=0,
+            objective="paper",
+            tool_version="0.1.0",
+        ),
+        expected_steps=tuple(1.0 + 0.3 * n for n in range(drafts + 1)),
+        nodes=tuple(Node(fill=fill, parents=(n,), count=1) for n, fill in enumerate(fills)),
+    )
+
+
+def a_graph_of(model: DiffusionLM, **decoding: Any) -> DraftGraph:
+    """A graph of three nodes by hand."""
+    settings = {"cache": model.family.caches[0], "gen_length": 8, "block_length": 4, **decoding}
+    if model.family.sub_block_length is not None:
+        settings.setdefault("sub_block_length", settings["block_length"])
+    return DraftGraph(
+        model=ModelRecord(
+            family=model.family.name,
+            id=model.name,
+            revision=model.revision,
+            fingerprint=model.fingerprint,
+            vocab_size=model.vocab_size,
+        ),
+        decoding=DecodingSettings.parse(**settings),
+        exact=True,
+        calibration=CalibrationRecord(
+            dataset="by hand",
+            dataset_sha256="0" * 64,
+            samples=1,
+            held_out_samples=0,
+            roots=4,
+            seed=0,
+            objective="paper",
+            tool_version="0.1.0",
+        ),
+        expected_steps=(1.0, 1.5, 2.0, 2.25),
+        nodes=(
+            Node(fill=((0, 0),), parents=(0,), count=3),
+            Node(fill=((0, 0), (1, 0)), parents=(1,), count=2),
+            Node(fill=((1, 0),), parents=(0,), count=1),
+        ),
+    )
 
 
 def random_prompt(model: DiffusionLM, length: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several states through a dear output head at once: the same decode, fewer passes."""
+"""Several states through the output head at once: the same decode, fewer passes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from test_losslessness import (
 from torch import Tensor
 
 from spiffy.runtime.draft import GraphDrafter
+from spiffy.runtime.forward import question
+from spiffy.runtime.forward.evaluation import Evaluation, Window
 from spiffy.runtime.models import base
 
 LENGTH = 11
@@ -37,6 +39,20 @@ def test_drafts_that_hold_change_nothing(layout: str, policy: str, temperature: 
     drafter = GraphDrafter(fills, model)
     prompt = random_prompt(model, LENGTH)
     assert_lossless(decode(model, prompt, setting, drafter, edges=EDGES[layout]), plainly)
+
+
+@pytest.mark.parametrize(("layout", "policy"), COMBINATIONS[::3])
+def test_states_that_are_read_ahead_are_read_the_same(
+    layout: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that would be waited for; there all comes from tables."""
+    model, setting = setting_of(layout, policy)
+    plainly = plain(layout, policy, 0.0, LENGTH, 0)
+    fills = future_fills(layout, policy, 0.0, LENGTH, 3)[:12]
+    monkeypatch.setattr(question, "_HOSTS", {"elsewhere"})
+    monkeypatch.setattr(Evaluation, "logits", lambda *_: pytest.fail("read on demand"))
+    drafter = GraphDrafter(fills, model)
+    assert_lossless(decode(model, plainly.prompt, setting, drafter, edges=EDGES[layout]), plainly)
 
 
 FILLS = st.lists(
@@ -81,8 +97,6 @@ def test_a_walk_along_its_likely_states_passes_the_head_once(
 
 
 def test_what_was_foreseen_is_what_the_head_says() -> None:
-    from spiffy.runtime.forward.evaluation import Evaluation, Window
-
     model, _ = setting_of("dream-dual", "static-1")
     hidden = torch.randn(3, 20, model.module.config.hidden_size, dtype=model.dtype)
     evaluation = Evaluation(model, [Window(part, 5) for part in hidden])

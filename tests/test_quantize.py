@@ -13,25 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, Oracle, decode, parity_model, random_prompt, states
+from helpers import PARITY, Oracle, chain_graph, decode, parity_model, random_prompt, states
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TorchAoConfig
 from typer.testing import CliRunner
 
-from spiffy.calib.workdir import _weights_digest
+from spiffy.calib.workdir import weights_digest
 from spiffy.runtime import ALIASES, DiffusionLM, load_model, wrap
 from spiffy.runtime.budget.cost import conditions
 from spiffy.runtime.decode import make_task
 from spiffy.runtime.draft import GraphDrafter
 from spiffy.runtime.models.stored import stored_tensors
-from spiffy.schemas import (
-    CalibrationRecord,
-    DecodingSettings,
-    DraftGraph,
-    ModelRecord,
-    Node,
-    SpiffyError,
-)
+from spiffy.schemas import DecodingSettings, SpiffyError
 
 torchao = pytest.importorskip("torchao", reason="pip install 'spiffy-dllm[quantize]'")
 
@@ -124,8 +117,8 @@ def test_a_checkpoint_that_transformers_loads_in_8_bits_wraps() -> None:
 def test_quantised_weights_count_as_other_weights_where_that_matters() -> None:
     """Recordings are of certain weights, and costs of certain kernels; graphs are of neither."""
     plain, ours = parity_model("sdar-a"), quantised(str(PARITY / "sdar-a"))
-    assert _weights_digest(ours) != _weights_digest(plain)
-    assert _weights_digest(ours) == _weights_digest(quantised(str(PARITY / "sdar-a")))
+    assert weights_digest(ours) != weights_digest(plain)
+    assert weights_digest(ours) == weights_digest(quantised(str(PARITY / "sdar-a")))
     settings = DecodingSettings.parse(cache="block", block_length=8, gen_length=16)
     prompt = random_prompt(plain, 11)
     costs = [conditions(make_task(model, prompt, settings)) for model in (plain, ours)]
@@ -217,37 +210,9 @@ def test_layers_that_are_left_on_disk_are_refused() -> None:
 # ---------------------------------------------------------------- commands
 
 
-def a_graph() -> DraftGraph:
-    model = load_model("tiny-sdar", device="cpu")
-    return DraftGraph(
-        model=ModelRecord(
-            family="sdar",
-            id="tiny-sdar",
-            fingerprint=model.fingerprint,
-            vocab_size=model.vocab_size,
-        ),
-        decoding=DecodingSettings.parse(cache="block", block_length=8, gen_length=16),
-        exact=True,
-        calibration=CalibrationRecord(
-            dataset="by hand",
-            dataset_sha256="0" * 64,
-            samples=1,
-            held_out_samples=0,
-            roots=1,
-            seed=0,
-            objective="paper",
-            tool_version="0.1.0",
-        ),
-        expected_steps=(1.0, 1.5, 2.0),
-        nodes=(
-            Node(fill=((0, 0),), parents=(0,), count=1),
-            Node(fill=((0, 0), (1, 0)), parents=(1,), count=1),
-        ),
-    )
-
-
 def test_verify_of_a_quantised_model_passes(tmp_path: Path) -> None:
-    a_graph().save(tmp_path / "graph.json")
+    graph = chain_graph("tiny-sdar", 2, block_length=8, gen_length=16)
+    graph.save(tmp_path / "graph.json")
     model = ["--graph", str(tmp_path / "graph.json"), "--quantize", "int8", "--device", "cpu"]
     prompt = ["--prompt", "Tom has 3 apples. He buys 4 more. How many now?"]
     app = import_module("spiffy.cli.decode").app
@@ -272,7 +237,8 @@ def test_every_command_passes_both_options_on(
         raise SpiffyError(f"{name} {options['adapter']} {options['quantize']}")
 
     monkeypatch.setattr("spiffy.runtime.load_model", load)
-    a_graph().save(tmp_path / "graph.json")
+    graph = chain_graph("tiny-sdar", 2, block_length=8, gen_length=16)
+    graph.save(tmp_path / "graph.json")
     graph = [] if command == "calibrate" else ["--graph", str(tmp_path / "graph.json")]
     prompt = ["--prompt", "x"] if command == "decode" else []
     out = [] if command == "decode" else ["--out", str(tmp_path / "out")]

@@ -48,5 +48,7 @@ def test_the_python_of_the_readme_runs(
     code = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.S)
     assert code
     for snippet in code:
+        if "import ray" in snippet:  # tests/test_ray.py runs it
+            continue
         exec(compile(snippet, "README.md", "exec"), {})
     assert "#### 11" in capsys.readouterr().out

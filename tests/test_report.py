@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 
 from spiffy.bench import report, tables
 from spiffy.bench.compare import compare
-from spiffy.bench.report import visible, write_calibration_report, write_report
+from spiffy.bench.report import write_calibration_report, write_report
 from spiffy.cli.graph import app as graph_app
 from spiffy.graphs.diff import differences
 from spiffy.schemas import DraftGraph, Node, SpiffyError
 from spiffy.schemas.bench import Acceptance, Bench, Draft, Interval, Turn
+from spiffy.schemas.html import visible
 
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "link", "input", "br", "hr", "img"}

@@ -9,7 +9,7 @@ import torch
 from helpers import Oracle, decode, parity_model, random_prompt, states
 from test_trust import Memory
 
-from spiffy.bench.watch import WatchedAdviser
+from spiffy.bench.watch import Watch, WatchedAdviser
 from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task
 from spiffy.schemas import DecodingSettings, SpiffyError
 
@@ -129,6 +129,25 @@ def test_decodes_that_do_not_fit_wait_and_are_begun_anew(
     for ours, theirs in zip(tasks, plainly, strict=True):
         assert ours.error is None
         assert states(ours) == states(theirs)
+
+
+def test_what_is_begun_anew_is_watched_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, second, *_), plainly = begun("none")
+    scheduler = Scheduler(first.model, batch_size=2)
+    scheduler.add(first)
+    scheduler.add(second)
+    watch, seen = Watch(second), []
+    for _ in range(3):
+        scheduler.step()
+        seen += watch.forward().reached
+    assert len(seen) == 3
+    longest = max(task.canvas.length for task in (first, second))
+    monkeypatch.setattr(driver, "forward", Memory(longest, torch.OutOfMemoryError("CUDA")))
+    while scheduler.busy:
+        scheduler.step()
+        if second.stats.nfe > len(seen):
+            seen += watch.forward().reached
+    assert [cursor.ids.tolist() for cursor in seen] == states(plainly[1])[:3] + states(plainly[1])
 
 
 def test_more_is_tried_again_after_many_forwards_that_fitted(

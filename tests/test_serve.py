@@ -152,6 +152,15 @@ def test_without_a_length_there_is_as_much_room_as_there_is() -> None:
         engine.task("x", max_tokens=513)
 
 
+def test_temperatures_are_no_reason_to_learn_anew_how_many_drafts_pay() -> None:
+    engine = Engine(model(), settings(), graph())
+    of = {t: engine.task(QUESTION, temperature=t).adviser for t in (0.0, 0.3, 0.9, None)}
+    assert of[0.0] is of[None] is not None
+    assert of[0.3] is of[0.9] is not of[0.0]
+    assert engine.task(QUESTION, temperature=0.3).settings.temperature == 0.3
+    assert engine.task(QUESTION, drafts=False).adviser is None
+
+
 def test_what_is_given_up_leaves_and_what_is_too_much_is_refused() -> None:
     with running(batch=1, waiting=1) as engine:
         first, _ = submit(engine)
@@ -273,10 +282,10 @@ class Here:
 
 
 @contextmanager
-def served(engine: Engine, access: Access) -> Iterator[Here]:
+def served(engine: Engine, access: Access, sockets: Sockets) -> Iterator[Here]:
     sock = bind("127.0.0.1", 0)
     begun = threading.Event()
-    server = Server(build(engine, access), Sockets(), begun.set)
+    server = Server(build(engine, access), sockets, begun.set)
     thread = threading.Thread(target=lambda: server.run(sockets=[sock]))
     thread.start()
     assert begun.wait(SECONDS)
@@ -290,15 +299,15 @@ def served(engine: Engine, access: Access) -> Iterator[Here]:
 @pytest.fixture(scope="module")
 def here() -> Iterator[Here]:
     engine = Engine(model(), settings(), graph(), budget=4)
-    with served(engine, Access()) as found:
+    with served(engine, Access(), Sockets()) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Here]:
-    """One answer at a time, a key, small bodies."""
+    """One answer at a time, a key, small bodies, few connections."""
     engine = Engine(model(), settings(), limits=Limits(batch=1, waiting=0))
-    with served(engine, Access("sesame", body_bytes=1000)) as found:
+    with served(engine, Access("sesame", body_bytes=1000), Sockets(connections=16)) as found:
         yield found
 
 
@@ -512,6 +521,15 @@ def test_more_than_may_wait_is_told_to_come_later(
     assert client.chat.completions.create(model="tiny-sdar", messages=message()).choices
 
 
+def test_more_connections_than_there_may_be_are_turned_away(narrow: Here) -> None:
+    host, port = narrow.address.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port)), timeout=SECONDS) for _ in range(16)]
+    wait_until(lambda: narrow.ask("GET", "/health")[0] == 503)
+    for connection in idle:
+        connection.close()
+    wait_until(lambda: narrow.ask("GET", "/health")[0] == 200)
+
+
 @contextmanager
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Forwards wait until they may go on."""
@@ -686,6 +704,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.Mo
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with bind("127.0.0.1", 0) as taken:
+        taken.listen()
         port = str(taken.getsockname()[1])
         cases = {
             ("--port", port, "--model", "tiny-sdar"): f"cannot listen at 127.0.0.1, port {port}",

@@ -295,11 +295,11 @@ class Memory:
     def __init__(self, most: int, error: RuntimeError) -> None:
         self.most, self.error, self.failed = most, error, 0
 
-    def __call__(self, model: Any, rows: Any, lengths: Any) -> Any:
+    def __call__(self, model: Any, rows: Any, *rest: Any) -> Any:
         if sum(len(row.ids) for row in rows) > self.most:
             self.failed += 1
             raise self.error
-        return forward(model, rows, lengths)
+        return forward(model, rows, *rest)
 
 
 ERRORS = [

@@ -232,6 +232,15 @@ def test_a_forward_that_fails_is_one_line(attention: Callable[[DiffusionLM, Any]
     assert message.endswith("(TypeError: no such kernel here)")
 
 
+def test_flex_attention_is_refused_by_its_name() -> None:
+    """SDAR's own config names it; trying it on a CPU would end the process."""
+    model = own("sdar-a")
+    model.module.config._attn_implementation = "flex_attention"
+    message = refusal(lambda: wrapped(model, "sdar-a"))
+    assert "flex attention does not take the mask that drafts need" in message
+    assert "attn_implementation='sdpa' or 'eager'" in message
+
+
 def test_broken_weights_are_not_taken_for_broken_attention() -> None:
     model = own("sdar-a")
     weight = model.module.get_parameter("model.layers.1.mlp.up_proj.weight")

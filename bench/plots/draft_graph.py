@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-
-import networkx as nx
 
 from spiffy.bench.plots.style import (
     COLOURS,
@@ -18,8 +15,9 @@ from spiffy.bench.plots.style import (
     new_figure,
     styled,
 )
-from spiffy.graphs.labels import beyond_parent, written
 from spiffy.schemas import Node
+from spiffy.schemas.drawing import layout
+from spiffy.schemas.labels import beyond_parent, written
 
 _LABELLED = 48  # nodes that get a label, the most often accepted first
 
@@ -29,7 +27,7 @@ def draft_graph(nodes: Sequence[Node], roots: int) -> Picture | None:
     """The draft graph from left (the root) to right, node area by share of roots."""
     if not nodes:
         return None
-    place, edges = _layout(nodes)
+    place, edges = layout(nodes)
     deepest = max(x for x, _ in place)
     tallest = max(abs(y) for _, y in place)
     figure = new_figure(max(5.2, 1.35 * deepest + 1.2), min(9.0, max(2.4, 0.62 * tallest + 1.1)))
@@ -102,33 +100,3 @@ def draft_graph(nodes: Sequence[Node], roots: int) -> Picture | None:
 
 def _share(node: Node, roots: int) -> str:
     return f"{node.count / roots:.1%} of roots" if roots else f"{node.count} roots"
-
-
-Point = tuple[float, float]
-
-
-def _layout(nodes: Sequence[Node]) -> tuple[list[Point], list[tuple[int, int, bool]]]:
-    """Where nodes stand, by number, and edges as (parent, child, whether it is the first parent).
-
-    A column per step from the root (networkx's topological generations); a first child stands
-    beside its parent, the others below, which networkx's layouts cannot do.
-    """
-    edges = [
-        (parent, number, parent == node.parents[0])
-        for number, node in enumerate(nodes, start=1)
-        for parent in node.parents
-    ]
-    graph = nx.DiGraph((parent, number) for parent, number, _ in edges)
-    place: dict[int, Point] = {}
-    siblings: Counter[int] = Counter()
-    for column, numbers in enumerate(nx.topological_generations(graph)):
-        # Parents from above to below, so that no two edges to first parents cross.
-        first = {k: nodes[k - 1].parents[0] for k in numbers if k}
-        above = -1.0
-        for number in sorted(numbers, key=lambda k: (-place[first[k]][1] if k else 0.0, k)):
-            if number:
-                beside = -place[first[number]][1] + siblings[first[number]]
-                siblings[first[number]] += 1
-                above = max(beside, above + 1)
-            place[number] = (float(column), -max(above, 0.0))
-    return [place[k] for k in range(len(nodes) + 1)], edges

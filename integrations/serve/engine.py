@@ -22,7 +22,7 @@ from spiffy.integrations.serve.metrics import Metrics
 from spiffy.integrations.serve.watching import forward_event
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Scheduler, Stats, Task, decoded, make_task, planned
-from spiffy.runtime.draft import graph_drafter
+from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.generate import answer, collect
 from spiffy.runtime.models.base import DiffusionLM
@@ -205,12 +205,15 @@ class Engine:
         limits: Limits = Limits(),
         metrics: Metrics | None = None,
     ) -> None:
-        self.model, self.settings, self.graph, self.budget = model, settings, graph, budget
+        self.model, self.settings, self.graph = model, settings, graph
         self.edges, self.limits = edges, limits
         #: What the model is called: of a folder, its last part.
         self.name = Path(model.name).name if Path(model.name).is_dir() else model.name
         self.metrics = Metrics() if metrics is None else metrics
         self.max_length = model.max_length or _LONGEST
+        self._drafter: Drafter | None = None
+        if graph is not None and budget != "auto":
+            self._drafter = graph_drafter(model, graph, settings, budget)
         self._changed = threading.Condition()  # guards the next five
         self._arrived: list[Job] = []
         self._left: list[Job] = []
@@ -333,10 +336,14 @@ class Engine:
         """Give a task what drafts for it."""
         if self.graph is None:
             return
-        if self.budget == "auto":
-            task.adviser = auto_budget(task, self.graph)
-        else:
-            task.drafter = graph_drafter(self.model, self.graph, task.settings, self.budget)
+        if self._drafter is not None:
+            task.drafter = self._drafter
+            return
+        # What drafts are worth is learned apart for greedy answers and for drawn ones, but not for
+        # every temperature that somebody asks for.
+        drawn = float(task.settings.temperature > 0)
+        settings = task.settings.model_copy(update={"temperature": drawn})
+        task.adviser = auto_budget(replace(task, settings=settings), self.graph)
 
     # ------------------------------------------------------------ the engine's thread
 

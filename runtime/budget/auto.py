@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
+from torch import nn
 
 from spiffy.runtime.budget.controller import Choice, Controller, interpolated
 from spiffy.runtime.budget.cost import cost_profile, known_profile
@@ -200,7 +201,7 @@ class AutoBudget:
         prior: CostProfile | None = None,
     ) -> None:
         self.graph, self.settings = graph, settings
-        self._model = ref(model)  # whose `AutoBudget` lives no longer than it
+        self._module = ref(model.module)  # whose `AutoBudget` lives no longer than it
         steps = expected_steps(graph) or {"graph": _UNSTATED}
         if selection == "graph" or not same_steps(graph, settings):
             steps.pop("model", None)
@@ -248,8 +249,10 @@ class AutoBudget:
 
     def _drafter(self, way: Selection, drafts: int) -> Drafter:
         """Drafters by the acceptance model share their weights."""
-        model = self._model()
-        assert model is not None  # it is decoding
+        module = self._module()
+        assert module is not None  # it is decoding
+        model = DiffusionLM.of(module)
+        assert model is not None  # one was made of it
         for known in self._drafters.values() if way == "model" else ():
             if isinstance(known, AcceptanceDrafter):
                 return AcceptanceDrafter(known.weights, drafts, model)
@@ -267,9 +270,9 @@ class AutoBudget:
 _UNSTATED = tuple(
     ExpectedSteps(drafts=n, steps=s) for n, s in ((0, 1.0), (1, 1.5), (3, 2.0), (8, 2.5), (32, 3.5))
 )
-_MOST_KEPT = 16  # per model
+_MOST_KEPT = 16  # per module
 
-_known: WeakKeyDictionary[DiffusionLM, dict[tuple[int, str, Selection], AutoBudget]]
+_known: WeakKeyDictionary[nn.Module, dict[tuple[int, str, Selection], AutoBudget]]
 _known = WeakKeyDictionary()
 
 
@@ -293,7 +296,7 @@ def auto_budget(
         return None
     model, settings = task.model, task.settings
     same = settings.model_dump_json(exclude={"gen_length", "stop_at_eos"})
-    budgets = _known.setdefault(model, {})
+    budgets = _known.setdefault(model.module, {})
     key = (id(graph), same, selection)  # it holds on to the graph
     if prior is not None or key not in budgets:
         if len(budgets) >= _MOST_KEPT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 
 import torch
@@ -26,16 +26,19 @@ _Running = tuple[Task, Decoding, list[Row]]
 _TRY_AGAIN = 512  # forwards that fitted, after which a little more is tried
 
 
-def run(model: DiffusionLM, tasks: Sequence[Task], batch_size: int = 1) -> Iterator[list[Task]]:
+def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Iterator[list[Task]]:
     """Decode tasks, up to `batch_size` at a time sharing their forwards.
 
-    Yields after every forward the tasks that it finished, often none; their `path` and `stats`
-    are up to date at any time. The error of a task that fails is raised.
+    They are taken when there is room for them. Yields after every forward the tasks that it
+    finished, often none; their `path` and `stats` are up to date at any time. The error of a task
+    that fails is raised.
     """
-    scheduler = Scheduler(model, batch_size)
-    for task in tasks:
-        scheduler.add(task)
-    while scheduler.busy:
+    scheduler, more = Scheduler(model, batch_size), iter(tasks)
+    while True:
+        while len(scheduler) < batch_size and (task := next(more, None)) is not None:
+            scheduler.add(task)
+        if not scheduler.busy:
+            return
         finished = scheduler.step()
         for task in finished:
             if task.error is not None:
@@ -70,10 +73,14 @@ class Scheduler:
         self._most_drafts, self._most_decodes = MAX_NODES, batch_size  # that fitted
         self._fitted = 0  # forwards since one did not
 
+    def __len__(self) -> int:
+        """Number of tasks that are decoded or wait."""
+        return len(self._waiting) + len(self._running)
+
     @property
     def busy(self) -> bool:
         """Whether there is anything to decode."""
-        return bool(self._waiting or self._running)
+        return len(self) > 0
 
     @property
     def running(self) -> list[Task]:
@@ -115,9 +122,9 @@ class Scheduler:
         self._remember_that_it_fitted()
         synchronize(self.model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
-        for adviser in {task.adviser for task in self.running}:
-            if adviser is not None:
-                adviser.turn(len(self._running))
+        # Methods, not advisers: one that is watched has that of the one which it stands for.
+        for turn in {task.adviser.turn for task in self.running if task.adviser is not None}:
+            turn(len(self._running))
         walked = self._running
         self._running = []
         for task, decoding, rows in walked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -112,6 +112,9 @@ class Task:
         Drafts per forward that memory allows: a forward that does not fit halves it.
     stop
         Strings that end the answer, as soon as the block in which one is complete is done.
+    until
+        Asked after every finished block but the last, with the answer so far (`decoded`): whether
+        it ends there.
     path
         The state after every denoising step made so far.
     roots
@@ -130,6 +133,7 @@ class Task:
     edges: BlockEdges = field(default_factory=BlockEdges)
     most_drafts: int = MAX_NODES
     stop: tuple[str, ...] = ()
+    until: Callable[[list[int]], bool] | None = None
     path: list[Cursor] = field(default_factory=list)
     roots: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
@@ -206,7 +210,10 @@ def decoded(task: Task, ids: Tensor, stop: int) -> list[int]:
 
 
 def is_stopped(task: Task, ids: Tensor, stop: int) -> bool:
-    """Whether the answer up to position `stop` holds one of the task's stop strings."""
-    if not task.stop:
+    """Whether the answer up to position `stop` ends there, by a stop string or by `until`."""
+    if not task.stop and task.until is None:
         return False
-    return task.model.codec.before_stop(decoded(task, ids, stop), task.stop) is not None
+    so_far = decoded(task, ids, stop)
+    if task.until is not None and task.until(so_far):
+        return True
+    return bool(task.stop) and task.model.codec.before_stop(so_far, task.stop) is not None

@@ -68,13 +68,13 @@ def on_device(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 def numbered(rows: Sequence[Asked | None], width: int) -> tuple[Tensor, Tensor]:
     """Positions (int64 [K]) and pairs (int64 [2, T]) of a batch of rows, counted over all of it."""
-    at, pairs, before = [_NOTHING], [_NOTHING.expand(2, 0)], 0
+    at, pairs, before = [], [], 0
     for k, asked in enumerate(rows):
         if asked is not None:
             at.append(k * width + asked.at)
             pairs.append(before + asked.pairs)
             before += len(asked.at)
-    return torch.cat(at), torch.cat(pairs, 1)
+    return (torch.cat(at), torch.cat(pairs, 1)) if at else (_NOTHING, _NOTHING)
 
 
 def read(

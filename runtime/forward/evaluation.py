@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.forward.asked import on_device
-from spiffy.runtime.forward.question import Answers, Reader, reads_on_host
+from spiffy.runtime.forward.question import Answers, Reader
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.policy import Distribution
 from spiffy.runtime.step.reading import Reading, Rules, likeliest, reading_of
@@ -62,7 +62,7 @@ class Evaluation:
         assert self.reader is not None  # of caches that a decode opens
         rules = self.reader.rules
         table = None if self.answers is None else self.answers.of(state, positions.numpy())
-        if table is None and reads_on_host(self.model):
+        if table is None and self.reader.on_host:
             distribution = Distribution.of(self.logits(state, positions).cpu())
             return Reading.of(distribution, positions, rules, noise)
         if table is None:

@@ -146,6 +146,8 @@ def forward(
 
 def _stack(values: Sequence[Tensor], width: int, filler: int) -> Tensor:
     """Runs of numbers (int64 [k]) as the rows of int64 [n, width]."""
+    if len(values) == 1:
+        return values[0][None]
     return torch.stack([v if len(v) == width else _pad(v, width, filler) for v in values])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -68,18 +69,23 @@ class Reader:
     ranks: int
     asks_rejected: bool
 
-    @property
+    @cached_property
     def rules(self) -> Rules:
         """How a distribution is read."""
         return Rules(self.settings, self.model.mask_token_id, self.ranks)
 
-    @property
+    @cached_property
+    def on_host(self) -> bool:
+        """Whether distributions are read on the host."""
+        return reads_on_host(self.model)
+
+    @cached_property
     def ahead(self) -> bool:
         """Whether all states are read in the forward itself.
 
         With noise that would take the noise of every state.
         """
-        return not reads_on_host(self.model) and self.settings.temperature == 0
+        return not self.on_host and self.settings.temperature == 0
 
     def question(self, root: Cursor, states: Tensor, places: Sequence[Place]) -> Question:
         """All that may be asked about the states (int64 [S, length]) of a forward.

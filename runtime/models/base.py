@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +207,9 @@ class DiffusionLM:
         Token ids, number of logits per position, and positions that training and RoPE reach.
     """
 
+    # What is known of a module, for as long as it lives; it does not hold on to the module.
+    _known: ClassVar[WeakKeyDictionary[nn.Module, dict[str, Any]]] = WeakKeyDictionary()
+
     def __init__(
         self,
         module: nn.Module,
@@ -235,6 +239,36 @@ class DiffusionLM:
         stated = next((int(config[k]) for k in limits if config.get(k)), None)
         self.max_length = reach(stated, getattr(settings, "rope_parameters", None) or {})
         self._rope_of_length = install(module)
+        self._remember()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> DiffusionLM | None:
+        """The model that `load_model` or `wrap` made of a module, if they did: the last such."""
+        facts = cls._known.get(module)
+        return None if facts is None else cls(module, **facts)
+
+    def but(self, **facts: Any) -> DiffusionLM:
+        """The same model, for one use, with other facts, such as `eos_token_ids`."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__ | facts)
+        other.__dict__.pop("codec", None)  # made of the end tokens
+        return other
+
+    def _remember(self) -> None:
+        self._known[self.module] = {
+            "family": self.family,
+            "config": self.config,
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer,
+            "eos_token_ids": self.eos_token_ids,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From pickle, or a copy."""
+        self.__dict__.update(state)
+        self._remember()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, weights included, as for processes that are spawned.

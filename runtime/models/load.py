@@ -145,6 +145,7 @@ def load_model(
     if device_map is None:
         module = module.to(device)
     mask = config["mask_token_id"]
+    _tell_ends(module, tokenizer, eos_token_ids)
     return DiffusionLM(
         module,
         facts,
@@ -155,6 +156,14 @@ def load_model(
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
     )
+
+
+def _tell_ends(module: Any, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
+    """Let the module's own `generate` know which tokens end and pad, not its class's defaults."""
+    settings = getattr(module, "generation_config", None)
+    if settings is not None:
+        settings.eos_token_id = sorted(eos_token_ids) or None
+        settings.pad_token_id = getattr(tokenizer, "pad_token_id", None)
 
 
 def _family(name: str, source: Source, config: Mapping[str, Any], wanted: str | None) -> Family:

@@ -11,11 +11,11 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from spiffy.runtime.models.published import ALIASES
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.hub import answered, is_hub_id
 from spiffy.schemas.notes import note
 
 _MAX_BYTES = 64 * 1024 * 1024  # indices of shards have a line per parameter
@@ -65,7 +65,7 @@ class Source:
                 return cls(place)
         except OSError as error:
             raise SpiffyError(f"{name}: cannot be read ({error.strerror or error})") from None
-        if not _is_hub_id(place):
+        if not is_hub_id(place):
             known = ", ".join(ALIASES)
             raise SpiffyError(
                 f"unknown model {name!r}: no such directory; give one, a hub id, or one of {known}"
@@ -73,7 +73,7 @@ class Source:
         try:
             commit = HfApi().model_info(place, revision=revision, timeout=10).sha
         except Exception as error:  # the hub's client raises many kinds
-            return cls(place, revision, offline=_reason(error))
+            return cls(place, revision, offline=answered(error))
         return cls(place, commit, asked=revision)
 
     @property
@@ -140,7 +140,7 @@ class Source:
                 return None
             except Exception as error:  # the hub's client raises many kinds
                 raise SpiffyError(
-                    f"{self.place}: {name} cannot be had from the hub: {_reason(error)}"
+                    f"{self.place}: {name} cannot be had from the hub: {answered(error)}"
                 ) from None
         listed = self._listed()
         if listed is not None and name not in listed:
@@ -236,22 +236,6 @@ class Source:
             f"where there is network, or pass the directory of a local copy, such as ./{model}, "
             "instead of the name"
         )
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
-
-
-def _reason(error: BaseException) -> str:
-    """What the hub answered; its client wraps that in advice about connections."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split()).partition(" For more information check")[0]
-    return text[:300] or type(error).__name__
 
 
 def _readable(path: Path) -> Path | None:

@@ -32,6 +32,7 @@ def wrap(
     family: str,
     config: Mapping[str, Any] | None = None,
     name: str | None = None,
+    mask_token_id: int | None = None,
 ) -> DiffusionLM:
     """Make a model of a module that is loaded already.
 
@@ -54,6 +55,8 @@ def wrap(
     name
         What to call the model. A block size in it counts (`-b32`). Default: what the module was
         loaded from.
+    mask_token_id
+        Default: what config or tokenizer say, else the family's published one.
 
     Raises
     ------
@@ -81,6 +84,8 @@ def wrap(
     own = settings.to_dict()
     refuse_windows(name, family, own)
     stated = _stated(own, settings) if config is None else without_quantisation(config)
+    if mask_token_id is not None:
+        stated = {**stated, "mask_token_id": mask_token_id}
     stated = with_mask_token(stated, tokenizer, facts.mask_token_id)
     rows = module.get_input_embeddings().weight.shape[0]
     described = settings if config is None else _described(name, facts, stated, settings)
@@ -175,6 +180,10 @@ def check_attention(model: DiffusionLM) -> None:
     """
     attention = getattr(model.module.config, "_attn_implementation", None) or "its own"
     advice = "load the module with attn_implementation='sdpa' or 'eager'"
+    if attention == "flex_attention":  # its kernel for CPUs ends the process at such a mask
+        raise SpiffyError(
+            f"{model.name}: flex attention does not take the mask that drafts need: {advice}"
+        )
     try:
         alone, packed = _both_ways(model)
     except Exception as error:  # of any kernel

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spiffy.schemas import Node
-from spiffy.schemas.records import Fill
+from spiffy.schemas.records import Fill, Node
 
 
 def written(fill: Fill) -> str:

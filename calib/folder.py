@@ -1,0 +1,180 @@
+"""Folders that several processes append records to, under one manifest.
+
+A folder holds `manifest.json` and, for every process that ever recorded into it, a file. What they
+decode is numbered; a number counts as recorded as soon as any of the files holds its record.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
+
+from pydantic import ValidationError
+
+from spiffy.calib.frames import AppendFile, Place, Scan
+from spiffy.schemas import SpiffyError
+from spiffy.schemas.decoding import first_problem
+from spiffy.schemas.io import canonical_json, read_json, write_atomically
+from spiffy.schemas.workdir import RunManifest
+
+MANIFEST = "manifest.json"
+
+
+class Numbered(Protocol):
+    """What every record says of itself: its number, and the digest of its manifest."""
+
+    @property
+    def number(self) -> int:
+        """Of what it records."""
+        ...
+
+    @property
+    def run(self) -> str:
+        """Under which it was recorded."""
+        ...
+
+
+About = TypeVar("About", bound=Numbered)
+Run = TypeVar("Run", bound=RunManifest)
+
+
+class RecordFolder(Generic[Run, About]):
+    """A folder that this process records into.
+
+    Parameters
+    ----------
+    manifest
+        What is recorded; only rank 0 writes it, into a new folder.
+    rank
+        Of several processes that share the folder, each has its own file.
+
+    Attributes
+    ----------
+    places
+        Where the record of every number lies, as seen on opening.
+    notes
+        What is worth telling: dropped and damaged records.
+
+    Raises
+    ------
+    SpiffyError
+        If another process records there, it was made with other settings, or is not writable.
+    """
+
+    file: ClassVar[type[AppendFile]]
+
+    def __init__(self, folder: Path, manifest: Run, rank: int = 0) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.notes: list[str] = []
+        if rank == 0:
+            self._make()
+        self._file = self.file(folder / f"{self.file.records}-{rank:04}.bin")
+        try:
+            if rank == 0 and not (folder / MANIFEST).exists():
+                text = canonical_json(manifest.content())
+                write_atomically(folder / MANIFEST, text + "\n")
+            check_same(folder, read_manifest(folder, type(manifest)), manifest)
+            if self._file.dropped:
+                self.notes.append(
+                    f"{self._file.path}: dropped an unfinished record at the end "
+                    f"({self._file.dropped} bytes)"
+                )
+            if self._file.damaged:
+                self.notes.append(f"{self._file.path}: damaged records are recorded again")
+            self.places = self.recorded(folder, manifest)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @staticmethod
+    def scan(path: Path) -> Scan[About]:
+        """Find the records of one file."""
+        raise NotImplementedError
+
+    @classmethod
+    def recorded(cls, folder: Path, manifest: Run) -> dict[int, Place[About]]:
+        """Where the record of every number lies.
+
+        Raises
+        ------
+        SpiffyError
+            If a file cannot be read, or was recorded with other settings.
+        """
+        places: dict[int, Place[About]] = {}
+        run = manifest.digest()
+        for path in sorted(folder.glob(f"{cls.file.records}-*.bin")):
+            for place in cls.scan(path).places:
+                if place.about.run != run:
+                    raise SpiffyError(
+                        f"{path}: recorded with other settings than {folder}: remove it"
+                    )
+                places.setdefault(place.about.number, place)
+        return places
+
+    def _make(self) -> None:
+        folder = self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            others = [file.name for file in folder.iterdir() if not file.name.startswith(".")]
+        except OSError as error:
+            raise SpiffyError(f"{folder}: cannot be a work directory ({error.strerror})") from None
+        if others and MANIFEST not in others and others != [f"{self.file.records}-0000.bin"]:
+            raise SpiffyError(
+                f"{folder}: not empty and no work directory: give a new one as {self.file.option}"
+            )
+
+
+def read_manifest(folder: Path, kind: type[Run]) -> Run:
+    """Read what a folder was made with.
+
+    Raises
+    ------
+    SpiffyError
+        If it is none, or was made by another version.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise SpiffyError(f"{folder}: not a work directory (it has no {MANIFEST})")
+    content = read_json(folder / MANIFEST)
+    try:
+        return kind.model_validate_json(canonical_json(content))
+    except ValidationError as error:
+        raise SpiffyError(f"{folder / MANIFEST}: {first_problem(error)}") from None
+
+
+def check_same(
+    folder: Path, theirs: RunManifest, ours: RunManifest, free: frozenset[str] = frozenset()
+) -> None:
+    """Refuse a folder of other settings; `free` names those that may differ.
+
+    Raises
+    ------
+    SpiffyError
+        Names the first that differs.
+    """
+    if difference := theirs.difference(ours, free):
+        raise SpiffyError(
+            f"{folder}: recorded with {difference}: use the same settings, or another directory"
+        )
+
+
+def parts_of(out: Path) -> Path:
+    """The folder in which what a file will hold lies until all is there."""
+    return out.with_name(f"{out.name}.parts")
+
+
+def check_begun_or_new(out: Path) -> None:
+    """Refuse a file that is there already, which may hold the work of hours.
+
+    Raises
+    ------
+    SpiffyError
+        Unless what goes into it still lies beside it.
+    """
+    if out.exists() and not (parts_of(out) / MANIFEST).is_file():
+        raise SpiffyError(f"{out}: is there already: remove it, or give another --out")

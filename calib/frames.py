@@ -1,0 +1,193 @@
+"""Append-only files of records that check themselves.
+
+A record is a magic word, the length of its payload (8 bytes, little endian), the SHA-256 of length
+and payload, and the payload. Whatever a crash leaves behind is no record: the end of a file that
+was being written is cut off when it is opened again, and a record damaged elsewhere is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+from spiffy.schemas import SpiffyError
+
+About = TypeVar("About")
+
+_MAGIC = b"\x93SPTRACE"
+_HEADER = len(_MAGIC) + 8 + 32
+
+
+@dataclass(frozen=True)
+class Place(Generic[About]):
+    """Where a record's payload lies, and what it is about."""
+
+    path: Path
+    offset: int
+    length: int
+    about: About
+
+
+@dataclass(frozen=True)
+class Scan(Generic[About]):
+    """The good records of a file, the byte after the last, and how many stretches are damaged."""
+
+    places: tuple[Place[About], ...]
+    end: int
+    damaged: int
+
+
+def _frame(payload: bytes) -> bytes:
+    length = len(payload).to_bytes(8, "little")
+    return _MAGIC + length + hashlib.sha256(length + payload).digest() + payload
+
+
+def scan_records(path: Path, about: Callable[[bytes], About]) -> Scan[About]:
+    """Find and check all records of a file; `about` tells from a payload what it is about.
+
+    Raises
+    ------
+    SpiffyError
+        If it cannot be read.
+    """
+    places: list[Place[About]] = []
+    end = position = damaged = 0
+    try:
+        if not path.stat().st_size:
+            return Scan((), 0, 0)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while (at := data.find(_MAGIC, position)) >= 0:
+                header = data[at + len(_MAGIC) : at + _HEADER]
+                length = int.from_bytes(header[:8], "little")
+                payload = data[at + _HEADER : at + _HEADER + length]
+                whole = len(header) == _HEADER - len(_MAGIC) and len(payload) == length
+                if not whole or hashlib.sha256(header[:8] + payload).digest() != header[8:]:
+                    position = at + 1
+                    continue
+                damaged += at > end
+                places.append(Place(path, at + _HEADER, length, about(payload)))
+                end = position = at + _HEADER + length
+    except OSError as error:
+        raise SpiffyError(f"{path}: cannot be read ({error.strerror})") from None
+    return Scan(tuple(places), end, damaged)
+
+
+def read_record(place: Place[About]) -> bytes:
+    """Read one payload back, checked again.
+
+    Raises
+    ------
+    SpiffyError
+        If it has changed since it was found.
+    """
+    try:
+        with place.path.open("rb") as file:
+            file.seek(place.offset - _HEADER)
+            framed = file.read(_HEADER + place.length)
+    except OSError as error:
+        raise SpiffyError(f"{place.path}: cannot be read ({error.strerror})") from None
+    if _frame(framed[_HEADER:]) != framed:
+        raise SpiffyError(f"{place.path}: the record at byte {place.offset} changed while in use")
+    return framed[_HEADER:]
+
+
+class AppendFile:
+    """The file that one process appends to; nobody else can, as long as it lives.
+
+    Attributes
+    ----------
+    dropped
+        Bytes that were cut off on opening: a record that was being written when its process died.
+
+    Raises
+    ------
+    SpiffyError
+        If another process has it open, or the folder is full or not writable.
+    """
+
+    #: What is recorded there, and the option that asks for it.
+    records: ClassVar[str] = "records"
+    option: ClassVar[str] = "--workdir"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            import fcntl  # not on Windows, where all but this works
+        except ImportError:
+            raise SpiffyError(
+                f"{path}: work directories need POSIX file locks, which this system lacks: leave "
+                f"out {self.option}"
+            ) from None
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
+        try:
+            # The kernel lets go of it when the process ends, however it ends.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = scan_records(path, len)
+            self.end, self.damaged = found.end, found.damaged
+            self.dropped = os.fstat(self._file).st_size - found.end
+            if self.dropped:
+                os.ftruncate(self._file, found.end)
+        except BlockingIOError:
+            self.close()
+            raise SpiffyError(
+                f"{path.parent}: another process is recording there: wait for it, or give another "
+                f"{self.option}"
+            ) from None
+        except OSError as error:
+            self.close()
+            raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def append(self, payload: bytes) -> None:
+        """Write one record behind the others; `sync` makes it last.
+
+        Raises
+        ------
+        SpiffyError
+            If there is no room; the records before are as they were.
+        """
+        left = memoryview(_frame(payload))
+        at = self.end
+        try:
+            while left:
+                written = os.pwrite(self._file, left, at)
+                left, at = left[written:], at + written
+        except OSError as error:
+            self._cut()
+            raise self._unwritable(error) from None
+        self.end = at
+
+    def sync(self) -> None:
+        """Wait until the disk holds everything.
+
+        Raises
+        ------
+        SpiffyError
+            If it cannot.
+        """
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def close(self) -> None:
+        """Let others append."""
+        os.close(self._file)
+
+    def _cut(self) -> None:
+        with suppress(OSError):  # half a record is also cut off when the file is opened again
+            os.ftruncate(self._file, self.end)
+
+    def _unwritable(self, error: OSError) -> SpiffyError:
+        return SpiffyError(
+            f"{self.path}: cannot be written ({error.strerror}): {self.records} recorded before "
+            "are safe; make room and run the same command again"
+        )

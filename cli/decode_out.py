@@ -1,0 +1,79 @@
+"""Decoding into a file, by one process or several, that goes on where it was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from spiffy.cli.common import log, progress_bar
+from spiffy.cli.decode_runs import as_json
+
+if TYPE_CHECKING:
+    from spiffy.calib.answers import Answers
+    from spiffy.calib.prompts import PromptSet
+    from spiffy.calib.ranks import Ranks
+    from spiffy.cli.decode_runs import Runs
+    from spiffy.schemas import DraftGraph
+
+
+def decode_into(
+    out: Path,
+    runs: Runs,
+    prompts: PromptSet,
+    graph: DraftGraph | None,
+    budget: int | Literal["auto"] | None,
+    ranks: Ranks,
+    batch_size: int = 1,
+) -> None:
+    """Decode this rank's share of the prompts; rank 0 then writes the answers of all.
+
+    Raises
+    ------
+    SpiffyError
+        If answers on their way to the file are to other prompts or of other settings, or another
+        process writes them, or they cannot be written.
+    KeyboardInterrupt
+        If asked to stop, after an answer.
+    """
+    from spiffy.calib.answers import Answers, answers_manifest
+
+    manifest = answers_manifest(
+        runs.lm,
+        prompts,
+        runs.settings,
+        graph if budget is not None else None,
+        budget,
+        runs.stop,
+        runs.seed,
+        runs.edges,
+    )
+    with ranks.sharing(lambda: Answers(out, manifest, ranks.rank)) as answers:
+        _decode_missing(runs, answers, ranks, batch_size)
+    if ranks.rank == 0:
+        sums = answers.merge([number for number, _ in runs.prompts])
+        log.print(
+            f"wrote {len(runs.prompts)} answers to {out}: {sums['tokens']} tokens, {sums['nfe']} "
+            f"forwards, {sums['positions_computed']} positions, "
+            f"{sums['steps'] / sums['nfe']:.2f} steps per forward",
+            soft_wrap=True,
+        )
+
+
+def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int) -> None:
+    from spiffy.calib.workdir import until_interrupted
+
+    for note in answers.notes:
+        log.print(note, soft_wrap=True)
+    todo = [prompt for prompt in runs.prompts if prompt[0] not in answers.places]
+    if len(todo) < len(runs.prompts):
+        log.print(f"{len(runs.prompts) - len(todo)} of {len(runs.prompts)} answers are there")
+    mine = todo[ranks.rank :: ranks.world]
+    of = f" (rank {ranks.rank} of {ranks.world})" if ranks.world > 1 else ""
+    with progress_bar() as bar, until_interrupted(log.print) as stopped:
+        finished = runs.together(mine, runs.shown, batch_size)
+        for index, output in bar.track(
+            finished, total=len(mine), description=f"decoding prompts{of}"
+        ):
+            answers.append(as_json(index, output))
+            if stopped():
+                raise KeyboardInterrupt

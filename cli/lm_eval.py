@@ -1,0 +1,105 @@
+"""`spiffy-lm-eval`: lm-evaluation-harness with drafts, and with what they saved in its results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from spiffy.cli.common import console, log, run_app
+from spiffy.cli.streams import write
+from spiffy.schemas import SpiffyError
+
+if TYPE_CHECKING:
+    from spiffy.integrations.lm_eval import SpiffyLM
+
+_OPTION = "--verify-share"
+_HELP = f"""spiffy-lm-eval takes lm-evaluation-harness's own options, and registers a model:
+
+  --model spiffy --model_args pretrained=NAME,graph=FILE,budget=auto,...
+
+with the options of spiffy-decode by their names: budget, gen_length, block_length, policy, cache,
+threshold, dtype, adapter, quantize, ... It writes forwards, positions, steps per forward and tokens
+per second into "config" of the harness's results.
+
+  {_OPTION} X  also decode this share of the answers plainly, compare; exit 1 if any differs
+
+What follows is the harness's own help.
+
+"""
+
+
+def _evaluate() -> None:
+    arguments, share = _without_share(sys.argv[1:])
+    if "--version" in arguments:
+        write(f"spiffy-dllm {version('spiffy-dllm')}\n")
+        return
+    if not arguments or {"-h", "--help"} & {*arguments}:
+        write(_HELP)
+    from spiffy.integrations.lm_eval import launched, run_harness
+
+    sys.argv[1:] = arguments
+    with launched(share) as models:
+        run_harness()
+    if share and not models:
+        raise SpiffyError(f"{_OPTION} compares answers of --model spiffy: give that")
+    for model in models:
+        _show(model)
+    if any(counts.differing for model in models for counts in model.counts.values()):
+        sys.exit(1)
+
+
+def _without_share(arguments: Sequence[str]) -> tuple[list[str], float]:
+    """The harness's arguments, and the share to verify: the one option that is ours."""
+    left, share = [], 0.0
+    words = iter(arguments)
+    for word in words:
+        name, given, value = word.partition("=")
+        if name != _OPTION:
+            left.append(word)
+            continue
+        value = value if given else next(words, "")
+        try:
+            share = float(value)
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            raise SpiffyError(f"{_OPTION} {value!r}: give a share of the answers, such as 0.1")
+    return left, share
+
+
+def _show(model: SpiffyLM) -> None:
+    """Print what answers took; the harness prints how good they are."""
+    if not model.counts:
+        return
+    table = Table(title=f"{model.loaded.model.name}: what decoding took")
+    names = ("answers", "NFE", "positions", "steps per forward", "tokens/s", "identical")
+    for name in ("task", *names):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for task, counts in model.counts.items():
+        identical = counts.verified - len(counts.differing)
+        table.add_row(
+            task,
+            str(counts.answers),
+            str(counts.nfe),
+            str(counts.positions_computed),
+            f"{counts.steps / counts.nfe:.2f}" if counts.nfe else "-",
+            f"{counts.tokens / counts.seconds:.1f}" if counts.seconds else "-",
+            f"{identical} of {counts.verified}" if counts.verified else "-",
+        )
+        if counts.differing:
+            documents = ", ".join(map(str, counts.differing))
+            log.print(f"{task}: other answers with drafts: documents {documents}", soft_wrap=True)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point of `spiffy-lm-eval`."""
+    run_app(_evaluate)
+
+
+if __name__ == "__main__":
+    main()

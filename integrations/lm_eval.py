@@ -1,0 +1,490 @@
+"""lm-evaluation-harness: a model class that decodes with drafts and counts what that took.
+
+Importing this registers it as the harness's model "spiffy"; `spiffy-lm-eval` does so and hands over
+to the harness.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from spiffy.schemas import DecodingSettings, SpiffyError
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from tqdm import tqdm
+except ImportError:
+    raise SpiffyError(
+        "lm-evaluation-harness is not installed: pip install 'spiffy-dllm[lm-eval]'"
+    ) from None
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from spiffy.integrations.loaded import Budget
+    from spiffy.runtime.generate import Output
+
+#: Of generation arguments that are no use here: what leaves an answer as it is.
+_NEUTRAL = {"num_beams": 1, "top_p": 1, "repetition_penalty": 1, "num_return_sequences": 1}
+_ELSEWHERE = {
+    "temperature": "give --gen_kwargs do_sample=True,temperature=...",
+    "system": "give --system_instruction",
+    "trust_remote_code": "no code of a checkpoint is run: drop it",
+}
+_SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # without effect on greedy decoding
+
+
+@dataclass
+class Counts:
+    """What the answers to one task took, and which of them were compared with plain decoding's.
+
+    Attributes
+    ----------
+    answers
+        Decoded here; those from the harness's cache cost nothing.
+    seconds
+        Wall-clock time of decoding them, `verified` not counted.
+    budgets
+        With budget "auto": forwards by what was chosen for them.
+    verified, differing
+        How many answers were decoded plainly too, and the documents whose answers differ.
+    verified_nfe, plain_nfe
+        Forwards that the verified answers took, with drafts and plainly.
+    """
+
+    answers: int = 0
+    tokens: int = 0
+    nfe: int = 0
+    positions_computed: int = 0
+    steps: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+    budgets: Counter[str] = field(default_factory=Counter)
+    verified: int = 0
+    differing: list[int] = field(default_factory=list)
+    verified_nfe: int = 0
+    plain_nfe: int = 0
+
+    def add(self, output: Output) -> None:
+        """Count one answer."""
+        stats = output.stats
+        self.answers += 1
+        self.tokens += len(output.token_ids)
+        for name in ("nfe", "positions_computed", "steps", "accepted"):
+            setattr(self, name, getattr(self, name) + getattr(stats, name))
+        self.budgets.update(stats.budgets)
+
+    def record(self) -> dict[str, Any]:
+        """As the results hold it."""
+        content: dict[str, Any] = {
+            "answers": self.answers,
+            "tokens": self.tokens,
+            "nfe": self.nfe,
+            "positions_computed": self.positions_computed,
+            "steps": self.steps,
+            "accepted": self.accepted,
+            "seconds": round(self.seconds, 6),
+            "steps_per_forward": self.steps / self.nfe if self.nfe else None,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else None,
+        }
+        if self.budgets:
+            content["forwards_by_budget"] = dict(self.budgets)
+        if self.verified:
+            content["verified"] = {
+                "answers": self.verified,
+                "identical": self.verified - len(self.differing),
+                "differing_doc_ids": self.differing,
+                "nfe": self.verified_nfe,
+                "plain_nfe": self.plain_nfe,
+            }
+        return content
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request as it is decoded."""
+
+    prompt: Any  # token ids
+    settings: DecodingSettings
+    stop: tuple[str, ...]
+    most: int  # tokens of the answer
+    document: int
+
+
+class Conversation(str):
+    """A prompt that the chat template has rendered.
+
+    It remembers its messages, because special tokens that these spell are text, not tokens.
+
+    Attributes
+    ----------
+    begun
+        Whether the last message is the beginning of the answer.
+    """
+
+    messages: list[dict[str, str]]
+    begun: bool
+
+
+@dataclass
+class _Launch:
+    verify_share: float
+    models: list[SpiffyLM]
+
+
+_launch: ContextVar[_Launch | None] = ContextVar("launch", default=None)
+
+
+@contextmanager
+def launched(verify_share: float) -> Iterator[list[SpiffyLM]]:
+    """Verify that share of what models decode that the harness makes meanwhile; yields these."""
+    launch = _Launch(verify_share, [])
+    token = _launch.set(launch)
+    try:
+        yield launch.models
+    finally:
+        _launch.reset(token)
+
+
+def run_harness() -> None:
+    """The harness's own command, with the arguments of this process.
+
+    Raises
+    ------
+    SpiffyError
+        If one of them is wrong.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except (ValueError, TypeError, OSError) as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        where = "" if last is None else str(last.tb_frame.f_globals.get("__name__"))
+        if not where.startswith("lm_eval."):
+            raise
+        raise SpiffyError(f"lm-evaluation-harness: {' '.join(str(error).split())}") from None
+
+
+@register_model("spiffy")
+class SpiffyLM(TemplateLM):  # type: ignore[misc]
+    """A diffusion language model for the harness, with drafts if it is given a graph.
+
+    Parameters
+    ----------
+    pretrained
+        Alias, hub id or folder; None: the graph's model.
+    graph
+        File, folder or hub repository of a draft graph.
+    budget
+        Drafts per forward, or "auto".
+    batch_size
+        Sequences that share forwards; as some finish, others join.
+    verify_share
+        Share of the answers to decode plainly too, drawn by `seed`; the results tell which differ.
+    likelihood_samples
+        Masked continuations that a likelihood is estimated from (`likelihood`).
+    seed
+        Of the noise, where tasks sample, and of the estimates.
+    options
+        Options of `load_model`, and the decoding settings by their names.
+
+    Raises
+    ------
+    SpiffyError
+        If an option is wrong, or the model or the graph cannot be had or do not fit together.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        graph: str | None = None,
+        *,
+        budget: Budget | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,  # the harness gives it, for what has batch_size auto
+        device: str | None = None,
+        verify_share: float = 0.0,
+        likelihood_samples: int = 128,
+        seed: int = 0,
+        any_model: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        from spiffy.integrations.loaded import Loaded
+
+        launch = _launch.get()
+        if launch is not None and launch.verify_share:
+            if verify_share:
+                raise SpiffyError("give --verify-share, or verify_share among --model_args")
+            verify_share = launch.verify_share
+        _check(batch_size, verify_share, likelihood_samples, graph, options)
+        self.batch_size, self.verify_share = int(batch_size), verify_share
+        self.likelihood_samples = likelihood_samples
+        self._gen_length: int | None = options.get("gen_length")
+        self.loaded = Loaded(
+            pretrained,
+            graph,
+            budget=budget,
+            seed=seed,
+            any_model=any_model,
+            device=_device(device),
+            **options,
+        )
+        self.counts: dict[str, Counts] = {}
+        if launch is not None:
+            launch.models.append(self)
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers to requests, in order; nothing is decoded if one of them cannot be."""
+        jobs = [self._job(request) for request in requests]
+        by_task: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            by_task.setdefault(str(request.task_name), []).append(number)
+        texts = [""] * len(jobs)
+        with tqdm(total=len(jobs), desc="Decoding answers", disable=disable_tqdm) as bar:
+            for name, numbers in by_task.items():
+                counts = self.counts.setdefault(name, Counts())
+                checked = self._drawn(name, numbers)
+                kept: dict[int, Output] = {}
+                started = perf_counter()
+                for number, output in self._decoded(jobs, numbers):
+                    texts[number] = output.text
+                    self.cache_hook.add_partial(
+                        "generate_until", requests[number].args, output.text
+                    )
+                    counts.add(output)
+                    if number in checked:
+                        kept[number] = output
+                    bar.update()
+                counts.seconds += perf_counter() - started
+                self._verify(jobs, kept, counts)
+        return texts
+
+    def _job(self, request: Instance) -> _Job:
+        context, given = request.args
+        kwargs = dict(normalize_gen_kwargs(given, default_max_gen_toks=0))
+        most, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
+        stop = tuple(word for word in kwargs.pop("until") if word)
+        kwargs.pop("do_sample")  # the temperature says it
+        for name, value in kwargs.items():
+            greedy = temperature == 0 and name in _SAMPLING
+            if not greedy and _NEUTRAL.get(name) != value:
+                raise SpiffyError(
+                    f"{request.task_name}: generation argument {name}={value!r} means nothing to "
+                    "this decoding; until, max_gen_toks, do_sample and temperature do"
+                )
+        changes: dict[str, Any] = {"temperature": temperature}
+        if most and self._gen_length is None:
+            changes["gen_length"] = self._room_for(most)
+        settings = DecodingSettings.parse(**(self.loaded.settings.model_dump() | changes))
+        document = int(request.doc_id or 0)
+        with _named(request):
+            prompt = self._encoded(context)
+            self.loaded.task(prompt, settings, 0, stop)  # refuse it before anything is decoded
+        return _Job(prompt, settings, stop, most or settings.gen_length, document)
+
+    def _room_for(self, tokens: int) -> int:
+        """Positions for an answer: whole blocks, but where the last one may be cut."""
+        settings = self.loaded.settings
+        if settings.cache == "block":
+            return tokens
+        return math.ceil(tokens / settings.block_length) * settings.block_length
+
+    def _encoded(self, context: str) -> Any:
+        """Ids of a prompt: of messages as every command encodes them, of text as it stands."""
+        model = self.loaded.model
+        if isinstance(context, Conversation) and not context.begun:
+            return model.encode(context.messages)
+        if isinstance(context, Conversation):
+            return model.codec.tokenizer(str(context), add_special_tokens=False)["input_ids"]
+        return model.encode(context, raw=True)
+
+    def _decoded(
+        self, jobs: Sequence[_Job], numbers: Iterable[int], plain: bool = False
+    ) -> Iterator[tuple[int, Output]]:
+        """Numbers and outputs of jobs, as they finish."""
+        from spiffy.runtime.generate import generate_batch
+
+        tasks = []
+        for number in numbers:
+            job = jobs[number]
+            task = self.loaded.task(job.prompt, job.settings, number, job.stop, plain=plain)
+            tasks.append(task)
+        for task, output in generate_batch(self.loaded.model, tasks, self.batch_size):
+            task.path.clear()  # all states that it came through
+            most = jobs[task.sequence].most
+            if len(output.token_ids) > most:
+                ids = output.token_ids[:most]
+                output = replace(output, text=self.loaded.model.decode_text(ids), token_ids=ids)
+            yield task.sequence, output
+
+    def _drawn(self, name: str, numbers: Sequence[int]) -> set[int]:
+        """Which answers to verify: the same ones whenever this is run."""
+        count = math.ceil(self.verify_share * len(numbers))
+        return set(random.Random(f"{self.loaded.seed} {name}").sample(numbers, count))
+
+    def _verify(self, jobs: Sequence[_Job], ours: Mapping[int, Output], counts: Counts) -> None:
+        """Decode answers plainly too, and note which differ."""
+        for number, plain in self._decoded(jobs, sorted(ours), plain=True):
+            output = ours[number]
+            counts.verified += 1
+            counts.verified_nfe += output.stats.nfe
+            counts.plain_nfe += plain.stats.nfe
+            if (output.text, output.token_ids) != (plain.text, plain.token_ids):
+                counts.differing.append(jobs[number].document)
+        counts.differing.sort()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into `config` of its results, beside model and arguments."""
+        loaded = self.loaded
+        content: dict[str, Any] = {
+            "version": version("spiffy-dllm"),
+            "model": loaded.model.name,
+            "dtype": loaded.model.arithmetic,
+            "graph": None if loaded.graph is None else loaded.graph.digest(),
+            "budget": None if loaded.graph is None else loaded.budget,
+            "decoding": loaded.settings.model_dump(mode="json"),
+            "verify_share": self.verify_share,
+            "likelihood_samples": self.likelihood_samples,
+            "tasks": {name: counts.record() for name, counts in self.counts.items()},
+        }
+        return {"spiffy": content}
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the model's template renders it; see `Conversation`."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except Exception as error:  # a template is a program that came with the checkpoint
+            reason = " ".join(str(error).split())
+            raise SpiffyError(f"{self.loaded.model.name}: its chat template: {reason}") from None
+        conversation = Conversation(text)
+        conversation.messages, conversation.begun = chat_history, not add_generation_prompt
+        return conversation
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's."""
+        return self.loaded.model.codec.tokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Under which the harness caches requests."""
+        return self.loaded.model.name.replace("/", "__")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends an answer."""
+        return min(self.loaded.model.eos_token_ids)
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions that the model can have."""
+        return self.loaded.model.max_length
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of a text as it stands."""
+        ids = self.loaded.model.codec.tokenizer(string, add_special_tokens=False)["input_ids"]
+        return list(ids)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Estimates of log-likelihoods, and whether greedy decoding gives the continuation."""
+        from spiffy.integrations.likelihood import is_greedy, log_likelihood
+
+        model, found = self.loaded.model, []
+        for texts, context, continuation in tqdm(
+            requests, desc="Estimating likelihoods", disable=disable_tqdm
+        ):
+            estimate = log_likelihood(
+                model,
+                context,
+                continuation,
+                self.likelihood_samples,
+                self.batch_size,
+                self.loaded.seed,
+            )
+            answer = estimate, is_greedy(model, context, continuation)
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+            found.append(answer)
+        return found
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Refused: the estimate is of a continuation.
+
+        Raises
+        ------
+        SpiffyError
+            Always.
+        """
+        raise SpiffyError(
+            f"{requests[0].task_name}: likelihoods of whole texts (loglikelihood_rolling) are not "
+            "supported: choose tasks that generate, or choose among answers"
+        )
+
+
+def _device(asked: str | None) -> str:
+    """The harness asks for its default, a GPU, whether there is one or not."""
+    import torch
+
+    default = asked is None or (asked == "cuda:0" and not torch.cuda.is_available())
+    return "auto" if default else str(asked)
+
+
+@contextmanager
+def _named(request: Instance) -> Iterator[None]:
+    """Say whose prompt it is that cannot be."""
+    try:
+        yield
+    except SpiffyError as problem:
+        where = f"{request.task_name}, document {request.doc_id}"
+        raise SpiffyError(f"{where}: {problem}") from None
+
+
+def _check(
+    batch_size: int | str,
+    verify_share: float,
+    likelihood_samples: int,
+    graph: str | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse options that cannot be, before anything is loaded."""
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise SpiffyError(f"batch_size {batch_size}: give a number of sequences from 1")
+    if not isinstance(verify_share, int | float) or not 0 <= verify_share <= 1:
+        raise SpiffyError(f"verify_share {verify_share!r}: give a number from 0 to 1")
+    if type(likelihood_samples) is not int or likelihood_samples < 1:
+        raise SpiffyError(f"likelihood_samples {likelihood_samples!r}: give a number from 1")
+    if verify_share and graph is None:
+        raise SpiffyError("verify_share compares drafting with plain decoding: give graph=FILE")
+    for name, instead in _ELSEWHERE.items():
+        if name in options:
+            raise SpiffyError(f"model argument {name}: {instead}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SpiffyError("several ranks: start one process; --batch_size shares its forwards")

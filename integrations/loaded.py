@@ -1,0 +1,106 @@
+"""What the doors that decode many prompts share: a model, a graph, and settings by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal
+
+from spiffy.runtime import decoding_settings, load_model
+from spiffy.runtime.budget.auto import auto_budget
+from spiffy.runtime.decode import Task, make_task
+from spiffy.runtime.draft import Drafter, graph_drafter
+from spiffy.runtime.models import DiffusionLM
+from spiffy.runtime.models.text import Prompt
+from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.hub import checkpoint_beside
+
+Budget = int | Literal["auto"]
+
+_LOADING = tuple(signature(load_model).parameters)[1:]  # without the name
+
+
+class Loaded:
+    """A model and the draft graph that it decodes with, if any.
+
+    Parameters
+    ----------
+    model
+        Alias, hub id or folder; None: the graph's.
+    graph
+        File, folder or hub repository of a draft graph; None: decode plainly.
+    budget
+        Drafts per forward, or "auto".
+    options
+        Options of `load_model`, and fields of `DecodingSettings`; what of these is not given is
+        the graph's, else the family's.
+
+    Raises
+    ------
+    SpiffyError
+        If an option is wrong, or the model or the graph cannot be had or do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: str | None,
+        graph: str | Path | None,
+        *,
+        budget: Budget | None = None,
+        seed: int = 0,
+        any_model: bool = False,
+        **options: Any,
+    ) -> None:
+        self.graph = None if graph is None else DraftGraph.find(graph)
+        if self.graph is None and budget not in (None, "auto"):
+            raise SpiffyError(f"budget {budget} counts drafts: give a graph")
+        if budget not in (None, "auto") and (type(budget) is not int or budget < 1):
+            raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts from 1")
+        self.budget: Budget = budget or "auto"
+        self.seed = seed
+        loading = {name: options.pop(name) for name in _LOADING if name in options}
+        self.model = _load(model, self.graph, graph, loading)
+        self.settings = decoding_settings(self.model, self.graph, any_model=any_model, **options)
+        self._drafters: dict[DecodingSettings, Drafter] = {}
+
+    def task(
+        self,
+        prompt: Prompt,
+        settings: DecodingSettings,
+        sequence: int,
+        stop: Sequence[str] = (),
+        *,
+        plain: bool = False,
+    ) -> Task:
+        """Prepare the decoding of one prompt, with drafts unless `plain`.
+
+        Raises
+        ------
+        SpiffyError
+            If the prompt cannot be decoded.
+        """
+        task = make_task(self.model, prompt, settings, None, self.seed, sequence, stop=stop)
+        if plain or self.graph is None:
+            return task
+        if self.budget == "auto":
+            task.adviser = auto_budget(task, self.graph)
+        else:
+            if settings not in self._drafters:
+                drafter = graph_drafter(self.model, self.graph, settings, self.budget)
+                self._drafters[settings] = drafter
+            task.drafter = self._drafters[settings]
+        return task
+
+
+def _load(
+    model: str | None, graph: DraftGraph | None, place: str | Path | None, loading: dict[str, Any]
+) -> DiffusionLM:
+    """The model that is named, else that beside the graph, else the one that the graph names."""
+    if model is not None:
+        return load_model(model, **loading)
+    if graph is None or place is None:
+        raise SpiffyError("name a model, or give a graph, which names its own")
+    if (beside := checkpoint_beside(str(place))) is not None:
+        return load_model(beside, **loading)
+    return load_model(graph.model.id, **{"revision": graph.model.revision, **loading})

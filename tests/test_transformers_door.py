@@ -1,0 +1,372 @@
+"""`module.generate(custom_generate=...)` gives what `spiffy.runtime.generate` does, or refuses."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import PARITY, a_graph_of, parity_model, random_prompt
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StoppingCriteria,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import spiffy.integrations
+from spiffy.integrations.hub import beside_weights
+from spiffy.runtime import DiffusionLM, generate, load_model, wrap
+from spiffy.runtime.budget import auto
+from spiffy.schemas import SpiffyError
+
+FAMILIES = (
+    *("llada-a", "dream-a", "sdar-a", "llada2-a", "illada-a", "sdc-a", "a2d-mdlm-a"),
+    *("a2d-bd3lm-a", "fastdllm2-a"),
+)
+PAD = 3
+
+
+def batch(model: DiffusionLM, *lengths: int) -> dict[str, Tensor]:
+    """Random prompts, padded on the left."""
+    longest = max(lengths)
+    rows = [random_prompt(model, length, seed=7) for length in lengths]
+    fill = [torch.full((longest - len(row),), PAD) for row in rows]
+    mask = [torch.arange(longest) >= len(pad) for pad in fill]
+    ids = [torch.cat(pair) for pair in zip(fill, rows, strict=True)]
+    return {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask).long()}
+
+
+def drafted(module: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
+    options = {"max_new_tokens": 8, "pad_token_id": PAD, **options}
+    return module.generate(**inputs, custom_generate=spiffy.integrations.custom_generate, **options)
+
+
+def plainly(model: DiffusionLM, prompt: Tensor, **options: Any) -> list[int]:
+    options = {"gen_length": 8, "block_length": 4, "stop_at_eos": False, **options}
+    if model.family.name == "fast-dllm":
+        options.setdefault("sub_block_length", 4)
+    return generate(model, prompt, **options).token_ids
+
+
+def refusal(act: Callable[[], object]) -> str:
+    with pytest.raises(SpiffyError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_a_padded_batch_are_what_generate_gives(name: str) -> None:
+    model = parity_model(name)
+    graph, inputs = a_graph_of(model, block_length=4, stop_at_eos=False), batch(model, 5, 9)
+    prompts = [random_prompt(model, length, seed=7) for length in (5, 9)]
+    expected = torch.cat(
+        [inputs["input_ids"], torch.tensor([plainly(model, prompt) for prompt in prompts])], 1
+    )
+    assert torch.equal(drafted(model.module, inputs, graph=graph), expected)
+    out = drafted(model.module, inputs, graph=graph, budget=2, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, expected)
+    ours = [generate(model, prompt, graph=graph, budget=2).stats for prompt in prompts]
+    assert out.forwards.tolist() == [stats.nfe for stats in ours]
+    assert out.positions_computed.tolist() == [stats.positions_computed for stats in ours]
+    assert out.tokens_per_forward.tolist() == pytest.approx([8 / stats.nfe for stats in ours])
+    native = copy.deepcopy(model.module)  # which nobody has seen yet
+    assert DiffusionLM.of(native) is None
+    told = {"graph": graph, "budget": 2, "mask_token_id": model.mask_token_id}
+    assert torch.equal(drafted(native, inputs, **told), expected)
+
+
+@pytest.mark.parametrize("name", ["llada-a", "sdar-a"])
+def test_an_answer_of_no_whole_blocks_is_cut(name: str) -> None:
+    model, inputs = parity_model(name), batch(parity_model(name), 6)
+    whole = plainly(model, inputs["input_ids"][0])
+    decoding = {"block_length": 4, "stop_at_eos": False}
+    got = drafted(model.module, inputs, max_new_tokens=7, decoding=decoding)
+    assert got[0, 6:].tolist() == whole[:7]
+
+
+def test_rows_end_at_their_end_tokens_and_are_padded_on_the_right() -> None:
+    model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 5, 9)
+    prompts = [random_prompt(model, length, seed=7) for length in (5, 9)]
+    answers = [plainly(model, prompt) for prompt in prompts]
+    end = answers[0][2]
+    cut = [ids[: ids.index(end) + 1] if end in ids else ids for ids in answers]
+    assert len(cut[0]) < len(cut[1])
+    for options in (
+        {"eos_token_id": end},
+        {"generation_config": GenerationConfig(eos_token_id=[end, 1], max_new_tokens=8)},
+    ):
+        decoding = {"block_length": 4}
+        out = drafted(model.module, inputs, decoding=decoding, **options)[:, 9:].tolist()
+        assert out[1] == cut[1]
+        assert out[0] == cut[0] + [PAD] * (len(cut[1]) - len(cut[0]))
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.got: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        assert not self.ended
+        self.got.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_the_prompt_and_then_block_by_block() -> None:
+    model, inputs = parity_model("sdar-a"), batch(parity_model("sdar-a"), 8)
+    streamer, graph = Recorder(), a_graph_of(model, block_length=4, stop_at_eos=False)
+    out = drafted(model.module, inputs, graph=graph, streamer=streamer)
+    prompt, *blocks = streamer.got
+    assert prompt == inputs["input_ids"][0].tolist()
+    assert blocks == [out[0, 8:12].tolist(), out[0, 12:].tolist()]
+    assert streamer.ended
+
+
+class EndsWith(StoppingCriteria):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: None, **_: Any) -> Tensor:
+        return input_ids[:, -1] == self.token
+
+
+def test_stopping_criteria_end_an_answer_where_they_would_token_by_token() -> None:
+    model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 6)
+    whole = plainly(model, inputs["input_ids"][0])
+    graph, streamer = a_graph_of(model, block_length=4, stop_at_eos=False), Recorder()
+    for place in (1, 6):
+        first = whole.index(whole[place])
+        criteria = [EndsWith(whole[place])]
+        out = drafted(
+            model.module,
+            inputs,
+            graph=graph,
+            stopping_criteria=criteria,
+            streamer=streamer,
+            return_dict_in_generate=True,
+        )
+        assert out.sequences[0, 6:].tolist() == whole[: first + 1]
+        assert [*chain(*streamer.got[1:])] == whole[: first + 1]
+        assert (out.steps.item() <= 4) == (first < 4)  # a block that is not needed is not decoded
+        streamer = Recorder()
+    assert drafted(model.module, inputs, graph=graph, max_time=0.0)[0, 6:].tolist() == whole[:4]
+
+
+def test_what_is_drawn_follows_torchs_seed_or_the_one_given() -> None:
+    model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 6, 6)
+    options: dict[str, Any] = {
+        "graph": a_graph_of(model, block_length=4, stop_at_eos=False),
+        "do_sample": True,
+        "temperature": 1.5,
+    }
+    out = drafted(model.module, inputs, seed=11, **options)[:, 6:].tolist()
+    for row, ids in enumerate(out):
+        prompt = inputs["input_ids"][row]
+        assert ids == plainly(model, prompt, temperature=1.5, seed=11, sequence=row)
+    torch.manual_seed(5)
+    first, second = (drafted(model.module, inputs, **options) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(drafted(model.module, inputs, **options), first)
+    assert not torch.equal(first, second)
+
+
+NOTHING = "has no meaning for a denoising decode"
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"num_beams": 2}, f"generate: num_beams=2 {NOTHING}: drop it"),
+    ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
+    ({"do_sample": True, "top_k": 5}, "top_k=5"),
+    ({"top_p": 0.5}, "top_p=0.5"),
+    ({"temperature": 0.7}, "temperature=0.7 needs do_sample=True"),
+    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True"),
+    ({"use_cache": False}, "give decoding={'cache': 'none'}"),
+    ({"min_new_tokens": 4}, "min_"),
+    ({"prompt_lookup_num_tokens": 4}, "prompt_lookup_num_tokens=4"),
+    ({"logits_processor": [TemperatureLogitsWarper(0.5)]}, "TemperatureLogitsWarper"),
+    ({"prefix_allowed_tokens_fn": lambda *_: [1]}, "prefix_allowed_tokens_fn"),
+    ({"generation_config": GenerationConfig(steps=3)}, "steps=3"),
+    ({"position_ids": torch.arange(3, 9)[None]}, "position_ids must count from 0"),
+    ({"token_type_ids": torch.ones(1, 6, dtype=torch.long)}, "token_type_ids"),
+    ({"decoding": {"gen_length": 8}}, "give max_new_tokens="),
+    ({"decoding": {"temperature": 1.0}}, "give do_sample=True and temperature="),
+    ({"decoding": {"polcy": "static"}}, "polcy"),
+    ({"decoding": {"block_length": "four"}}, "block_length"),
+    ({"decoding": {"block_length": 0}}, "block_length"),
+    ({"budget": 4}, "budget 4 counts drafts: give a graph"),
+    ({"budget": 2.5}, "budget 2.5: give 'auto'"),
+    ({"selection": "both"}, "selection 'both'"),
+    ({"family": "sdar"}, "sdar is computed by"),
+    ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}, "row 0: padding must be on the left"),
+    ({"attention_mask": torch.zeros(1, 6)}, "row 0: its attention_mask leaves no token"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("options", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_what_has_no_meaning_is_refused(options: dict[str, Any], said: str) -> None:
+    model = parity_model("llada-a")
+    inputs = {**batch(model, 6), **options}
+    assert said in refusal(lambda: drafted(model.module, inputs))
+
+
+def test_what_takes_several_rows_or_another_model_is_refused() -> None:
+    model = parity_model("llada-a")
+    inputs, module = batch(model, 5, 9), model.module
+    assert "takes one row, the batch has 2" in refusal(
+        lambda: drafted(module, inputs, streamer=Recorder())
+    )
+    assert "assistant_model" in refusal(lambda: drafted(module, inputs, assistant_model=module))
+    apart = {"stopping_criteria": [EndsWith(1)], "pad_token_id": None, "eos_token_id": None}
+    assert "nothing says what pads them" in refusal(lambda: drafted(module, inputs, **apart))
+    other = a_graph_of(parity_model("dream-a"), block_length=4)
+    assert "family dream" in refusal(lambda: drafted(module, inputs, graph=other))
+
+
+def test_what_came_with_a_checkpoint_is_refused_only_if_it_changes_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = parity_model("llada-a")
+    inputs, settings = batch(model, 6), model.module.generation_config
+    expected = drafted(model.module, inputs)
+    for name, value in (("top_p", 0.8), ("use_cache", False), ("steps", 128)):
+        monkeypatch.setattr(settings, name, value, raising=False)
+    assert torch.equal(drafted(model.module, inputs), expected)
+    monkeypatch.setattr(settings, "repetition_penalty", 1.1)
+    said = refusal(lambda: drafted(model.module, inputs))
+    assert "repetition_penalty=1.1 (of the module's generation_config)" in said
+    assert "give repetition_penalty=1.0" in said
+    assert torch.equal(drafted(model.module, inputs, repetition_penalty=1.0), expected)
+
+
+# ------------------------------------------------------------------------ which model a module is
+
+
+def native(folder: Path) -> Any:
+    """A module that only transformers has seen."""
+    config = Qwen3Config.from_pretrained(folder)
+    module = Qwen3ForCausalLM.from_pretrained(folder, config=config, attn_implementation="sdpa")
+    module.generation_config.do_sample = False
+    module.config.model_type = "qwen3"  # SDAR's, and that of others
+    return module
+
+
+def test_a_native_module_is_of_the_graphs_family_or_the_one_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, module = parity_model("sdar-a"), native(PARITY / "sdar-a")
+    inputs = batch(model, 6)
+    graph = a_graph_of(model, block_length=4, stop_at_eos=False)
+    expected = plainly(model, inputs["input_ids"][0])
+    assert "may be of several families" in refusal(lambda: drafted(module, inputs))
+    said = refusal(lambda: drafted(module, inputs, do_sample=True))
+    assert "top_k=20 (of the module's generation_config)" in said
+    assert "give do_sample=False, or top_k=None" in said
+    assert drafted(module, inputs, graph=graph)[0, 6:].tolist() == expected
+    decoding = {"block_length": 4, "stop_at_eos": False}
+    assert drafted(module, inputs, decoding=decoding)[0, 6:].tolist() == expected  # known by now
+    # Its tokenizer is not known: the graph of a model with one cannot be compared.
+    record = graph.model.model_copy(update={"fingerprint": "m1-other", "id": "with a tokenizer"})
+    other = graph.model_copy(update={"model": record})
+    assert drafted(module, inputs, graph=other)[0, 6:].tolist() == expected
+    assert "nothing tells whether the graph of with a tokenizer is of this very" in caplog.text
+    small = record.model_copy(update={"vocab_size": 7})
+    said = refusal(lambda: drafted(module, inputs, graph=graph.model_copy(update={"model": small})))
+    assert "vocabulary size 7" in said
+
+
+def test_the_mask_token_of_a_native_module_can_be_given() -> None:
+    model, module = parity_model("sdar-a"), native(PARITY / "sdar-a")
+    module.config.mask_token_id = None
+    inputs, decoding = batch(model, 6), {"block_length": 4, "stop_at_eos": False}
+    assert "mask_token_id" in refusal(lambda: drafted(module, inputs, family="sdar"))
+    options = {"family": "sdar", "mask_token_id": model.mask_token_id, "decoding": decoding}
+    out = drafted(module, inputs, **options)
+    assert out[0, 6:].tolist() == plainly(model, inputs["input_ids"][0])
+    assert wrap(module, None, "sdar", mask_token_id=9).mask_token_id == 9
+
+
+def test_a_module_stays_known_without_its_model_and_learns_from_call_to_call() -> None:
+    module = load_model(str(PARITY / "sdar-a"), device="cpu").module
+    known = DiffusionLM.of(module)
+    assert known is not None
+    graph = a_graph_of(known, block_length=4, stop_at_eos=False)
+    counted = []
+    for _ in range(2):
+        drafted(module, batch(known, 6), graph=graph)
+        (budget,) = auto._known[module].values()
+        counted.append(budget.shared.used.total())
+    assert counted[1] > counted[0] > 0
+    before = len(auto._known)
+    del module, known, budget
+    import gc
+
+    gc.collect()
+    assert len(auto._known) < before
+
+
+def test_importing_the_door_imports_nothing_heavy(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        "import spiffy.integrations; assert not hasattr(spiffy.integrations, 'nothing')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_beside_the_weights_decodes_with_its_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's trust in this folder is what transformers asks for; our code never asks for it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "m")])
+    model, folder = load_model("tiny-sdar", device="cpu"), tmp_path / "weights"
+    graph = a_graph_of(model, block_length=8, gen_length=48)
+    for name, content in beside_weights(str(folder)).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    graph.save(folder / "draft_graph.json")
+    prompt = "Lily has 9 old pens and buys 2 new pens. How many pens are there now?"
+    ids = model.encode(prompt)[None]
+    expected = generate(model, prompt, gen_length=48)
+    options: dict[str, Any] = {
+        "inputs": ids,
+        "custom_generate": str(folder),
+        "trust_remote_code": True,
+        "max_new_tokens": 48,
+        "return_dict_in_generate": True,
+        "streamer": (streamer := Recorder()),
+    }
+    out = model.module.generate(**options)
+    answer = out.sequences[0, ids.shape[1] :].tolist()
+    assert answer == expected.token_ids
+    assert [*chain(*streamer.got[1:])] == answer
+    assert out.forwards.item() <= expected.stats.nfe
+    del options["streamer"]
+    tokenizer = model.tokenizer
+    out = model.module.generate(**options, tokenizer=tokenizer, stop_strings=["=<<"])
+    text = tokenizer.decode(out.sequences[0, ids.shape[1] :])
+    assert expected.text.startswith(text)
+    assert text.endswith("=<<")
+    criteria = [StopStringCriteria(tokenizer, ["=<<"])]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    same = drafted(model.module, inputs, max_new_tokens=48, stopping_criteria=criteria)
+    assert torch.equal(same, out.sequences)
+    assert "give tokenizer= too" in refusal(
+        lambda: model.module.generate(**options, stop_strings=["=<<"])
+    )
