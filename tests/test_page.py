@@ -12,6 +12,7 @@ from test_serve import LENGTH, Here, graph, held, model, plainly, served, settin
 
 from spiffy.integrations.serve.app import Access
 from spiffy.integrations.serve.engine import Engine
+from spiffy.integrations.serve.listen import Sockets
 from spiffy.integrations.serve.page import page
 
 pytestmark = pytest.mark.xdist_group("page")
@@ -32,7 +33,7 @@ def test_the_page_is_one_file_that_runs_its_own_script_and_nothing_else() -> Non
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[Here]:
-    with served(Engine(model(), settings(), graph(), budget=4), Access()) as found:
+    with served(Engine(model(), settings(), graph(), budget=4), Access(), Sockets()) as found:
         yield found
 
 
@@ -142,7 +143,7 @@ def test_what_is_refused_is_said_in_a_line(browser: Browser, here: Here) -> None
 
 @contextmanager
 def locked() -> Iterator[Here]:
-    with served(Engine(model(), settings()), Access("sesame")) as found:
+    with served(Engine(model(), settings()), Access("sesame"), Sockets()) as found:
         yield found
 
 
