@@ -8,7 +8,19 @@ from contextlib import contextmanager
 
 import pytest
 from in_browser import Browser, needs_browser
-from test_serve import LENGTH, Here, graph, held, model, plainly, served, settings, wait_until
+from test_serve import (
+    LENGTH,
+    QUESTION,
+    Here,
+    forwards_of,
+    graph,
+    held,
+    model,
+    plainly,
+    served,
+    settings,
+    wait_until,
+)
 
 from spiffy.integrations.serve.app import Access
 from spiffy.integrations.serve.engine import Engine
@@ -35,6 +47,25 @@ def test_the_page_is_one_file_that_runs_its_own_script_and_nothing_else() -> Non
 def here() -> Iterator[Here]:
     with served(Engine(model(), settings(), graph(), budget=4), Access(), Sockets()) as found:
         yield found
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_the_page_is_told_where_the_prompt_ends_and_how_much_is_written(
+    here: Here, drafts: bool
+) -> None:
+    start, *forwards, end = forwards_of(here, drafts=drafts)
+    prompt = model().encode(QUESTION).tolist()
+    given = [at for at, _ in start["given"]]
+    assert given == list(range(start["blocks"][0][0], len(prompt))) != []
+    spelled = "".join(text for _, text in start["given"])
+    assert spelled == model().tokenizer.decode(prompt[given[0] :])
+    assert start["drafting"] == drafts
+    written = [event["written"] for event in forwards]
+    # Tokens behind the end of the answer, which its last block holds too, are not the answer's.
+    assert written[-1] == end["tokens"] == len(plainly().token_ids)
+    committed = sum(len(step) for event in forwards for step in event["steps"])
+    assert written[-1] < committed
+    assert forwards[-1]["positions"] == end["positions"]
 
 
 class Shown:
@@ -81,8 +112,9 @@ def test_both_ways_of_decoding_race_to_the_same_answer(browser: Browser, here: H
     assert len(shown.texts(".strip i")) == drafted + plainly_made
     assert shown.js("document.documentElement.scrollWidth") <= 360
     assert browser.errors() == []
-    own = (here.address, "data:")
-    assert [url for url in browser.requests() if not url.startswith(own)] == []
+    network = [url for url in browser.requests() if re.match("(http|ws)s?:", url)]
+    assert f"{here.address}/spiffy/decode" in network
+    assert [url for url in network if not url.startswith(f"{here.address}/")] == []
 
 
 @needs_browser
