@@ -43,11 +43,15 @@ def _evaluate() -> None:
 
     sys.argv[1:] = arguments
     with launched(share) as models:
-        run_harness()
+        unsaved = run_harness()
     if share and not models:
         raise SpiffyError(f"{_OPTION} compares answers of --model spiffy: give that")
     for model in models:
         _show(model)
+    if share and not any(counts.verified for model in models for counts in model.counts.values()):
+        log.print(f"{_OPTION}: nothing was verified, as no answer was decoded", soft_wrap=True)
+    if unsaved:
+        raise SpiffyError(f"lm-evaluation-harness: {unsaved[0]}: see --output_path")
     if any(counts.differing for model in models for counts in model.counts.values()):
         sys.exit(1)
 

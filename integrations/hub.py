@@ -225,6 +225,7 @@ def push(
         api = HfApi()
         if there is None:
             api.create_repo(repo, private=private)
+    with _errors(repo, committing=True):
         done = api.create_commit(
             repo,
             operations,
@@ -268,7 +269,7 @@ def _merged(old: str | None, graph: DraftGraph, repo: str, weights_there: bool) 
 
 
 @contextmanager
-def _errors(repo: str) -> Iterator[None]:
+def _errors(repo: str, committing: bool = False) -> Iterator[None]:
     try:
         yield
     except SpiffyError:
@@ -280,4 +281,7 @@ def _errors(repo: str) -> Iterator[None]:
             advice = ": the token is not valid; run `hf auth login`, or set HF_TOKEN"
         elif status == 403:
             advice = ": the token may not write there"
-        raise SpiffyError(f"{repo}: nothing was pushed{advice} ({answered(error)})") from None
+        said = f"nothing was pushed{advice}"
+        if committing and status is None:  # the commit may have been made, and its answer lost
+            said = "it is not known whether the commit was made: look, or push again"
+        raise SpiffyError(f"{repo}: {said} ({answered(error)})") from None

@@ -6,6 +6,7 @@ to the harness.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -158,8 +159,30 @@ def launched(verify_share: float) -> Iterator[list[SpiffyLM]]:
         _launch.reset(token)
 
 
-def run_harness() -> None:
-    """The harness's own command, with the arguments of this process.
+class _Complaints(logging.Handler):
+    """Keeps what the harness says that it could not save, which it takes no further."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a warning of that kind."""
+        if record.getMessage().startswith("Could not save"):
+            self.said.append(record.getMessage())
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it came through code of ours that the harness called."""
+    at = error.__traceback__
+    while at is not None and (at := at.tb_next) is not None:  # the first is what calls the harness
+        if str(at.tb_frame.f_globals.get("__name__")).startswith("spiffy."):
+            return True
+    return False
+
+
+def run_harness() -> list[str]:
+    """The harness's own command, with the arguments of this process; what it could not save.
 
     Raises
     ------
@@ -168,16 +191,23 @@ def run_harness() -> None:
     """
     from lm_eval.__main__ import cli_evaluate
 
+    logger, complaints = logging.getLogger("lm_eval.loggers.evaluation_tracker"), _Complaints()
+    logger.addHandler(complaints)
     try:
         cli_evaluate()
-    except (ValueError, TypeError, OSError) as error:
-        last = error.__traceback__
-        while last is not None and last.tb_next is not None:
-            last = last.tb_next
-        where = "" if last is None else str(last.tb_frame.f_globals.get("__name__"))
-        if not where.startswith("lm_eval."):
+    except SpiffyError:
+        raise
+    except (
+        Exception
+    ) as error:  # bad tasks and data raise many kinds, of the harness's libraries too
+        if _is_ours(error):
             raise
-        raise SpiffyError(f"lm-evaluation-harness: {' '.join(str(error).split())}") from None
+        told = isinstance(error, ValueError | TypeError | OSError)
+        reason = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
+        raise SpiffyError(f"lm-evaluation-harness: {reason}") from None
+    finally:
+        logger.removeHandler(complaints)
+    return complaints.said
 
 
 @register_model("spiffy")

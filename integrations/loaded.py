@@ -11,6 +11,7 @@ from spiffy.runtime import decoding_settings, load_model
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Task, make_task
 from spiffy.runtime.draft import Drafter, graph_drafter
+from spiffy.runtime.generate import check_seed
 from spiffy.runtime.models import DiffusionLM
 from spiffy.runtime.models.text import Prompt
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
@@ -52,6 +53,9 @@ class Loaded:
         any_model: bool = False,
         **options: Any,
     ) -> None:
+        check_seed(seed)
+        if not isinstance(any_model, bool):  # such as "no", which would be taken for True
+            raise SpiffyError(f"any_model {any_model!r}: give True or False")
         self.graph = None if graph is None else DraftGraph.find(graph)
         if self.graph is None and budget not in (None, "auto"):
             raise SpiffyError(f"budget {budget} counts drafts: give a graph")

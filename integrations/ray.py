@@ -77,8 +77,8 @@ class Decoder:
         any_model: bool = False,
         **options: Any,
     ) -> None:
-        if batch_size < 1:
-            raise SpiffyError(f"batch_size {batch_size}: must be at least 1")
+        if type(batch_size) is not int or batch_size < 1:
+            raise SpiffyError(f"batch_size {batch_size!r}: give a number of rows from 1")
         if raw and system is not None:
             raise SpiffyError("raw takes prompts as they are: write the system message into them")
         self.field, self.index, self.prefix, self.batch_size = field, index, prefix, batch_size
@@ -91,7 +91,7 @@ class Decoder:
         Raises
         ------
         SpiffyError
-            If it has no column of prompts, or one of those that are added.
+            If it is no dict of columns, has none of prompts, or one of those that are added.
         """
         self._check(batch)
         rows = len(next(iter(batch.values())))
@@ -120,6 +120,10 @@ class Decoder:
         return {**batch, **{self.prefix + name: values for name, values in added.items()}}
 
     def _check(self, batch: Columns) -> None:
+        if not isinstance(batch, Mapping):
+            raise SpiffyError(
+                f"a batch of type {type(batch).__name__}: give map_batches batch_format='numpy'"
+            )
         fields = [self.field] if self.field is not None else FIELDS
         names = {name if self.field is not None else name.lower() for name in batch}
         if names.isdisjoint(fields):
@@ -138,11 +142,22 @@ class Decoder:
         prompt = prompt_of(record, self.field)
         ids = loaded.model.encode(prompt, raw=self.raw, system=self.system)
         if self.index is not None:
-            number = int(record[self.index])
+            number = _number(record[self.index])
         else:
             digest = hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).digest()
             number = int.from_bytes(digest[:8], "big")
         return loaded.task(ids, loaded.settings, number, self.stop)
+
+
+def _number(value: Any) -> int:
+    """The number that a row has; a column with gaps holds 1.0 for 1."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or (isinstance(value, float) and number != value):
+        raise SpiffyError(f"its index is no whole number: {value!r}")
+    return number
 
 
 def _plain(value: Any) -> Any:

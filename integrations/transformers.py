@@ -32,9 +32,10 @@ from transformers.utils import ModelOutput
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Task, decoded, make_task, run
 from spiffy.runtime.draft import Drafter, Selection, graph_drafter
-from spiffy.runtime.generate import Budget, check_drafting, decoding_settings
+from spiffy.runtime.generate import Budget, check_drafting, check_seed, decoding_settings
 from spiffy.runtime.models import DiffusionLM, wrap
 from spiffy.runtime.models.load import FAMILIES
+from spiffy.runtime.models.wrapping import check_attention
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
 
@@ -114,9 +115,12 @@ def custom_generate(
     _refuse_inputs(model_kwargs, token_type_ids)
     _refuse_options(generation_config, getattr(model, "generation_config", None))
     _refuse_processors(logits_processor, generation_config)
+    if not len(input_ids):
+        raise SpiffyError("input_ids holds no row: give one prompt at least")
     if streamer is not None and len(input_ids) > 1:
         raise SpiffyError(f"streamer: it takes one row, the batch has {len(input_ids)}")
     check_drafting(graph, budget, selection)
+    check_seed(0 if seed is None else seed)
     prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
     _refuse_positions(model_kwargs.get("position_ids"), prompts)
 
@@ -168,6 +172,7 @@ def generate_with(place: str, model: Any, **options: Any) -> Any:
     given = {key: value for key, value in options.items() if key not in _OF_DOWNLOADS}
     if given.get("graph") is None:
         given["graph"] = _graph_of(place, options.get("revision"))
+    check_drafting(given["graph"], given.get("budget", "auto"), given.get("selection", "model"))
     tokenizer, strings = given.pop("tokenizer", None), given.pop("stop_strings", None)
     if tokenizer is not None and _unknown(model):
         family = _family(model, given["graph"], given.get("family"))
@@ -208,18 +213,29 @@ def _model(
     module: Any, graph: DraftGraph | None, family: str | None, mask_token_id: int | None
 ) -> DiffusionLM:
     """The model that a module is: known, or found out now and known from here on."""
-    lm = DiffusionLM.of(module)
-    if (
-        lm is None
-        or family not in (None, lm.family.name)
-        or mask_token_id not in (None, lm.mask_token_id)
-    ):
-        tokenizer = None if lm is None else lm.tokenizer
-        chosen = _family(module, graph, family)
-        lm = wrap(module, tokenizer, chosen, mask_token_id=mask_token_id)
+    known = DiffusionLM.of(module)
+    if known is None:
+        lm = wrap(module, None, _family(module, graph, family), mask_token_id=mask_token_id)
+    else:
+        if not known.is_attention_trusted:  # set_attn_implementation was called since
+            check_attention(known)
+            known.trust_attention()
+        own = known.family.name, known.mask_token_id
+        wanted = family or own[0], own[1] if mask_token_id is None else mask_token_id
+        lm = known if wanted == own else _otherwise(known, *wanted)
     if lm.tokenizer is None and graph is not None and graph.model.fingerprint != lm.fingerprint:
         return lm.but(fingerprint="")  # of the config alone: nothing to compare the graph's with
     return lm
+
+
+def _otherwise(known: DiffusionLM, family: str, mask_token_id: int) -> DiffusionLM:
+    """A known model as one call wants it: of another family, or with another mask token."""
+    if mask_token_id not in range(known.vocab_size):
+        raise SpiffyError(f"mask_token_id {mask_token_id!r} is not a token of {known.vocab_size}")
+    config = known.config if family == known.family.name else None
+    lm = wrap(known.module, known.tokenizer, family, config, mask_token_id=mask_token_id)
+    known.remember()  # for the calls that want nothing of the kind
+    return lm.but(eos_token_ids=known.eos_token_ids)
 
 
 def _family(module: Any, graph: DraftGraph | None, family: str | None) -> str:
@@ -256,6 +272,13 @@ def _settings(
     longest: int,
 ) -> DecodingSettings:
     """Settings of a call; answers that are no number of whole blocks are decoded so, and cut."""
+    if not isinstance(decoding, Mapping | None) or not all(
+        isinstance(k, str) for k in decoding or ()
+    ):
+        raise SpiffyError(
+            f"decoding={decoding!r}: give settings by their names, such as "
+            "{'policy': 'threshold'}"
+        )
     options = dict(decoding or {})
     for name, instead in (
         ("gen_length", "max_new_tokens="),
@@ -290,6 +313,8 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
             f"attention_mask of shape {[*attention_mask.shape]} does not fit input_ids of shape "
             f"{[*input_ids.shape]}"
         )
+    if not torch.isin(attention_mask, attention_mask.new_tensor([0, 1])).all():
+        raise SpiffyError("attention_mask holds other values than 0 and 1")
     prompts = []
     for number, (ids, seen) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
         kept = int(seen.sum())
@@ -454,9 +479,13 @@ def _refuse_positions(position_ids: Tensor | None, prompts: Sequence[Tensor]) ->
     """Refuse positions other than those that transformers fills in: 0, 1, ... after padding."""
     if position_ids is None:
         return
-    for ids, positions in zip(prompts, position_ids.expand(len(prompts), -1), strict=True):
-        if positions[-len(ids) :].tolist() != list(range(len(ids))):
-            raise SpiffyError("generate: position_ids must count from 0 in every row: drop them")
+    rows = position_ids if position_ids.ndim > 1 else position_ids[None]
+    fits = rows.ndim == 2 and len(rows) in (1, len(prompts))
+    if not fits or any(
+        positions[-len(ids) :].tolist() != list(range(len(ids)))
+        for ids, positions in zip(prompts, rows.expand(len(prompts), -1), strict=True)
+    ):
+        raise SpiffyError("generate: position_ids must count from 0 in every row: drop them")
 
 
 # Options that are followed, or that only describe the tokens.

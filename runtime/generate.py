@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Stats, Task, decoded, make_task, run
@@ -103,12 +103,28 @@ def check_drafting(graph: DraftGraph | None, budget: Budget, selection: Selectio
     SpiffyError
         If one is none, or there is nothing to draft with.
     """
-    if budget != "auto" and not isinstance(budget, int):
+    if graph is not None and not isinstance(graph, DraftGraph):
+        raise SpiffyError(
+            f"graph of type {type(graph).__name__}: give a DraftGraph, as DraftGraph.load(FILE) is"
+        )
+    if budget != "auto" and type(budget) is not int:
         raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts")
     if selection not in get_args(Selection):
         raise SpiffyError(f"selection {selection!r}: choose {' or '.join(get_args(Selection))}")
     if graph is None and budget != "auto":
         raise SpiffyError(f"budget {budget} counts drafts: give a graph")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that is no whole number.
+
+    Raises
+    ------
+    SpiffyError
+        Names it.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise SpiffyError(f"seed {seed!r}: give a whole number")
 
 
 def generate(
@@ -168,6 +184,7 @@ def generate(
         If an option, the prompt, or the graph does not fit the model.
     """
     check_drafting(graph, budget, selection)
+    check_seed(seed)
     settings = decoding_settings(model, graph, any_model=any_model, **options)
     ids = model.encode(prompt, raw=raw, system=system)
     task = make_task(model, ids, settings, None, seed, sequence, edges, stop)

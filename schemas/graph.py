@@ -294,6 +294,8 @@ class DraftGraph(Record):
             If there is none, or it is invalid.
         """
         name = str(place)
+        if not name:  # as of an unset variable; a Path would take it for the current folder
+            raise SpiffyError("a graph of no name: give a file, a folder or owner/name")
         if names_repository(name) or Path(name).is_dir():
             return cls.from_pretrained(name)
         return cls.load(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,8 @@ def answered(error: BaseException) -> str:
     """What the hub answered; its client wraps that in advice about connections."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, LookupError | TypeError | AttributeError | json.JSONDecodeError):
+        return "it answers what its client cannot read: is HF_ENDPOINT a hub?"
     text = " ".join(str(error).split()).partition(" For more information check")[0]
     return text[:300] or type(error).__name__
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import a_graph_of, parity_model
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import LoopbackHub, connect
 
 from spiffy.cli import decode
@@ -212,6 +212,31 @@ def test_what_the_hub_refuses_is_one_line(
     assert "draft_graph.json" not in {
         n for _, f in hub.repositories.get("new/drafts", []) for n in f
     }
+
+
+def test_an_answer_that_is_lost_is_not_taken_for_a_refusal(
+    hub: LoopbackHub, call: Call, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = HfApi.create_commit
+
+    def cut(*arguments: Any, **options: Any) -> None:
+        commit(*arguments, **options)
+        raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr(HfApi, "create_commit", cut)
+    code, _, log = call("graph", "push", file, "new/drafts")
+    assert (code, log.count("\n")) == (2, 1)
+    assert "new/drafts: it is not known whether the commit was made: look, or push again" in log
+    assert "draft_graph.json" in hub.repositories["new/drafts"][-1][1]
+
+
+def test_what_is_no_hub_is_named(
+    call: Call, file: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: {}["id"])
+    code, _, log = call("graph", "push", file, "new/drafts")
+    assert (code, log.count("\n")) == (2, 1)
+    assert "nothing was pushed (it answers what its client cannot read: is HF_ENDPOINT a" in log
 
 
 @pytest.mark.parametrize("status", [401, 403, 500, 503])

@@ -28,7 +28,7 @@ from lm_eval.api.model import CachingLM
 from spiffy.calib.synthetic import problems
 from spiffy.cli import lm_eval as command
 from spiffy.integrations.likelihood import is_greedy, log_likelihood
-from spiffy.integrations.lm_eval import SpiffyLM
+from spiffy.integrations.lm_eval import SpiffyLM, run_harness
 from spiffy.runtime import generate, load_model
 from spiffy.schemas import SpiffyError
 
@@ -306,6 +306,9 @@ def test_what_the_harness_has_cached_is_not_decoded_again(
         ({"temperature": 1.0}, "--gen_kwargs"),
         ({"system": "x"}, "--system_instruction"),
         ({"trust_remote_code": True}, "no code of a checkpoint is run"),
+        ({"any_model": "maybe"}, "any_model 'maybe': give True or False"),
+        ({"seed": 1.5}, "seed 1.5: give a whole number"),
+        ({"graph": ""}, "a graph of no name"),
         ({"budget": 4}, "budget 4 counts drafts: give a graph"),
         ({"block": 4}, "block: "),
         ({"graph": "none.json"}, "none.json: no such file"),
@@ -343,6 +346,52 @@ def test_wrong_commands_end_in_one_line(
     assert (code, len(errors)) == (2, 1)
     assert message in errors[0]
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('"{{question}}"', '"{{ 1 / 0 }}"', "ZeroDivisionError: division by zero"),
+        ("task: problems", "task: [", "ParserError: while parsing"),
+    ],
+)
+def test_what_a_task_does_wrong_is_one_line(
+    evaluate: Evaluate, task: Path, tmp_path: Path, before: str, after: str, said: str
+) -> None:
+    text = task.read_text()
+    assert before in text
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text.replace(before, after))
+    code, _, log = evaluate("--model", "dummy", "--tasks", wrong, "--limit", 1)
+    (error,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert error.startswith(f"error: lm-evaluation-harness: {said}")
+
+
+def test_faults_of_our_own_code_keep_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ours() -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setitem(ours.__globals__, "__name__", "spiffy.somewhere")
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", ours)
+    with pytest.raises(KeyError):
+        run_harness()
+
+
+def test_results_that_cannot_be_saved_and_answers_that_are_not_verified_are_told(
+    evaluate: Evaluate, task: Path, tmp_path: Path
+) -> None:
+    chain_graph("tiny-sdar", 2, gen_length=8).save(tmp_path / "graph.json")
+    words = ["--model", "spiffy", "--tasks", task, "--device", "cpu", "--limit", 1]
+    words += ["--model_args", f"graph={tmp_path / 'graph.json'},budget=2,gen_length=8"]
+    words += ["--use_cache", tmp_path / "cache"]
+    (tmp_path / "file").touch()
+    code, printed, log = evaluate(*words, "--output_path", tmp_path / "file" / "x")
+    assert (code, "what decoding took" in printed) == (2, True)
+    assert "Could not save results aggregated: see --output_path" in log.splitlines()[-1]
+    code, _, log = evaluate(*words, "--verify-share", 1)
+    assert code == 0
+    assert "nothing was verified, as no answer was decoded" in log
 
 
 def test_a_missing_harness_is_named_with_the_line_for_pip(

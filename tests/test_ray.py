@@ -99,16 +99,28 @@ def test_noise_belongs_to_the_row_however_rows_are_batched(graph: str) -> None:
         ({"field": "y"}, {"prompt": ["a"]}, r"no column of prompts \('y'\) among 'prompt'"),
         ({"index": "n"}, {"prompt": ["a"]}, "no column 'n', which is to number the rows"),
         ({}, {"prompt": ["a"], "text": ["b"]}, "column 'text' is there already: give a prefix="),
-        ({"batch_size": 0}, {}, "batch_size 0: must be at least 1"),
+        ({"batch_size": 0}, {}, "batch_size 0: give a number of rows from 1"),
+        ({"batch_size": "8"}, {}, "batch_size '8': give a number of rows from 1"),
+        ({"any_model": "no"}, {}, "any_model 'no': give True or False"),
+        ({}, [("prompt", ["a"])], "a batch of type list: give map_batches batch_format='numpy'"),
         ({"raw": True, "system": "x"}, {}, "raw takes prompts as they are"),
         ({"policy": "greedy"}, {}, "policy"),
     ],
 )
 def test_wrong_columns_and_options_are_refused(
-    options: dict[str, Any], batch: dict[str, list[str]], message: str
+    options: dict[str, Any], batch: Any, message: str
 ) -> None:
     with pytest.raises(SpiffyError, match=message):
         Decoder("tiny-sdar", device="cpu", **options)(batch)
+
+
+def test_a_row_that_has_no_number_is_left_out_and_says_so() -> None:
+    decoder = Decoder("tiny-sdar", index="n", gen_length=8, device="cpu")
+    rows = decoder({"prompt": ["Hello"] * 5, "n": [0, 1.0, 1.5, "a", None]})
+    assert rows["text"][0] == rows["text"][1] != ""
+    assert rows["text"][2:] == [""] * 3
+    said = "its index is no whole number: "
+    assert rows["error"] == ["", "", said + "1.5", said + "'a'", said + "None"]
 
 
 @pytest.fixture

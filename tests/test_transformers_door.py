@@ -15,6 +15,7 @@ import torch
 from helpers import PARITY, a_graph_of, parity_model, random_prompt
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     GenerationConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import spiffy.integrations
 from spiffy.integrations.hub import beside_weights
@@ -370,3 +372,62 @@ def test_a_folder_beside_the_weights_decodes_with_its_graph(
     assert "give tokenizer= too" in refusal(
         lambda: model.module.generate(**options, stop_strings=["=<<"])
     )
+
+
+def test_another_mask_token_is_one_calls_alone() -> None:
+    model = parity_model("llada-a")
+    inputs, decoding = batch(model, 6), {"block_length": 4, "stop_at_eos": False}
+    prompt, module = inputs["input_ids"][0], copy.deepcopy(model).module
+    ends = DiffusionLM.of(module).eos_token_ids  # type: ignore[union-attr]
+    other = wrap(copy.deepcopy(model.module), None, "llada", mask_token_id=5)
+    out = drafted(module, inputs, mask_token_id=5, decoding=decoding)
+    assert out[0, 6:].tolist() == plainly(other, prompt) != plainly(model, prompt)
+    out = drafted(module, inputs, decoding=decoding)
+    assert out[0, 6:].tolist() == plainly(model, prompt)
+    assert DiffusionLM.of(module).eos_token_ids == ends != frozenset()  # type: ignore[union-attr]
+
+
+def test_attention_that_was_refused_is_refused_again() -> None:
+    def blind(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+        return sdpa_attention_forward(module, q, k, v, None, **{**options, "is_causal": False})
+
+    AttentionInterface.register("blind", blind)
+    model = parity_model("llada-a")
+    module, inputs = copy.deepcopy(model.module), batch(model, 6)
+    module.set_attn_implementation("blind")
+    options = {"family": "llada", "mask_token_id": model.mask_token_id}
+    for _ in range(2):
+        assert "does not keep to the mask" in refusal(lambda: drafted(module, inputs, **options))
+    assert DiffusionLM.of(module) is None
+    module.set_attn_implementation("sdpa")
+    expected = drafted(model.module, inputs, decoding={"block_length": 4})
+    got = drafted(module, inputs, decoding={"block_length": 4}, **options)
+    assert torch.equal(got, expected)
+    module.set_attn_implementation("blind")  # of a module that is known by now
+    for _ in range(2):
+        assert "does not keep to the mask" in refusal(lambda: drafted(module, inputs, **options))
+    module.set_attn_implementation("eager")
+    got = drafted(module, inputs, decoding={"block_length": 4}, **options)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, "no row"),
+        ({"attention_mask": torch.tensor([[0, 2, 2, 2, 2]])}, "other values than 0 and 1"),
+        ({"position_ids": torch.arange(5)[None, None]}, "position_ids"),
+        ({"graph": "llada.json"}, "graph of type str: give a DraftGraph"),
+        ({"decoding": "threshold"}, "decoding='threshold': give settings by their names"),
+        ({"decoding": {1: 2}}, "decoding={1: 2}"),
+        ({"budget": True}, "budget True"),
+        ({"do_sample": True, "seed": "a"}, "seed 'a': give a whole number"),
+        ({"mask_token_id": 320}, "mask_token_id 320 is not a token of 320"),
+    ],
+)
+def test_what_is_no_such_thing_is_named(options: dict[str, Any], said: str) -> None:
+    model = parity_model("llada-a")
+    inputs = {"input_ids": random_prompt(model, 5)[None], **options}
+    if "budget" in options:
+        inputs["graph"] = a_graph_of(model, block_length=4)
+    assert said in refusal(lambda: drafted(model.module, inputs))

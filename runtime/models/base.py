@@ -239,13 +239,15 @@ class DiffusionLM:
         stated = next((int(config[k]) for k in limits if config.get(k)), None)
         self.max_length = reach(stated, getattr(settings, "rope_parameters", None) or {})
         self._rope_of_length = install(module)
-        self._remember()
+        self.remember()
 
     @classmethod
     def of(cls, module: nn.Module) -> DiffusionLM | None:
         """The model that `load_model` or `wrap` made of a module, if they did: the last such."""
         facts = cls._known.get(module)
-        return None if facts is None else cls(module, **facts)
+        if facts is None:
+            return None
+        return cls(module, **{name: fact for name, fact in facts.items() if name != "attention"})
 
     def but(self, **facts: Any) -> DiffusionLM:
         """The same model, for one use, with other facts, such as `eos_token_ids`."""
@@ -254,8 +256,11 @@ class DiffusionLM:
         other.__dict__.pop("codec", None)  # made of the end tokens
         return other
 
-    def _remember(self) -> None:
+    def remember(self) -> None:
+        """Make this what `of` gives for its module."""
+        before = self._known.get(self.module, {})
         self._known[self.module] = {
+            "attention": before.get("attention", self._attention),
             "family": self.family,
             "config": self.config,
             "name": self.name,
@@ -265,10 +270,23 @@ class DiffusionLM:
             "eos_token_ids": self.eos_token_ids,
         }
 
+    @property
+    def is_attention_trusted(self) -> bool:
+        """Whether its module still computes the attention that it was made or tried out with."""
+        return self._known.get(self.module, {}).get("attention") == self._attention
+
+    def trust_attention(self) -> None:
+        """Note that the attention which its module computes now was tried out."""
+        self._known[self.module]["attention"] = self._attention
+
+    def forget(self) -> None:
+        """Make nothing known of its module, for what turned out not to be usable."""
+        self._known.pop(self.module, None)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """From pickle, or a copy."""
         self.__dict__.update(state)
-        self._remember()
+        self.remember()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, weights included, as for processes that are spawned.

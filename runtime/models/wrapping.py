@@ -97,8 +97,9 @@ def wrap(
         mark = fingerprint(facts, stated, described, mask, eos_token_ids, tokenizer)
     except KeyError as error:
         raise SpiffyError(
-            f"{name}: neither its config nor its tokenizer has {error.args[0]!r}: give the content "
-            "of the checkpoint's config.json as config="
+            f"{name}: neither its config nor its tokenizer has {error.args[0]!r}: give "
+            + ("mask_token_id=, or " if error.args[0] == "mask_token_id" else "")
+            + "wrap() the content of the checkpoint's config.json as config="
         ) from None
     except ValueError as error:  # such as RoPE that is not supported
         raise SpiffyError(f"{name}: {error}") from None
@@ -111,7 +112,12 @@ def wrap(
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
     )
-    check_attention(model)
+    try:
+        check_attention(model)
+    except SpiffyError:
+        model.forget()  # else a second try would find a known module, and trust it
+        raise
+    model.trust_attention()
     return model
 
 
