@@ -9,6 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from hypothesis import settings
+from in_browser import browser
+
+__all__ = ["browser"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub
 

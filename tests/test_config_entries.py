@@ -79,6 +79,7 @@ def test_real_configs_say_nothing_unknown(path: Path) -> None:
         ("sdc-a", "mlp_bias", True),
         ("dream-a", "use_mrope", True),
         ("dream-a", "use_qk_norm", True),
+        ("dream-a", "qkv_bias", "4.46.2"),
         ("sdar-a", "use_qk_norm", False),
         ("llada2-a", "score_function", "softmax"),
         ("llada2-a", "use_rmsnorm", False),

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 
 import pytest
 from example_bench import example_bench, example_graph
+from in_browser import Browser, needs_browser
 from typer.testing import CliRunner
 
 from spiffy.bench import report, tables
@@ -492,82 +490,13 @@ def test_templates_ship_with_the_package() -> None:
 
 # -- in a browser ---------------------------------------------------------------------------------
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-CHROMEDRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER),
-    reason="no Chromium with chromedriver (Debian: apt-get install chromium chromium-driver)",
-)
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+
+def forward(browser: Browser) -> int:
+    return int(browser.js("document.getElementById('player-slider').value"))
 
 
-class Browser:
-    """Chromium on one page, with what it logged."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def open(self, path: Path, width: int, height: int = 900) -> None:
-        self.driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
-        )
-        self.driver.get(path.as_uri())
-
-    def js(self, expression: str) -> Any:
-        return self.driver.execute_script(f"return {expression}")
-
-    def press(self, key: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, "key": key})
-
-    def requests(self) -> list[str]:
-        events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
-        return [
-            event["params"]["request"]["url"]
-            for event in events
-            if event["method"] == "Network.requestWillBeSent"
-        ]
-
-    def errors(self) -> list[str]:
-        return [entry["message"] for entry in self.driver.get_log("browser")]
-
-    @property
-    def forward(self) -> int:
-        return int(self.js("document.getElementById('player-slider').value"))
-
-    @property
-    def status(self) -> str:
-        return str(self.js("document.getElementById('player-status').textContent"))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    service = pytest.importorskip("selenium.webdriver.chrome.service")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options=options, service=service.Service(CHROMEDRIVER))
-        try:
-            yield Browser(driver)
-        finally:
-            driver.quit()
+def status(browser: Browser) -> str:
+    return str(browser.js("document.getElementById('player-status').textContent"))
 
 
 @needs_browser
@@ -577,10 +506,10 @@ def test_a_page_renders_on_phone_and_desktop_without_errors_or_requests(
 ) -> None:
     path = tmp_path / "report.html"
     path.write_text(request.getfixturevalue(fixture), encoding="utf-8")
-    browser.open(path, 390)
+    browser.open(path.as_uri(), 390)
     browser.requests()  # what starting the browser asked for
     for width in (390, 1280):
-        browser.open(path, width)
+        browser.open(path.as_uri(), width)
         assert browser.js("document.documentElement.scrollWidth") <= width
         narrow = "[...document.querySelectorAll('svg.plot')].filter(s => s.clientWidth < 200)"
         assert browser.js(f"{narrow}.length") == 0
@@ -598,23 +527,23 @@ def test_the_step_through_obeys_slider_buttons_and_keys(
     assert walk is not None
     path = tmp_path / "report.html"
     path.write_text(html, encoding="utf-8")
-    browser.open(path, 1280)
+    browser.open(path.as_uri(), 1280)
     count = len(walk.turns)
-    assert browser.forward == 1
+    assert forward(browser) == 1
     browser.press("ArrowRight")
     browser.press("ArrowRight")
-    assert browser.forward == 3
+    assert forward(browser) == 3
     browser.press("ArrowLeft")
-    assert browser.forward == 2
-    assert browser.status.startswith(f"Forward 2 of {count}, block ")
+    assert forward(browser) == 2
+    assert status(browser).startswith(f"Forward 2 of {count}, block ")
     browser.js("document.getElementById('player-next').click()")
-    assert browser.forward == 3
+    assert forward(browser) == 3
     shown = "document.getElementById('player-slider')"
     browser.driver.execute_script(
         f"{shown}.value = {count}; {shown}.dispatchEvent(new Event('input'))"
     )
     steps = sum(len(turn.steps) for turn in walk.turns)
-    assert f"So far {steps} steps in {count} forwards" in browser.status
+    assert f"So far {steps} steps in {count} forwards" in status(browser)
     cells = "document.querySelectorAll('#player-answer .tok:not(.given)')"
     texts = browser.js(f"[...{cells}].map(e => e.firstChild.textContent)")
     committed = {p: visible(t) for turn in walk.turns for step in turn.steps for p, t in step}
@@ -637,7 +566,7 @@ def test_the_step_through_obeys_slider_buttons_and_keys(
 def test_printing_shows_all_forwards(browser: Browser, tmp_path: Path, html: str) -> None:
     path = tmp_path / "report.html"
     path.write_text(html, encoding="utf-8")
-    browser.open(path, 1280)
+    browser.open(path.as_uri(), 1280)
     assert not browser.js("document.getElementById('player-list').open")
     pdf = browser.driver.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})
     assert len(pdf["data"]) > 10_000

@@ -46,6 +46,15 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def tokenizer_in_two_files(folder: Path) -> None:
+    """Dream's own layout: Qwen2's two files instead of one."""
+    spec = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(spec["vocab"]))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in spec.get("merges", [])]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -62,15 +71,18 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     model = load_model(str(folder), device="cpu")
     assert model.fingerprint == load_model("tiny-dream", device="cpu").fingerprint
     assert len(model.encode("How many?"))
-    # Dream's own layout: Qwen2's two files instead of one.
-    spec = json.loads((folder / "tokenizer.json").read_text())["model"]
-    (folder / "tokenizer.json").unlink()
-    (folder / "vocab.json").write_text(json.dumps(spec["vocab"]))
-    merges = [m if isinstance(m, str) else " ".join(m) for m in spec.get("merges", [])]
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    tokenizer_in_two_files(folder)
     load_model(str(folder), device="cpu")
     load_model(str(folder), device_map="cpu", dtype="float32")
     assert not marker.exists()
+
+
+def test_a_tokenizer_whose_settings_break_it_in_use_is_refused(tmp_path: Path) -> None:
+    folder = copy_of("tiny-dream", tmp_path / "model")
+    tokenizer_in_two_files(folder)
+    edit(folder / "tokenizer_config.json", model_max_length="512")
+    message = refusal(lambda: load_model(str(folder), device="cpu"))
+    assert f"{folder}: its tokenizer cannot encode text: " in message
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "../model.safetensors", "/m.safetensors"])

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from time import monotonic, time
 from typing import Any
 
@@ -44,6 +43,7 @@ from spiffy.integrations.serve.engine import (
     TooLongError,
 )
 from spiffy.integrations.serve.metrics import Metrics
+from spiffy.integrations.serve.page import page
 from spiffy.integrations.serve.watching import beginning
 from spiffy.runtime.decode import Task
 from spiffy.schemas import SpiffyError
@@ -110,9 +110,11 @@ def _open_routes(engine: Engine) -> APIRouter:
     """What needs no key."""
     router = APIRouter()
 
+    text, headers = page()
+
     @router.get("/", response_class=HTMLResponse)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    async def root() -> HTMLResponse:
+        return HTMLResponse(text, headers=headers)
 
     @router.get("/health")
     async def health() -> JSONResponse:

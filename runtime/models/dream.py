@@ -29,6 +29,6 @@ DREAM = Family(
     entries=Entries(
         reads=USUAL | {"head_dim"},
         # Dream always has biases on queries, keys and values, and the parameters say so.
-        idle=frozenset({"attention_bias", "qkv_bias"}),
+        only=dict.fromkeys(("attention_bias", "qkv_bias"), (True, False)),
     ),
 )

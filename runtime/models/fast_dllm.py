@@ -38,6 +38,7 @@ FAST_DLLM = Family(
         reads=USUAL | {"head_dim", *BLOCK_SIZES},
         # It always has biases on queries, keys and values, and the parameters say so; the other is
         # of training, spelled as it is there.
-        idle=frozenset({"attention_bias", "qkv_bias", "complementary_mask", "conplemenrary_mask"}),
+        idle=frozenset({"complementary_mask", "conplemenrary_mask"}),
+        only=dict.fromkeys(("attention_bias", "qkv_bias"), (True, False)),
     ),
 )

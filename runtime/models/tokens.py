@@ -23,15 +23,20 @@ def read_tokenizer(source: Source) -> Any:
     Raises
     ------
     SpiffyError
-        If one of its files cannot be read.
+        If one of its files cannot be read, or it cannot encode text.
     """
+    does = "be read"
     try:
-        return _read_tokenizer(source)
+        tokenizer = _read_tokenizer(source)
+        does = "encode text"
+        if tokenizer is not None:
+            tokenizer("a")  # what is wrong with settings that transformers only keeps shows here
     except SpiffyError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = " ".join(str(error).split())
-        raise SpiffyError(f"{source.place}: its tokenizer cannot be read: {reason}") from None
+        raise SpiffyError(f"{source.place}: its tokenizer cannot {does}: {reason}") from None
+    return tokenizer
 
 
 def _read_tokenizer(source: Source) -> Any:
