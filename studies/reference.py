@@ -260,7 +260,7 @@ class Reference:
                 continue
             if name in _ACTIVATIONS:
                 found["hidden_act"] = value
-            elif name == "attention_bias" and is_qwen2(self.kind):
+            elif name in ("attention_bias", "qkv_bias") and is_qwen2(self.kind) and value in (0, 1):
                 continue  # it always has them, on queries, keys and values: parameters say so
             elif name in _BLOCKS:
                 if not self._in_blocks() and self.kind != "llada":
