@@ -101,7 +101,8 @@ def run(command: list[str], **variables: str) -> int:
 def try_versions(which: str, with_torch: bool) -> int:
     """Install, test, say what was tried and how long it took; nonzero if anything failed."""
     pip = ["-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
-    with tempfile.TemporaryDirectory(dir=ROOT / ".work", prefix=f"{which}-") as folder:
+    # Not in the checkout: hypothesis reads the source of all that is imported from there.
+    with tempfile.TemporaryDirectory(prefix=f"{which}-") as folder:
         began = time.monotonic()
         python, variables = sys.executable, {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
         wanted = requirements(which, with_torch)
@@ -134,7 +135,6 @@ def main() -> int:
     parser.add_argument("which", nargs="+", choices=("oldest", "newest"))
     parser.add_argument("--with-torch", action="store_true", help="torch as well: gigabytes")
     args = parser.parse_args()
-    (ROOT / ".work").mkdir(exist_ok=True)
     return max(try_versions(which, args.with_torch) for which in args.which)
 
 

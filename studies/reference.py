@@ -303,7 +303,7 @@ class Reference:
         ratio = config.pop("mlp_ratio", None)
         if config.get("mlp_hidden_size") is None and ratio is not None:
             config["mlp_hidden_size"] = int(ratio * config["d_model"])
-        found = {_LLADA.get(name, name): value for name, value in config.items()}
+        found = {_LLADA.get(name, name): v for name, v in config.items() if v is not None}
         for name, theirs in _LLADA.items():
             if name in config and config.get(theirs) not in (None, config[name]):
                 raise UnclearError(f"{theirs} contradicts {name}")

@@ -8,14 +8,20 @@ from collections.abc import Iterator
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from in_browser import browser
 
 __all__ = ["browser"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub
 
-settings.register_profile("spiffy", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "spiffy",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],  # so is the machine, at times
+)
 settings.load_profile("spiffy")
 
 
