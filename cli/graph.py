@@ -37,6 +37,16 @@ def _common(version: VersionOption = False) -> None:
     """Look into draft graphs: print, compare, draw, check, describe the format."""
 
 
+def _put(text: str, out: Path | None) -> None:
+    """Write text to a file, or to standard output."""
+    if out is None:
+        write_utf8(text)
+        return
+    check_writable(out)
+    write_atomically(out, text)
+    log.print(f"wrote {out}", soft_wrap=True)
+
+
 @app.command()
 def show(file: File) -> None:
     """Print where a graph comes from, its nodes as a tree, its acceptance model and costs.
@@ -169,13 +179,7 @@ def export(
     """
     from spiffy.graphs.export import exported
 
-    text = exported(DraftGraph.find(file), format.value)
-    if out is None:
-        write_utf8(text)
-        return
-    check_writable(out)
-    write_atomically(out, text)
-    log.print(f"wrote {out}", soft_wrap=True)
+    _put(exported(DraftGraph.find(file), format.value), out)
 
 
 @app.command()
@@ -225,13 +229,7 @@ def card(
     """Write a model card for the hub: Markdown with front matter, and what was measured."""
     from spiffy.integrations.hub import card as card_of
 
-    text = card_of(DraftGraph.find(file))
-    if out is None:
-        write_utf8(text)
-        return
-    check_writable(out)
-    write_atomically(out, text)
-    log.print(f"wrote {out}", soft_wrap=True)
+    _put(card_of(DraftGraph.find(file)), out)
 
 
 @app.command()
