@@ -85,6 +85,19 @@ def test_a_tokenizer_whose_settings_break_it_in_use_is_refused(tmp_path: Path) -
     assert f"{folder}: its tokenizer cannot encode text: " in message
 
 
+@pytest.mark.parametrize("named", ["", "<|none of these|>x"])
+def test_a_mask_token_that_is_no_token_is_not_another_one(tmp_path: Path, named: str) -> None:
+    """The tokenizer gives the unknown token's id for it, which here ends answers."""
+    folder = copy_of("tiny-dream", tmp_path / "model")
+    tokenizer_in_two_files(folder)
+    edit(folder / "tokenizer_config.json", mask_token=named)
+    config = json.loads((folder / "config.json").read_text())
+    del config["mask_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refusal(lambda: load_model(str(folder), device="cpu"))
+    assert "mask_token_id" in message or "larger than the embedding" in message
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "../model.safetensors", "/m.safetensors"])
 def test_an_index_cannot_name_pickles_or_other_folders(tmp_path: Path, name: str) -> None:
     folder = copy_of("llada-a", tmp_path / "model")

@@ -112,8 +112,10 @@ def with_mask_token(
 ) -> dict[str, Any]:
     """The config with a mask token: its own, else the tokenizer's, else the published one."""
     found = config.get("mask_token_id")
-    if found is None and tokenizer is not None and tokenizer.mask_token is not None:
-        found = tokenizer.mask_token_id  # as SDAR's own generation does
+    if found is None and tokenizer is not None:
+        # As SDAR's own generation does; not by `mask_token_id`, which for a token that is none is
+        # another one's, the unknown token's.
+        found = tokenizer.get_vocab().get(tokenizer.mask_token)
     if found is None:
         found = published
     rest = {key: value for key, value in config.items() if key != "mask_token_id"}
