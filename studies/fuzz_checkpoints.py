@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -591,8 +592,9 @@ def difference(model: DiffusionLM, folder: Path) -> str | None:
     try:
         out = generate(model, IDS[0], stop_at_eos=False, trace=True, **lengths)
     except SpiffyError as error:
-        # Weights of another scale may overflow on other tokens only.
-        most = max(float(p.detach().abs().max()) for p in model.module.parameters())
+        # Weights that are NaN or of another scale may show on other tokens only.
+        largest = [float(p.detach().abs().max()) for p in model.module.parameters()]
+        most = math.inf if any(map(math.isnan, largest)) else max(largest)
         if logits.isfinite().all() and most < 1e6 and (model.max_length or 99) >= IDS.shape[1] + 8:
             return f"DECODING REFUSED {error}"
         return None if in_one_line(error, folder) == "refused" else f"BAD MESSAGE {error}"
