@@ -232,7 +232,8 @@ class Reference:
         found = {}
         for name, value in stated.items():
             idle = name in _IDLE or name.endswith(_IDLE_ENDS) or name.startswith("_")
-            if value is None or idle:
+            shared = name == "num_key_value_heads"  # null is as many as there are queries'
+            if (value is None and not shared) or idle:
                 continue
             if name in ("sliding_window", "layer_types"):  # an explicit mask hides what they do
                 windows = "use_sliding_window" in stated and not stated["use_sliding_window"]

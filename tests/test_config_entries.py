@@ -21,7 +21,7 @@ from transformers import (
 from spiffy.runtime import ALIASES, load_model
 from spiffy.runtime.models.base import Family
 from spiffy.runtime.models.fields import check_entries, rope
-from spiffy.runtime.models.load import FAMILIES
+from spiffy.runtime.models.load import FAMILIES, checked_architecture
 from spiffy.schemas import SpiffyError
 
 REAL = [
@@ -95,6 +95,17 @@ def test_what_selects_another_computation_is_refused_by_name(
 ) -> None:
     shown = value[1] if isinstance(value, list) else value
     assert f"{entry} = {shown!r} is not supported" in refused(source, **{entry: value})
+
+
+@pytest.mark.parametrize(
+    ("source", "entry"),
+    [("llada2-a", "head_dim"), ("llada2-a", "num_key_value_heads"), ("llada2-a", "num_experts")],
+)
+def test_what_is_null_and_needed_is_refused_in_one_line(source: str, entry: str) -> None:
+    family, config = parity_config(source)
+    with pytest.raises(SpiffyError) as caught:
+        checked_architecture("x", family, {**config, entry: None})
+    assert str(caught.value).startswith("x: config.json")
 
 
 @pytest.mark.parametrize("source", ["llada-a", "dream-a", "sdar-a", "llada2-a", "sdc-a"])

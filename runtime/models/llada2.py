@@ -47,6 +47,9 @@ class _Mixture(Glm4MoeForCausalLM):  # type: ignore[misc]
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
+    for entry in ("head_dim", "num_key_value_heads"):
+        if config.get(entry) is None:  # transformers would take a default for it
+            raise KeyError(entry)
     experts, groups, kept = (config[k] for k in ("num_experts", "n_group", "topk_group"))
     if experts % groups or experts // groups < 2 or kept > groups:
         raise ValueError(f"{experts} experts do not make {groups} groups of which {kept} are kept")

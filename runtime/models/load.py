@@ -248,6 +248,8 @@ def checked_architecture(name: str, family: Family, config: Mapping[str, Any]) -
         architecture, module_config = family.architecture(config)
         check_ids(config, module_config.vocab_size)
         _check_turning(module_config)
+        for names in (family.merged, family.split):
+            names(config)  # what stored parameters are called follows from it too
     except KeyError as error:
         raise SpiffyError(f"{name}: config.json lacks {error.args[0]!r}") from None
     except SpiffyError:
