@@ -58,28 +58,9 @@ def chain_graph(name: str, drafts: int = 3, **options: Any) -> DraftGraph:
     """A graph of a shipped model that no calibration made: the best position, the best two, ..."""
     model = load_model(name, device="cpu")
     fills = [tuple((rank, 0) for rank in range(n + 1)) for n in range(drafts)]
-    return DraftGraph(
-        model=ModelRecord(
-            family=model.family.name,
-            id=name,
-            fingerprint=model.fingerprint,
-            vocab_size=model.vocab_size,
-        ),
-        decoding=decoding_settings(model, **options),
-        exact=True,
-        calibration=CalibrationRecord(
-            dataset="by hand",
-            dataset_sha256="0" * 64,
-            samples=1,
-            held_out_samples=0,
-            roots=1,
-            seed=0,
-            objective="paper",
-            tool_version="0.1.0",
-        ),
-        expected_steps=tuple(1.0 + 0.3 * n for n in range(drafts + 1)),
-        nodes=tuple(Node(fill=fill, parents=(n,), count=1) for n, fill in enumerate(fills)),
-    )
+    nodes = tuple(Node(fill=fill, parents=(n,), count=1) for n, fill in enumerate(fills))
+    steps = tuple(1.0 + 0.3 * n for n in range(drafts + 1))
+    return _by_hand(model, decoding_settings(model, **options), nodes, steps, roots=1)
 
 
 def a_graph_of(model: DiffusionLM, **decoding: Any) -> DraftGraph:
@@ -87,6 +68,23 @@ def a_graph_of(model: DiffusionLM, **decoding: Any) -> DraftGraph:
     settings = {"cache": model.family.caches[0], "gen_length": 8, "block_length": 4, **decoding}
     if model.family.sub_block_length is not None:
         settings.setdefault("sub_block_length", settings["block_length"])
+    nodes = (
+        Node(fill=((0, 0),), parents=(0,), count=3),
+        Node(fill=((0, 0), (1, 0)), parents=(1,), count=2),
+        Node(fill=((1, 0),), parents=(0,), count=1),
+    )
+    return _by_hand(
+        model, DecodingSettings.parse(**settings), nodes, (1.0, 1.5, 2.0, 2.25), roots=4
+    )
+
+
+def _by_hand(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    nodes: tuple[Node, ...],
+    expected_steps: tuple[float, ...],
+    roots: int,
+) -> DraftGraph:
     return DraftGraph(
         model=ModelRecord(
             family=model.family.name,
@@ -95,24 +93,20 @@ def a_graph_of(model: DiffusionLM, **decoding: Any) -> DraftGraph:
             fingerprint=model.fingerprint,
             vocab_size=model.vocab_size,
         ),
-        decoding=DecodingSettings.parse(**settings),
+        decoding=settings,
         exact=True,
         calibration=CalibrationRecord(
             dataset="by hand",
             dataset_sha256="0" * 64,
             samples=1,
             held_out_samples=0,
-            roots=4,
+            roots=roots,
             seed=0,
             objective="paper",
             tool_version="0.1.0",
         ),
-        expected_steps=(1.0, 1.5, 2.0, 2.25),
-        nodes=(
-            Node(fill=((0, 0),), parents=(0,), count=3),
-            Node(fill=((0, 0), (1, 0)), parents=(1,), count=2),
-            Node(fill=((1, 0),), parents=(0,), count=1),
-        ),
+        expected_steps=expected_steps,
+        nodes=nodes,
     )
 
 
