@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from spiffy.runtime import ALIASES, load_model
-from spiffy.runtime.models.base import Family
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fields import check_entries, rope
 from spiffy.runtime.models.load import FAMILIES, checked_architecture
 from spiffy.schemas import SpiffyError

@@ -29,8 +29,8 @@ from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import GraphDrafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models import load
-from spiffy.runtime.models.base import Family
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada2 import LLADA2
 from spiffy.runtime.step.canvas import Canvas

@@ -18,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from spiffy.runtime.models.a2d import A2D_BD3LM, A2D_MDLM
 from spiffy.runtime.models.adapter import merge, read_adapter
-from spiffy.runtime.models.base import Architecture, DiffusionLM, Family
+from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.block_size import check_block_sizes
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
 from spiffy.runtime.models.dream import DREAM
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fast_dllm import FAST_DLLM
 from spiffy.runtime.models.fields import check_entries
 from spiffy.runtime.models.identity import fingerprint
