@@ -5,12 +5,16 @@ Models are in float64, so that 1e-9 separates "another order of summation" from 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import parity_model, random_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spiffy.runtime.forward import cache as caches
 from spiffy.runtime.forward.cache import CACHES, BlockEdges, DualCache, Evaluation
@@ -332,3 +336,50 @@ def test_segments_that_see_all_need_no_mask() -> None:
     row = pack([Segment(ids[:2], 5, 5), Segment(ids[2:], 7, 7)], [[0, 1], [0, 1]], KeyValues(9), 5)
     assert row.mask is None
     assert (row.places, row.keys) == ((range(5, 9),), 9)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest number of elements that any operation made, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        inputs = {
+            part.untyped_storage().data_ptr()
+            for part in tree_leaves(args)
+            if isinstance(part, Tensor)
+        }
+        for part in tree_leaves(out):
+            if isinstance(part, Tensor) and part.untyped_storage().data_ptr() not in inputs:
+                self.elements = max(self.elements, part.numel())
+        return out
+
+
+@pytest.mark.parametrize("lengths", [(400,), (400, 430, 411)])
+@pytest.mark.parametrize(("checkpoint", "cache"), [("sdar-a", "block"), ("llada-a", "dual")])
+def test_no_forward_copies_what_is_stored(
+    checkpoint: str, cache: str, lengths: tuple[int, ...]
+) -> None:
+    """Once there is room for a draft, alone and among unequal prompts, nothing
+    that an operation makes is as large as one layer's stored keys."""
+    model = parity_model(checkpoint, "float64")
+    rows, caches_of = [], []
+    for seed, length in enumerate(lengths):
+        canvas = Canvas.plan(length, 8, 4, model.family.block_causal)
+        cursor = canvas.start(random_prompt(model, length, seed), model.mask_token_id)
+        opened = CACHES[cache](model, canvas, BlockEdges())  # type: ignore[index]
+        evaluate(model, opened, cursor, cursor.ids[None])
+        drafts = drafts_of(model, cursor, canvas.span(0), 1)
+        evaluate(model, opened, cursor, drafts)  # room is made
+        forwards = opened.evaluate(cursor, drafts, True)
+        rows += next(forwards)
+        caches_of.append(forwards)
+    config: Any = model.module.config
+    stored = min(lengths) * config.num_key_value_heads * config.hidden_size
+    stored //= config.num_attention_heads
+    with _Largest() as largest:
+        forward(model, rows)
+    assert 0 < largest.elements < stored
