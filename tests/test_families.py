@@ -28,8 +28,8 @@ from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import GraphDrafter
 from spiffy.runtime.forward.cache import BlockEdges
-from spiffy.runtime.models.base import Family
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada2 import LLADA2
 from spiffy.runtime.models.weights import _in_parts

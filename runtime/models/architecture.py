@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from spiffy.runtime.models.base import Architecture, Family
 from spiffy.runtime.models.block_size import check_block_sizes
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fields import check_entries
 from spiffy.schemas import SpiffyError
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from spiffy.runtime.models.a2d import A2D_BD3LM, A2D_MDLM
-from spiffy.runtime.models.base import Family
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
 from spiffy.runtime.models.dream import DREAM
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fast_dllm import FAST_DLLM
 from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada import LLADA

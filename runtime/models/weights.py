@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import __version__ as transformers_version
 
-from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.quiet import loading
 from spiffy.runtime.models.source import Source
 from spiffy.runtime.models.stored import refuse_other_forms, stored_parameters
