@@ -1,4 +1,4 @@
-"""What holds for all files: they are short, they are installed, their messages speak to everyone."""
+"""What holds for all files: short, installed, and with messages that speak to everyone."""
 
 from __future__ import annotations
 
