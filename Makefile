@@ -84,12 +84,13 @@ docs: $(READY) links tour
 package: $(READY)
 	$(BIN)/python .ci/package.py
 
-# Beside the installed torch; the other two install their own, which on Linux comes with CUDA.
+# Beside the installed torch; the other two install their own, which on Linux comes with CUDA, and
+# need no .venv.
 versions: $(READY)
 	$(BIN)/python .ci/versions.py oldest newest
 
-oldest newest: $(READY)
-	$(BIN)/python .ci/versions.py --with-torch $@
+oldest newest:
+	$(or $(shell command -v $(PYTHON)),python3) .ci/versions.py --with-torch $@
 
 clean:
 	rm -rf .venv .work build *.egg-info

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import option
 from spiffy.schemas.io import is_unicode
 
 Text = str | list[dict[str, Any]]  # a user's message, or a conversation
@@ -161,7 +162,7 @@ def prompt_of(record: Any, field: str | None = None) -> Text:
     if not isinstance(value, str) or not value.strip():
         fields = repr(field) if field else " or ".join(map(repr, FIELDS))
         has = f"; it has {', '.join(map(repr, record))}" if isinstance(record, Mapping) else ""
-        hint = "" if field else " (--field names another)"
+        hint = "" if field else f"; {option('field')} names another"
         raise SpiffyError(f"needs a non-empty text field {fields}{hint}{has}")
     _check_unicode(value)
     return value

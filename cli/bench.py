@@ -39,7 +39,7 @@ from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
-from spiffy.schemas.io import write_atomically
+from spiffy.schemas.io import check_writable, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,6 +210,9 @@ class _Methods:
         return sorted(set(found))
 
 
+_FILES = ("bench.json", "rows.jsonl", "table.md", "report.html")
+
+
 @dataclass(frozen=True)
 class _Output:
     """Where the results go."""
@@ -235,12 +238,12 @@ class _Output:
         """Make it, before hours of work."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / ".writable").touch()
-            (self.out / ".writable").unlink()
         except OSError as error:
             raise SpiffyError(
                 f"--out {self.out}: cannot be written to ({error.strerror})"
             ) from None
+        for name in _FILES:
+            check_writable(self.out / name)
 
 
 @dataclass(frozen=True)

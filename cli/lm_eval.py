@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -12,6 +14,7 @@ from rich.table import Table
 from spiffy.cli.common import console, log, run_app
 from spiffy.cli.streams import write
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.io import check_folder
 
 if TYPE_CHECKING:
     from spiffy.integrations.lm_eval import SpiffyLM
@@ -39,6 +42,7 @@ def _evaluate() -> None:
         return
     if not arguments or {"-h", "--help"} & {*arguments}:
         write(_HELP)
+    _check_output(arguments)
     from spiffy.integrations.lm_eval import launched, run_harness
 
     sys.argv[1:] = arguments
@@ -73,6 +77,38 @@ def _without_share(arguments: Sequence[str]) -> tuple[list[str], float]:
         if not 0 < share <= 1:
             raise SpiffyError(f"{_OPTION} {value!r}: give a share of the answers, such as 0.1")
     return left, share
+
+
+def _check_output(arguments: Sequence[str]) -> None:
+    """Refuse a place that the harness could not save to: it finds out when all is decoded."""
+    place = _output_path(arguments)
+    if place is not None:
+        path = Path(place)
+        check_folder(path.parent if path.suffix == ".json" else path)
+
+
+def _output_path(arguments: Sequence[str]) -> str | None:
+    """Where the harness is to save, by its options or the file that these name.
+
+    Whatever is wrong with them is for the harness to say.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--output_path", "-o")
+    parser.add_argument("--config", "-C", type=Path)
+    try:
+        given, _ = parser.parse_known_args([*arguments])
+    except argparse.ArgumentError:
+        return None
+    if given.output_path is not None or given.config is None:
+        return given.output_path or None
+    import yaml  # the harness needs it
+
+    try:
+        content = yaml.safe_load(given.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    place = content.get("output_path") if isinstance(content, dict) else None
+    return place if isinstance(place, str) else None
 
 
 def _show(model: SpiffyLM) -> None:

@@ -18,7 +18,7 @@ import typer
 from spiffy.cli.common import log
 from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.hub import checkpoint_beside
+from spiffy.schemas.hub import checkpoint_beside, recorded_revision
 from spiffy.schemas.records import MAX_NODES
 
 if TYPE_CHECKING:
@@ -177,8 +177,7 @@ class ModelOfGraph:
             raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
         if (beside := checkpoint_beside(place)) is not None:
             return load(beside)
-        record = artifact.model
-        return load(record.id, revision=record.revision)
+        return load(artifact.model.id, revision=recorded_revision(artifact.model))
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,12 @@ def log_likelihood(
     weights = torch.zeros(len(chosen), length, dtype=torch.float64)  # 0 where nothing is masked
     for row, (positions, weight) in zip(weights, chosen, strict=True):
         row[[*positions]] = weight
-    given, asked = torch.tensor([*context, *continuation], device=model.device).split(
-        [start, length]
-    )
-    masked = (weights > 0).to(model.device)
+    ids = torch.tensor([*context, *continuation], device=model.device)
+    given, asked, masked = ids[:start], ids[start:], (weights > 0).to(model.device)
     total = 0.0
     with torch.inference_mode():
-        for places, of_each in zip(
-            masked.split(batch_size), weights.split(batch_size), strict=True
-        ):
+        for at in range(0, len(chosen), batch_size):
+            places, of_each = (each[at : at + batch_size] for each in (masked, weights))
             whole = asked.expand_as(places)
             rows = (given.expand(len(places), -1), whole.masked_fill(places, model.mask_token_id))
             logits = model.forward_logits(torch.cat(rows, 1))[:, start:]

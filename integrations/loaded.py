@@ -15,7 +15,7 @@ from spiffy.runtime.generate import Budget, check_seed
 from spiffy.runtime.models import DiffusionLM
 from spiffy.runtime.models.text import Prompt
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-from spiffy.schemas.hub import checkpoint_beside
+from spiffy.schemas.hub import checkpoint_beside, recorded_revision
 
 _LOADING = tuple(signature(load_model).parameters)[1:]  # without the name
 
@@ -109,4 +109,4 @@ def _load(
         raise SpiffyError("name a model, or give a graph, which names its own")
     if (beside := checkpoint_beside(str(place))) is not None:
         return load_model(beside, **loading)
-    return load_model(graph.model.id, **{"revision": graph.model.revision, **loading})
+    return load_model(graph.model.id, **{"revision": recorded_revision(graph.model), **loading})

@@ -15,6 +15,11 @@ class SpiffyError(ValueError):
         super().__init__(_shortened(printable(message)))
 
 
+def option(name: str) -> str:
+    """An option as users of the commands and of Python know it, for messages that reach both."""
+    return f"--{name.replace('_', '-')} ({name}= in Python)"
+
+
 def printable(text: str) -> str:
     """The text with everything that is not printable, such as line ends, escaped as in Python."""
     if text.isprintable():

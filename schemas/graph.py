@@ -12,7 +12,13 @@ from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.drawing import svg
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.html import inline, page, paragraph, table
-from spiffy.schemas.hub import GRAPH_FILE, download, names_repository, note_other_weights
+from spiffy.schemas.hub import (
+    GRAPH_FILE,
+    download,
+    names_repository,
+    note_other_weights,
+    refuse_revision,
+)
 from spiffy.schemas.io import MAX_BYTES, canonical_json, is_unicode, read_json, write_atomically
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import (
@@ -276,10 +282,12 @@ class DraftGraph(Record):
         Raises
         ------
         SpiffyError
-            If there is none, or it is invalid.
+            If there is none, or it is invalid, or a directory is asked for another revision.
         """
-        if Path(repo_or_dir).is_dir():
-            return cls.load(Path(repo_or_dir) / GRAPH_FILE)
+        folder = Path(repo_or_dir)
+        if folder.is_dir():
+            refuse_revision(repo_or_dir, folder, revision)
+            return cls.load(folder / GRAPH_FILE)
         graph = cls.load(download(repo_or_dir, revision))
         note_other_weights(graph.model, repo_or_dir, revision)
         return graph

@@ -57,6 +57,31 @@ def names_repository(place: str) -> bool:
     return not Path(place).exists() and not place.endswith(".json") and is_hub_id(place)
 
 
+def cached_commit(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds (snapshots/<commit>); None of others."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def refuse_revision(name: str, folder: Path, revision: str | None) -> None:
+    """Refuse a revision of what is a folder here, unless the folder holds that commit.
+
+    Raises
+    ------
+    SpiffyError
+        Says so, of the place's name.
+    """
+    if revision not in (None, cached_commit(folder)):
+        raise SpiffyError(
+            f"{name} is a folder here, which has no revision {revision!r}: drop it, or give a hub "
+            "id (owner/name)"
+        )
+
+
+def recorded_revision(model: ModelRecord) -> str | None:
+    """At which revision a graph's model is to be loaded; of a folder's there is none."""
+    return None if Path(model.id).is_dir() else model.revision
+
+
 def graph_file(place: str) -> Path:
     """The file of a graph that is given as a file, a folder or a repository.
 

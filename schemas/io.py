@@ -128,3 +128,18 @@ def check_writable(path: Path) -> None:
         raise SpiffyError(f"{path}: folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):  # the file is replaced, not written into
         raise SpiffyError(f"{path}: folder {path.parent} is not writable")
+
+
+def check_folder(path: Path) -> None:
+    """Fail before hours of work where a folder cannot be made later on, or be written into.
+
+    Raises
+    ------
+    SpiffyError
+        If the nearest of `path` and the folders above it that is there is none, or not writable.
+    """
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise SpiffyError(f"{path}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SpiffyError(f"{path}: folder {there} is not writable")

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from losslessness import fill
+from pages import add_into, fill
 
 from graphs import LAYOUTS, Case, cases
 from spiffy.calib.fit import fit_acceptance
@@ -92,7 +91,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=60, help="calibration problems")
     parser.add_argument("--samples", type=int, default=100, help="test problems")
     parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     columns: list[str] = []
     rows: dict[str, list[str]] = {name: [] for name in WITHOUT}

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 from spiffy.cli.threads import set_threads, usable_cpus, wait_passively
@@ -29,7 +28,8 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from losslessness import POLICIES, fill
+from losslessness import POLICIES
+from pages import add_into, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--threads", type=int, help="default: as the commands choose them")
     parser.add_argument("--busy", action="store_true", help="beside a process that works")
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     load = os.getloadavg()[0]
     spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if args.busy else None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from losslessness import fill
+from pages import add_into, fill
 
 from spiffy.bench.tables import markdown
 from spiffy.schemas.bench import Bench, Result
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--gsm8k", help="JSONL file with GSM8K's train or test split")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--reuse", action="store_true", help="take the runs that are there")
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     benches = []
     for case in cases(args.gsm8k):

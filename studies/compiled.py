@@ -20,7 +20,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from losslessness import fill
+from pages import add_into, fill
 from serving import calibrated, questions
 from torch._dynamo.utils import counters
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--graphs", type=Path, help="folder of calibrated graphs, to use again")
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines = [HEAD]

@@ -12,9 +12,9 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-from losslessness import OFF, ON, POLICIES, decode_all, fill, versions
+from losslessness import OFF, ON, POLICIES, decode_all, versions
+from pages import add_into, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="test problems")
     parser.add_argument("--calibrate", type=int, default=20, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     total = len(LAYOUTS) * len(BLOCK_LENGTHS) * len(POLICIES)
     measured = list(track(groups(args), description="block edges", total=total))

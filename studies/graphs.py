@@ -20,7 +20,8 @@ from math import exp, log
 from pathlib import Path
 
 import torch
-from losslessness import fill as fill_markers
+from pages import add_into
+from pages import fill as fill_markers
 from rich.progress import track
 
 from spiffy.calib.fit import fit_acceptance
@@ -471,7 +472,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=60, help="calibration problems")
     parser.add_argument("--samples", type=int, default=40, help="test problems")
     parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     parser.add_argument("--plot", type=Path, help="SVG to write (needs matplotlib)")
     args = parser.parse_args()
     recorded = track(cases(args), description="decoding", total=len(args.models) * len(POLICIES))

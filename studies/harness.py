@@ -17,7 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from losslessness import fill, versions
+from losslessness import versions
+from pages import add_into, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -100,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=40, help="test problems")
     parser.add_argument("--calibrate", type=int, default=20, help="calibration problems")
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     lines = [
         "| model | cache | drafts | exact_match | NFE | positions | steps a forward | identical |",

@@ -28,7 +28,7 @@ from time import perf_counter
 
 import httpx
 import torch
-from losslessness import fill
+from pages import add_into, fill
 from rich.console import Console
 from serving import Server, calibrated, percentile, questions, serving
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--graphs", type=Path, help="folder of calibrated graphs, to use again")
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     found = measure(args)
     shape = f" --shape {args.shape}" if args.shape else ""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from pages import add_into, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -386,7 +387,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="name or JSONL file of more prompts for it")
     parser.add_argument("--dataset-samples", type=int, default=10, help="how many of those")
     parser.add_argument("--dataset-gen-length", type=int, default=128)
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     command = "python studies/losslessness.py --models"
     size = f"--calibrate {args.calibrate} --gen-length {args.gen_length}"
@@ -439,15 +440,6 @@ def measured(
 def versions() -> str:
     """What the counts depend on besides the command."""
     return f"torch {torch.__version__}, Python {platform.python_version()}, float32, CPU"
-
-
-def fill(path: Path, key: str, block: str) -> None:
-    """Replace what stands between a file's markers for `key`, if it has them."""
-    text = path.read_text(encoding="utf-8")
-    start, end = f"<!-- {key} -->", f"<!-- /{key} -->"
-    if start in text and end in text:
-        head, tail = text.split(start)[0], text.split(end)[1]
-        path.write_text(f"{head}{start}\n{block}\n{end}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

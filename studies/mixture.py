@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from pathlib import Path
 
 from spiffy.cli.threads import set_threads, wait_passively
 
@@ -20,7 +19,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from losslessness import fill
+from pages import add_into, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -140,7 +139,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=30)
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--into", type=Path, help="page whose table is replaced")
+    add_into(parser)
     args = parser.parse_args()
     model = load_model(args.model, device="cpu", dtype="float32")
     rows: list[Row] = []
@@ -157,8 +156,8 @@ def main() -> None:
         *table(rows, args.problems),
     ]
     print("\n".join(lines))
-    if args.into is not None:
-        fill(args.into, "mixture", "\n".join(lines))
+    for path in args.into:
+        fill(path, "mixture", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,12 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
 import torch
-from losslessness import fill
+from pages import add_into, fill
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -174,7 +173,7 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, default=16, help="forwards to take apart")
     parser.add_argument("--repeats", type=int, default=3, help="decodes that medians are over")
     parser.add_argument("--layers", type=int, default=20, help="of the random model (20: 302M)")
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     model = load_model("tiny-sdar", device="cpu", dtype="float32")
     settings = decoding_settings(model, gen_length=256)

@@ -19,7 +19,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from losslessness import fill
+from pages import add_into, fill
 
 from spiffy.bench.grow import grow
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--drafts", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--forwards", type=int, default=12)
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = grow(load_model("tiny-sdar", device="cpu"), args.shape)

@@ -33,7 +33,8 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from losslessness import decode_all, fill
+from losslessness import decode_all
+from pages import add_into, fill
 from rich.console import Console
 
 from spiffy.bench.grow import grow, grow_graph
@@ -315,7 +316,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     parser.add_argument("--offload", type=Path, help="folder on the disk to stream from")
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     return parser.parse_args()
 
 

@@ -15,10 +15,9 @@ import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 
-from losslessness import fill
+from pages import add_into, fill
 
 from spiffy.runtime.budget.controller import LADDER, PLAIN, Choice, Controller, interpolated
 
@@ -153,7 +152,7 @@ def main() -> None:
     """Print the table, or put it into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     block = (
         f"`python studies/regret.py --seeds {args.seeds}` (simulated; mean regret after 50 "

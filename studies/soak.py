@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 import torch
-from losslessness import fill
+from pages import add_into, fill
 from serving import Server, calibrated, questions, serving
 
 from spiffy.runtime import decoding_settings, generate, load_model
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--max-waiting", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     report, cases = Report(), good_cases(args.model)
     room = ("--max-batch", str(args.max_batch), "--max-waiting", str(args.max_waiting))

@@ -13,10 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
-from losslessness import fill
+from pages import add_into, fill
 
 from spiffy.cli.threads import usable_cpus
 from spiffy.runtime.budget.cost import device_name
@@ -75,7 +74,7 @@ def main() -> None:
     """Print a Markdown table, or put it into a file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="tiny-sdar")
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     block = "\n".join(
         (

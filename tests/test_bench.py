@@ -331,6 +331,15 @@ def test_a_folder_that_cannot_be_made_is_refused(artifact: Path, tmp_path: Path)
     assert "cannot be written" in error
 
 
+@pytest.mark.parametrize("name", ["bench.json", "rows.jsonl", "table.md", "report.html"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    artifact: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    code, _, error = invoke("--graph", artifact, "--out", tmp_path)
+    assert (code, "is a directory, expected a file name" in error) == (2, True)
+
+
 def test_a_summary_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("{}", encoding="utf-8")

@@ -378,9 +378,29 @@ def test_faults_of_our_own_code_keep_their_kind(monkeypatch: pytest.MonkeyPatch)
         run_harness()
 
 
-def test_results_that_cannot_be_saved_and_answers_that_are_not_verified_are_told(
-    evaluate: Evaluate, task: Path, tmp_path: Path
+@pytest.mark.parametrize("way", ["--output_path=", "-o", "--output_path", "--config"])
+@pytest.mark.parametrize("name", ["x", "x/results.json"])
+def test_a_place_that_results_cannot_be_saved_to_is_refused_before_anything_is_loaded(
+    evaluate: Evaluate, tmp_path: Path, way: str, name: str
 ) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / name
+    words: list[object] = [way, place]
+    if way == "--config":
+        (tmp_path / "config.yaml").write_text(f"model: spiffy\noutput_path: {place}\n")
+        words = [way, tmp_path / "config.yaml"]
+    elif way.endswith("="):
+        words = [f"{way}{place}"]
+    code, printed, log = evaluate("--model", "spiffy", "--tasks", "absent", *words)
+    folder = tmp_path / "file" / "x"
+    assert (code, printed) == (2, "")
+    assert log == f"error: {folder}: {tmp_path / 'file'} is no folder\n"
+
+
+def test_results_that_cannot_be_saved_and_answers_that_are_not_verified_are_told(
+    evaluate: Evaluate, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "check_folder", lambda _: None)  # it was there at the start
     chain_graph("tiny-sdar", 2, gen_length=8).save(tmp_path / "graph.json")
     words = ["--model", "spiffy", "--tasks", task, "--device", "cpu", "--limit", 1]
     words += ["--model_args", f"graph={tmp_path / 'graph.json'},budget=2,gen_length=8"]

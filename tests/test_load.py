@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from spiffy.runtime import ALIASES, DiffusionLM, load_model
 from spiffy.runtime.models.llada import LLADA
-from spiffy.schemas import SpiffyError
+from spiffy.schemas import DraftGraph, SpiffyError
 
 IDS = torch.tensor([[5, 9, 311, 311, 7, 42]])
 Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
@@ -68,6 +68,26 @@ def test_a_missing_directory_is_refused(name: str) -> None:
     assert "no such directory" in refusal(lambda: load_model(name))
 
 
+@pytest.mark.parametrize("name", ["", "nobody's", "tiny-llada-lora"])
+def test_an_unknown_adapter_is_refused_as_an_adapter(name: str) -> None:
+    message = refusal(lambda: load_model("tiny-llada", adapter=name))
+    assert message == f"unknown adapter {name!r}: no such directory; give one, or a hub id"
+
+
+@pytest.mark.parametrize("dtype", ["float8", torch.int64])
+def test_an_unknown_dtype_is_refused(dtype: Any) -> None:
+    message = refusal(lambda: load_model("tiny-llada", dtype=dtype))
+    assert message.startswith(f"unknown dtype {dtype!r}: choose auto or one of float32, ")
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", str(PARITY / "llada-a")])
+def test_a_revision_of_what_is_a_folder_here_is_refused(name: str) -> None:
+    wanted = f"{name} is a folder here, which has no revision 'v2': drop it, or give a hub id"
+    assert wanted in refusal(lambda: load_model(name, revision="v2"))
+    folder = str(PARITY / "llada-a")
+    assert "no revision 'v2'" in refusal(lambda: DraftGraph.from_pretrained(folder, revision="v2"))
+
+
 @pytest.fixture
 def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache folder of the hub, and no network."""
@@ -110,6 +130,7 @@ def test_a_cached_model_loads_without_network(hub_cache: Path) -> None:
     for name in ("some/model-b32", str(snapshot)):
         model = load_model(name, device="cpu")
         assert model.revision == "c0ffee"
+        assert load_model(name, device="cpu", revision="c0ffee").revision == "c0ffee"
         assert model.default_block_length == 32  # the name's: config.json says 4
         assert torch.equal(model.forward_logits(IDS, 4), parity_model("sdar-a").forward_logits(IDS))
     mapped = load_model("some/model-b32", device_map="cpu", dtype="float32")
@@ -457,7 +478,8 @@ def test_what_an_option_needs_is_named(
     monkeypatch.setitem(sys.modules, library, None)
     options: dict[str, Any] = {option: "int8"}
     message = refusal(lambda: load_model(str(PARITY / "llada-a"), **options))
-    assert message == f"--{option} needs {library}: pip install 'spiffy-dllm[{extra}]'"
+    named = f"--{option} ({option}= in Python)"
+    assert message == f"{named} needs {library}: pip install 'spiffy-dllm[{extra}]'"
 
 
 # ---------------------------------------------------------------- prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -193,12 +194,12 @@ def test_a_mixture_whose_experts_would_stay_is_refused() -> None:
     assert "a mixture of experts cannot be quantised here" in refusal(quantize="int8")
 
 
-def test_a_dtype_that_torchao_does_not_take_is_refused() -> None:
-    folder = str(PARITY / "sdar-a")
-    message = refusal(name=folder, quantize="int8", dtype="float64")
-    assert (
-        message == f"{folder}: weights cannot be quantised: Unsupported input dtype: torch.float64"
-    )
+def test_a_dtype_that_torchao_does_not_take_is_refused_before_weights_are_read(
+    tmp_path: Path,
+) -> None:
+    shutil.copy(PARITY / "sdar-a" / "config.json", tmp_path)
+    message = refusal(name=str(tmp_path), quantize="int8", dtype="float64")
+    assert message == f"{tmp_path}: float64 cannot be quantised: drop --dtype (dtype= in Python)"
 
 
 def test_layers_that_are_left_on_disk_are_refused() -> None:

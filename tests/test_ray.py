@@ -76,6 +76,8 @@ def test_messages_fields_stops_and_prompts_that_cannot_be(graph: str) -> None:
     for row, problem in ((long, "prompt of 6"), (none, "needs a non-empty text field 'chat'")):
         assert problem in row["new_error"]
         assert (row["new_text"], row["new_token_ids"], row["new_nfe"]) == ("", [], 0)
+    (blank,) = rows(Decoder(graph=graph, device="cpu")({"prompt": [" "]}))
+    assert "; --field (field= in Python) names another" in blank["error"]
 
 
 def test_noise_belongs_to_the_row_however_rows_are_batched(graph: str) -> None:

@@ -33,6 +33,15 @@ def test_the_shipped_models_answer_it_correctly(name: str, prompt: str) -> None:
     assert out.text.endswith(f"#### {ASKED[prompt]}")
 
 
+def test_the_answer_in_the_readme_is_that_of_the_length_it_calibrates_for() -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+    (length,) = re.findall(r"spiffy-calibrate --model tiny-llada --gen-length (\d+)", text)
+    (stated,) = re.findall(r"The answer to the prompt is `([^`]+)`", text)
+    (asked,) = ASKED
+    out = generate(load_model("tiny-llada", device="cpu"), asked, gen_length=int(length))
+    assert " ".join(out.text.split()) == stated
+
+
 def test_the_python_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -588,10 +588,22 @@ def test_more_than_may_wait_is_told_to_come_later(
 def test_more_connections_than_there_may_be_are_turned_away(narrow: Here) -> None:
     host, port = narrow.address.removeprefix("http://").split(":")
     idle = [socket.create_connection((host, int(port)), timeout=SECONDS) for _ in range(16)]
-    wait_until(lambda: narrow.ask("GET", "/health")[0] == 503)
+
+    def asked(path: str) -> tuple[int, Any, bytes]:
+        return narrow.ask("GET", path, Authorization="Bearer sesame")
+
+    wait_until(lambda: asked("/v1/models")[0] == 503)
+    _, headers, content = asked("/v1/models")
+    assert headers["Connection"] == "close"
+    assert json.loads(content)["error"]["message"] == "more connections than 16: try again"
+    for path in ("/health", "/metrics"):  # the server is well
+        status, headers, _ = asked(path)
+        assert (status, headers["Connection"]) == (200, "close")
+    idle.pop().close()
+    wait_until(lambda: asked("/v1/models")[0] == 200)  # the sixteenth
+    assert asked("/health")[1]["Connection"] is None
     for connection in idle:
         connection.close()
-    wait_until(lambda: narrow.ask("GET", "/health")[0] == 200)
 
 
 @contextmanager

@@ -13,13 +13,18 @@ from typing import Any
 import h11
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from spiffy.integrations.serve.api import ApiError
 from spiffy.schemas import SpiffyError
 
 _HEAD_BYTES = 32 * 1024
 _HEAD_SECONDS = 10.0
 _IDLE_SECONDS = 30  # between two requests of a connection
+#: Asked by whoever decides whether the server is well: many clients are no sign that it is not.
+_CHECKS = frozenset({"/health", "/metrics"})
 
 
 class BoundedProtocol(H11Protocol):
@@ -59,7 +64,7 @@ class Sockets:
     Attributes
     ----------
     connections
-        At a time; further ones get 503.
+        At a time; further ones get 503, unless they ask for `/health` or `/metrics`.
     drain_seconds
         That requests have to end when the server is asked to stop.
     """
@@ -68,12 +73,35 @@ class Sockets:
     drain_seconds: int = 60
 
 
+class _Bounded:
+    """Refuses requests of connections beyond a number, and closes those."""
+
+    def __init__(self, app: ASGIApp, most: int, count: Callable[[], int]) -> None:
+        self.app, self.most, self.count = app, most, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        if scope["type"] != "http" or self.count() <= self.most:
+            await self.app(scope, receive, send)
+        elif scope["path"] in _CHECKS:
+            await self.app(scope, receive, send_and_close)
+        else:
+            busy = ApiError(
+                503, f"more connections than {self.most}: try again", kind="server_error"
+            )
+            await JSONResponse(busy.body, busy.status)(scope, receive, send_and_close)
+
+
 class Server(uvicorn.Server):
     """Uvicorn's, that says when it listens."""
 
     def __init__(self, app: FastAPI, sockets: Sockets, announce: Callable[[], None]) -> None:
         config = uvicorn.Config(
-            app,
+            _Bounded(app, sockets.connections, lambda: len(self.server_state.connections)),
             http=BoundedProtocol,
             ws="none",
             loop="asyncio",
@@ -82,7 +110,6 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=sockets.connections,
             timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=sockets.drain_seconds,
             h11_max_incomplete_event_size=_HEAD_BYTES,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.source import Source, read_json
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import option
 
 _PREFIX = "base_model.model."
 _LORA = re.compile(
@@ -76,8 +77,8 @@ def read_adapter(name: str) -> Adapter:
         computed.
     """
     if find_spec("peft") is None:
-        raise SpiffyError("--adapter needs peft: pip install 'spiffy-dllm[adapters]'")
-    source = Source.of(name)
+        raise SpiffyError(f"{option('adapter')} needs peft: pip install 'spiffy-dllm[adapters]'")
+    source = Source.of_adapter(name)
     config = read_json(source.file("adapter_config.json"))
     _check_config(name, config)
     path = source.optional_file("adapter_model.safetensors")

@@ -18,6 +18,7 @@ from spiffy.runtime.models.rotary import install, reach, whole_lengths
 from spiffy.runtime.models.stored import stored_tensors
 from spiffy.runtime.models.text import Prompt, TextCodec, given_ids, is_text
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import option
 from spiffy.schemas.notes import note
 
 _DEAR = 1 << 24  # parameters of an output head
@@ -205,11 +206,13 @@ class DiffusionLM:
         if family.block_size_varies:
             raise SpiffyError(
                 f"{self.name}: neither its name (as in -b8) nor config.json says which block size "
-                f"it was trained with, and {family.name} comes in several: give --block-length"
+                f"it was trained with, and {family.name} comes in several: give "
+                f"{option('block_length')}"
             )
         note(
             f"{self.name} states no block size: {family.block_size} is taken, as published "
-            f"{family.name} checkpoints have; --block-length gives another"
+            f"{family.name} checkpoints have; {option('block_length')} gives "
+            "another"
         )
         return family.block_size
 
@@ -316,9 +319,9 @@ class DiffusionLM:
             If one of them is given for a bidirectional family, or the first block is larger than
             the others.
         """
-        for option, value in (("block_length", block_length), ("first_block", first_block)):
+        for given, value in (("block_length", block_length), ("first_block", first_block)):
             if value is not None and not self.family.block_causal:
-                raise SpiffyError(f"{self.family.name} attends everywhere: it takes no {option}")
+                raise SpiffyError(f"{self.family.name} attends everywhere: it takes no {given}")
         ids = input_ids.to(self.device)
         rows, length = ids.shape
         positions = torch.arange(length, device=self.device)

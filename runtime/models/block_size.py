@@ -11,6 +11,7 @@ from spiffy.runtime.models.fields import BLOCK_SIZES
 from spiffy.runtime.models.published import ALIASES
 from spiffy.runtime.models.source import Source
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import option
 from spiffy.schemas.notes import note
 
 # "-b32" at an end or in the middle of a name, and longer words for it; not the "8b" of a size.
@@ -42,19 +43,19 @@ def stated_block_size(name: str, config: Mapping[str, Any]) -> int | None:
         if in_config not in (None, in_name) and not is_published(name):
             note(
                 f"{name}: blocks of {in_name}, as its name says, although config.json says "
-                f"{in_config}; --block-length gives another size"
+                f"{in_config}; {option('block_length')} gives another size"
             )
         return in_name
     in_folder = next((size for part in above if (size := _of_name(name, part)) is not None), None)
     if None not in (in_folder, in_config) and in_folder != in_config:
         raise SpiffyError(
             f"{name}: its folder's name says blocks of {in_folder}, config.json {in_config}: give "
-            "--block-length"
+            f"{option('block_length')}"
         )
     if in_folder is not None and in_config is None:
         note(
             f"{name}: blocks of {in_folder}, as a folder's name says, because neither its own name "
-            "nor config.json says it; --block-length gives another size"
+            f"nor config.json says it; {option('block_length')} gives another size"
         )
     return in_config if in_folder is None else in_folder
 
@@ -71,14 +72,18 @@ def _of_config(name: str, config: Mapping[str, Any]) -> int | None:
     stated = {entry: int(config[entry]) for entry in BLOCK_SIZES if config.get(entry) is not None}
     if len(set(stated.values())) > 1:
         said = ", ".join(f"{entry} {value}" for entry, value in stated.items())
-        raise SpiffyError(f"{name}: config.json contradicts itself ({said}): give --block-length")
+        raise SpiffyError(
+            f"{name}: config.json contradicts itself ({said}): give {option('block_length')}"
+        )
     return next(iter(stated.values()), None)
 
 
 def _of_name(name: str, part: str) -> int | None:
     sizes = {int(found) for found in _IN_NAME.findall(part)} - {0, 1}
     if len(sizes) > 1:
-        raise SpiffyError(f"{name}: {part!r} names several block sizes: give --block-length")
+        raise SpiffyError(
+            f"{name}: {part!r} names several block sizes: give {option('block_length')}"
+        )
     return next(iter(sizes), None)
 
 

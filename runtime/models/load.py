@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from spiffy.runtime.models.tokens import (
 )
 from spiffy.runtime.models.weights import load_module
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.hub import cached_commit
 
 _DTYPES = {
     "float32": torch.float32,
@@ -62,7 +62,7 @@ def load_model(
     dtype
         "auto" is bfloat16 on a GPU and float32 elsewhere.
     revision
-        Hub commit, tag or branch.
+        Hub commit, tag or branch; of a hub id.
     device_map
         Passed to transformers, for models larger than one device (needs accelerate).
     family
@@ -96,8 +96,9 @@ def load_model(
     config = read_json(config_file)
     facts = family_of(name, source, config, family)
     device = _device(device)
+    dtype = _dtype(dtype, device)
     if quantize is not None:
-        check_quantise(name, quantize, facts, config)
+        check_quantise(name, quantize, facts, config, dtype)
     lora = None if adapter is None else read_adapter(adapter)
     with quiet_transformers():
         tokenizer = read_tokenizer(source)
@@ -106,9 +107,7 @@ def load_model(
     check_tokenizer(name, tokenizer, architecture[1].vocab_size)
     holders = (config, generation_config(source))
     eos_token_ids = end_tokens(source.place, holders, tokenizer, architecture[1].vocab_size)
-    module = load_module(
-        name, source, facts, config, architecture, _dtype(dtype, device), device_map
-    )
+    module = load_module(name, source, facts, config, architecture, dtype, device_map)
     source.remember()
     if (lora or quantize) and any(value.is_meta for value in module.parameters()):
         raise SpiffyError(
@@ -130,7 +129,7 @@ def load_model(
         facts,
         config,
         name=name,
-        revision=_commit(config_file),
+        revision=cached_commit(config_file.parent),
         fingerprint=fingerprint(facts, config, architecture[1], mask, eos_token_ids, tokenizer),
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
@@ -163,16 +162,10 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise SpiffyError(f"unknown dtype {dtype!r}: choose auto or one of {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
-
-
-def _commit(config_file: Path) -> str | None:
-    """The hub keeps files under snapshots/<commit>/."""
-    folder = config_file.parent
-    return folder.name if folder.parent.name == "snapshots" else None

@@ -10,23 +10,31 @@ import torch
 
 from spiffy.runtime.models.family import Family
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import option
 
 #: What weights can be quantised to.
 KINDS = ("int8",)
 
 
-def check_quantise(name: str, kind: str, family: Family, config: Mapping[str, Any]) -> None:
+def check_quantise(
+    name: str, kind: str, family: Family, config: Mapping[str, Any], dtype: torch.dtype
+) -> None:
     """Refuse what cannot be quantised, before anything is loaded.
 
     Raises
     ------
     SpiffyError
-        If the kind is unknown, torchao is not installed, or the model is a mixture of experts.
+        If the kind is unknown, torchao is not installed or knows no such dtype, or the model is a
+        mixture of experts.
     """
     if kind not in KINDS:
         raise SpiffyError(f"unknown quantization {kind!r}: choose {' or '.join(KINDS)}")
     if find_spec("torchao") is None:
-        raise SpiffyError("--quantize needs torchao: pip install 'spiffy-dllm[quantize]'")
+        raise SpiffyError(
+            f"{option('quantize')} needs torchao: pip install 'spiffy-dllm[quantize]'"
+        )
+    if dtype == torch.float64:
+        raise SpiffyError(f"{name}: float64 cannot be quantised: drop {option('dtype')}")
     if family.merged(config):
         raise SpiffyError(
             f"{name}: a mixture of experts cannot be quantised here: its experts, which are nearly "

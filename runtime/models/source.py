@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from spiffy.runtime.models.published import ALIASES
 from spiffy.schemas import SpiffyError
-from spiffy.schemas.hub import answered, is_hub_id
+from spiffy.schemas.errors import option
+from spiffy.schemas.hub import answered, is_hub_id, refuse_revision
 from spiffy.schemas.notes import note
 
 _MAX_BYTES = 64 * 1024 * 1024  # indices of shards have a line per parameter
@@ -37,6 +38,8 @@ class Source:
         Why the hub cannot be asked, only its cache; None if it can.
     asked
         The revision that was asked for, of which `revision` is the commit.
+    what
+        What it is called where it cannot be had.
 
     What is missing is absent only where the directory, the hub or a cache that knows the whole
     repository says "not found"; any other answer, for any file, is an error.
@@ -46,30 +49,56 @@ class Source:
     revision: str | None = None
     offline: str | None = None
     asked: str | None = None
+    what: str = "model"
 
     @classmethod
     def of(cls, name: str, revision: str | None = None) -> Source:
         """Resolve an alias, a hub id or a directory.
 
-        The hub is asked once for the commit: all files are then of that commit, and without network
-        no file waits for the retries of the hub's client.
-
         Raises
         ------
         SpiffyError
-            If it is none of them.
+            If it is none of them, or is a directory, which has no other revision than its own.
         """
         place = ALIASES.get(name, name)
-        try:
-            if place and Path(place).is_dir():
-                return cls(place)
-        except OSError as error:
-            raise SpiffyError(f"{name}: cannot be read ({error.strerror or error})") from None
-        if not is_hub_id(place):
+        found = cls._at(place, revision)
+        if found is None:
             known = ", ".join(ALIASES)
             raise SpiffyError(
                 f"unknown model {name!r}: no such directory; give one, a hub id, or one of {known}"
             )
+        if found.is_directory:
+            refuse_revision(name, Path(place), revision)
+        return found
+
+    @classmethod
+    def of_adapter(cls, name: str) -> Source:
+        """Resolve a hub id or a directory.
+
+        Raises
+        ------
+        SpiffyError
+            If it is neither.
+        """
+        found = cls._at(name, None)
+        if found is None:
+            raise SpiffyError(f"unknown adapter {name!r}: no such directory; give one, or a hub id")
+        return replace(found, what="adapter")
+
+    @classmethod
+    def _at(cls, place: str, revision: str | None) -> Source | None:
+        """The directory or the hub id; None if it is neither.
+
+        The hub is asked once for the commit: all files are then of that commit, and without network
+        no file waits for the retries of the hub's client.
+        """
+        try:
+            if place and Path(place).is_dir():
+                return cls(place)
+        except OSError as error:
+            raise SpiffyError(f"{place}: cannot be read ({error.strerror or error})") from None
+        if not is_hub_id(place):
+            return None
         try:
             commit = HfApi().model_info(place, revision=revision, timeout=10).sha
         except Exception as error:  # the hub's client raises many kinds
@@ -193,7 +222,7 @@ class Source:
         elif self.optional_file("adapter_config.json") is not None:
             note(
                 f"{self.place} holds an adapter (LoRA) beside its weights: it is not applied "
-                "unless --adapter (adapter= in Python) names it"
+                f"unless {option('adapter')} names it"
             )
         if whole is not None:
             return [whole]
@@ -229,11 +258,11 @@ class Source:
             )
 
     def _unreachable(self, reason: str) -> SpiffyError:
-        model = self.place.split("/")[-1]
+        folder = self.place.split("/")[-1]
         return SpiffyError(
-            f"model {self.place!r} is neither in the cache folder {constants.HF_HUB_CACHE} nor "
-            f"reachable ({' '.join(reason.split())[:200]}): run `hf download {self.place}` "
-            f"where there is network, or pass the directory of a local copy, such as ./{model}, "
+            f"{self.what} {self.place!r} is neither in the cache folder {constants.HF_HUB_CACHE} "
+            f"nor reachable ({' '.join(reason.split())[:200]}): run `hf download {self.place}` "
+            f"where there is network, or pass the directory of a local copy, such as ./{folder}, "
             "instead of the name"
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import option
 
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 # How quantised checkpoints (GPTQ, AWQ, bitsandbytes, FP8, HQQ, ...) call what stands for a weight.
@@ -53,7 +54,7 @@ def refuse_other_forms(name: str, stored: Mapping[str, Any]) -> None:
         if ".lora_" in key:
             raise SpiffyError(
                 f"{name}: {key} is an adapter's (LoRA): give the base model, and the adapter as "
-                "--adapter (adapter= in Python)"
+                f"{option('adapter')}"
             )
         kind = str(tensor.get_dtype())
         if kind in _INTEGERS or kind.startswith(("F8", "F6", "F4")) or key.endswith(_QUANTISED):
