@@ -21,7 +21,8 @@ from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.forward.question import Reader, reads_on_host
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.runtime.step.policy import gumbel_noise, replaced, select, step_quota
+from spiffy.runtime.step.noise import redraw
+from spiffy.runtime.step.policy import replaced, select, step_quota
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import SpiffyError
 
@@ -65,7 +66,7 @@ def denoise(task: Task) -> Decoding:
             positions = looked_at(task, cursor, first_only)
             if len(states) > 1 and dear and not first_only and here not in evaluation.foreseen:
                 evaluation.foresee(_likely(task, cursor, states, evaluation, here))
-            reading = evaluation.reading(here, positions, noise_of(task, cursor, positions))
+            reading = evaluation.reading(here, positions, keys_of(task, cursor, positions))
             before, cursor = cursor, denoising_step(task, cursor, reading, first_only)
             task.path.append(cursor)
             stats.steps += 1
@@ -144,6 +145,7 @@ def open_cache(task: Task) -> Cache:
         task.canvas,
         ranks + 1 if drafts else 0,  # the mask token may be among them
         asks_rejected=advised or (drafter is not None and drafter.asks_rejected),
+        noise=task.noise,
     )
     return CACHES[task.settings.cache](task.model, task.canvas, edges, reader)
 
@@ -239,13 +241,14 @@ def _candidates(
     return candidates
 
 
-def noise_of(task: Task, cursor: Cursor, positions: Tensor) -> Tensor | None:
-    """Noise of a state's next step at positions of its block (int64 [M]): float64 [M, vocab]."""
-    if task.settings.temperature == 0:
+def keys_of(task: Task, cursor: Cursor, positions: Tensor) -> Tensor | None:
+    """Keys of what a state's next step draws at positions of its block (int64 [M]): int64 [M]."""
+    noise, canvas = task.noise, task.canvas
+    if noise is None:
         return None
-    canvas, vocab = task.canvas, task.model.vocab_size
-    drawn = gumbel_noise(task.seed, task.sequence, cursor.step, canvas.block_length, vocab)
-    return drawn[positions - canvas.span(cursor.block).start]
+    left = len(canvas.masked(cursor, task.model.mask_token_id))
+    committed = torch.tensor(len(canvas.answer(cursor.block)) - left)
+    return noise.keys(committed, redraw(task.settings, cursor), positions)
 
 
 def denoising_step(

@@ -1,18 +1,18 @@
 """Unmasking policies: which masked positions of the block a denoising step commits, and to what.
 
-Everything here is a pure function of logits, step counters and noise. Speculation calls the same
-functions on the logits of draft states, which is all that losslessness rests on.
+Everything here is a pure function of logits, step counters and keys of noise. Speculation calls the
+same functions on the logits of draft states, which is all that losslessness rests on.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from spiffy.runtime.step.noise import draw
 from spiffy.schemas import DecodingSettings, ScoreName
 
 _EPS = 1e-3  # Dream's smallest timestep
@@ -71,29 +71,29 @@ def choose(
     distribution: Distribution,
     settings: DecodingSettings,
     mask_token_id: int,
-    noise: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token (int64 [M]) and score (float64 [M], higher is committed earlier) of every position.
 
     Parameters
     ----------
-    noise
-        float64 [M, vocab] standard Gumbel noise; needed if the temperature is above 0. The token is
-        the argmax of logits + temperature * noise; the score comes from the untempered softmax
-        (LLaDA's `add_gumbel_noise` rule).
+    keys
+        int64 [M], see `Noise.keys`; needed if the temperature is above 0. The token is drawn from
+        the tempered softmax; the score comes from the untempered one (LLaDA's rule).
 
     Notes
     -----
-    Equal logits go to the lower token id. The mask token is never chosen: it would leave the
+    Equals go to the lower token id. The mask token is never chosen: it would leave the
     position masked and the block could not finish.
     """
     log_p = distribution.log_p
-    weights = log_p if noise is None else log_p + settings.temperature * noise
     # Put out of sight and back: no copy of rows as wide as the vocabulary, no question to a device.
-    masking = weights[:, mask_token_id]
+    masking = log_p[:, mask_token_id]
     seen = masking.clone()
     masking.fill_(-torch.inf)
-    tokens = weights.max(-1).indices  # the first maximum, as argmax, but several times faster
+    # `max` finds the first maximum, as `argmax`, but several times faster.
+    drawn = None if keys is None else draw(log_p, settings.temperature, keys)
+    tokens = log_p.max(-1).indices if drawn is None else drawn
     masking.copy_(seen)
     if settings.policy == "sequential":
         return tokens, torch.zeros_like(log_p[:, 0])  # ties go to the lower position
@@ -188,15 +188,3 @@ def _rounded_shares(tokens: int, steps: int) -> tuple[int, ...]:
         shares.append(round(tokens * part))
         tokens -= shares[-1]
     return tuple(share for share in shares if share)
-
-
-def gumbel_noise(seed: int, sequence: int, step: int, rows: int, vocab: int) -> Tensor:
-    """Noise of one denoising step: float64 [rows, vocab], row k for the block's k-th position.
-
-    A pure function of its arguments, so that it does not matter in which forward, and in which row
-    of it, a state happened to be evaluated: plain and speculative decoding draw the same noise.
-    """
-    key = hashlib.sha256(f"{seed} {sequence} {step}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-    uniform = torch.rand(rows, vocab, generator=generator, dtype=torch.float64)
-    return -torch.log(-torch.log(uniform))
