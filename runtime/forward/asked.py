@@ -69,17 +69,18 @@ def on_device(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     ]
 
 
-def numbered(rows: Sequence[Asked | None], width: int) -> tuple[Tensor, Tensor]:
-    """Positions and pairs (int64 [2, T]) of a batch of rows, counted over all of it.
+def numbered(rows: Sequence[Asked | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Positions and pairs (int64 [2, T]) of rows of some sizes, counted over all.
 
     Positions come with the keys of their noise: int64 [2, K].
     """
-    at, pairs, before = [], [], 0
-    for k, asked in enumerate(rows):
+    at, pairs, before, first = [], [], 0, 0
+    for asked, size in zip(rows, sizes, strict=True):
         if asked is not None:
-            at.append(torch.stack((k * width + asked.at, asked.keys)))
+            at.append(torch.stack((first + asked.at, asked.keys)))
             pairs.append(before + asked.pairs)
             before += len(asked.at)
+        first += size
     return (torch.cat(at, 1), torch.cat(pairs, 1)) if at else (_NOTHING, _NOTHING)
 
 
@@ -91,7 +92,7 @@ def read(
     Parameters
     ----------
     hidden
-        [batch * query, hidden].
+        [query, hidden].
     at, pairs
         As `numbered` gives them, on the device.
     """

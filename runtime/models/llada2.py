@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fields import (
     BLOCK_SIZES,
     QK_NORM,
