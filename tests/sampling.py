@@ -42,11 +42,11 @@ def drawn(logits: Sequence[float], temperature: float, key: int) -> int:
     most = max(logits)
     weights = [exp((logit - most) / temperature) for logit in logits]
     groups = [weights[k : k + GROUP] for k in range(0, len(weights), GROUP)]
-    noise = exponentials(key)
+    noise = list(islice(exponentials(key), GROUP + len(groups)))
 
-    def race(lanes: Sequence[float]) -> int:
-        fastest = [lane / next(noise) for lane in lanes]
-        return fastest.index(max(fastest))
+    def race(weights: Sequence[float], slowness: Sequence[float]) -> int:
+        speeds = [weight / slow for weight, slow in zip(weights, slowness, strict=False)]
+        return speeds.index(max(speeds))
 
-    group = race([sum(weights) for weights in groups])
-    return group * GROUP + race(groups[group])
+    group = race([sum(weights) for weights in groups], noise[GROUP:])
+    return group * GROUP + race(groups[group], noise)

@@ -107,6 +107,12 @@ def test_positions_and_steps_draw_independently() -> None:
         assert chi2_contingency(table.numpy()).pvalue > 1e-4
 
 
+def test_a_vocabulary_that_is_filled_up_draws_the_same() -> None:
+    log_p, own = log_softmax(50, 300), keys(50)
+    filled = torch.nn.functional.pad(log_p, (0, 700), value=-torch.inf)
+    assert torch.equal(draw(filled, 0.9, own), draw(log_p, 0.9, own))
+
+
 def test_extreme_temperatures_and_weights() -> None:
     log_p, own = log_softmax(50, 300), keys(50)
     best = log_p.argmax(-1)

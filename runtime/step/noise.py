@@ -118,7 +118,8 @@ def _draw(log_p: Tensor, temperature: float, keys: Tensor) -> Tensor:
         weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _GROUP))
     groups = weights.shape[1] // _GROUP
     grouped = weights.view(len(weights), groups, _GROUP)
-    drawn = exponential(keys, groups + _GROUP)
-    group = (grouped.sum(-1) / drawn[:, :groups]).max(-1).indices
+    # Tokens first: whatever the vocabulary is filled up with does not change the numbers.
+    of_token, of_group = torch.split(exponential(keys, _GROUP + groups), [_GROUP, groups], 1)
+    group = (grouped.sum(-1) / of_group).max(-1).indices
     own = grouped.gather(1, group[:, None, None].expand(-1, 1, _GROUP))[:, 0]
-    return group * _GROUP + (own / drawn[:, groups:]).max(-1).indices
+    return group * _GROUP + (own / of_token).max(-1).indices
