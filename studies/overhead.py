@@ -301,9 +301,7 @@ def count(graph: Path) -> None:
     print(json.dumps(found))
 
 
-def host_lines(
-    model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: int
-) -> Iterator[str]:
+def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: int) -> Iterator[str]:
     """Markdown rows in the paper's terms, of a model grown from `model`."""
     sizes = replace(SHAPES["0.3b"], vocabulary=VOCABULARY)
     large = grow(model, sizes)

@@ -232,7 +232,7 @@ def _candidates(
                 break
     if source is None:
         return None
-    fresh = (states[seen] != root.ids).nonzero()[:, 0]
+    fresh = torch.from_numpy((states[seen].numpy() != root.ids.numpy()).nonzero()[0])
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
     candidates = rank_candidates(source, task.settings, mask, ranks, masked, fresh)
     if source is reading and drafter.asks_rejected:
@@ -256,8 +256,9 @@ def denoising_step(
 ) -> Cursor:
     """The next true state: the unmasking policy applied to what the model says at this one."""
     settings, model, canvas = task.settings, task.model, task.canvas
-    positions, tokens, score = reading.positions, reading.tokens, reading.score
-    own, held = canvas.answer(cursor.block), cursor.ids[positions]
+    given = (reading.positions, reading.tokens, reading.score)
+    positions, tokens, score = (part.numpy() for part in given)
+    own, held = canvas.answer(cursor.block), cursor.ids.numpy()[positions]
     if not reading.is_number:
         raise _no_number(task, cursor)
     masked = free = held == model.mask_token_id
@@ -272,7 +273,8 @@ def denoising_step(
     chosen = select(score, quota, settings, model.family.threshold_strict, free)
     if settings.policy == "joint":
         chosen |= replaced(tokens, score, held, settings) & ~masked
-    ids = cursor.ids.scatter(0, positions[chosen], tokens[chosen])
+    ids = cursor.ids.clone()
+    ids.numpy()[positions[chosen]] = tokens[chosen]
 
     answer = ids[own.start : own.stop].tolist()
     step, post_steps = cursor.step + 1, cursor.post_steps + (not filling)
@@ -304,5 +306,5 @@ def _no_number(task: Task, cursor: Cursor) -> SpiffyError:
 
 def find(states: Tensor, ids: Tensor) -> int | None:
     """Row of `states` (int64 [n, length]) that equals `ids`, if any."""
-    found = (states == ids).all(-1).nonzero()
-    return int(found[0, 0]) if len(found) else None
+    (found,) = (states.numpy() == ids.numpy()).all(1).nonzero()
+    return int(found[0]) if len(found) else None

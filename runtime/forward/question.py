@@ -228,7 +228,7 @@ class Answers:
         numbers = self._numbers(state, positions)
         if numbers is None or (keys is not None and (self.question.keys[numbers] != keys).any()):
             return None
-        return self.table[numbers]
+        return torch.from_numpy(self.table.numpy()[numbers])
 
     def quoted(
         self, seen: int, states: Sequence[int], positions: Ints, tokens: Ints
@@ -237,7 +237,7 @@ class Answers:
         numbers = self._numbers(seen, positions)
         if numbers is None:
             return None
-        rows = self.table[numbers]
+        rows = torch.from_numpy(self.table.numpy()[numbers])
         column = (likeliest(rows)[1].numpy()[:, None] == tokens[:, :, None]).argmax(-1)
         index = np.full(len(self.question.position), -1)
         index[numbers] = np.arange(len(numbers))

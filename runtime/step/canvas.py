@@ -82,8 +82,8 @@ class Canvas:
     def masked(self, cursor: Cursor, mask_token_id: int) -> Tensor:
         """Masked positions of the cursor's block, int64 [M]; prompt tokens never count."""
         answer = self.answer(cursor.block)
-        ids = cursor.ids[answer.start : answer.stop]
-        return (ids == mask_token_id).nonzero()[:, 0] + answer.start
+        ids = cursor.ids.numpy()[answer.start : answer.stop]
+        return torch.from_numpy((ids == mask_token_id).nonzero()[0] + answer.start)
 
     def answered(self, cursor: Cursor) -> Tensor:
         """All positions of the cursor's block that are the answer's, int64 [M]."""

@@ -9,11 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.step.noise import draw
 from spiffy.schemas import DecodingSettings, ScoreName
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 _EPS = 1e-3  # Dream's smallest timestep
 _GROUP = 64  # tokens of the vocabulary that `Distribution.top` compares at once
@@ -113,8 +119,8 @@ def _score(log_p: Tensor, tokens: Tensor, kind: ScoreName) -> Tensor:
 
 
 def select(
-    score: Tensor, quota: int, settings: DecodingSettings, strict: bool, free: Tensor | None = None
-) -> Tensor:
+    score: Floats, quota: int, settings: DecodingSettings, strict: bool, free: Bools | None = None
+) -> Bools:
     """Choose the positions to commit: bool [M].
 
     The `quota` best scores, ties to the lower position, of those that are `free` (bool [M];
@@ -125,12 +131,14 @@ def select(
     2505.24857).
     """
     if free is not None:
-        score = score.where(free, -torch.inf)
-    best, order = score.sort(descending=True, stable=True)
+        score = np.where(free, score, -np.inf)
+    order = (-score).argsort(kind="stable")
     if settings.policy == "entropy-bounded":
-        before = (-best).cumsum(0) + best  # of all entropies before each
+        entropies = -score[order]
+        with np.errstate(invalid="ignore"):  # those that are not free have infinite ones
+            before = entropies.cumsum() - entropies  # the sum of all before each
         quota = max(quota, int((before <= settings.entropy_bound).sum()))
-    chosen = torch.zeros_like(score, dtype=torch.bool)
+    chosen = np.zeros(len(score), dtype=np.bool_)
     chosen[order[:quota]] = True
     if settings.policy in ("threshold", "joint"):
         tau = settings.threshold
@@ -138,15 +146,14 @@ def select(
     return chosen
 
 
-def replaced(
-    tokens: Tensor, score: Tensor, committed: Tensor, settings: DecodingSettings
-) -> Tensor:
+def replaced(tokens: Ints, score: Floats, committed: Ints, settings: DecodingSettings) -> Bools:
     """Choose the committed tokens (int64 [M]) to replace by others: bool [M].
 
     Joint unmasking and editing (LLaDA2.1): where the model's token is another one, with a
     confidence above `edit_threshold`.
     """
-    return (tokens != committed) & (score > settings.edit_threshold)
+    others: Bools = (tokens != committed) & (score > settings.edit_threshold)
+    return others
 
 
 def step_quota(

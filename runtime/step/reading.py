@@ -121,5 +121,5 @@ def reading_of(
     table: Tensor, positions: Tensor, top: Callable[[int], tuple[Tensor, Tensor]]
 ) -> Reading:
     """The reading of positions (int64 [M]) from a table on the host (int64 [M, C])."""
-    is_number = not bool(table[:, 3].any())
+    is_number = not table.numpy()[:, 3].any()
     return Reading(positions, table[:, 0], _numbers(table[:, 1]), is_number, top)
