@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,10 +54,9 @@ from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, loop, make_task
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, graph_drafter
 from spiffy.runtime.draft.acceptance import acceptance_weights
-from spiffy.runtime.forward import question
+from spiffy.runtime.forward import pack, question
 from spiffy.runtime.forward.pack import forward
 from spiffy.runtime.models.sdar import SDAR
-from spiffy.runtime.step.reading import Rules
 from spiffy.schemas import AcceptanceModel, DecodingSettings, DraftGraph
 
 FORWARD = 25.0  # milliseconds, on an accelerator
@@ -97,12 +96,14 @@ class Turn:
 def timed(
     owner: Any, name: str, clock: Callable[[], float] = perf_counter
 ) -> Iterator[list[float]]:
-    """Collect the milliseconds of each call of a function or method."""
+    """Collect the milliseconds of each call of a function or method, of a generator to its end."""
     function, spent = getattr(owner, name), []
 
     def timing(*args: Any) -> Any:
         started = clock()
         result = function(*args)
+        if isinstance(result, Generator):
+            result = iter(list(result))
         spent.append(1000 * (clock() - started))
         return result
 
@@ -236,9 +237,9 @@ def on_host(
     turns = []
     with ExitStack() as stack:
         stack.enter_context(read_ahead())
-        elsewhere = [  # an accelerator's
+        elsewhere = [  # the accelerator's
             stack.enter_context(timed(*place, thread_time))
-            for place in ((model, "hidden_states"), (model, "head"), (Rules, "table"))
+            for place in ((model, "hidden_states"), (pack, "read"))
         ]
         drafting = [stack.enter_context(timed(loop, "_candidates", thread_time))]
         if drafter is not None:
