@@ -96,7 +96,7 @@ def custom_generate(
     check_drafting(graph, budget, selection)
     check_seed(0 if seed is None else seed)
     prompts = prompts_of(input_ids, model_kwargs.get("attention_mask"))
-    refuse_positions(model_kwargs.get("position_ids"), prompts)
+    refuse_positions(model_kwargs.get("position_ids"), input_ids, prompts)
 
     if mask_token_id is None:
         mask_token_id = getattr(generation_config, "mask_token_id", None)

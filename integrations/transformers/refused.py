@@ -64,13 +64,20 @@ def refuse_inputs(model_kwargs: Mapping[str, Any], token_type_ids: Tensor | None
         raise SpiffyError("generate: token_type_ids other than 0 have no meaning here: drop them")
 
 
-def refuse_positions(position_ids: Tensor | None, prompts: Sequence[Tensor]) -> None:
+def refuse_positions(
+    position_ids: Tensor | None, input_ids: Tensor, prompts: Sequence[Tensor]
+) -> None:
     """Refuse positions other than those that transformers fills in: 0, 1, ... after padding."""
     if position_ids is None:
         return
     rows = position_ids if position_ids.ndim > 1 else position_ids[None]
-    fits = rows.ndim == 2 and len(rows) in (1, len(prompts))
-    if not fits or any(
+    if rows.shape not in (input_ids.shape, (1, input_ids.shape[1])):
+        # A mask of ones is gone by now; they have its shape.
+        raise SpiffyError(
+            f"attention_mask or position_ids of shape {[*position_ids.shape]} does not fit "
+            f"input_ids of shape {[*input_ids.shape]}"
+        )
+    if any(
         positions[-len(ids) :].tolist() != list(range(len(ids)))
         for ids, positions in zip(prompts, rows.expand(len(prompts), -1), strict=True)
     ):

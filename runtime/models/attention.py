@@ -136,32 +136,41 @@ class _Arrangement:
                 group.kept.reserve(group.keys)
 
     def attend(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self,
+        number: int,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **options: Any,
     ) -> Tensor:
-        """From [1, heads, query, head_dim] to [1, query, heads, head_dim], group by group."""
+        """From [1, heads, query, head_dim] to [1, query, heads, head_dim], group by group.
+
+        `layer` is transformers' module, for attention that is not torch's, and `number` its number.
+        """
         self.layers += 1
         found, start = [], 0
-        for number, group in enumerate(self.groups):
+        for which, group in enumerate(self.groups):
             stop = start + group.rows * group.length
             own = [query, key, value]
             if len(self.groups) > 1:
                 own = [part[:, :, start:stop] for part in own]
             if group.kept is not None:
-                own[1:] = group.kept.put(layer.layer_idx, own[1:], group.places, group.keys)
+                own[1:] = group.kept.put(number, own[1:], group.places, group.keys)
             elif group.rows > 1:
                 own = [_apart(part, group.rows) for part in own]
-            out = self._attended(layer, number, *own, **options)
+            out = self._attended(layer, which, *own, **options)
             found.append(out.flatten(0, 1))
             start = stop
         return (found[0] if len(found) == 1 else torch.cat(found))[None]
 
     def _attended(
-        self, layer: Any, number: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, layer: Any, which: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
         if self.attention != "sdpa":
             compute = _function(layer, self.attention)
             scores = (query.shape[2], key.shape[2])
-            mask = self._mask(number, 1, query)
+            mask = self._mask(which, 1, query)
             if self.attention != "eager":  # some take none for a causal one
                 mask = query.new_ones(scores, dtype=torch.bool) if mask is None else mask == 0
                 mask = mask.view(1, 1, *scores)
@@ -171,16 +180,16 @@ class _Arrangement:
         rows, heads, length, width = query.shape
         shared = heads // key.shape[1]
         below = query.reshape(rows, heads // shared, shared * length, width)
-        mask = self._mask(number, shared, query)
+        mask = self._mask(which, shared, query)
         out = scaled_dot_product_attention(below, key, value, mask, scale=options["scaling"])
         return out.reshape(rows, heads, length, -1).transpose(1, 2)
 
-    def _mask(self, number: int, shared: int, query: Tensor) -> Tensor | None:
+    def _mask(self, which: int, shared: int, query: Tensor) -> Tensor | None:
         """A group's mask, to be added to scores [.., shared * length, keys]; made once."""
-        mask = self.groups[number].mask
+        mask = self.groups[which].mask
         if mask is None:
             return None
-        made = (number, shared, query.device, query.dtype)
+        made = (which, shared, query.device, query.dtype)
         if made not in self._masks:
             # Elsewhere than the other inputs only where a device map spreads the model.
             mask = mask.to(query.device).repeat(shared, 1)
@@ -244,12 +253,32 @@ def _attend(
     layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Any]:
     """What transformers' layers call while a config names this module's attention."""
+    if torch.compiler.is_compiling():
+        return _opaque(query, key, value, layer.layer_idx, options["scaling"]), None
     arrangement = _ARRANGED.get()
     if arrangement is not None:
-        return arrangement.attend(layer, query, key, value, **options), None
+        return arrangement.attend(layer.layer_idx, layer, query, key, value, **options), None
     compute = _function(layer, attention_of(layer.config))
     out, weights = compute(layer, query, key, value, mask, **options)
     return out, weights
+
+
+@torch.library.custom_op("spiffy::attend", mutates_args=())
+def _opaque(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    """Attention as compiled code calls it, which knows nothing of rows, places, or prefixes.
+
+    So a compiled transformer holds for all of them. The compiler cannot see that keys and values
+    are put away, and need not: layers follow one another by what they compute.
+    """
+    arrangement = _ARRANGED.get()
+    assert arrangement is not None  # compiled code runs in forwards only
+    return arrangement.attend(layer, None, query, key, value, scaling=scaling).contiguous()
+
+
+@_opaque.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    _, heads, positions, _ = query.shape
+    return query.new_empty(1, positions, heads, value.shape[3])
 
 
 def _function(layer: Any, attention: str | None) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar
@@ -41,6 +41,8 @@ class DiffusionLM:
         What the model was loaded as; hub commit or None; digest of config and tokenizer.
     tokenizer
         The checkpoint's tokenizer, or None if it ships none.
+    compiled
+        The transformer as torch compiled it (`compile_transformer`), or None.
     mask_token_id, eos_token_ids, vocab_size, max_length
         Token ids, number of logits per position, and positions that training and RoPE reach.
     """
@@ -59,6 +61,7 @@ class DiffusionLM:
         fingerprint: str = "",
         tokenizer: Any = None,
         eos_token_ids: frozenset[int] = frozenset(),
+        compiled: Callable[..., Any] | None = None,
     ) -> None:
         self.module = module.eval()
         self.family = family
@@ -68,6 +71,7 @@ class DiffusionLM:
         self.fingerprint = fingerprint
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
+        self.compiled = compiled
         self.mask_token_id = int(config["mask_token_id"])
         head: Any = module.lm_head  # whose weight, if quantised, may have any shape
         self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
@@ -106,6 +110,7 @@ class DiffusionLM:
             "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer,
             "eos_token_ids": self.eos_token_ids,
+            "compiled": self.compiled,
         }
 
     @property
@@ -132,12 +137,15 @@ class DiffusionLM:
         Raises
         ------
         SpiffyError
-            If a device map has spread the model: what moves its parts about cannot be pickled.
+            If a device map has spread the model, or it is compiled: what moves its parts about, and
+            compiled code, cannot be pickled.
         """
-        if any(hasattr(part, "_hf_hook") for part in self.module.modules()):
+        spread = any(hasattr(part, "_hf_hook") for part in self.module.modules())
+        if spread or self.compiled is not None:
+            how = "spread by device_map" if spread else "compiled"
             raise SpiffyError(
-                f"{self.name}: spread by device_map, a model cannot be pickled or copied: load it "
-                "in the process that uses it"
+                f"{self.name}: {how}, a model cannot be pickled or copied: load it in the process "
+                "that uses it"
             )
         return self.__dict__
 
@@ -166,14 +174,16 @@ class DiffusionLM:
     def arithmetic(self) -> str:
         """The dtype, and what computes that is not torch's or transformers' own.
 
-        Such as "float32", or "bfloat16, torchao.Int8Tensor"; costs are remembered by it.
+        Such as "float32", or "bfloat16, torchao.Int8Tensor", and whether torch compiled it; costs
+        are remembered by it.
         """
         layers = {type(part) for part in self.module.modules()}
         weights = {type(value) for value in self.module.parameters()} - {nn.Parameter, Tensor}
         foreign = weights | {kind for kind in layers if _package(kind) not in _OWN}
         names = sorted(f"{_package(kind)}.{kind.__name__}" for kind in foreign)
         attention = [] if self._attention == "sdpa" else [self._attention]
-        return ", ".join([str(self.dtype).removeprefix("torch."), *attention, *names])
+        compiled = [] if self.compiled is None else ["compiled"]
+        return ", ".join([str(self.dtype).removeprefix("torch."), *attention, *names, *compiled])
 
     @property
     def default_block_length(self) -> int:
@@ -228,7 +238,11 @@ class DiffusionLM:
         # Has four dimensions, so that transformers makes no mask of it; nothing reads it.
         unread = ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
         with arranged(module.config, groups) as arrangement, whole_lengths(groups):
-            hidden = module.model(
+            # Compiled code takes one position for a special case, which it was not compiled for.
+            transformer = module.model
+            if self.compiled is not None and len(ids) > 1:
+                transformer = self.compiled
+            hidden = transformer(
                 input_ids=ids[None],
                 position_ids=positions[None],
                 attention_mask=unread,

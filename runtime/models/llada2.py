@@ -45,6 +45,11 @@ class _Mixture(Glm4MoeForCausalLM):  # type: ignore[misc]
         super().__init__(config)
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As GLM's own class: transformers reads that off the file that a class stands in."""
+        return bool(Glm4MoeForCausalLM._can_set_experts_implementation())
+
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
     for entry in ("head_dim", "num_key_value_heads"):

@@ -12,6 +12,7 @@ import torch
 from spiffy.runtime.models.adapter import merge, read_adapter
 from spiffy.runtime.models.architecture import checked_architecture
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.compiled import compile_transformer
 from spiffy.runtime.models.families import family_of
 from spiffy.runtime.models.identity import fingerprint
 from spiffy.runtime.models.quantise import check_quantise, quantise
@@ -45,6 +46,7 @@ def load_model(
     family: str | None = None,
     adapter: str | None = None,
     quantize: str | None = None,
+    compile: bool = False,
 ) -> DiffusionLM:
     """Load a diffusion language model.
 
@@ -71,13 +73,19 @@ def load_model(
         code's. Load the model with peft and `wrap` it to keep the adapter apart.
     quantize
         "int8": linear layers in 8 bits, by torchao, after any adapter; the output head stays.
+    compile
+        Let torch compile the transformer, which takes up to a minute and a C++ compiler (on a GPU
+        Triton), and less the next time. Forwards of any size take the same code.
 
     Raises
     ------
     SpiffyError
         If the model cannot be found, is of no known family, or its parameters do not match; if the
-        adapter does not fit it or changes nothing; or if a library that is asked for is missing.
+        adapter does not fit it or changes nothing; if a library that is asked for is missing, or
+        torch cannot compile it.
     """
+    if not isinstance(compile, bool):  # such as "no", which would be taken for True
+        raise SpiffyError(f"compile {compile!r}: give True or False")
     if device_map is not None and find_spec("accelerate") is None:
         raise SpiffyError("device_map needs accelerate: pip install 'spiffy-dllm[large]'")
     source = Source.of(name, revision)
@@ -117,7 +125,7 @@ def load_model(
         module = module.to(device)
     mask = config["mask_token_id"]
     _tell_ends(module, tokenizer, eos_token_ids)
-    return DiffusionLM(
+    model = DiffusionLM(
         module,
         facts,
         config,
@@ -127,6 +135,9 @@ def load_model(
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
     )
+    if compile:
+        compile_transformer(model)
+    return model
 
 
 def _tell_ends(module: Any, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
