@@ -48,8 +48,8 @@ class GraphDrafter:
 
     def _active(self, candidates: Candidates, room: int) -> Tensor:
         """Nodes that exist here: int64 [k], in order."""
-        there = (room, *candidates.tokens.shape)
-        return torch.from_numpy((self._needs <= there).all(1).nonzero()[0])
+        there = np.array((room, *candidates.tokens.shape))
+        return torch.from_numpy(np.flatnonzero((self._needs <= there).all(1)))
 
     def _states(self, root: Cursor, candidates: Candidates, nodes: Tensor) -> Tensor:
         """The root with the tokens of each node (int64 [k]) filled in: int64 [k, length]."""
