@@ -498,7 +498,7 @@ def test_batched_decoding_equals_one_by_one(layout: str, temperature: float) -> 
 def test_no_noise_that_decided_something_is_drawn_again(layout: str, options: Any) -> None:
     """Every step draws anew, unless the schedule alone had said that the last one commits nothing.
 
-    And the draws of drafts are those of the walk, whose counters they do not know.
+    With drafts, whose counters nobody knows, the states are the same.
     """
     checkpoint, geometry = LAYOUTS[layout] if layout in LAYOUTS else SPECIAL[layout][:2]
     model = parity_model(checkpoint, "float64")
