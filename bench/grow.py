@@ -142,8 +142,8 @@ def grow(model: DiffusionLM, shape: Shape | str) -> DiffusionLM:
 
     Tokenizer, mask and end tokens, family and length limit stay; so does `config`, but for sizes
     (`module.config` has them). The fingerprint is another one, because costs are remembered by it:
-    `grow_graph` makes a draft graph of `model` one of the grown model. At temperature 0 both decode
-    the same tokens by the same states; noise is drawn per token of the vocabulary.
+    `grow_graph` makes a draft graph of `model` one of the grown model. Both decode the same tokens
+    by the same states.
 
     Memory: the grown model's, and little more; nothing is held twice.
 

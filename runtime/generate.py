@@ -168,7 +168,7 @@ def generate(
         "model" lets the artifact's acceptance model choose the drafts, where it has one; "graph"
         takes its nodes in order.
     seed, sequence
-        With temperature > 0: the noise of a step is a function of these and the step alone.
+        With temperature > 0: the noise of a step is a function of these and the state alone.
     edges
         What may happen at the edge between two blocks; changes the cost, never the tokens.
     trace

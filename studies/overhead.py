@@ -4,6 +4,7 @@ Part of `make results`; the table is in docs/results-time.md.
 
     python studies/overhead.py            # a tiny trained model and 300M random parameters
     python studies/overhead.py --forwards 40
+    python studies/overhead.py --tables host
 
 Takes apart the time of each turn, a forward and its walk: the transformer; the output head at the
 masked positions it is asked for; the walk (float64 softmax and unmasking at one state after the
@@ -14,32 +15,52 @@ adds, less what a plain step spends on them.
 Decoding is deterministic: every decode is repeated, and each turn's times are medians over the
 repeats. The 300M model has random weights, so its drafts seldom come true: its time per denoising
 step is a worst case.
+
+The second table, `--tables host`, is in the paper's terms: drafting, and verifying beyond what a
+plain forward spends, as shares of a forward of 25 ms on an accelerator. As there, every state is
+read in its forward, and what counts is the host's time alone, not what the accelerator would
+compute (transformer, head, what is read off logits). The model is tiny-sdar grown to 0.3B and a
+vocabulary of 126,464, so drafts come true as on a trained model. How often a forward waits for the
+device, and how many kernels it launches beside the transformer's, is counted on the pretend
+accelerator of the tests.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from statistics import mean, median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
 from pages import add_into, fill
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from spiffy.bench.grow import SHAPES, grow
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.decode import loop, make_task
-from spiffy.runtime.draft import AcceptanceDrafter, Drafter
+from spiffy.runtime.decode import Task, loop, make_task
+from spiffy.runtime.draft import AcceptanceDrafter, Drafter, graph_drafter
 from spiffy.runtime.draft.acceptance import acceptance_weights
+from spiffy.runtime.forward import pack, question
 from spiffy.runtime.forward.pack import forward
 from spiffy.runtime.models.sdar import SDAR
-from spiffy.schemas import AcceptanceModel, DecodingSettings
+from spiffy.schemas import AcceptanceModel, DecodingSettings, DraftGraph
 
+FORWARD = 25.0  # milliseconds, on an accelerator
+SHAPE = replace(SHAPES["0.3b"], vocabulary=126_464)
+WAYS = (("plain", 0), ("graph", 8), ("graph", 32), ("model", 8), ("model", 32))
 PARTS = ("forward", "head", "walk", "compare", "draft", "rest")
 
 
@@ -71,14 +92,18 @@ class Turn:
 
 
 @contextmanager
-def timed(owner: Any, name: str) -> Iterator[list[float]]:
-    """Collect the milliseconds of each call of a function or method."""
+def timed(
+    owner: Any, name: str, clock: Callable[[], float] = perf_counter
+) -> Iterator[list[float]]:
+    """Collect the milliseconds of each call of a function or method, of a generator to its end."""
     function, spent = getattr(owner, name), []
 
     def timing(*args: Any) -> Any:
-        started = perf_counter()
+        started = clock()
         result = function(*args)
-        spent.append(1000 * (perf_counter() - started))
+        if isinstance(result, Generator):
+            result = iter(list(result))
+        spent.append(1000 * (clock() - started))
         return result
 
     setattr(owner, name, timing)
@@ -167,44 +192,229 @@ def lines(
         )
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--forwards", type=int, default=16, help="forwards to take apart")
-    parser.add_argument("--repeats", type=int, default=3, help="decodes that medians are over")
-    parser.add_argument("--layers", type=int, default=20, help="of the random model (20: 302M)")
-    add_into(parser)
-    args = parser.parse_args()
+def drafter_of(
+    model: DiffusionLM, graph: DraftGraph, settings: DecodingSettings, way: str, drafts: int
+) -> Drafter | None:
+    """One of `WAYS`."""
+    selection: Any = way
+    return graph_drafter(model, graph, settings, drafts, selection) if drafts else None
+
+
+@contextmanager
+def read_ahead() -> Iterator[None]:
+    """Read every state in its forward, as off the CPU."""
+    kept = question._HOSTS
+    question._HOSTS = frozenset()
+    try:
+        yield
+    finally:
+        question._HOSTS = kept
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host's milliseconds of one turn, and the denoising steps that it was worth."""
+
+    draft: float
+    rest: float
+    steps: int
+
+
+def on_host(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    prompt: torch.Tensor,
+    drafter: Drafter | None,
+    forwards: int,
+) -> list[Host]:
+    """The first turns of a decode, without the very first.
+
+    In processor time of the one thread that does what is counted: other processes do not add to it.
+    """
+    task = make_task(model, prompt, settings)
+    task.drafter = drafter
+    turns = []
+    with ExitStack() as stack:
+        stack.enter_context(read_ahead())
+        elsewhere = [  # the accelerator's
+            stack.enter_context(timed(*place, thread_time))
+            for place in ((model, "hidden_states"), (pack, "read"))
+        ]
+        drafting = [stack.enter_context(timed(loop, "_candidates", thread_time))]
+        if drafter is not None:
+            drafting.append(stack.enter_context(timed(type(drafter), "__call__", thread_time)))
+        decoding = loop.denoise(task)
+        rows = next(decoding)
+        for _ in range(forwards):
+            steps = task.stats.steps
+            for spent in (*elsewhere, *drafting):
+                spent.clear()
+            started = thread_time()
+            try:
+                rows = decoding.send(forward(model, rows))
+            except StopIteration:
+                break
+            whole = 1000 * (thread_time() - started)
+            draft, computed = (sum(map(sum, parts)) for parts in (drafting, elsewhere))
+            turns.append(Host(draft, whole - draft - computed, task.stats.steps - steps))
+    return turns[1:]
+
+
+def launches(calls: Counter[str]) -> int:
+    """Kernels among calls by name: those that compute or copy, not the views of what is there."""
+    return sum(number for name, number in calls.items() if not _is_view(name))
+
+
+def _is_view(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name)
+    returns = getattr(packet, packet.overloads()[0])._schema.returns
+    shared = any(part.alias_info and not part.alias_info.is_write for part in returns)
+    return shared or name.startswith("empty")
+
+
+def counted(model: DiffusionLM, task: Task, far: Any) -> tuple[float, float]:
+    """Waits and kernels per forward, the transformer's kernels left out."""
+    hidden_states, transformer = model.hidden_states, Counter[str]()
+
+    def counting(*args: Any) -> torch.Tensor:
+        before = far.calls.copy()
+        hidden = hidden_states(*args)
+        transformer.update(far.calls - before)
+        return hidden
+
+    vars(model)["hidden_states"] = counting
+    far.reset()
+    decoding, forwards = loop.denoise(task), 0
+    rows = next(decoding)
+    while True:
+        forwards += 1
+        try:
+            rows = decoding.send(forward(model, rows))
+        except StopIteration:
+            break
+    del vars(model)["hidden_states"]
+    kernels = launches(far.calls - transformer)
+    return far.crossings.total() / forwards, kernels / forwards
+
+
+def count(graph: Path) -> None:
+    """Print waits and kernels of all ways, counted on the pretend accelerator."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    far = importlib.import_module("far")
+    artifact = DraftGraph.load(graph)
     model = load_model("tiny-sdar", device="cpu", dtype="float32")
-    settings = decoding_settings(model, gen_length=256)
-    prompts = load_prompts("synthetic", 16)
-    traces = record(model, prepare(model, prompts, settings))
-    acceptance = build_graph(model, prompts, settings, traces, 32).acceptance
+    prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
+    settings = decoding_settings(model, artifact).model_copy(update={"gen_length": 32})
+    large = grow(model, SHAPE)
+    large.module.to("far")
+    found = []
+    for way, drafts in WAYS:
+        task = make_task(large, prompt, settings)
+        task.drafter = drafter_of(large, artifact, settings, way, drafts)
+        found.append(counted(large, task, far))
+    print(json.dumps(found))
+
+
+def counts_of(graph: DraftGraph) -> list[tuple[float, float]]:
+    """What `count` finds, in a process of its own: the pretend accelerator lasts as long as one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.json"
+        graph.save(path)
+        command = [sys.executable, __file__, "--count", str(path)]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: list[tuple[float, float]] = json.loads(printed)
+    return found
+
+
+def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: int) -> Iterator[str]:
+    """Markdown rows in the paper's terms, of a model grown from `model`."""
+    large = grow(model, SHAPE)
+    settings = decoding_settings(model, graph)
+    prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
+    plain = 0.0
+    for (way, drafts), (waits, kernels) in zip(WAYS, counts_of(graph), strict=True):
+        drafter = drafter_of(large, graph, settings, way, drafts)
+        decodes = [on_host(large, settings, prompt, drafter, forwards) for _ in range(repeats)]
+        turns = list(zip(*decodes, strict=True))
+        steps = mean(same[0].steps for same in turns)
+        draft = mean(median(turn.draft for turn in same) for same in turns)
+        rest = mean(median(turn.rest for turn in same) for same in turns)
+        plain = plain if drafts else rest
+        more = max(rest - plain, 0.0)
+        yield (
+            f"| {way} | {drafts} | {steps:.2f} | {draft:.2f} | {draft / FORWARD:.1%} | {rest:.2f} "
+            f"| {more:.2f} | {more / FORWARD:.1%} | {waits:.1f} | {kernels:.0f} |"
+        )
+
+
+def by_part(
+    model: DiffusionLM, settings: DecodingSettings, graph: DraftGraph, layers: int, *counts: int
+) -> Iterator[str]:
+    """The first table."""
+    acceptance = graph.acceptance
     assert acceptance is not None  # 16 prompts are enough for one
-    found = [
+    yield (
         "| model | drafts | steps per forward | transformer, ms | head, ms | walk, ms "
         "| comparing, ms | drafting, ms | rest, ms | added per step, ms "
         "| added, of the transformer |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    ]
+    )
     prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
-    counts = (args.forwards, args.repeats)
-    found += lines("tiny-sdar", model, settings, prompt, acceptance, *counts)
-    large = random_model(args.layers)
+    yield from lines("tiny-sdar", model, settings, prompt, acceptance, *counts)
+    large = random_model(layers)
     settings = decoding_settings(large, gen_length=256, block_length=8, stop_at_eos=False)
     prompt = torch.arange(1, 129)
     without = acceptance.model_copy(update={"bigrams": ()})  # of another vocabulary
     for block in (8, 32):
         sized = settings.model_copy(update={"block_length": block})
         name = f"{large.name}, block {block}"
-        found += lines(name, large, sized, prompt, without, *counts)
+        yield from lines(name, large, sized, prompt, without, *counts)
+
+
+def in_papers_terms(model: DiffusionLM, graph: DraftGraph, *counts: int) -> Iterator[str]:
+    """The second table."""
+    yield (
+        "| drafts by | drafts | steps per forward | drafting, ms | of 25 ms | all else, ms "
+        "| beyond plain, ms | of 25 ms | waits | kernels |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
+    yield from host_lines(model, graph, *counts)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    tables = ("parts", "host")
+    parser.add_argument("--tables", nargs="*", choices=tables, default=tables, help="which")
+    parser.add_argument("--forwards", type=int, default=16, help="forwards to take apart")
+    parser.add_argument("--repeats", type=int, default=3, help="decodes that medians are over")
+    parser.add_argument("--layers", type=int, default=20, help="of the random model (20: 302M)")
+    add_into(parser)
+    parser.add_argument("--count", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.count is not None:
+        count(args.count)
+        return
+    model = load_model("tiny-sdar", device="cpu", dtype="float32")
+    settings = decoding_settings(model, gen_length=256)
+    prompts = load_prompts("synthetic", 16)
+    traces = record(model, prepare(model, prompts, settings))
+    graph = build_graph(model, prompts, settings, traces, 32)
+    counts = (args.forwards, args.repeats)
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32"
-    table = "\n".join(found)
-    arguments = f"--forwards {args.forwards} --repeats {args.repeats} --layers {args.layers}"
-    note = f"`python studies/overhead.py {arguments}` ({machine})"
-    print(table)
-    for path in args.into:
-        fill(path, "overhead", f"{note}\n\n{table}")
+    given = f"--forwards {args.forwards} --repeats {args.repeats} --layers {args.layers}"
+    for name in args.tables:
+        started = os.getloadavg()[0]
+        if name == "parts":
+            key, found = "overhead", by_part(model, settings, graph, args.layers, *counts)
+        else:
+            key, found = "overhead-host", in_papers_terms(model, graph, *counts)
+        table = "\n".join(found)
+        load = f"load average {started:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"
+        note = f"`python studies/overhead.py --tables {name} {given}` ({machine}; {load})"
+        print(f"{note}\n\n{table}\n")
+        for path in args.into:
+            fill(path, key, f"{note}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,18 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], Sequence[str]]] = {
     "entropy": ("sdar-a", {"score": "entropy", "steps_per_block": 3}, ONE),
     "joint": ("llada21-a", {"policy": "joint", "threshold": 0.2, "max_post_steps": 1}, ONE),
     "temperature": ("sdar-a", {"temperature": 0.7}, WAYS),
+    "temperature, threshold": (
+        "llada-a",
+        {"temperature": 0.4, "policy": "threshold", "threshold": 0.1},
+        ONE,
+    ),
+    "temperature, timestep": (
+        "dream-a",
+        {"temperature": 0.4, "schedule": "timestep", "steps_per_block": 6},
+        ("graph",),
+    ),
 }
-BATCHES = ("llada, none", "dream, dual", "sdar")
+BATCHES = ("llada, none", "dream, dual", "sdar", "temperature")
 
 
 @dataclass
@@ -178,6 +188,13 @@ def advised(device: str) -> Outcome:
     return outcome(lm, [task])
 
 
+def redrawn(device: str) -> Outcome:
+    """Steps that draw what was not foreseen: those before them committed nothing."""
+    options = {"policy": "threshold", "threshold": 0.3, "schedule": "timestep"}
+    lm = model("llada-a", device)
+    return outcome(lm, tasks_of(lm, 1, "graph", temperature=0.7, steps_per_block=8, **options))
+
+
 def halved(device: str) -> Outcome:
     """Forwards with more than three drafts do not fit into memory."""
     lm = model("sdar-a", device)
@@ -248,7 +265,8 @@ def cases() -> Iterator[tuple[str, Callable[[str], Outcome]]]:
     yield "logits", partial(logits, "dream-a")
     yield "likelihood: drawn", likelihood
     yield from (("recorded", recorded), ("measured", measured), ("advised", advised))
-    yield from (("halved", halved), ("broken", broken), ("generated", generated))
+    yield from (("redrawn", redrawn), ("halved", halved), ("broken", broken))
+    yield "generated", generated
     yield "no float64", without_float64
 
 

@@ -20,8 +20,7 @@ from helpers import decode
 from scipy.stats import chisquare
 from torch import Tensor
 
-from spiffy.runtime.decode import Task, denoising_step
-from spiffy.runtime.decode.loop import noise_of
+from spiffy.runtime.decode import Task, denoising_step, keys_of
 from spiffy.runtime.draft import Candidates, Drafter, GraphDrafter
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.models.attention import Group
@@ -223,16 +222,16 @@ def test_drawing_again_after_a_miss_breaks_the_law(monkeypatch: pytest.MonkeyPat
     asked: list[tuple[Evaluation, int, Tensor]] = []
     read = Evaluation.reading
 
-    def reading(evaluation: Evaluation, state: int, at: Tensor, *noise: Any) -> Reading:
+    def reading(evaluation: Evaluation, state: int, at: Tensor, *keys: Any) -> Reading:
         asked.append((evaluation, state, at))
-        return read(evaluation, state, at, *noise)
+        return read(evaluation, state, at, *keys)
 
     def redrawing_step(task: Task, cursor: Cursor, said: Reading, *rest: Any) -> Cursor:
         following = denoising_step(task, cursor, said, *rest)
         drafted = current[-1].drafted
         if drafted and following.ids.tolist() not in drafted:
             evaluation, state, at = asked[-1]
-            other = read(evaluation, state, at, noise_of(replace(task, sequence=1), cursor, at))
+            other = read(evaluation, state, at, keys_of(replace(task, sequence=1), cursor, at))
             following = denoising_step(task, cursor, other, *rest)
         return following
 

@@ -109,6 +109,15 @@ def test_tokens_states_and_forwards_stay(name: str, kind: CacheName, policy: Pol
         assert all(after.stats.accepted for _, after in pairs[1:])
 
 
+def test_the_same_is_drawn_at_temperatures_above_0() -> None:
+    drawn = []
+    for lm in (small("tiny-sdar"), wide("tiny-sdar")):
+        settings = decoding_settings(lm, gen_length=16, temperature=0.9, stop_at_eos=False)
+        prompt = lm.encode(load_prompts("synthetic", 1, split="test").texts[0])
+        drawn.append(states(decode(lm, prompt, settings)))
+    assert drawn[0] == drawn[1]
+
+
 def test_what_is_no_weight_stays_but_costs_are_measured_anew() -> None:
     model, grown = small("tiny-sdar"), wide("tiny-sdar")
 

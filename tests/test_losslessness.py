@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sampling
 import torch
 from helpers import Oracle, decode, fold, parity_model, random_prompt, states, with_eos
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiffy.runtime.decode import Task, make_task, run
+from spiffy.runtime.decode import Task, keys_of, looked_at, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Candidates, Drafter, GraphDrafter
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
 from spiffy.runtime.draft.ngrams import Bigrams
@@ -30,7 +31,6 @@ from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.generate import answer_ids
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.runtime.step.policy import gumbel_noise
 from spiffy.schemas import DecodingSettings
 
 Fills = list[list[tuple[int, int]]]
@@ -400,20 +400,22 @@ def test_rejected_drafts_are_quoted_correctly(layout: str, ranks: int) -> None:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("layout", ["llada-none", "dream-none"])
 def test_plain_decoding_equals_its_definition(layout: str, temperature: float) -> None:
-    """Whole forwards, one position at a time; row k of a step's noise is the block's position k."""
+    """Whole forwards, one position at a time."""
     model, setting = setting_of(layout, "static-1", temperature)
     ids, expected = random_prompt(model, 11).tolist(), []
     ids += [model.mask_token_id] * 16
     for step in range(16):
         start = 11 + 8 * (step // 8)
         logits = model.forward_logits(torch.tensor([ids]))[0].double()
-        noise = gumbel_noise(3, 2, step, 8, model.vocab_size)
         best, best_at, best_token = -1.0, -1, -1
         for position in range(start, start + 8):
             if ids[position] == model.mask_token_id:
-                weights = logits[position] + temperature * noise[position - start]
-                weights[model.mask_token_id] = -torch.inf
-                token = int(weights.argmax())
+                choices = logits[position].clone()
+                choices[model.mask_token_id] = -torch.inf
+                token = int(choices.argmax())
+                if temperature > 0:
+                    key = sampling.key_of(3, 2, step % 8, 0, position)
+                    token = sampling.drawn(choices.tolist(), temperature, key)
                 if (p := float(logits[position].softmax(-1)[token])) > best:
                     best, best_at, best_token = p, position, token
         ids[best_at] = best_token
@@ -480,6 +482,45 @@ def test_batched_decoding_equals_one_by_one(layout: str, temperature: float) -> 
         assert states(one) == states(other)
         for name, count in asdict(one.stats).items():
             assert name.endswith("seconds") or count == getattr(other.stats, name), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("llada-none", POLICIES["threshold"]),
+        ("llada-none", POLICIES["threshold"] | {"schedule": "timestep", "steps_per_block": 12}),
+        ("dream-dual", POLICIES["static-1"] | {"schedule": "timestep", "steps_per_block": 8}),
+        ("llada2-block", EDITING["joint-few"]),
+        ("llada2-block", EDITING["joint-few"] | {"schedule": "timestep", "steps_per_block": 12}),
+        ("fast-block", POLICIES["static-2"]),
+    ],
+)
+def test_no_noise_that_decided_something_is_drawn_again(layout: str, options: Any) -> None:
+    """Every step draws anew, unless the schedule alone had said that the last one commits nothing.
+
+    With drafts, whose counters nobody knows, the states are the same.
+    """
+    checkpoint, geometry = LAYOUTS[layout] if layout in LAYOUTS else SPECIAL[layout][:2]
+    model = parity_model(checkpoint, "float64")
+    setting = DecodingSettings.parse(
+        **(geometry | options | {"threshold": 0.99}), temperature=1.0, stop_at_eos=False
+    )
+    plainly = decode(model, random_prompt(model, 11), setting)
+    before = plainly.canvas.start(plainly.prompt, model.mask_token_id)
+    seen: dict[tuple[int, ...], Cursor] = {}
+    idle = 0
+    for after in plainly.path:
+        positions = looked_at(plainly, before)
+        keys = keys_of(plainly, before, positions)
+        assert keys is not None
+        same = seen.setdefault(tuple(keys.tolist()), before)
+        if same is not before:
+            idle += 1
+            assert setting.policy == "static"
+            assert torch.equal(same.ids, before.ids)
+        before = after
+    assert (idle > 0) == (setting.policy == "static" and setting.schedule == "timestep")
+    assert_lossless(decode(model, plainly.prompt, setting, Oracle(plainly, 5)), plainly)
 
 
 def test_temperature_draws_differ_by_seed_and_by_sequence() -> None:

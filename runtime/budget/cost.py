@@ -21,9 +21,9 @@ from spiffy.runtime.decode import (
     denoising_step,
     find,
     is_out_of_memory,
+    keys_of,
     looked_at,
     may_complete,
-    noise_of,
     synchronize,
 )
 from spiffy.runtime.draft import Drafter, rank_candidates
@@ -89,7 +89,9 @@ class _Stage:
         started = perf_counter()
         task = _whole_blocks(task)
         model, canvas = task.model, task.canvas
-        reader = Reader(model, task.settings, canvas, TOKEN_RANKS + 1, asks_rejected=True)
+        reader = Reader(
+            model, task.settings, canvas, TOKEN_RANKS + 1, asks_rejected=True, noise=task.noise
+        )
         cache = CACHES[task.settings.cache](model, canvas, task.edges, reader)
         cursor = canvas.start(task.prompt, model.mask_token_id)
         passed: list[_Site] = []
@@ -97,7 +99,7 @@ class _Stage:
             evaluation = _run(task, cache.evaluate(cursor, cursor.ids[None], False))
             first_only = cache.first_only(cursor)
             positions = looked_at(task, cursor, first_only)
-            known = evaluation.reading(0, positions, noise_of(task, cursor, positions))
+            known = evaluation.reading(0, positions, keys_of(task, cursor, positions))
             following = denoising_step(task, cursor, known, first_only)
             if first_only and following.block == cursor.block:  # tells about one position only
                 cursor = following
@@ -142,8 +144,8 @@ class _Stage:
     def step(self, site: _Site, states: Tensor, evaluation: Evaluation) -> None:
         """One denoising step of the walk."""
         positions = looked_at(self.task, site.root)
-        noise = noise_of(self.task, site.root, positions)
-        following = denoising_step(self.task, site.root, evaluation.reading(0, positions, noise))
+        keys = keys_of(self.task, site.root, positions)
+        following = denoising_step(self.task, site.root, evaluation.reading(0, positions, keys))
         find(states, following.ids)
 
 

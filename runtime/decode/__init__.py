@@ -9,9 +9,9 @@ from spiffy.runtime.decode.loop import (
     denoise,
     denoising_step,
     find,
+    keys_of,
     looked_at,
     may_complete,
-    noise_of,
 )
 from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task, planned
 
@@ -26,10 +26,10 @@ __all__ = [
     "denoising_step",
     "find",
     "is_out_of_memory",
+    "keys_of",
     "looked_at",
     "make_task",
     "may_complete",
-    "noise_of",
     "planned",
     "run",
     "synchronize",

@@ -21,7 +21,8 @@ from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.forward.question import Reader, reads_on_host
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.runtime.step.policy import gumbel_noise, replaced, select, step_quota
+from spiffy.runtime.step.noise import redraw
+from spiffy.runtime.step.policy import replaced, select, step_quota
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import SpiffyError
 
@@ -65,7 +66,7 @@ def denoise(task: Task) -> Decoding:
             positions = looked_at(task, cursor, first_only)
             if len(states) > 1 and dear and not first_only and here not in evaluation.foreseen:
                 evaluation.foresee(_likely(task, cursor, states, evaluation, here))
-            reading = evaluation.reading(here, positions, noise_of(task, cursor, positions))
+            reading = evaluation.reading(here, positions, keys_of(task, cursor, positions))
             before, cursor = cursor, denoising_step(task, cursor, reading, first_only)
             task.path.append(cursor)
             stats.steps += 1
@@ -144,6 +145,7 @@ def open_cache(task: Task) -> Cache:
         task.canvas,
         ranks + 1 if drafts else 0,  # the mask token may be among them
         asks_rejected=advised or (drafter is not None and drafter.asks_rejected),
+        noise=task.noise,
     )
     return CACHES[task.settings.cache](task.model, task.canvas, edges, reader)
 
@@ -230,7 +232,7 @@ def _candidates(
                 break
     if source is None:
         return None
-    fresh = (states[seen] != root.ids).nonzero()[:, 0]
+    fresh = torch.from_numpy((states[seen].numpy() != root.ids.numpy()).nonzero()[0])
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
     candidates = rank_candidates(source, task.settings, mask, ranks, masked, fresh)
     if source is reading and drafter.asks_rejected:
@@ -239,13 +241,14 @@ def _candidates(
     return candidates
 
 
-def noise_of(task: Task, cursor: Cursor, positions: Tensor) -> Tensor | None:
-    """Noise of a state's next step at positions of its block (int64 [M]): float64 [M, vocab]."""
-    if task.settings.temperature == 0:
+def keys_of(task: Task, cursor: Cursor, positions: Tensor) -> Tensor | None:
+    """Keys of what a state's next step draws at positions of its block (int64 [M]): int64 [M]."""
+    noise, canvas = task.noise, task.canvas
+    if noise is None:
         return None
-    canvas, vocab = task.canvas, task.model.vocab_size
-    drawn = gumbel_noise(task.seed, task.sequence, cursor.step, canvas.block_length, vocab)
-    return drawn[positions - canvas.span(cursor.block).start]
+    left = len(canvas.masked(cursor, task.model.mask_token_id))
+    committed = torch.tensor(len(canvas.answer(cursor.block)) - left)
+    return noise.keys(committed, redraw(task.settings, cursor), positions)
 
 
 def denoising_step(
@@ -253,8 +256,9 @@ def denoising_step(
 ) -> Cursor:
     """The next true state: the unmasking policy applied to what the model says at this one."""
     settings, model, canvas = task.settings, task.model, task.canvas
-    positions, tokens, score = reading.positions, reading.tokens, reading.score
-    own, held = canvas.answer(cursor.block), cursor.ids[positions]
+    given = (reading.positions, reading.tokens, reading.score)
+    positions, tokens, score = (part.numpy() for part in given)
+    own, held = canvas.answer(cursor.block), cursor.ids.numpy()[positions]
     if not reading.is_number:
         raise _no_number(task, cursor)
     masked = free = held == model.mask_token_id
@@ -269,7 +273,8 @@ def denoising_step(
     chosen = select(score, quota, settings, model.family.threshold_strict, free)
     if settings.policy == "joint":
         chosen |= replaced(tokens, score, held, settings) & ~masked
-    ids = cursor.ids.scatter(0, positions[chosen], tokens[chosen])
+    ids = cursor.ids.clone()
+    ids.numpy()[positions[chosen]] = tokens[chosen]
 
     answer = ids[own.start : own.stop].tolist()
     step, post_steps = cursor.step + 1, cursor.post_steps + (not filling)
@@ -301,5 +306,5 @@ def _no_number(task: Task, cursor: Cursor) -> SpiffyError:
 
 def find(states: Tensor, ids: Tensor) -> int | None:
     """Row of `states` (int64 [n, length]) that equals `ids`, if any."""
-    found = (states == ids).all(-1).nonzero()
-    return int(found[0, 0]) if len(found) else None
+    (found,) = (states.numpy() == ids.numpy()).all(1).nonzero()
+    return int(found[0]) if len(found) else None

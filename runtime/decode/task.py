@@ -14,6 +14,7 @@ from spiffy.runtime.forward.cache import BlockEdges, most_drafts
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, given_ids, stop_strings
 from spiffy.runtime.step.canvas import Canvas, Cursor
+from spiffy.runtime.step.noise import Noise
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
@@ -105,7 +106,7 @@ class Task:
     prompt
         int64 [prompt], on the host.
     seed, sequence
-        The noise of a denoising step is a function of these and of the step alone.
+        The noise of a denoising step is a function of these and of the state alone.
     drafter, adviser
         The drafter of all forwards, or who chooses one for each; neither: plain decoding.
     most_drafts
@@ -139,6 +140,11 @@ class Task:
     stats: Stats = field(default_factory=Stats)
     adviser: Adviser | None = None
     error: Exception | None = None
+
+    @property
+    def noise(self) -> Noise | None:
+        """What temperatures above 0 draw from."""
+        return Noise(self.seed, self.sequence) if self.settings.temperature > 0 else None
 
 
 def make_task(

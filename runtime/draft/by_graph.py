@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,9 @@ class GraphDrafter:
         pairs = torch.tensor(padded, dtype=torch.long)
         self.position_ranks, self.ranks_of_tokens = pairs.reshape(-1, width, 2).unbind(-1)
         self.sizes = torch.tensor([len(fill) for fill in fills])
+        # Positions to fill, masked positions and tokens of each that every node needs.
+        needs = (self.sizes, self.position_ranks.amax(1) + 1, self.ranks_of_tokens.amax(1) + 1)
+        self._needs = torch.stack(needs, 1).numpy()
         # No position has more of them than the vocabulary, the mask token left out.
         ranks = max((j for fill in fills for _, j in fill), default=0) + 1
         self.token_ranks = min(ranks, model.vocab_size - 1)
@@ -44,19 +48,17 @@ class GraphDrafter:
 
     def _active(self, candidates: Candidates, room: int) -> Tensor:
         """Nodes that exist here: int64 [k], in order."""
-        masked, ranked = candidates.tokens.shape
-        active = (
-            (self.sizes <= room)
-            & (self.position_ranks.amax(1) < masked)
-            & (self.ranks_of_tokens.amax(1) < ranked)
-        )
-        return active.nonzero()[:, 0]
+        there = np.array((room, *candidates.tokens.shape))
+        return torch.from_numpy(np.flatnonzero((self._needs <= there).all(1)))
 
     def _states(self, root: Cursor, candidates: Candidates, nodes: Tensor) -> Tensor:
         """The root with the tokens of each node (int64 [k]) filled in: int64 [k, length]."""
-        i, j = self.position_ranks[nodes], self.ranks_of_tokens[nodes]
-        states = root.ids.repeat(len(nodes), 1)
-        return states.scatter_(1, candidates.positions[i], candidates.tokens[i, j])
+        which = nodes.numpy()
+        i, j = self.position_ranks.numpy()[which], self.ranks_of_tokens.numpy()[which]
+        states = np.repeat(root.ids.numpy()[None], len(which), 0)
+        positions, tokens = candidates.positions.numpy(), candidates.tokens.numpy()
+        states[np.arange(len(which))[:, None], positions[i]] = tokens[i, j]
+        return torch.from_numpy(states)
 
 
 class GeometricMeanDrafter(GraphDrafter):

@@ -30,6 +30,8 @@ class Asked:
         int64 [k], positions of the row that are read.
     rules
         How they are read.
+    keys
+        int64 [k], of their noise (`Noise.keys`); any numbers at temperature 0.
     pairs
         int64 [2, T], numbers of positions that are read, counted from this row's first one on into
         the rows behind it: wanted are logits at the second, for the likeliest tokens of the first.
@@ -37,6 +39,7 @@ class Asked:
 
     at: Tensor
     rules: Rules
+    keys: Tensor
     pairs: Tensor
 
 
@@ -67,15 +70,18 @@ def on_device(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def numbered(rows: Sequence[Asked | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Positions (int64 [K]) and pairs (int64 [2, T]) of rows of some sizes, counted over all."""
+    """Positions and pairs (int64 [2, T]) of rows of some sizes, counted over all.
+
+    Positions come with the keys of their noise: int64 [2, K].
+    """
     at, pairs, before, first = [], [], 0, 0
     for asked, size in zip(rows, sizes, strict=True):
         if asked is not None:
-            at.append(first + asked.at)
+            at.append(torch.stack((first + asked.at, asked.keys)))
             pairs.append(before + asked.pairs)
             before += len(asked.at)
         first += size
-    return (torch.cat(at), torch.cat(pairs, 1)) if at else (_NOTHING, _NOTHING)
+    return (torch.cat(at, 1), torch.cat(pairs, 1)) if at else (_NOTHING, _NOTHING)
 
 
 def read(
@@ -90,14 +96,16 @@ def read(
     at, pairs
         As `numbered` gives them, on the device.
     """
-    logits = model.head(hidden.index_select(0, at))
+    rows, keys = at
+    logits = model.head(hidden.index_select(0, rows))
     groups = [(rules, list(group)) for rules, group in groupby(asked, attrgetter("rules"))]
     found: list[Tensor] = []
     first = paired = 0
     for rules, group in groups:
         read, wanted = sum(len(a.at) for a in group), sum(a.pairs.shape[1] for a in group)
-        own = logits[first : first + read]
-        table = rules.table(own)
+        mine = slice(first, first + read)
+        own = logits[mine]
+        table = rules.table(own, keys[mine] if rules.settings.temperature > 0 else None)
         of, by = pairs[:, paired : paired + wanted] - first
         quotes = own[by[:, None], likeliest(table)[1][of]].double()
         found += [table, quotes.view(torch.int64)]

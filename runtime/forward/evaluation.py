@@ -51,22 +51,25 @@ class Evaluation:
     answers: Answers | None = None
     foreseen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def reading(self, state: int, positions: Tensor, noise: Tensor | None = None) -> Reading:
+    def reading(self, state: int, positions: Tensor, keys: Tensor | None = None) -> Reading:
         """What is known of a state's positions (int64 [M], ascending).
 
         Parameters
         ----------
-        noise
-            float64 [M, vocab] on the host, see `choose`.
+        keys
+            int64 [M] on the host, see `choose`; without, it does not matter which tokens are drawn.
         """
         assert self.reader is not None  # of caches that a decode opens
         rules = self.reader.rules
-        table = None if self.answers is None else self.answers.of(state, positions.numpy())
+        table = None
+        if self.answers is not None:
+            wanted = None if keys is None else keys.numpy()
+            table = self.answers.of(state, positions.numpy(), wanted)
         if table is None and self.reader.on_host:
             distribution = Distribution.of(self.logits(state, positions).cpu())
-            return Reading.of(distribution, positions, rules, noise)
+            return Reading.of(distribution, positions, rules, keys)
         if table is None:
-            table = self._table(rules, state, positions, noise)
+            table = self._table(rules, state, positions, keys)
 
         def top(count: int) -> tuple[Tensor, Tensor]:
             known = table
@@ -135,11 +138,11 @@ class Evaluation:
         return window.hidden[self.model.rows_of(positions, window.start)]
 
     def _table(
-        self, rules: Rules, state: int, positions: Tensor, noise: Tensor | None = None
+        self, rules: Rules, state: int, positions: Tensor, keys: Tensor | None = None
     ) -> Tensor:
         """What the device reads, see `Rules.table`."""
         window = self.windows[state]
         parts = [self.model.rows_of(positions, window.start)]
-        at, *drawn = on_device(parts if noise is None else [*parts, noise], self.model.device)
+        at, *own = on_device(parts if keys is None else [*parts, keys], self.model.device)
         logits = self.model.head(window.hidden.index_select(0, at))
-        return rules.table(logits, *drawn).cpu()
+        return rules.table(logits, *own).cpu()

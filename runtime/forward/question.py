@@ -22,6 +22,7 @@ from spiffy.runtime.forward.asked import Asked
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
+from spiffy.runtime.step.noise import Noise, redraw
 from spiffy.runtime.step.reading import Rules, likeliest, log_total
 from spiffy.schemas import DecodingSettings
 
@@ -61,6 +62,8 @@ class Reader:
         How many likeliest tokens of a position whoever drafts may want; 0: nobody drafts.
     asks_rejected
         Whether whoever drafts wants to know what rejected drafts say.
+    noise
+        Of the decode, if its temperature is above 0.
     """
 
     model: DiffusionLM
@@ -68,6 +71,7 @@ class Reader:
     canvas: Canvas
     ranks: int
     asks_rejected: bool
+    noise: Noise | None = None
 
     @cached_property
     def rules(self) -> Rules:
@@ -79,13 +83,10 @@ class Reader:
         """Whether distributions are read on the host."""
         return reads_on_host(self.model)
 
-    @cached_property
+    @property
     def ahead(self) -> bool:
-        """Whether all states are read in the forward itself.
-
-        With noise that would take the noise of every state.
-        """
-        return not self.on_host and self.settings.temperature == 0
+        """Whether all states are read in the forward itself."""
+        return not self.on_host
 
     def question(self, root: Cursor, states: Tensor, places: Sequence[Place]) -> Question:
         """All that may be asked about the states (int64 [S, length]) of a forward.
@@ -115,7 +116,34 @@ class Reader:
         number[state, at] = np.arange(len(state))
         rejected = slice(size if self.asks_rejected else 0)
         pairs = _pairs(ids[:, rejected], masked[:, rejected], number[:, rejected])
-        return Question(self.rules, state, position[at], row[state], in_row, len(states), pairs)
+        position = position[at]
+        keys = self._keys(root, masked, size, state, position)
+        return Question(self.rules, state, position, keys, row[state], in_row, len(states), pairs)
+
+    def _keys(self, root: Cursor, masked: Bools, size: int, state: Ints, position: Ints) -> Ints:
+        """Keys [K] of what a step from each state draws, in the root's block or the next one.
+
+        Supposed that no step between the root and the state is one that `redraw` tells apart.
+
+        Parameters
+        ----------
+        masked
+            bool [S, k], of both blocks; the root's has `size` positions.
+        state, position
+            [K].
+        """
+        if self.noise is None:
+            return np.zeros_like(position)
+        keys = np.empty_like(position)
+        new = position >= self.canvas.answer(root.block).stop
+        for rows, block, again in (
+            (~new, masked[:, :size], redraw(self.settings, root)),
+            (new, masked[:, size:], 0),
+        ):
+            committed = torch.from_numpy((~block).sum(1)[state[rows]])
+            at = torch.from_numpy(position[rows])
+            keys[rows] = self.noise.keys(committed, again, at).numpy()
+        return keys
 
 
 def _pairs(ids: Ints, masked: Bools, number: Ints) -> Ints:
@@ -135,8 +163,8 @@ class Question:
     ----------
     rules
         How they are read.
-    state, position
-        int64 [K].
+    state, position, keys
+        int64 [K]; the last of their noise, any numbers at temperature 0.
     row, in_row
         int64 [K], where in the forward.
     states
@@ -148,6 +176,7 @@ class Question:
     rules: Rules
     state: Ints
     position: Ints
+    keys: Ints
     row: Ints
     in_row: Ints
     states: int
@@ -158,9 +187,10 @@ class Question:
         edges = self.row.searchsorted(np.arange(len(rows) + 1))
         asked = []
         for k, row in enumerate(rows):
-            at = torch.from_numpy(self.in_row[edges[k] : edges[k + 1]])
+            mine = slice(edges[k], edges[k + 1])
+            at, keys = torch.from_numpy(self.in_row[mine]), torch.from_numpy(self.keys[mine])
             pairs = torch.from_numpy(self.pairs if k == 0 else self.pairs[:, :0])
-            asked.append(replace(row, asked=Asked(at, self.rules, pairs)))
+            asked.append(replace(row, asked=Asked(at, self.rules, keys, pairs)))
         return asked
 
     def answered(self, outputs: Sequence[RowOutput]) -> Answers:
@@ -190,10 +220,15 @@ class Answers:
     table: Tensor
     quotes: Floats
 
-    def of(self, state: int, positions: Ints) -> Tensor | None:
-        """The table's rows about positions of a state, if all of them were asked about."""
+    def of(self, state: int, positions: Ints, keys: Ints | None = None) -> Tensor | None:
+        """The table's rows about positions of a state, if all of them were asked about.
+
+        And with those keys (int64 [M]) of noise, if it matters.
+        """
         numbers = self._numbers(state, positions)
-        return None if numbers is None else self.table[numbers]
+        if numbers is None or (keys is not None and (self.question.keys[numbers] != keys).any()):
+            return None
+        return torch.from_numpy(self.table.numpy()[numbers])
 
     def quoted(
         self, seen: int, states: Sequence[int], positions: Ints, tokens: Ints
@@ -202,7 +237,7 @@ class Answers:
         numbers = self._numbers(seen, positions)
         if numbers is None:
             return None
-        rows = self.table[numbers]
+        rows = torch.from_numpy(self.table.numpy()[numbers])
         column = (likeliest(rows)[1].numpy()[:, None] == tokens[:, :, None]).argmax(-1)
         index = np.full(len(self.question.position), -1)
         index[numbers] = np.arange(len(numbers))

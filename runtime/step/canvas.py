@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -46,12 +47,12 @@ class Canvas:
         tail = prompt_length % block_length if block_causal and not ends_with_prompt else 0
         return cls(prompt_length, gen_length, block_length, prompt_length - tail, cut)
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Number of decoded blocks, the last one included that may hold more than the answer."""
         return -((self.first - self.prompt_length - self.gen_length) // self.block_length)
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Positions of the whole sequence."""
         if self.cut:
@@ -82,8 +83,8 @@ class Canvas:
     def masked(self, cursor: Cursor, mask_token_id: int) -> Tensor:
         """Masked positions of the cursor's block, int64 [M]; prompt tokens never count."""
         answer = self.answer(cursor.block)
-        ids = cursor.ids[answer.start : answer.stop]
-        return (ids == mask_token_id).nonzero()[:, 0] + answer.start
+        ids = cursor.ids.numpy()[answer.start : answer.stop]
+        return torch.from_numpy((ids == mask_token_id).nonzero()[0] + answer.start)
 
     def answered(self, cursor: Cursor) -> Tensor:
         """All positions of the cursor's block that are the answer's, int64 [M]."""

@@ -1,19 +1,25 @@
 """Unmasking policies: which masked positions of the block a denoising step commits, and to what.
 
-Everything here is a pure function of logits, step counters and noise. Speculation calls the same
-functions on the logits of draft states, which is all that losslessness rests on.
+Everything here is a pure function of logits, step counters and keys of noise. Speculation calls the
+same functions on the logits of draft states, which is all that losslessness rests on.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from spiffy.runtime.step.noise import draw
 from spiffy.schemas import DecodingSettings, ScoreName
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 _EPS = 1e-3  # Dream's smallest timestep
 _GROUP = 64  # tokens of the vocabulary that `Distribution.top` compares at once
@@ -71,29 +77,29 @@ def choose(
     distribution: Distribution,
     settings: DecodingSettings,
     mask_token_id: int,
-    noise: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token (int64 [M]) and score (float64 [M], higher is committed earlier) of every position.
 
     Parameters
     ----------
-    noise
-        float64 [M, vocab] standard Gumbel noise; needed if the temperature is above 0. The token is
-        the argmax of logits + temperature * noise; the score comes from the untempered softmax
-        (LLaDA's `add_gumbel_noise` rule).
+    keys
+        int64 [M], see `Noise.keys`; needed if the temperature is above 0. The token is drawn from
+        the tempered softmax; the score comes from the untempered one (LLaDA's rule).
 
     Notes
     -----
-    Equal logits go to the lower token id. The mask token is never chosen: it would leave the
+    Equals go to the lower token id. The mask token is never chosen: it would leave the
     position masked and the block could not finish.
     """
     log_p = distribution.log_p
-    weights = log_p if noise is None else log_p + settings.temperature * noise
     # Put out of sight and back: no copy of rows as wide as the vocabulary, no question to a device.
-    masking = weights[:, mask_token_id]
+    masking = log_p[:, mask_token_id]
     seen = masking.clone()
     masking.fill_(-torch.inf)
-    tokens = weights.max(-1).indices  # the first maximum, as argmax, but several times faster
+    # `max` finds the first maximum, as `argmax`, but several times faster.
+    drawn = None if keys is None else draw(log_p, settings.temperature, keys)
+    tokens = log_p.max(-1).indices if drawn is None else drawn
     masking.copy_(seen)
     if settings.policy == "sequential":
         return tokens, torch.zeros_like(log_p[:, 0])  # ties go to the lower position
@@ -113,8 +119,8 @@ def _score(log_p: Tensor, tokens: Tensor, kind: ScoreName) -> Tensor:
 
 
 def select(
-    score: Tensor, quota: int, settings: DecodingSettings, strict: bool, free: Tensor | None = None
-) -> Tensor:
+    score: Floats, quota: int, settings: DecodingSettings, strict: bool, free: Bools | None = None
+) -> Bools:
     """Choose the positions to commit: bool [M].
 
     The `quota` best scores, ties to the lower position, of those that are `free` (bool [M];
@@ -125,12 +131,14 @@ def select(
     2505.24857).
     """
     if free is not None:
-        score = score.where(free, -torch.inf)
-    best, order = score.sort(descending=True, stable=True)
+        score = np.where(free, score, -np.inf)
+    order = (-score).argsort(kind="stable")
     if settings.policy == "entropy-bounded":
-        before = (-best).cumsum(0) + best  # of all entropies before each
+        entropies = -score[order]
+        with np.errstate(invalid="ignore"):  # those that are not free have infinite ones
+            before = entropies.cumsum() - entropies  # the sum of all before each
         quota = max(quota, int((before <= settings.entropy_bound).sum()))
-    chosen = torch.zeros_like(score, dtype=torch.bool)
+    chosen = np.zeros(len(score), dtype=np.bool_)
     chosen[order[:quota]] = True
     if settings.policy in ("threshold", "joint"):
         tau = settings.threshold
@@ -138,15 +146,14 @@ def select(
     return chosen
 
 
-def replaced(
-    tokens: Tensor, score: Tensor, committed: Tensor, settings: DecodingSettings
-) -> Tensor:
+def replaced(tokens: Ints, score: Floats, committed: Ints, settings: DecodingSettings) -> Bools:
     """Choose the committed tokens (int64 [M]) to replace by others: bool [M].
 
     Joint unmasking and editing (LLaDA2.1): where the model's token is another one, with a
     confidence above `edit_threshold`.
     """
-    return (tokens != committed) & (score > settings.edit_threshold)
+    others: Bools = (tokens != committed) & (score > settings.edit_threshold)
+    return others
 
 
 def step_quota(
@@ -188,15 +195,3 @@ def _rounded_shares(tokens: int, steps: int) -> tuple[int, ...]:
         shares.append(round(tokens * part))
         tokens -= shares[-1]
     return tuple(share for share in shares if share)
-
-
-def gumbel_noise(seed: int, sequence: int, step: int, rows: int, vocab: int) -> Tensor:
-    """Noise of one denoising step: float64 [rows, vocab], row k for the block's k-th position.
-
-    A pure function of its arguments, so that it does not matter in which forward, and in which row
-    of it, a state happened to be evaluated: plain and speculative decoding draw the same noise.
-    """
-    key = hashlib.sha256(f"{seed} {sequence} {step}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-    uniform = torch.rand(rows, vocab, generator=generator, dtype=torch.float64)
-    return -torch.log(-torch.log(uniform))

@@ -35,8 +35,8 @@ class Rules:
     mask_token_id: int
     ranks: int
 
-    def table(self, logits: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Read logits [M, vocab] on their device, without a question to it.
+    def table(self, logits: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Read logits [M, vocab] on their device, without a question to it; `keys` as in `choose`.
 
         Returns
         -------
@@ -46,12 +46,12 @@ class Rules:
         """
         rows = max(1, _AT_ONCE // logits.shape[1])
         parts = torch.split(logits, rows)
-        drawn = [None] * len(parts) if noise is None else torch.split(noise, rows)
-        return torch.cat([self._table(*pair) for pair in zip(parts, drawn, strict=True)])
+        own = [None] * len(parts) if keys is None else torch.split(keys, rows)
+        return torch.cat([self._table(*pair) for pair in zip(parts, own, strict=True)])
 
-    def _table(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+    def _table(self, logits: Tensor, keys: Tensor | None) -> Tensor:
         distribution = Distribution.of(logits)
-        tokens, score = choose(distribution, self.settings, self.mask_token_id, noise)
+        tokens, score = choose(distribution, self.settings, self.mask_token_id, keys)
         chosen = tokens[:, None]
         total = logits.gather(1, chosen).double() - distribution.log_p.gather(1, chosen)
         broken = distribution.no_number[:, None]
@@ -90,10 +90,10 @@ class Reading:
         distribution: Distribution,
         positions: Tensor,
         rules: Rules,
-        noise: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Reading:
         """Read a distribution of these positions (int64 [M]) that lies on the host."""
-        tokens, score = choose(distribution, rules.settings, rules.mask_token_id, noise)
+        tokens, score = choose(distribution, rules.settings, rules.mask_token_id, keys)
         is_number = not bool(distribution.no_number.any())
         return cls(positions, tokens, score, is_number, distribution.top)
 
@@ -121,5 +121,5 @@ def reading_of(
     table: Tensor, positions: Tensor, top: Callable[[int], tuple[Tensor, Tensor]]
 ) -> Reading:
     """The reading of positions (int64 [M]) from a table on the host (int64 [M, C])."""
-    is_number = not bool(table[:, 3].any())
+    is_number = not table.numpy()[:, 3].any()
     return Reading(positions, table[:, 0], _numbers(table[:, 1]), is_number, top)
