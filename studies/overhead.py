@@ -38,6 +38,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean, median
 from time import perf_counter, thread_time
 from typing import Any
