@@ -16,6 +16,7 @@ from spiffy.runtime.draft import (
     Drafter,
     GeometricMeanDrafter,
     GraphDrafter,
+    confidence_chain,
     graph_drafter,
 )
 from spiffy.runtime.draft.acceptance import acceptance_of
@@ -82,14 +83,6 @@ class PerfectDrafter:
         return torch.stack(future) if future else root.ids.new_empty((0, len(root.ids)))
 
 
-def chain(length: int) -> list[list[tuple[int, int]]]:
-    """Fills of a confidence chain: the most confident position, the two most confident, ...
-
-    The lossless drafting of FreeDave and SSD, as a graph: all tokens are the most likely ones.
-    """
-    return [[(rank, 0) for rank in range(depth)] for depth in range(1, length + 1)]
-
-
 def methods(
     model: DiffusionLM,
     settings: DecodingSettings,
@@ -139,7 +132,7 @@ def methods(
             found.append(Method(f"{kind} {budget}", kind, settings, drafter, budget))
 
     for n in budgets:
-        add("chain", n, fixed(GraphDrafter(chain(n), model)))
+        add("chain", n, fixed(GraphDrafter(confidence_chain(n), model)))
     if paper is not None:
         for n in budgets:
             nodes = [node.fill for node in paper.nodes[:n]]
