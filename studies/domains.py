@@ -3,8 +3,9 @@
 Every tiny model is calibrated on generated problems, and decodes others of them and prompts of
 another dataset: by a confidence chain, by the graph's nodes, by the acceptance model alone, and by
 what `--budget N` takes, which leaves every forward to whichever of the three would have done best
-lately. All are decoded for real, and every answer is compared with plain decoding. Counts are exact
-and repeat; nothing is timed.
+lately. With the dual cache plain decodes are recorded and all ways replayed, exactly but for what
+rejected drafts would say; with a block cache all is decoded for real, and every answer compared
+with plain decoding. Counts repeat; nothing is timed.
 
 A chain is FreeDave's lossless drafting. With a block cache its own loop begins every block without
 drafts and stores it in a forward of its own; ours does neither (docs/results-edges.md). Both are
@@ -16,12 +17,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from losslessness import OFF, ON, decode_all, fill, versions
+from losslessness import ON, decode_all, fill, versions
 
-from spiffy.calib.pipeline import build_graph, prepare, record
+from spiffy.bench.methods import NO_EDGES
+from spiffy.calib.pipeline import Traces, build_graph, prepare, record
 from spiffy.calib.prompts import PromptSet, load_prompts
+from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.draft import (
     BestOfDrafter,
@@ -31,6 +35,7 @@ from spiffy.runtime.draft import (
     graph_drafter,
     way_of,
 )
+from spiffy.runtime.generate import Output
 from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName
 
 LAYOUTS: tuple[tuple[str, CacheName], ...] = (
@@ -40,17 +45,23 @@ LAYOUTS: tuple[tuple[str, CacheName], ...] = (
 )
 POLICIES: tuple[PolicyName, ...] = ("static", "threshold")
 OWN_EDGES = "chain, FreeDave's block edges"
-WAYS = (OWN_EDGES, "chain", "graph", "model alone", "`--budget N`")
+CHOSEN = "`--budget N`"
+WAYS = (OWN_EDGES, "chain", "graph", "model alone", CHOSEN)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Forwards and positions of one way of decoding, over all prompts; answers that differ."""
+    """Forwards and positions of one way of decoding, over all prompts.
+
+    Attributes
+    ----------
+    leader
+        Who drafted at the end, if somebody chose.
+    """
 
     nfe: int
     positions: int
-    differing: int = 0
-    led: str = ""
+    leader: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,46 @@ def drafter_of(
     """A fresh drafter: what one has learned is not the next one's."""
     if way in (OWN_EDGES, "chain"):
         return GraphDrafter(confidence_chain(drafts), model)
-    if way == WAYS[-1]:
+    if way == CHOSEN:
         return graph_drafter(model, graph, settings, drafts)
     return way_of(model, graph, settings, drafts, "graph" if way == "graph" else "model")
+
+
+def decoded(
+    model: DiffusionLM,
+    settings: DecodingSettings,
+    texts: Sequence[str],
+    plain: Sequence[Output],
+    drafter: Drafter,
+    edges: BlockEdges,
+) -> Count:
+    """Decode for real, to the same answers."""
+    outputs = decode_all(model, settings, texts, drafter, edges)
+    same = [ours.token_ids == theirs.token_ids for ours, theirs in zip(outputs, plain, strict=True)]
+    assert all(same), "drafts changed an answer"
+    return Count(*totals(outputs), led(drafter))
+
+
+def totals(outputs: Sequence[Output]) -> tuple[int, int]:
+    """Forwards and positions."""
+    return (
+        sum(output.stats.nfe for output in outputs),
+        sum(output.stats.positions_computed for output in outputs),
+    )
+
+
+def replayed(traces: Traces, block_length: int, drafter: Drafter) -> Count:
+    """Replay plain decodes with the dual cache: there every forward that is saved ran a block."""
+    found = replay_drafter(traces.prompts, drafter)
+    blocks = found.drafts - (traces.nfe - found.forwards)
+    return Count(found.forwards, traces.positions_computed + block_length * blocks, led(drafter))
+
+
+def led(drafter: Drafter) -> str:
+    """Who drafts now, if somebody chooses."""
+    if not isinstance(drafter, BestOfDrafter):
+        return ""
+    return ("model", "graph", "chain")[drafter.standing.leader]
 
 
 def group(
@@ -81,29 +129,24 @@ def group(
     prompts: PromptSet,
     budgets: Sequence[int],
 ) -> Group:
-    """Decode the prompts in every way."""
-    texts = [str(text) for text in prompts.texts]
-    plain = decode_all(model, settings, texts, None, ON)
-
-    def count(drafter: Drafter | None, edges: BlockEdges) -> Count:
-        outputs = plain if drafter is None else decode_all(model, settings, texts, drafter, edges)
-        led = drafter.standing.leader if isinstance(drafter, BestOfDrafter) else 0
-        return Count(
-            sum(output.stats.nfe for output in outputs),
-            sum(output.stats.positions_computed for output in outputs),
-            sum(a.token_ids != b.token_ids for a, b in zip(outputs, plain, strict=True)),
-            ("", " (graph)", " (chain)")[led],
-        )
-
-    ways = {}
-    for drafts in budgets:
-        for way in WAYS:
-            if way == OWN_EDGES and settings.cache != "block":
-                continue
+    """Count the forwards of every way."""
+    ways: dict[tuple[str, int], Count] = {}
+    if settings.cache == "dual":
+        traces = record(model, prepare(model, prompts, settings))
+        plain = Count(traces.nfe, traces.positions_computed)
+        for drafts, way in product(budgets, WAYS[1:]):
             drafter = drafter_of(way, drafts, model, graph, settings)
-            ways[way, drafts] = count(drafter, OFF if way == OWN_EDGES else ON)
+            ways[way, drafts] = replayed(traces, settings.block_length, drafter)
+    else:
+        texts = [str(text) for text in prompts.texts]
+        outputs = decode_all(model, settings, texts, None, ON)
+        plain = Count(*totals(outputs))
+        for drafts, way in product(budgets, WAYS):
+            drafter = drafter_of(way, drafts, model, graph, settings)
+            edges = NO_EDGES if way == OWN_EDGES else ON
+            ways[way, drafts] = decoded(model, settings, texts, outputs, drafter, edges)
     name = f"{model.name}, {settings.cache}, {settings.policy}"
-    return Group(name, prompts.dataset, count(None, ON), ways)
+    return Group(name, prompts.dataset, plain, ways)
 
 
 def groups(args: argparse.Namespace) -> Iterator[Group]:
@@ -126,18 +169,18 @@ def groups(args: argparse.Namespace) -> Iterator[Group]:
 
 def lines(found: Group) -> Iterator[str]:
     """Markdown, one line per number of drafts."""
-    plain = found.plain
     for drafts in dict.fromkeys(drafts for _, drafts in found.ways):
-        counts = [found.ways.get((way, drafts)) for way in WAYS]
-        ours, rivals = counts[-1], [c.nfe for c in counts[1:3] if c is not None]
-        assert ours is not None
+        counts = {way: found.ways[way, drafts] for way in WAYS if (way, drafts) in found.ways}
         cells = [
-            "-" if c is None else f"{c.nfe} ({c.positions / plain.positions:.2f}x)" for c in counts
+            f"{counts[way].nfe} ({counts[way].positions / found.plain.positions:.2f}x)"
+            if way in counts
+            else "-"
+            for way in WAYS
         ]
-        differing = sum(c.differing for c in counts if c is not None)
+        ours, rival = counts[CHOSEN], min(counts["chain"].nfe, counts["graph"].nfe)
         yield (
-            f"| {found.name} | {found.dataset} | {drafts} | {plain.nfe} "
-            f"| {' | '.join(cells)}{ours.led} | {ours.nfe / min(rivals) - 1:+.1%} | {differing} |"
+            f"| {found.name} | {found.dataset} | {drafts} | {found.plain.nfe} "
+            f"| {' | '.join(cells)} | {ours.leader} | {ours.nfe / rival - 1:+.1%} |"
         )
 
 
@@ -145,16 +188,16 @@ def main() -> None:
     """Print the table, or put it into Markdown files between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", nargs="*", default=["humaneval"], help="other prompts")
-    parser.add_argument("--samples", type=int, default=20, help="prompts of each dataset")
+    parser.add_argument("--samples", type=int, default=40, help="prompts of each dataset")
     parser.add_argument("--calibrate", type=int, default=50, help="calibration problems")
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 3, 8, 32])
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
     args = parser.parse_args()
-    head = ["model, cache, policy", "prompts", "drafts", "plain", *WAYS]
+    head = ["model, cache, policy", "prompts", "drafts", "plain NFE", *WAYS, "at the end by"]
     table = [
-        f"| {' | '.join(head)} | against the better of chain and graph | answers that differ |",
-        f"|{' --- |' * 3}{' ---: |' * (len(head) - 1)}",
+        f"| {' | '.join(head)} | against the better of chain and graph |",
+        f"| --- | --- |{' ---: |' * (3 + len(WAYS) - 1)} --- | ---: |",
     ]
     for found in groups(args):
         for line in lines(found):

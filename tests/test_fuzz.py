@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from spiffy.runtime.budget.auto import auto_budget, best_plan, expected_steps
 from spiffy.runtime.decode import Task, make_task, run
-from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, graph_drafter
+from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, graph_drafter, way_of
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import (
@@ -183,7 +183,9 @@ def lossless(
 ) -> Task:
     model, setting = setting_of(layout, policy)
     plainly = plain(layout, policy)
-    drafter = graph_drafter(model, graph, setting, budget, selection=selection)
+    drafter = graph_drafter(model, graph, setting, budget, "graph")
+    if selection == "model":  # alone: a hostile one would soon be left
+        drafter = way_of(model, graph, setting, budget or graph.budget, "model")
     ours = decode(model, plainly.prompt, setting, drafter)
     assert states(ours) == states(plainly)
     return ours

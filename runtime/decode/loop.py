@@ -112,11 +112,8 @@ def denoise(task: Task) -> Decoding:
 
 def _reached(root: Cursor, path: list[Cursor]) -> Tensor:
     """The states of a walk, int64 [s, length]; steps that change nothing make none."""
-    states = [root.ids]
-    for cursor in path:
-        if not torch.equal(cursor.ids, states[-1]):
-            states.append(cursor.ids)
-    return torch.stack(states)[1:]
+    states = torch.stack([root.ids, *(cursor.ids for cursor in path)])
+    return states[1:][(states[1:] != states[:-1]).any(1)]
 
 
 def is_dear(task: Task) -> bool:

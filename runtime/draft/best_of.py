@@ -77,15 +77,16 @@ class BestOfDrafter:
     Parameters
     ----------
     ways
-        Who may draft; the first one begins, and its token ranks are what all choose from. Ways by a
-        graph are compared at nearly no cost, others have to draft for that.
+        Who may draft; the first one begins. Those by a graph are compared at nearly no cost and do
+        with any number of token ranks; others have to draft for that, and say how many there are.
     """
 
     ways: Sequence[Drafter]
     standing: Standing = field(init=False)
 
     def __post_init__(self) -> None:
-        self.token_ranks = self.ways[0].token_ranks
+        own = [way.token_ranks for way in self.ways if not isinstance(way, GraphDrafter)]
+        self.token_ranks = min(own or [max(way.token_ranks for way in self.ways)])
         self.asks_rejected = any(way.asks_rejected for way in self.ways)
         self.standing = Standing([0.0 for _ in self.ways])
 
@@ -115,7 +116,8 @@ class BestOfDrafter:
             if number != self.standing.leader and not self.standing.is_due(number):
                 return None
             drafts = way(walk.root, walk.candidates, walk.room)
-        return _leading((walk.reached[:, None] == drafts).all(-1).any(-1).tolist())
+        known = {state.tobytes() for state in drafts.numpy()}
+        return _leading(state.tobytes() in known for state in walk.reached.numpy())
 
 
 def fills_of(walk: Walk) -> list[FillSet]:
@@ -123,17 +125,19 @@ def fills_of(walk: Walk) -> list[FillSet]:
 
     A state has none if it changes more than the candidates can say.
     """
-    root, reached = walk.root.ids.numpy(), walk.reached.numpy()
-    positions = walk.candidates.positions.numpy()
-    at = reached[:, positions]
-    new = at != root[positions]
-    same = (at[:, :, None] == walk.candidates.tokens.numpy()) & new[:, :, None]
-    sizes = same.any(-1).sum(1)
-    said = (sizes == (reached != root).sum(1)) & (sizes <= walk.room)
+    reached, known = walk.reached.numpy(), walk.candidates
+    changed = reached != walk.root.ids.numpy()
+    at = known.positions.numpy()
+    same = reached[:, at, None] == known.tokens.numpy()
+    same &= changed[:, at, None]
+    pairs: list[list[tuple[int, int]]] = [[] for _ in reached]
+    for state, i, j in zip(*(axis.tolist() for axis in same.nonzero()), strict=True):
+        pairs[state].append((i, j))
     fills = []
-    for ranks in same[: _leading(said.tolist())]:
-        pairs = zip(*(axis.tolist() for axis in ranks.nonzero()), strict=True)
-        fills.append(frozenset(pairs))
+    for fill, size in zip(pairs, changed.sum(1).tolist(), strict=True):
+        if len(fill) != size or size > walk.room:
+            break
+        fills.append(frozenset(fill))
     return fills
 
 
