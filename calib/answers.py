@@ -9,15 +9,14 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from spiffy.calib.folder import MANIFEST, RecordFolder, parts_of
 from spiffy.calib.frames import AppendFile, Place, Scan, read_record, scan_records
-from spiffy.calib.pipeline import model_facts
 from spiffy.calib.prompts import PromptSet
-from spiffy.calib.workdir import weights_digest
+from spiffy.calib.workdir import run_facts
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
@@ -58,20 +57,11 @@ def answers_manifest(
 ) -> AnswersManifest:
     """What a run decodes with; `drafts` is the budget, None if there is none."""
     return AnswersManifest(
-        model=model_facts(model),
-        weights=weights_digest(model),
-        dtype=model.arithmetic,
-        decoding=settings,
-        edges=asdict(edges),
-        seed=seed,
+        **run_facts(model, prompts, settings, seed, edges),
         graph=None if graph is None else graph.digest(),
         drafts=drafts,
         stop=tuple(stop),
-        dataset=prompts.dataset,
-        dataset_sha256=prompts.sha256,
         prompts=len(prompts.texts),
-        raw=prompts.raw,
-        system=prompts.system,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,21 +43,34 @@ def manifest_of(
 ) -> Manifest:
     """What a run records with; `tasks` prompts of the set can be decoded."""
     return Manifest(
-        model=model_facts(model),
-        weights=weights_digest(model),
-        dtype=model.arithmetic,
-        decoding=settings,
-        edges=asdict(edges),
-        seed=seed,
+        **run_facts(model, prompts, settings, seed, edges),
         batch_size=batch_size,
-        dataset=prompts.dataset,
-        dataset_sha256=prompts.sha256,
         prompts=tasks,
         drawn=len(prompts.texts),
         prompt_digests=prompts.digests,
-        raw=prompts.raw,
-        system=prompts.system,
     )
+
+
+def run_facts(
+    model: DiffusionLM,
+    prompts: PromptSet,
+    settings: DecodingSettings,
+    seed: int,
+    edges: BlockEdges,
+) -> dict[str, Any]:
+    """The fields of `RunManifest`."""
+    return {
+        "model": model_facts(model),
+        "weights": weights_digest(model),
+        "dtype": model.arithmetic,
+        "decoding": settings,
+        "edges": asdict(edges),
+        "seed": seed,
+        "dataset": prompts.dataset,
+        "dataset_sha256": prompts.sha256,
+        "raw": prompts.raw,
+        "system": prompts.system,
+    }
 
 
 def weights_digest(model: DiffusionLM) -> str:

@@ -91,10 +91,13 @@ class _Shape:
     ) -> tuple[DiffusionLM, list[DraftGraph | None]]:
         """Model and graphs, grown if that is asked for."""
         from spiffy.bench.grow import grow, grow_graph
+        from spiffy.runtime.models.compiled import compile_transformer
 
         if self.shape is None:
             return model, [*graphs]
         large = grow(model, self.shape)
+        if model.compiled is not None:
+            compile_transformer(large)
         return large, [
             None if graph is None else grow_graph(graph, model, large, any_model)
             for graph in graphs

@@ -15,6 +15,7 @@ from spiffy.cli.calibration_tables import predict, shape_like, summarise
 from spiffy.cli.common import log, note_skipped, progress_bar, resumable, run_app
 from spiffy.cli.options import (
     Adapter,
+    Compile,
     Dataset,
     Decoding,
     Device,
@@ -74,6 +75,7 @@ class _Model:
     dtype: Dtype = "auto"
     adapter: Adapter = None
     quantize: Quantize = None
+    compile: Compile = False
     threads: Threads = "auto"
     device_map: Annotated[
         str | None,
@@ -100,6 +102,7 @@ class _Model:
             device_map=self.device_map,
             adapter=self.adapter,
             quantize=self.quantize,
+            compile=self.compile,
         )
 
 

@@ -93,6 +93,14 @@ Quantize = Annotated[
     str | None,
     model_option(help="int8: linear layers in 8 bits, the output head as it is (needs torchao)."),
 ]
+Compile = Annotated[
+    bool,
+    model_option(
+        "--compile",
+        help="Let torch compile the transformer: up to a minute the first time (needs a C++ "
+        "compiler, on a GPU Triton).",
+    ),
+]
 Threads = Annotated[
     str,
     model_option(
@@ -131,6 +139,7 @@ class ModelOfGraph:
     dtype: Dtype = "auto"
     adapter: Adapter = None
     quantize: Quantize = None
+    compile: Compile = False
     threads: Threads = "auto"
     any_model: Annotated[
         bool,
@@ -160,6 +169,7 @@ class ModelOfGraph:
             dtype=self.dtype,
             adapter=self.adapter,
             quantize=self.quantize,
+            compile=self.compile,
         )
         if self.model is not None:
             return load(self.model)

@@ -147,6 +147,7 @@ def serve(
         from spiffy.integrations.serve.engine import Engine
         from spiffy.integrations.serve.listen import address_of, bind
         from spiffy.integrations.serve.listen import serve as listen
+        from spiffy.integrations.serve.warm_up import warm_up
 
         edges = decoding.block_edges()
         sock = bind(serving.host, serving.port)  # before the minutes that loading may take
@@ -157,7 +158,9 @@ def serve(
             warn_of_differences(artifact, settings)
             note_if_inexact(settings)
         engine = Engine(lm, settings, artifact, drafts, edges=edges, limits=serving.limits())
-        server = build(engine, serving.access(), decoding.seed)
+    with log.status("warming up"):
+        warm_up(engine, _QUESTION)
+    server = build(engine, serving.access(), decoding.seed)
     address = address_of(sock)
     listen(server, sock, serving.sockets(), lambda: write(_greeting(engine.name, address, serving)))
 

@@ -17,6 +17,7 @@ from itertools import combinations
 import torch
 
 from spiffy.runtime import generate
+from spiffy.runtime.forward.question import reads_on_host
 from spiffy.runtime.models import DiffusionLM
 from spiffy.schemas import SpiffyError
 
@@ -57,18 +58,25 @@ def log_likelihood(
             f"positions of {model.name}"
         )
     chosen = _masked_sets(length, samples, f"{seed} {[*context]} {[*continuation]}")
-    ids = torch.tensor([*context, *continuation], device=model.device)
+    weights = torch.zeros(len(chosen), length, dtype=torch.float64)  # 0 where nothing is masked
+    for row, (positions, weight) in zip(weights, chosen, strict=True):
+        row[[*positions]] = weight
+    given, asked = torch.tensor([*context, *continuation], device=model.device).split(
+        [start, length]
+    )
+    masked = (weights > 0).to(model.device)
     total = 0.0
     with torch.inference_mode():
-        for at in range(0, len(chosen), batch_size):
-            rows = chosen[at : at + batch_size]
-            masked = ids.repeat(len(rows), 1)  # [rows, context + continuation]
-            for row, (positions, _) in zip(masked, rows, strict=True):
-                row[[start + k for k in positions]] = model.mask_token_id
-            logits = model.forward_logits(masked)[:, start:].double()
-            log_p = logits.log_softmax(-1).gather(-1, ids[start:].expand(len(rows), -1)[..., None])
-            for values, (positions, weight) in zip(log_p[..., 0], rows, strict=True):
-                total += weight * float(values[[*positions]].sum())
+        for places, of_each in zip(
+            masked.split(batch_size), weights.split(batch_size), strict=True
+        ):
+            whole = asked.expand_as(places)
+            rows = (given.expand(len(places), -1), whole.masked_fill(places, model.mask_token_id))
+            logits = model.forward_logits(torch.cat(rows, 1))[:, start:]
+            if reads_on_host(model):
+                logits, whole = logits.cpu(), whole.cpu()
+            log_p = logits.double().log_softmax(-1).gather(-1, whole[..., None])[..., 0].cpu()
+            total += float((log_p * of_each)[of_each > 0].sum())
     return total
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spiffy.runtime import decoding_settings, load_model
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Task, make_task
 from spiffy.runtime.draft import Drafter, graph_drafter
-from spiffy.runtime.generate import check_seed
+from spiffy.runtime.generate import Budget, check_seed
 from spiffy.runtime.models import DiffusionLM
 from spiffy.runtime.models.text import Prompt
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.hub import checkpoint_beside
-
-Budget = int | Literal["auto"]
 
 _LOADING = tuple(signature(load_model).parameters)[1:]  # without the name
 
@@ -33,6 +31,10 @@ class Loaded:
         File, folder or hub repository of a draft graph; None: decode plainly.
     budget
         Drafts per forward, or "auto".
+    seed
+        Decides the noise where the temperature is above 0.
+    any_model
+        Take a graph of another model of the family.
     options
         Options of `load_model`, and fields of `DecodingSettings`; what of these is not given is
         the graph's, else the family's.

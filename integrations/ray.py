@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from spiffy.calib.prompt_files import FIELDS, prompt_of
-from spiffy.integrations.loaded import Budget, Loaded
+from spiffy.integrations.loaded import Loaded
 from spiffy.runtime.decode import Task
-from spiffy.runtime.generate import Output, generate_batch
+from spiffy.runtime.generate import Budget, Output, generate_batch
 from spiffy.runtime.models.text import stop_strings
 from spiffy.schemas import SpiffyError
 
@@ -34,10 +34,8 @@ class Decoder:
 
     Parameters
     ----------
-    model
-        Alias, hub id or folder; None: the graph's.
-    graph
-        File, folder or hub repository of a draft graph; None: decode plainly.
+    model, graph, budget, seed, any_model, options
+        As for `Loaded`.
     field
         Column that holds the prompt, text or messages; None: whichever `spiffy-decode` takes.
     index
@@ -47,12 +45,8 @@ class Decoder:
         In front of the names of the columns added.
     batch_size
         Rows that share forwards; as some finish, others of the batch join.
-    raw, system, stop, budget, seed
+    raw, system, stop
         See `generate`.
-    any_model
-        Take a graph of another model of the family.
-    options
-        Options of `load_model`, and the decoding settings by their names.
 
     Raises
     ------

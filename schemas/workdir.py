@@ -34,9 +34,28 @@ class RunManifest(_Record):
     ----------
     unusual
         Fields that are written only where they are not as given here.
+    weights
+        Digest over a sample of the weights: the model's fingerprint does not cover them.
+    dataset_sha256
+        Digest of the prompt texts.
+    raw, system
+        How prompts were encoded, if not by themselves and with the chat template.
     """
 
     unusual: ClassVar[dict[str, object]] = {}
+
+    format: str  # these two come first: of another kind of folder, or version, nothing else is said
+    version: Literal[1] = 1
+    model: ModelFacts
+    weights: str
+    dtype: str
+    decoding: DecodingSettings
+    edges: dict[str, bool]
+    seed: int
+    dataset: str
+    dataset_sha256: str
+    raw: bool = False
+    system: str | None = None
 
     def content(self) -> dict[str, Any]:
         """What is written."""
@@ -64,34 +83,19 @@ class Manifest(RunManifest):
 
     Attributes
     ----------
-    weights
-        Digest over a sample of the weights: the model's fingerprint does not cover them.
-    dataset_sha256, prompts, drawn
-        Digest of the prompt texts, how many of them can be decoded, and how many there are.
+    prompts, drawn
+        How many prompts can be decoded, and how many there are.
     prompt_digests
         A short digest of every prompt, for the artifact's record.
-    raw, system
-        How prompts were encoded, if not by themselves and with the chat template.
     """
 
     unusual = {"raw": False, "system": None}  # as before there were such options
 
     format: Literal["spiffy.workdir"] = "spiffy.workdir"
-    version: Literal[1] = 1
-    model: ModelFacts
-    weights: str
-    dtype: str
-    decoding: DecodingSettings
-    edges: dict[str, bool]
-    seed: int
     batch_size: int = Field(ge=1)
-    dataset: str
-    dataset_sha256: str
     prompts: int = Field(ge=1)
     drawn: int = Field(ge=1)
     prompt_digests: tuple[str, ...]
-    raw: bool = False
-    system: str | None = None
 
 
 class AnswersManifest(RunManifest):
@@ -99,32 +103,19 @@ class AnswersManifest(RunManifest):
 
     Attributes
     ----------
-    weights
-        Digest over a sample of the weights.
     graph
         Digest of the draft graph, if there is one.
     drafts
         The budget; None: decoded plainly.
-    dataset_sha256, prompts
-        Digest of the prompt texts, and how many there are.
+    prompts
+        How many there are.
     """
 
     format: Literal["spiffy.answers"] = "spiffy.answers"
-    version: Literal[1] = 1
-    model: ModelFacts
-    weights: str
-    dtype: str
-    decoding: DecodingSettings
-    edges: dict[str, bool]
-    seed: int
     graph: str | None
     drafts: int | Literal["auto"] | None
     stop: tuple[str, ...]
-    dataset: str
-    dataset_sha256: str
     prompts: int = Field(ge=1)
-    raw: bool
-    system: str | None
 
 
 def _flat(manifest: RunManifest) -> dict[str, object]:

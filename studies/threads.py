@@ -27,15 +27,16 @@ from statistics import median
 from time import perf_counter
 import torch
 from spiffy.runtime import load_model
+from spiffy.runtime.models.attention import Group
 torch.set_num_threads(int(sys.argv[1]))
 model = load_model(sys.argv[2], device="cpu", dtype="float32")
 found = {}
 for n in map(int, sys.argv[3].split(",")):
-    ids = torch.arange(n)[None] % 900
+    ids = torch.arange(n) % 900
     times = []
     for _ in range(25):
         started = perf_counter()
-        model.hidden_states(ids, torch.arange(n)[None])
+        model.hidden_states(ids, torch.arange(n), [Group(1, n, whole=n)])
         times.append(1000 * (perf_counter() - started))
     found[n] = median(times[5:])
 print(json.dumps(found))

@@ -22,6 +22,7 @@ import torch
 from spiffy.calib.pipeline import record
 from spiffy.calib.record import Recorder
 from spiffy.integrations import custom_generate
+from spiffy.integrations.likelihood import log_likelihood
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.budget.cost import measure_cost
 from spiffy.runtime.decode import Advice, Task, driver, make_task, run
@@ -219,6 +220,12 @@ def generated(device: str) -> Outcome:
     return Outcome(sequences.cpu().tolist())
 
 
+def likelihood(device: str) -> Outcome:
+    """Of a continuation, from 5 of the sets that may be masked, 2 to a forward."""
+    found = log_likelihood(model("llada-a", device), PROMPT[:6], PROMPT[6:], 5, 2)
+    return Outcome(round(found, 6), forwards=3)
+
+
 def broken(device: str) -> Outcome:
     """What is said of a model that computes NaN."""
     lm = load_model(str(PARITY / "sdar-a"), device=device, dtype="float64")
@@ -239,6 +246,7 @@ def cases() -> Iterator[tuple[str, Callable[[str], Outcome]]]:
         for way in ways if layout in BATCHES else ():
             yield f"{layout}, batch: {way}", partial(decoded, name, way, SEQUENCES, options)
     yield "logits", partial(logits, "dream-a")
+    yield "likelihood: drawn", likelihood
     yield from (("recorded", recorded), ("measured", measured), ("advised", advised))
     yield from (("halved", halved), ("broken", broken), ("generated", generated))
     yield "no float64", without_float64

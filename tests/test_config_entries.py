@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from spiffy.runtime import ALIASES, load_model
-from spiffy.runtime.models.base import Family
+from spiffy.runtime.models import FAMILIES
+from spiffy.runtime.models.architecture import checked_architecture
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fields import check_entries, rope
-from spiffy.runtime.models.load import FAMILIES, checked_architecture
 from spiffy.schemas import SpiffyError
 
 REAL = [

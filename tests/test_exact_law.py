@@ -24,7 +24,8 @@ from spiffy.runtime.decode import Task, denoising_step
 from spiffy.runtime.decode.loop import noise_of
 from spiffy.runtime.draft import Candidates, Drafter, GraphDrafter
 from spiffy.runtime.forward.evaluation import Evaluation
-from spiffy.runtime.models.base import DiffusionLM, KeyValues
+from spiffy.runtime.models.attention import Group
+from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.reading import Reading
@@ -58,21 +59,13 @@ class TableModel(DiffusionLM):
         sequences = torch.cat((PROMPT.expand(len(block), 1), block), 1)
         self.table = self.forward_logits(sequences)
 
-    def hidden_states(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        mask: Tensor | None = None,
-        frozen: list[tuple[Tensor, Tensor]] | None = None,
-        keep: bool = False,
-        lengths: Sequence[int] | None = None,
-    ) -> tuple[Tensor, KeyValues | None]:
+    def hidden_states(self, ids: Tensor, positions: Tensor, groups: Sequence[Group]) -> Tensor:
         if not hasattr(self, "table"):
-            return super().hidden_states(ids, positions, mask, frozen, keep, lengths)
-        assert mask is None
-        assert frozen is None
+            return super().hidden_states(ids, positions, groups)
+        assert all(group.mask is None and group.kept is None for group in groups)
+        sequences = ids.view(-1, 1 + BLOCK)
         weights = torch.tensor([VOCAB**k for k in reversed(range(BLOCK))])
-        return self.table[(ids[:, 1:] * weights).sum(-1)], None
+        return self.table[(sequences[:, 1:] * weights).sum(-1)].flatten(0, 1)
 
     def head(self, hidden: Tensor) -> Tensor:
         return super().head(hidden) if not hasattr(self, "table") else hidden

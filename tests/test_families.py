@@ -28,11 +28,11 @@ from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import GraphDrafter
 from spiffy.runtime.forward.cache import BlockEdges
-from spiffy.runtime.models import load
-from spiffy.runtime.models.base import Family
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.illada import ILLADA
 from spiffy.runtime.models.llada2 import LLADA2
+from spiffy.runtime.models.weights import _in_parts
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import DecodingSettings, SpiffyError
 
@@ -184,7 +184,7 @@ def test_parts_of_a_stored_matrix_are_read_one_by_one() -> None:
             return torch.arange(24).view(8, 3)[index]
 
     split = {"qkv": {"q": 4, "k": 2, "v": 2}}
-    parts = load._in_parts("x", LLADA2, {"qkv": Stored(), "other": Stored()}, split)
+    parts = _in_parts("x", LLADA2, {"qkv": Stored(), "other": Stored()}, split)
     assert sorted(parts) == ["k", "other", "q", "v"]
     assert parts["k"].get_shape() == [2, 3]
     assert read == []

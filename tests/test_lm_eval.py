@@ -397,7 +397,8 @@ def test_results_that_cannot_be_saved_and_answers_that_are_not_verified_are_told
 def test_a_missing_harness_is_named_with_the_line_for_pip(
     evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "spiffy.integrations.lm_eval")
+    for module in ("lm_eval", "lm_eval.model"):
+        monkeypatch.delitem(sys.modules, f"spiffy.integrations.{module}")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     code, printed, log = evaluate("--model", "spiffy", "--tasks", "x")
     assert (code, printed) == (2, "")

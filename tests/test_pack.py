@@ -5,8 +5,6 @@ Models are in float64, so that 1e-9 separates "another order of summation" from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from helpers import parity_model, random_prompt
@@ -17,7 +15,8 @@ from torch import Tensor
 from spiffy.runtime.forward import cache as caches
 from spiffy.runtime.forward.cache import CACHES, BlockEdges, DualCache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
-from spiffy.runtime.models.base import DiffusionLM, KeyValues
+from spiffy.runtime.models.attention import KeyValues
+from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import DecodingSettings
 
@@ -30,67 +29,103 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def frozen_of(model: DiffusionLM, length: int, seed: int) -> KeyValues:
-    """Keys and values of a random sequence."""
-    ids = random_prompt(model, length, seed)
-    (output,) = forward(model, [Row(ids, torch.arange(length), keep=True)])
-    assert output.kept is not None
-    return output.kept
+def held_of(model: DiffusionLM, ids: Tensor) -> KeyValues:
+    """Keys and values of a sequence of which every position sees all others."""
+    kept, places = KeyValues(len(ids)), (range(len(ids)),)
+    forward(model, [Row(ids, torch.arange(len(ids)), None, kept, places, len(ids))])
+    return kept
 
 
-def assert_same(ours: RowOutput, alone: RowOutput) -> None:
-    assert apart(ours.hidden, alone.hidden) < TOLERANCE
-    assert (ours.kept is None) == (alone.kept is None)
-    if ours.kept is not None and alone.kept is not None:
-        for ours_layer, alone_layer in zip(ours.kept.layers, alone.kept.layers, strict=True):
-            for a, b in zip(ours_layer, alone_layer, strict=True):
-                assert apart(a, b) < TOLERANCE
+def behind(
+    model: DiffusionLM, ids: Tensor, past: int, mask: Tensor | None = None, seed: int = 0
+) -> Row:
+    """A row behind `past` random positions (0: on its own)."""
+    positions, end = torch.arange(len(ids)) + past, past + len(ids)
+    if not past:
+        return Row(ids, positions, mask)
+    kept = held_of(model, random_prompt(model, past, seed))
+    return Row(ids, positions, mask, kept, (range(past, end),), end)
+
+
+def layers_of(model: DiffusionLM) -> range:
+    return range(model.module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+
+
+def assert_same(
+    model: DiffusionLM, rows: tuple[Row, Row], outputs: tuple[RowOutput, RowOutput]
+) -> None:
+    """Hidden states, and what was put away."""
+    assert apart(outputs[0].hidden, outputs[1].hidden) < TOLERANCE
+    for layer in layers_of(model):
+        held = [row.kept.at(layer, range(row.keys)) for row in rows if row.kept is not None]
+        for a, b in zip(*held, strict=True) if held else ():
+            assert apart(a, b) < TOLERANCE
 
 
 @st.composite
-def rows(draw: st.DrawFn, model: DiffusionLM) -> list[Row]:
-    """Two to four rows of any lengths, some with frozen positions, masks, or kept K/V."""
+def pairs(draw: st.DrawFn, model: DiffusionLM) -> list[tuple[Row, Row]]:
+    """Two to five rows twice; of any lengths, some behind others, or with masks."""
     made = []
-    for number in range(draw(st.integers(2, 4))):
+    for number in range(draw(st.integers(2, 5))):
         length, past = draw(st.integers(1, 7)), draw(st.sampled_from([0, 0, 3, 8]))
         mask = None
         if draw(st.booleans()):
             generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
             mask = torch.rand(length, past + length, generator=generator) < 0.5
             mask[:, past:] |= torch.eye(length, dtype=torch.bool)
-        made.append(
-            Row(
-                random_prompt(model, length, number),
-                torch.arange(length) + past,
-                mask,
-                frozen_of(model, past, number) if past else None,
-                draw(st.booleans()),
-            )
-        )
+        ids = random_prompt(model, length, number)
+        twice = (behind(model, ids, past, mask, number) for _ in range(2))
+        made.append((next(twice), next(twice)))
     return made
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_rows_batched_together_equal_each_row_alone(checkpoint: str) -> None:
+def test_rows_that_share_a_forward_equal_each_row_alone(checkpoint: str) -> None:
     model = parity_model(checkpoint, "float64")
 
     @settings(max_examples=40)
-    @given(batch=rows(model))
-    def check(batch: list[Row]) -> None:
-        for row, together in zip(batch, forward(model, batch), strict=True):
-            assert_same(together, forward(model, [row])[0])
+    @given(batch=pairs(model))
+    def check(batch: list[tuple[Row, Row]]) -> None:
+        together = forward(model, [row for row, _ in batch])
+        for pair, ours in zip(batch, together, strict=True):
+            assert_same(model, pair, (ours, forward(model, [pair[1]])[0]))
 
     check()
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_rows_of_equal_length_attend_apart(checkpoint: str) -> None:
+    """They are computed by one call of the kernel, as states without a cache are."""
+    model = parity_model(checkpoint, "float64")
+    batch = [behind(model, random_prompt(model, 5, seed), 0) for seed in (1, 2, 3)]
+    for row, ours in zip(batch, forward(model, batch), strict=True):
+        assert apart(ours.hidden, forward(model, [row])[0].hidden) < TOLERANCE
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_a_row_without_mask_attends_to_everything(checkpoint: str) -> None:
     model = parity_model(checkpoint, "float64")
-    frozen, ids = frozen_of(model, 5, 0), random_prompt(model, 4, 1)
-    positions = torch.arange(5, 9)
-    everything = torch.ones(4, 9, dtype=torch.bool)
-    without = forward(model, [Row(ids, positions, None, frozen)])[0]
-    assert_same(without, forward(model, [Row(ids, positions, everything, frozen)])[0])
+    ids, everything = random_prompt(model, 4, 1), torch.ones(4, 9, dtype=torch.bool)
+    rows = behind(model, ids, 5), behind(model, ids, 5, everything)
+    assert_same(model, rows, (forward(model, [rows[0]])[0], forward(model, [rows[1]])[0]))
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_keys_and_values_stay_when_room_behind_them_grows(checkpoint: str) -> None:
+    model = parity_model(checkpoint, "float64")
+    kept = held_of(model, random_prompt(model, 6))
+    before = [kept.at(layer, range(6)) for layer in layers_of(model)]
+    ids = random_prompt(model, 9, 1)
+    forward(model, [Row(ids, torch.arange(9), None, kept, (range(6, 15),), 15)])
+    for layer, pair in zip(layers_of(model), before, strict=True):
+        for a, b in zip(kept.at(layer, range(6)), pair, strict=True):
+            assert torch.equal(a, b)
+    moved = [kept.at(layer, range(9, 12)) for layer in layers_of(model)]
+    moved = [(key.clone(), value.clone()) for key, value in moved]
+    kept.move(range(9, 12), 2)
+    for layer, pair in zip(layers_of(model), moved, strict=True):
+        for a, b in zip(kept.at(layer, range(2, 5)), pair, strict=True):
+            assert torch.equal(a, b)
 
 
 def drafts_of(model: DiffusionLM, cursor: Cursor, span: range, count: int) -> Tensor:
@@ -161,7 +196,7 @@ def test_packed_drafts_equal_drafts_evaluated_alone(checkpoint: str, cache_name:
 @pytest.mark.parametrize("checkpoint", ["llada-a", "dream-a"])
 def test_dual_cache_freezes_what_the_blocks_first_forward_saw(checkpoint: str) -> None:
     """Against the definition: K/V of the whole sequence at the start of the block, minus the
-    block, then the block's tokens at their own positions behind it."""
+    block, then the block's tokens at their own positions."""
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=5)
     cache = DualCache(model, canvas, BlockEdges())
@@ -169,11 +204,13 @@ def test_dual_cache_freezes_what_the_blocks_first_forward_saw(checkpoint: str) -
     root = block_begun(cursor, canvas)
     ours, _ = evaluate(model, cache, root, root.ids[None])
 
-    everything = torch.arange(canvas.length)
-    (whole,) = forward(model, [Row(cursor.ids, everything, keep=True)])
-    assert whole.kept is not None
-    span = canvas.span(1)
-    row = Row(root.ids[span.start : span.stop], torch.tensor(span), None, whole.kept.without(span))
+    span, length = canvas.span(1), canvas.length
+    sees = torch.ones(len(span), length + len(span), dtype=torch.bool)
+    sees[:, span.start : span.stop] = False
+    block = root.ids[span.start : span.stop]
+    places = (range(length, length + len(span)),)
+    held = held_of(model, cursor.ids)
+    row = Row(block, torch.tensor(span), sees, held, places, length + len(span))
     assert apart(ours.windows[0].hidden, forward(model, [row])[0].hidden) < TOLERANCE
 
 
@@ -193,13 +230,12 @@ def test_what_a_prefix_cache_says_of_root_and_drafts(
     root, span = block_begun(cursor, canvas), canvas.span(1)
     ours, _ = evaluate(model, cache, root, states := drafts_of(model, root, span, 4))
 
-    (whole,) = forward(model, [Row(cursor.ids, torch.arange(canvas.length), keep=True)])
-    assert whole.kept is not None
-    prefix = whole.kept.narrow(range(span.start))
-    anew = torch.arange(span.start, canvas.length)
+    anew = range(span.start, canvas.length)
+    held = held_of(model, cursor.ids)
     error = []
     for window, ids in zip(ours.windows, states, strict=True):
-        (alone,) = forward(model, [Row(ids[span.start :], anew, None, prefix)])
+        row = Row(ids[anew.start :], torch.tensor(anew), None, held, (anew,), anew.stop)
+        (alone,) = forward(model, [row])
         assert window.start == span.start
         error.append(apart(model.head(window.hidden), model.head(alone.hidden[: len(span)])))
     assert [value < 1e-5 for value in error] == exact  # logits are float32
@@ -272,33 +308,27 @@ def test_forwards_stay_bounded_whatever_a_graph_holds(
     assert caches.most_drafts(settings, Canvas.plan(9, 12, 4, block_causal=False)) == most
 
 
-def brute_force_mask(lengths: Sequence[int], sees: Sequence[Sequence[int]], past: int) -> Tensor:
-    owner = [k for k, length in enumerate(lengths) for _ in range(length)]
-    return torch.tensor(
-        [[True] * past + [other in sees[mine] for other in owner] for mine in owner]
-    )
-
-
 def test_pack_lets_segments_see_exactly_what_they_list() -> None:
+    """Behind five places, of which the first segment takes two anew; worked out by hand."""
     model = parity_model("llada-a", "float64")
     segments = [
-        Segment(random_prompt(model, length, start), start)
-        for length, start in ((3, 10), (3, 10), (2, 13))
+        Segment(random_prompt(model, length, start), start, place)
+        for length, start, place in ((2, 3, 3), (2, 3, 7), (2, 5, 5))
     ]
-    sees = [[0, 2], [1], [2, 0]]
-    row = pack(segments, sees, frozen_of(model, 5, 0))
-    assert row.positions.tolist() == [10, 11, 12, 10, 11, 12, 13, 14]
+    kept = held_of(model, random_prompt(model, 5))
+    row = pack(segments, [[0, 2], [1], [2, 0]], kept, 5)
+    assert row.positions.tolist() == [3, 4, 3, 4, 5, 6]
     assert row.ids.tolist() == [t for segment in segments for t in segment.ids.tolist()]
+    assert row.places == (range(3, 5), range(7, 9), range(5, 7))
+    assert row.keys == 9
     assert row.mask is not None
-    assert torch.equal(row.mask, brute_force_mask([3, 3, 2], sees, 5))
+    first, second = [1, 1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 1, 1]
+    assert row.mask.int().tolist() == [first, first, second, second, first, first]
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_single_segment_attends_to_everything(frozen: bool) -> None:
+def test_segments_that_see_all_need_no_mask() -> None:
     model = parity_model("llada-a", "float64")
-    past = frozen_of(model, 5, 0) if frozen else None
-    segment = Segment(random_prompt(model, 4), 5)
-    row = pack([segment], [[0]], past)
-    everything = torch.ones(4, 4 + row.past, dtype=torch.bool)
-    explicit = Row(row.ids, row.positions, everything, past)
-    assert_same(forward(model, [row])[0], forward(model, [explicit])[0])
+    ids = random_prompt(model, 4)
+    row = pack([Segment(ids[:2], 5, 5), Segment(ids[2:], 7, 7)], [[0, 1], [0, 1]], KeyValues(9), 5)
+    assert row.mask is None
+    assert (row.places, row.keys) == ((range(5, 9),), 9)

@@ -17,8 +17,8 @@ import torch
 from helpers import PARITY
 from safetensors import safe_open
 
-from spiffy.runtime.models.base import Family
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fast_dllm import FAST_DLLM
 from spiffy.runtime.models.fields import check_entries
 from spiffy.runtime.models.illada import ILLADA

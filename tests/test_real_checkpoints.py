@@ -19,8 +19,8 @@ from helpers import PARITY
 from safetensors.torch import load_file
 
 from spiffy.runtime import ALIASES
-from spiffy.runtime.models.base import Family
 from spiffy.runtime.models.dream import DREAM
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.sdar import SDAR
 

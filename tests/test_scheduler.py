@@ -93,11 +93,15 @@ def test_a_decode_that_fails_ends_alone(cache: Any, monkeypatch: pytest.MonkeyPa
     hidden_states = model.hidden_states
 
     def overflowing(*args: Any) -> Any:
-        hidden, kept = hidden_states(*args)
+        hidden = hidden_states(*args)
         if poisoned.stats.nfe == 2:
-            hidden = hidden.clone()
-            hidden[scheduler.running.index(poisoned)] = torch.nan
-        return hidden, kept
+            rows = [sum(len(row.ids) for row in rows) for _, _, rows in scheduler._running]
+            parts = list(torch.split(hidden, rows))
+            parts[scheduler.running.index(poisoned)] = torch.full_like(
+                parts[scheduler.running.index(poisoned)], torch.nan
+            )
+            hidden = torch.cat(parts)
+        return hidden
 
     monkeypatch.setattr(model, "hidden_states", overflowing)
     scheduler = Scheduler(model, batch_size=3)

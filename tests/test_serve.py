@@ -27,7 +27,7 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.cli import serve as command
 from spiffy.integrations.serve import app as serving
-from spiffy.integrations.serve import listen
+from spiffy.integrations.serve import listen, warm_up
 from spiffy.integrations.serve.app import Access, build
 from spiffy.integrations.serve.engine import (
     BusyError,
@@ -41,7 +41,8 @@ from spiffy.integrations.serve.engine import (
 )
 from spiffy.integrations.serve.listen import BoundedProtocol, Server, Sockets, address_of, bind
 from spiffy.runtime import ALIASES, DiffusionLM, decoding_settings, generate, load_model
-from spiffy.runtime.decode import make_task
+from spiffy.runtime.budget.auto import AutoBudget
+from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.generate import Output
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
@@ -246,6 +247,69 @@ def test_answers_are_compared_with_plain_decoding_when_idle() -> None:
         wait_until(lambda: verified.labels("different")._value.get() == 1)
         wait_until(lambda: verified.labels("same")._value.get() == 3)
         assert verified.labels("failed")._value.get() == 0
+
+
+# ---------------------------------------------------------------- before the first request
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[DraftGraph]:
+    """Graphs whose costs a warm-up measured; it takes little time."""
+    found: list[DraftGraph] = []
+    monkeypatch.setattr(warm_up, "auto_profile", lambda _, graph: found.append(graph))
+    for name in ("_PLAIN_SECONDS", "_DRAFTING_SECONDS"):
+        monkeypatch.setattr(warm_up, name, 0.05)
+    return found
+
+
+def test_a_warm_up_decodes_plainly_and_learns_what_drafts_cost(
+    measured: list[DraftGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model(), settings(), graph().model_copy())
+    ways: list[bool] = []
+
+    def noting(lm: DiffusionLM, tasks: list[Task]) -> Iterator[list[Task]]:
+        ways.append(tasks[0].adviser is not None)
+        return run(lm, tasks)
+
+    monkeypatch.setattr(warm_up, "run", noting)
+    warm_up.warm_up(engine, QUESTION)
+    assert ways[:2] == [False, True]
+    assert all(ways[1:])
+    assert measured == [engine.graph]
+    adviser = engine.task(QUESTION).adviser
+    assert isinstance(adviser, AutoBudget)  # of the answers to come
+    assert adviser.shared.used.total() > 1
+    assert engine.metrics.registry.get_sample_value("spiffy_forwards_total") == 0
+    engine.start()
+    assert submit(engine)[1]().ids == plainly().token_ids
+    engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "slow"),
+    [({"graph": None}, False), ({"budget": 4}, False), ({}, True)],
+    ids=["plain", "fixed", "slow"],
+)
+def test_costs_are_measured_only_for_auto_and_where_it_is_quick(
+    measured: list[DraftGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    slow: bool,
+) -> None:
+    if slow:
+        monkeypatch.setattr(warm_up, "_MEASURABLE_SECONDS", 0.0)
+    warm_up.warm_up(Engine(model(), settings(), **{"graph": graph(), **options}), QUESTION)
+    assert not measured
+
+
+def test_a_prompt_that_cannot_be_decoded_is_no_reason_not_to_serve(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    warm_up.warm_up(Engine(model(), settings()), "")
+    assert [record.message for record in caplog.records] == [
+        "warming up: the prompt is empty: give it at least one word"
+    ]
 
 
 # ---------------------------------------------------------------- over HTTP
@@ -672,6 +736,12 @@ def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.Mo
     printed: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(command, "write", printed.put)
     monkeypatch.setenv("SPIFFY_API_KEY", "sesame")
+    warmed: list[tuple[str, int]] = []
+
+    def warming(engine: Engine, prompt: str) -> None:
+        warmed.append((prompt, printed.qsize()))
+
+    monkeypatch.setattr(warm_up, "warm_up", warming)
     seen: list[Any] = []
 
     def ask() -> None:
@@ -698,6 +768,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.Mo
     code = call(*options, "--dtype", "float32", "--threads", "1")
     asking.join(SECONDS)
     assert code == 0
+    assert warmed == [(QUESTION, 0)]  # before the address was printed
     assert "".join(chunk.choices[0].delta.content or "" for chunk in seen) == plainly().text
     assert seen[-1].choices[0].finish_reason == "stop"
 

@@ -416,7 +416,16 @@ def test_attention_that_was_refused_is_refused_again() -> None:
     [
         ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, "no row"),
         ({"attention_mask": torch.tensor([[0, 2, 2, 2, 2]])}, "other values than 0 and 1"),
-        ({"position_ids": torch.arange(5)[None, None]}, "position_ids"),
+        (
+            {"attention_mask": torch.ones(1, 4)},
+            "of shape [1, 4] does not fit input_ids of shape [1",
+        ),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "attention_mask of shape [1, 4]"),
+        (
+            {"attention_mask": torch.ones(2, 5)},
+            "of shape [2, 5] does not fit input_ids of shape [1",
+        ),
+        ({"position_ids": torch.arange(5)[None, None]}, "position_ids of shape [1, 1, 5]"),
         ({"graph": "llada.json"}, "graph of type str: give a DraftGraph"),
         ({"decoding": "threshold"}, "decoding='threshold': give settings by their names"),
         ({"decoding": {1: 2}}, "decoding={1: 2}"),

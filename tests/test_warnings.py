@@ -9,7 +9,7 @@ import torch
 from helpers import PARITY
 
 from spiffy.runtime import load_model
-from spiffy.runtime.models.base import KeyValues
+from spiffy.runtime.models.attention import Group, KeyValues
 
 
 @pytest.mark.parametrize("category", [UserWarning, FutureWarning, DeprecationWarning])
@@ -21,15 +21,14 @@ def test_a_warning_at_a_line_of_ours_is_an_error_in_this_suite(category: type[Wa
 
 
 @pytest.mark.parametrize("checkpoint", ["llada-a", "dream-a", "sdar-a"])
-def test_forwards_use_no_deprecated_argument(checkpoint: str) -> None:
-    """The cache's name differs between versions of transformers; under the wrong one it is lost."""
+def test_forwards_use_nothing_deprecated(checkpoint: str) -> None:
     model = load_model(str(PARITY / checkpoint), device="cpu")
-    ids, positions = torch.arange(6)[None], torch.arange(6)[None]
+    ids = positions = torch.arange(6)
+    kept = KeyValues(6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, kept = model.hidden_states(ids[:, :4], positions[:, :4], keep=True)
-        assert isinstance(kept, KeyValues)
-        assert kept.length == 4
-        behind, _ = model.hidden_states(ids[:, 4:], positions[:, 4:], frozen=kept.layers)
-        alone, _ = model.hidden_states(ids[:, 4:], positions[:, 4:])
-    assert not torch.equal(behind, alone)
+        model.hidden_states(ids[:4], positions[:4], [Group(1, 4, None, kept, (range(4),), 4)])
+        behind = Group(1, 2, None, kept, (range(4, 6),), 6)
+        late = model.hidden_states(ids[4:], positions[4:], [behind])
+        alone = model.hidden_states(ids[4:], positions[4:], [Group(1, 2)])
+    assert not torch.equal(late, alone)

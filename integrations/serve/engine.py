@@ -211,6 +211,7 @@ class Engine:
         self.name = Path(model.name).name if Path(model.name).is_dir() else model.name
         self.metrics = Metrics() if metrics is None else metrics
         self.max_length = model.max_length or _LONGEST
+        self.is_auto = graph is not None and budget == "auto"
         self._drafter: Drafter | None = None
         if graph is not None and budget != "auto":
             self._drafter = graph_drafter(model, graph, settings, budget)

@@ -66,14 +66,15 @@ def on_device(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     ]
 
 
-def numbered(rows: Sequence[Asked | None], width: int) -> tuple[Tensor, Tensor]:
-    """Positions (int64 [K]) and pairs (int64 [2, T]) of a batch of rows, counted over all of it."""
-    at, pairs, before = [], [], 0
-    for k, asked in enumerate(rows):
+def numbered(rows: Sequence[Asked | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Positions (int64 [K]) and pairs (int64 [2, T]) of rows of some sizes, counted over all."""
+    at, pairs, before, first = [], [], 0, 0
+    for asked, size in zip(rows, sizes, strict=True):
         if asked is not None:
-            at.append(k * width + asked.at)
+            at.append(first + asked.at)
             pairs.append(before + asked.pairs)
             before += len(asked.at)
+        first += size
     return (torch.cat(at), torch.cat(pairs, 1)) if at else (_NOTHING, _NOTHING)
 
 
@@ -85,7 +86,7 @@ def read(
     Parameters
     ----------
     hidden
-        [batch * query, hidden].
+        [query, hidden].
     at, pairs
         As `numbered` gives them, on the device.
     """

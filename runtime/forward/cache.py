@@ -17,7 +17,8 @@ from torch import Tensor
 from spiffy.runtime.forward.evaluation import Evaluation, Window
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, pack
 from spiffy.runtime.forward.question import Place, Reader
-from spiffy.runtime.models.base import DiffusionLM, KeyValues
+from spiffy.runtime.models.attention import KeyValues
+from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import CacheName, DecodingSettings
 
@@ -54,8 +55,8 @@ def _evaluated(
     states: Tensor,
     rows: list[Row],
     places: Sequence[Place],
-) -> Generator[list[Row], list[RowOutput], tuple[Evaluation, RowOutput]]:
-    """Run the forward that holds the states; returns the output of its first row too."""
+) -> Forwards:
+    """Run the forward that holds the states."""
     question = None
     if reader is not None and reader.ahead:
         question = reader.question(cursor, states, places)
@@ -66,7 +67,7 @@ def _evaluated(
         for row, first, start, length in places
     ]
     answers = None if question is None else question.answered(outputs)
-    return Evaluation(model, windows, reader, answers), outputs[0]
+    return Evaluation(model, windows, reader, answers)
 
 
 class Cache(Protocol):
@@ -120,7 +121,7 @@ class NoCache:
         positions = torch.arange(length)
         rows = [Row(ids, positions) for ids in states]
         places = [Place(k, 0, 0, length) for k in range(len(rows))]
-        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))[0]
+        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing."""
@@ -131,7 +132,8 @@ class DualCache:
 
     A block starts with a full forward of the root, which also makes a denoising step; its keys and
     values outside the block are the block's cache. Then the root's block and the drafts' blocks are
-    packed side by side: each attends to the frozen positions and to itself.
+    packed side by side: each attends to the frozen positions and to itself. The root's keys and
+    values go to the block's places, those of drafts behind the sequence.
 
     No draft crosses a block's edge: the next block's cache takes a full forward.
     """
@@ -145,7 +147,7 @@ class DualCache:
         self.canvas = canvas
         self.reader = reader
         self.block = -1
-        self.frozen: KeyValues | None = None
+        self.kept = KeyValues(canvas.length)
 
     def first_only(self, cursor: Cursor) -> bool:
         """Whether a shifted family begins a block (Fast-dLLM).
@@ -163,14 +165,17 @@ class DualCache:
         """See `Cache`."""
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
-        span = self.canvas.span(cursor.block)
+        span, length = self.canvas.span(cursor.block), self.canvas.length
         anew = self._anew(span)
-        own = [Segment(ids, anew.start) for ids in states[:, anew.start : anew.stop]]
-        rows = [pack(own, [[k] for k in range(len(own))], self.frozen)]
+        own = [
+            Segment(ids, anew.start, length + (k - 1) * len(anew) if k else anew.start)
+            for k, ids in enumerate(states[:, anew.start : anew.stop])
+        ]
+        rows = [pack(own, [[k] for k in range(len(own))], self.kept, length)]
         # They end with the block: what lies behind it rests on this block's cache, and the next
         # block has another.
         places = [Place(0, k * len(anew), span.start, len(span)) for k in range(len(own))]
-        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))[0]
+        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing: the block's cache does not change until the next block."""
@@ -181,14 +186,12 @@ class DualCache:
 
     def _refresh(self, cursor: Cursor) -> Forwards:
         length = self.canvas.length
-        rows = [Row(cursor.ids, torch.arange(length), keep=True)]
-        evaluation, output = yield from _evaluated(
+        everything = (range(length),)
+        rows = [Row(cursor.ids, torch.arange(length), None, self.kept, everything, length)]
+        evaluation = yield from _evaluated(
             self.model, self.reader, cursor, cursor.ids[None], rows, [Place(0, 0, 0, length)]
         )
-        assert output.kept is not None  # asked for above
         self.block = cursor.block
-        anew = self._anew(self.canvas.span(cursor.block))
-        self.frozen = output.kept.without(anew) if len(anew) < length else None
         return evaluation
 
 
@@ -215,14 +218,17 @@ class PrefixSharedCache(PrefixCache):
         """See `Cache`."""
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
-        span = self.canvas.span(cursor.block)
-        blocks = [Segment(ids, span.start) for ids in states[:, span.start : span.stop]]
-        suffix = Segment(cursor.ids[span.stop :], span.stop)
+        span, length = self.canvas.span(cursor.block), self.canvas.length
+        blocks = [
+            Segment(ids, span.start, length + (k - 1) * len(span) if k else span.start)
+            for k, ids in enumerate(states[:, span.start : span.stop])
+        ]
+        suffix = Segment(cursor.ids[span.stop :], span.stop, span.stop)
         last = len(blocks)
         sees = [[k, last] for k in range(last)] + [[0, last]]
-        rows = [pack([*blocks, suffix], sees, self.frozen)]
+        rows = [pack([*blocks, suffix], sees, self.kept, length)]
         places = [Place(0, k * len(span), span.start, len(span)) for k in range(last)]
-        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))[0]
+        return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
 
 class BlockCache:
@@ -244,10 +250,9 @@ class BlockCache:
         self.reader = reader
         self.crosses = edges.complete
         self.fold = edges.fold
-        self.frozen: KeyValues | None = None
-        self.stored = 0  # positions that `frozen` covers
-        self.kept: KeyValues | None = None  # of the last forward's segments
-        self.completed: dict[int, range] = {}  # state -> where `kept` holds the block it completes
+        self.kept = KeyValues(canvas.length)
+        self.stored = 0  # positions whose keys and values stay
+        self.completed: dict[int, range] = {}  # state -> places of the block that it completes
         self.block = 0  # of the last forward's root
 
     def first_only(self, cursor: Cursor) -> bool:
@@ -265,19 +270,19 @@ class BlockCache:
         waiting = self._waiting(cursor)
         self.block, self.completed = cursor.block, {}
         if self.first_only(cursor):
-            rows = [pack(waiting, _causal(len(waiting)), self.frozen, keep=True)]
+            rows = [self._packed(waiting, _causal(len(waiting)))]
             places = [Place(0, 0, waiting[0].start, len(rows[0].ids))]
-            evaluation, output = yield from _evaluated(
+            evaluation = yield from _evaluated(
                 self.model, self.reader, cursor, cursor.ids[None], rows, places
             )
-            self._store(output.kept, range(len(output.hidden)))
+            self.stored = span.start
             return evaluation
         if not self.fold:
             prompt = sum(block.start < self.canvas.first for block in waiting)
             for blocks in (waiting[:prompt], *([b] for b in waiting[prompt:])):
                 if blocks:
-                    (output,) = yield [pack(blocks, _causal(len(blocks)), self.frozen, keep=True)]
-                    self._store(output.kept, range(len(output.hidden)))
+                    yield [self._packed(blocks, _causal(len(blocks)))]
+                    self.stored += sum(len(block.ids) for block in blocks)
             waiting = []
 
         segments, sees = list(waiting), _causal(len(waiting))
@@ -285,51 +290,45 @@ class BlockCache:
         of_states = states[:, span.start : span.stop]
         complete = (of_states != self.model.mask_token_id).all(-1).tolist()
         follows = drafting and self.crosses and cursor.block + 1 < self.canvas.blocks
-        start = sum(len(segment.ids) for segment in segments)
+        first = sum(len(segment.ids) for segment in segments)
+        place = span.start  # the root's block lies where it belongs, and what follows behind it
         runs: list[range] = []  # where each state's positions lie in the row
         for state, block in enumerate(of_states.unbind()):
-            segments.append(Segment(block, span.start))
+            segments.append(Segment(block, span.start, place))
             sees.append([*before, len(sees)])
-            stop = start + len(span)
+            length = len(span)
             if complete[state] and follows:
-                self.completed[state] = range(start, stop)
+                self.completed[state] = range(place, place + length)
                 if not self.model.family.begins_blocks_alone:
                     following = self.canvas.span(cursor.block + 1)
                     ids = states[state, following.start : following.stop]
-                    segments.append(Segment(ids, following.start))
+                    segments.append(Segment(ids, following.start, place + length))
                     sees.append([*before, len(sees) - 1, len(sees)])
-                    stop += len(following)
-            runs.append(range(start, stop))
-            start = stop
+                    length += len(following)
+            runs.append(range(first, first + length))
+            first, place = first + length, place + length
 
-        keep = bool(waiting or self.completed)
-        rows = [pack(segments, sees, self.frozen, keep)]
         places = [Place(0, run.start, span.start, len(run)) for run in runs]
-        evaluation, output = yield from _evaluated(
-            self.model, self.reader, cursor, states, rows, places
-        )
-        self.kept = output.kept
-        if waiting:
-            self._store(output.kept, range(sum(len(block.ids) for block in waiting)))
+        rows = [self._packed(segments, sees)]
+        evaluation = yield from _evaluated(self.model, self.reader, cursor, states, rows, places)
+        self.stored = span.start
         return evaluation
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Store the block that the state completes, if the walk stepped on from behind it."""
         if state in self.completed and cursor.block > self.block:
-            self._store(self.kept, self.completed[state])
-        self.kept = None
+            if state:  # the root's is in its place
+                self.kept.move(self.completed[state], self.stored)
+            self.stored += len(self.completed[state])
         self.completed = {}
 
     def _waiting(self, cursor: Cursor) -> list[Segment]:
         """Blocks before the cursor's that are not stored yet."""
         blocks = self.canvas.attention_blocks(self.stored, self.canvas.span(cursor.block).start)
-        return [Segment(cursor.ids[block.start : block.stop], block.start) for block in blocks]
+        return [Segment(cursor.ids[b.start : b.stop], b.start, b.start) for b in blocks]
 
-    def _store(self, kept: KeyValues | None, positions: range) -> None:
-        assert kept is not None  # the row asked for them
-        ours = kept.narrow(positions)
-        self.frozen = ours if self.frozen is None else self.frozen.append(ours)
-        self.stored += len(positions)
+    def _packed(self, segments: Sequence[Segment], sees: Sequence[Sequence[int]]) -> Row:
+        return pack(segments, sees, self.kept, self.stored)
 
 
 def _causal(blocks: int) -> list[list[int]]:

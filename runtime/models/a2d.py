@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fields import (
     BLOCK_SIZES,
     QK_NORM,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spiffy.runtime.models.base import Family
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.source import Source, read_json
 from spiffy.schemas import SpiffyError
 

@@ -1,34 +1,26 @@
-"""What a model family is: a handful of facts, and a wrapper that runs its forward."""
+"""A model of any family, and its forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
 
+from spiffy.runtime.models.attention import Group, arranged, attention_of
 from spiffy.runtime.models.block_size import is_published, stated_block_size
-from spiffy.runtime.models.fields import Entries
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.rotary import install, reach, whole_lengths
 from spiffy.runtime.models.stored import stored_tensors
 from spiffy.runtime.models.text import Prompt, TextCodec, given_ids, is_text
-from spiffy.schemas import CacheName, SpiffyError
+from spiffy.schemas import SpiffyError
 from spiffy.schemas.notes import note
 
 _DEAR = 1 << 24  # parameters of an output head
-
-Architecture = tuple[type[PreTrainedModel], PreTrainedConfig]
-
-# transformers 5.24 renamed it, for all of its models.
-_CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
-
 
 # Packages whose layers compute what a family's module does in the usual way.
 _OWN = frozenset({"torch", "transformers", "spiffy"})
@@ -36,160 +28,6 @@ _OWN = frozenset({"torch", "transformers", "spiffy"})
 
 def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
-
-
-def _none(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a family without such parameters; a function by name, so that families can be pickled."""
-    return {}
-
-
-@dataclass(frozen=True)
-class Family:
-    """The facts that tell one family of diffusion LMs from another.
-
-    Attributes
-    ----------
-    name
-        Short name, used in artifacts.
-    model_types
-        `model_type` values of `config.json` that belong to the family.
-    architectures
-        Names in `architectures` of `config.json`, where the model type alone does not tell.
-    named
-        What a checkpoint's name has to contain where no field of `config.json` tells (A2D).
-    computed_by
-        Model types of the transformers modules that compute the family, which `wrap` takes.
-    architecture
-        From the checkpoint's `config.json` content to transformers' module class and its config;
-        the module has `.model` (ids to hidden states) and `.lm_head`.
-    key_mapping
-        Regular expressions from the checkpoint's parameter names to the module's.
-    logit_shift
-        1 if raw row k speaks of token k + 1 (Dream), else 0.
-    block_causal
-        Attention is bidirectional inside a block and causal across blocks (SDAR), instead of
-        bidirectional everywhere.
-    block_size
-        Positions of a block where the checkpoint does not say.
-    blocks_end_with_prompt
-        The prompt's last block ends where the prompt does and its first one is shorter (bd3lm),
-        instead of blocks that count from position 0, where the prompt's tail opens the first
-        decoded block (SDAR). Only block-causal families.
-    cuts_last_block
-        The last block ends with `gen_length` (Stable-DiffCoder, bd3lm), instead of being decoded
-        whole (SDAR). Only block-causal families.
-    splits_masks
-        `steps_per_block` splits the masks that a block starts with (Stable-DiffCoder, bd3lm),
-        instead of `block_length` (SDAR). Both are the same but in the first and the last block.
-    begins_blocks_alone
-        A block's first token is committed alone, by the forward that stores the blocks before it,
-        whose last position speaks of it (Fast-dLLM v2). Only shifted block-causal families.
-    sub_block_length
-        Positions of a block that are finished before the next ones of it are begun, unless asked
-        otherwise (Fast-dLLM v2); None: all of them together.
-    threshold_strict
-        Threshold unmasking commits confidences > tau (SDAR, LLaDA2) instead of >= tau (others).
-    caches
-        Cache kinds that the family can decode with; the first is the default.
-    merged
-        From `config.json` content to the names and shapes of stored parameters of which several
-        make one of the module's (experts); by default there are none.
-    split
-        From `config.json` content to the names of stored parameters that hold several of the
-        module's, one below the other: for each, the module's names and their rows; by default there
-        are none.
-    mask_token_id
-        Published id of the mask token, for checkpoints where neither config nor tokenizer has it.
-    entries
-        What becomes of the entries of `config.json`; others are refused.
-    block_size_varies
-        Checkpoints come in several block sizes, so one that states none has none (SDAR).
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    computed_by: tuple[str, ...]
-    architecture: Callable[[Mapping[str, Any]], Architecture]
-    key_mapping: Mapping[str, str]
-    logit_shift: Literal[0, 1]
-    block_causal: bool
-    threshold_strict: bool
-    caches: tuple[CacheName, ...]
-    merged: Callable[[Mapping[str, Any]], Mapping[str, list[int]]] = _none
-    split: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, int]]] = _none
-    architectures: tuple[str, ...] = ()
-    named: str = ""
-    block_size: int = 32
-    blocks_end_with_prompt: bool = False
-    cuts_last_block: bool = False
-    splits_masks: bool = False
-    begins_blocks_alone: bool = False
-    sub_block_length: int | None = None
-    mask_token_id: int | None = None
-    entries: Entries = Entries()  # noqa: RUF009 (frozen)
-    block_size_varies: bool = False
-
-
-class KeyValues:
-    """Keys and values of some positions, one pair of [1, heads, positions, head_dim] per layer."""
-
-    def __init__(self, layers: list[tuple[Tensor, Tensor]]) -> None:
-        self.layers = layers
-
-    @property
-    def length(self) -> int:
-        """Number of positions held."""
-        return self.layers[0][0].shape[2]
-
-    def without(self, positions: range) -> KeyValues:
-        """Copy out all but a run of positions."""
-        first, end = positions.start, positions.stop
-        return KeyValues(
-            [
-                (
-                    torch.cat((k[:, :, :first], k[:, :, end:]), 2),
-                    torch.cat((v[:, :, :first], v[:, :, end:]), 2),
-                )
-                for k, v in self.layers
-            ]
-        )
-
-    def narrow(self, positions: range) -> KeyValues:
-        """Copy out a run of positions."""
-        run = slice(positions.start, positions.stop)
-        return KeyValues([(k[:, :, run].clone(), v[:, :, run].clone()) for k, v in self.layers])
-
-    def append(self, other: KeyValues) -> KeyValues:
-        """Join two runs of positions."""
-        pairs = zip(self.layers, other.layers, strict=True)
-        return KeyValues([(torch.cat((a, c), 2), torch.cat((b, d), 2)) for (a, b), (c, d) in pairs])
-
-
-class _AttentionCache:
-    """What transformers' attention takes as its cache: puts frozen positions in front.
-
-    Unlike transformers' caches it never grows: a draft's keys and values must not outlive the
-    forward that verified it.
-    """
-
-    def __init__(self, frozen: list[tuple[Tensor, Tensor]] | None, keep: bool) -> None:
-        self.frozen = frozen
-        self.fresh: list[tuple[Tensor, Tensor]] = []
-        self.keep = keep
-
-    def get_seq_length(self, *_: object) -> int:
-        """Asked for by older transformers 5 releases; positions are always passed explicitly."""
-        return 0 if self.frozen is None else self.frozen[0][0].shape[2]
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        if self.keep:
-            self.fresh.append((key, value))
-        if self.frozen is None:
-            return key, value
-        old_key, old_value = self.frozen[layer_idx]
-        return torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
 
 
 class DiffusionLM:
@@ -203,6 +41,8 @@ class DiffusionLM:
         What the model was loaded as; hub commit or None; digest of config and tokenizer.
     tokenizer
         The checkpoint's tokenizer, or None if it ships none.
+    compiled
+        The transformer as torch compiled it (`compile_transformer`), or None.
     mask_token_id, eos_token_ids, vocab_size, max_length
         Token ids, number of logits per position, and positions that training and RoPE reach.
     """
@@ -221,6 +61,7 @@ class DiffusionLM:
         fingerprint: str = "",
         tokenizer: Any = None,
         eos_token_ids: frozenset[int] = frozenset(),
+        compiled: Callable[..., Any] | None = None,
     ) -> None:
         self.module = module.eval()
         self.family = family
@@ -230,15 +71,16 @@ class DiffusionLM:
         self.fingerprint = fingerprint
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
+        self.compiled = compiled
         self.mask_token_id = int(config["mask_token_id"])
         head: Any = module.lm_head  # whose weight, if quantised, may have any shape
         self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
         settings: Any = getattr(module, "config", None)
-        self._attention = getattr(settings, "_attn_implementation", None) or "sdpa"
+        self._attention = attention_of(settings) or "sdpa"
         limits = ("max_sequence_length", "max_position_embeddings")
         stated = next((int(config[k]) for k in limits if config.get(k)), None)
         self.max_length = reach(stated, getattr(settings, "rope_parameters", None) or {})
-        self._rope_of_length = install(module)
+        install(module)
         self.remember()
 
     @classmethod
@@ -268,6 +110,7 @@ class DiffusionLM:
             "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer,
             "eos_token_ids": self.eos_token_ids,
+            "compiled": self.compiled,
         }
 
     @property
@@ -294,12 +137,15 @@ class DiffusionLM:
         Raises
         ------
         SpiffyError
-            If a device map has spread the model: what moves its parts about cannot be pickled.
+            If a device map has spread the model, or it is compiled: what moves its parts about, and
+            compiled code, cannot be pickled.
         """
-        if any(hasattr(part, "_hf_hook") for part in self.module.modules()):
+        spread = any(hasattr(part, "_hf_hook") for part in self.module.modules())
+        if spread or self.compiled is not None:
+            how = "spread by device_map" if spread else "compiled"
             raise SpiffyError(
-                f"{self.name}: spread by device_map, a model cannot be pickled or copied: load it "
-                "in the process that uses it"
+                f"{self.name}: {how}, a model cannot be pickled or copied: load it in the process "
+                "that uses it"
             )
         return self.__dict__
 
@@ -328,14 +174,16 @@ class DiffusionLM:
     def arithmetic(self) -> str:
         """The dtype, and what computes that is not torch's or transformers' own.
 
-        Such as "float32", or "bfloat16, torchao.Int8Tensor"; costs are remembered by it.
+        Such as "float32", or "bfloat16, torchao.Int8Tensor", and whether torch compiled it; costs
+        are remembered by it.
         """
         layers = {type(part) for part in self.module.modules()}
         weights = {type(value) for value in self.module.parameters()} - {nn.Parameter, Tensor}
         foreign = weights | {kind for kind in layers if _package(kind) not in _OWN}
         names = sorted(f"{_package(kind)}.{kind.__name__}" for kind in foreign)
         attention = [] if self._attention == "sdpa" else [self._attention]
-        return ", ".join([str(self.dtype).removeprefix("torch."), *attention, *names])
+        compiled = [] if self.compiled is None else ["compiled"]
+        return ", ".join([str(self.dtype).removeprefix("torch."), *attention, *names, *compiled])
 
     @property
     def default_block_length(self) -> int:
@@ -366,53 +214,48 @@ class DiffusionLM:
         return family.block_size
 
     @torch.inference_mode()
-    def hidden_states(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        mask: Tensor | None = None,
-        frozen: list[tuple[Tensor, Tensor]] | None = None,
-        keep: bool = False,
-        lengths: Sequence[int] | None = None,
-    ) -> tuple[Tensor, KeyValues | None]:
+    def hidden_states(self, ids: Tensor, positions: Tensor, groups: Sequence[Group]) -> Tensor:
         """One forward of the transformer, without the output head.
 
         Parameters
         ----------
         ids, positions
-            int64 [batch, query]: tokens and their rotary positions.
-        mask
-            bool [batch, query, frozen + query], True where the query attends; None attends to all.
-        frozen
-            Keys and values put in front of every row, [batch or 1, heads, frozen, head_dim] each.
-        keep
-            Also return the queries' own keys and values.
-        lengths
-            Lengths of the whole sequences of which the rows are parts, where RoPE depends on them;
-            by default up to the furthest position.
+            int64 [query]: tokens of all rows, one row after the other, and their rotary positions.
+        groups
+            Which of them are a row, and what each row attends to.
 
         Returns
         -------
-        hidden states [batch, query, hidden] and, if asked for, keys and values of the queries.
+        hidden states [query, hidden]
+
+        Raises
+        ------
+        SpiffyError
+            If the module does not compute its attention as transformers' modules do, where any
+            other may be registered.
         """
-        if mask is None:
-            past = 0 if frozen is None else frozen[0][0].shape[2]
-            mask = ids.new_ones((1, ids.shape[1], past + ids.shape[1]), dtype=torch.bool)
-        if self._attention == "eager":  # adds its mask to the scores
-            hidden_out = torch.finfo(self.dtype).min
-            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, hidden_out)
-        cache = _AttentionCache(frozen, keep)
-        if lengths is None:
-            lengths = [int(positions.max()) + 1] * len(ids) if self._rope_of_length else ()
-        with whole_lengths(lengths):
-            hidden = self.module.model(  # type: ignore[operator]
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask[:, None],
+        module: Any = self.module
+        # Has four dimensions, so that transformers makes no mask of it; nothing reads it.
+        unread = ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+        with arranged(module.config, groups) as arrangement, whole_lengths(groups):
+            # Compiled code takes one position for a special case, which it was not compiled for.
+            transformer = module.model
+            if self.compiled is not None and len(ids) > 1:
+                transformer = self.compiled
+            hidden = transformer(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                attention_mask=unread,
                 use_cache=False,
-                **{_CACHE: cache},
             ).last_hidden_state
-        return hidden, KeyValues(cache.fresh) if keep else None
+        layers = module.config.num_hidden_layers
+        if arrangement.layers != layers:
+            raise SpiffyError(
+                f"{self.name}: {arrangement.layers} of its {layers} layers took their attention "
+                "from transformers' register while a forward ran: drafts need all to, and that "
+                "nobody sets another attention meanwhile"
+            )
+        return hidden[0]  # type: ignore[no-any-return]
 
     @property
     def head_is_dear(self) -> bool:
@@ -477,15 +320,18 @@ class DiffusionLM:
             if value is not None and not self.family.block_causal:
                 raise SpiffyError(f"{self.family.name} attends everywhere: it takes no {option}")
         ids = input_ids.to(self.device)
-        positions = torch.arange(ids.shape[1], device=self.device)
+        rows, length = ids.shape
+        positions = torch.arange(length, device=self.device)
         mask = None
         if self.family.block_causal:
             size = block_length or self.default_block_length
             first = size if first_block is None else first_block
             if not 1 <= first <= size:
                 raise SpiffyError(f"first_block {first} must be 1 to block_length {size}")
-            mask = block_causal_mask(positions + size - first, size)[None]
-        hidden, _ = self.hidden_states(ids, positions.expand_as(ids), mask)
+            mask = block_causal_mask(positions + size - first, size)
+        group = Group(rows, length, mask, whole=length)
+        hidden = self.hidden_states(ids.flatten(), positions.repeat(rows), [group])
+        hidden = hidden.view(rows, length, -1)
         return self.head(hidden[:, self.rows_of(positions)]).float()
 
     def broken_weights(self) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fields import BLOCK_SIZES, USUAL, Entries, check_head_dim, usual_fields
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from spiffy.runtime.models.base import Family
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fields import ROPE, USUAL, rope
 from spiffy.schemas.graph import FINGERPRINT
 

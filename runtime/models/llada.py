@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fields import ROPE, Entries, rope
 
 _ENTRIES = Entries(

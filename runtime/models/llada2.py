@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fields import (
     BLOCK_SIZES,
     QK_NORM,
@@ -44,6 +44,11 @@ class _Mixture(Glm4MoeForCausalLM):  # type: ignore[misc]
     def __init__(self, config: Glm4MoeConfig) -> None:
         super().__init__(config)
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As GLM's own class: transformers reads that off the file that a class stands in."""
+        return bool(Glm4MoeForCausalLM._can_set_experts_implementation())
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from spiffy.runtime.models.base import Family
+from spiffy.runtime.models.family import Family
 from spiffy.schemas import SpiffyError
 
 #: What weights can be quantised to.

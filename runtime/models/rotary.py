@@ -14,16 +14,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from spiffy.runtime.models.attention import Group
+
 _DYNAMIC = "dynamic"
 _REMEMBERED = 64  # lengths; the prompts of a batch, or of a set, have a few
 
-_LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
+# Of consecutive positions of a forward: how long their sequence is, and how many they are.
+_LENGTHS: ContextVar[list[tuple[int, int]] | None] = ContextVar("lengths", default=None)
 
 
 class LengthRotary(nn.Module):
@@ -47,13 +51,14 @@ class LengthRotary(nn.Module):
             cosines, sines = self.own(hidden, position_ids)
             return cosines, sines
         found, start = [], 0
-        for length, group in groupby(lengths):
-            rows = slice(start, start + len(list(group)))
-            found.append(self._of_length(length)(hidden[rows], position_ids[rows]))
-            start = rows.stop
+        for length, count in lengths:
+            part = slice(start, start + count)
+            found.append(self._of_length(length)(hidden[:, part], position_ids[:, part]))
+            start = part.stop
         if len(found) == 1:
             return found[0]  # type: ignore[no-any-return]
-        return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
+        cosines, sines = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return cosines, sines
 
     def _of_length(self, length: int) -> nn.Module:
         """The same embedding with the frequencies of one length, which no forward changes."""
@@ -71,20 +76,23 @@ class LengthRotary(nn.Module):
         return fixed  # type: ignore[no-any-return]
 
 
-def install(module: Any) -> bool:
-    """Put `LengthRotary` into a module with dynamic RoPE; whether it has such RoPE."""
+def install(module: Any) -> None:
+    """Put `LengthRotary` into a module with dynamic RoPE."""
     stated = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-    if stated.get("rope_type") != _DYNAMIC:
-        return False
-    if not isinstance(module.model.rotary_emb, LengthRotary):
+    if stated.get("rope_type") == _DYNAMIC and not isinstance(
+        module.model.rotary_emb, LengthRotary
+    ):
         module.model.rotary_emb = LengthRotary(module.model.rotary_emb)
-    return True
 
 
 @contextmanager
-def whole_lengths(lengths: Sequence[int]) -> Iterator[None]:
-    """Say of which sequences the rows of a forward are parts: their whole lengths, row by row."""
-    before = _LENGTHS.set(tuple(lengths))
+def whole_lengths(groups: Sequence[Group]) -> Iterator[None]:
+    """Say of sequences of which lengths the positions of a forward are parts."""
+    found = [
+        (length, sum(group.rows * group.length for group in alike))
+        for length, alike in groupby(groups, attrgetter("whole"))
+    ]
+    before = _LENGTHS.set(None if any(length is None for length, _ in found) else found)
     try:
         yield
     finally:

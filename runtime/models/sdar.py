@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from spiffy.runtime.models.base import Architecture, Family
+from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fields import (
     BLOCK_SIZES,
     QK_NORM,

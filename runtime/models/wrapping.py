@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spiffy.runtime.models.base import DiffusionLM, Family
+from spiffy.runtime.models.architecture import check_ids, checked_architecture
+from spiffy.runtime.models.attention import Group, KeyValues, attention_of
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.families import FAMILIES
+from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fields import refuse_windows, without_quantisation
 from spiffy.runtime.models.identity import differences, fingerprint
-from spiffy.runtime.models.load import FAMILIES, check_ids, checked_architecture
 from spiffy.runtime.models.tokens import check_tokenizer, end_tokens, with_mask_token
 from spiffy.schemas import SpiffyError
 
@@ -184,7 +187,7 @@ def check_attention(model: DiffusionLM) -> None:
     SpiffyError
         If the states differ or are not finite, or the forward fails.
     """
-    attention = getattr(model.module.config, "_attn_implementation", None) or "its own"
+    attention = attention_of(model.module.config) or "its own"
     advice = "load the module with attn_implementation='sdpa' or 'eager'"
     if attention == "flex_attention":  # its kernel for CPUs ends the process at such a mask
         raise SpiffyError(
@@ -221,15 +224,16 @@ def _both_ways(model: DiffusionLM) -> tuple[Tensor, Tensor]:
     rows = torch.cat([before.expand(2, 3), drafts], 1)
     mask = torch.ones(7, 7, dtype=torch.bool, device=device)
     mask[:3, 3:] = False  # what is frozen has not seen what follows
-    alone, _ = model.hidden_states(rows, positions.expand(2, 7), mask.expand(2, 7, 7))
-    _, frozen = model.hidden_states(before[None], positions[None, :3], keep=True)
-    assert frozen is not None  # asked for
+    alone = model.hidden_states(rows.flatten(), positions.repeat(2), [Group(2, 7, mask, whole=7)])
+    kept = KeyValues(3)
+    frozen = Group(1, 3, None, kept, (range(3),), 3, 7)
+    model.hidden_states(before, positions[:3], [frozen])
     order = torch.tensor([7, 3, 6, 2, 5, 1, 4, 0], device=device)
     draft = order // 4
     among = draft[:, None] == draft
-    mask = torch.cat([torch.ones_like(among[:, :3]), among], 1)
-    packed, _ = model.hidden_states(
-        drafts.flatten()[order][None], positions[3 + order % 4][None], mask[None], frozen.layers
+    packed = Group(
+        1, 8, torch.cat([torch.ones_like(among[:, :3]), among], 1), kept, (range(3, 11),), 11, 7
     )
-    apart = alone[:, 3:].reshape(8, -1)
-    return apart.float(), packed[0][order.argsort()].float()
+    found = model.hidden_states(drafts.flatten()[order], positions[3 + order % 4], [packed])
+    apart = alone.view(2, 7, -1)[:, 3:].reshape(8, -1)
+    return apart.float(), found[order.argsort()].float()

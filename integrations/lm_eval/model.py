@@ -1,24 +1,19 @@
-"""lm-evaluation-harness: a model class that decodes with drafts and counts what that took.
-
-Importing this registers it as the harness's model "spiffy"; `spiffy-lm-eval` does so and hands over
-to the harness.
-"""
+"""The harness's model class "spiffy": requests in, answers out, with drafts."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from spiffy.integrations.lm_eval import launch
+from spiffy.integrations.lm_eval.counts import Counts
 from spiffy.schemas import DecodingSettings, SpiffyError
 
 try:
@@ -34,8 +29,7 @@ except ImportError:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from spiffy.integrations.loaded import Budget
-    from spiffy.runtime.generate import Output
+    from spiffy.runtime.generate import Budget, Output
 
 #: Of generation arguments that are no use here: what leaves an answer as it is.
 _NEUTRAL = {"num_beams": 1, "top_p": 1, "repetition_penalty": 1, "num_return_sequences": 1}
@@ -45,72 +39,6 @@ _ELSEWHERE = {
     "trust_remote_code": "no code of a checkpoint is run: drop it",
 }
 _SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # without effect on greedy decoding
-
-
-@dataclass
-class Counts:
-    """What the answers to one task took, and which of them were compared with plain decoding's.
-
-    Attributes
-    ----------
-    answers
-        Decoded here; those from the harness's cache cost nothing.
-    seconds
-        Wall-clock time of decoding them, `verified` not counted.
-    budgets
-        With budget "auto": forwards by what was chosen for them.
-    verified, differing
-        How many answers were decoded plainly too, and the documents whose answers differ.
-    verified_nfe, plain_nfe
-        Forwards that the verified answers took, with drafts and plainly.
-    """
-
-    answers: int = 0
-    tokens: int = 0
-    nfe: int = 0
-    positions_computed: int = 0
-    steps: int = 0
-    accepted: int = 0
-    seconds: float = 0.0
-    budgets: Counter[str] = field(default_factory=Counter)
-    verified: int = 0
-    differing: list[int] = field(default_factory=list)
-    verified_nfe: int = 0
-    plain_nfe: int = 0
-
-    def add(self, output: Output) -> None:
-        """Count one answer."""
-        stats = output.stats
-        self.answers += 1
-        self.tokens += len(output.token_ids)
-        for name in ("nfe", "positions_computed", "steps", "accepted"):
-            setattr(self, name, getattr(self, name) + getattr(stats, name))
-        self.budgets.update(stats.budgets)
-
-    def record(self) -> dict[str, Any]:
-        """As the results hold it."""
-        content: dict[str, Any] = {
-            "answers": self.answers,
-            "tokens": self.tokens,
-            "nfe": self.nfe,
-            "positions_computed": self.positions_computed,
-            "steps": self.steps,
-            "accepted": self.accepted,
-            "seconds": round(self.seconds, 6),
-            "steps_per_forward": self.steps / self.nfe if self.nfe else None,
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else None,
-        }
-        if self.budgets:
-            content["forwards_by_budget"] = dict(self.budgets)
-        if self.verified:
-            content["verified"] = {
-                "answers": self.verified,
-                "identical": self.verified - len(self.differing),
-                "differing_doc_ids": self.differing,
-                "nfe": self.verified_nfe,
-                "plain_nfe": self.plain_nfe,
-            }
-        return content
 
 
 @dataclass(frozen=True)
@@ -139,89 +67,14 @@ class Conversation(str):
     begun: bool
 
 
-@dataclass
-class _Launch:
-    verify_share: float
-    models: list[SpiffyLM]
-
-
-_launch: ContextVar[_Launch | None] = ContextVar("launch", default=None)
-
-
-@contextmanager
-def launched(verify_share: float) -> Iterator[list[SpiffyLM]]:
-    """Verify that share of what models decode that the harness makes meanwhile; yields these."""
-    launch = _Launch(verify_share, [])
-    token = _launch.set(launch)
-    try:
-        yield launch.models
-    finally:
-        _launch.reset(token)
-
-
-class _Complaints(logging.Handler):
-    """Keeps what the harness says that it could not save, which it takes no further."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a warning of that kind."""
-        if record.getMessage().startswith("Could not save"):
-            self.said.append(record.getMessage())
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether it came through code of ours that the harness called."""
-    at = error.__traceback__
-    while at is not None and (at := at.tb_next) is not None:  # the first is what calls the harness
-        if str(at.tb_frame.f_globals.get("__name__")).startswith("spiffy."):
-            return True
-    return False
-
-
-def run_harness() -> list[str]:
-    """The harness's own command, with the arguments of this process; what it could not save.
-
-    Raises
-    ------
-    SpiffyError
-        If one of them is wrong.
-    """
-    from lm_eval.__main__ import cli_evaluate
-
-    logger, complaints = logging.getLogger("lm_eval.loggers.evaluation_tracker"), _Complaints()
-    logger.addHandler(complaints)
-    try:
-        cli_evaluate()
-    except SpiffyError:
-        raise
-    except (
-        Exception
-    ) as error:  # bad tasks and data raise many kinds, of the harness's libraries too
-        if _is_ours(error):
-            raise
-        told = isinstance(error, ValueError | TypeError | OSError)
-        reason = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
-        raise SpiffyError(f"lm-evaluation-harness: {reason}") from None
-    finally:
-        logger.removeHandler(complaints)
-    return complaints.said
-
-
 @register_model("spiffy")
 class SpiffyLM(TemplateLM):  # type: ignore[misc]
     """A diffusion language model for the harness, with drafts if it is given a graph.
 
     Parameters
     ----------
-    pretrained
-        Alias, hub id or folder; None: the graph's model.
-    graph
-        File, folder or hub repository of a draft graph.
-    budget
-        Drafts per forward, or "auto".
+    pretrained, graph, budget, any_model, options
+        As for `Loaded`, where the model is not called pretrained.
     batch_size
         Sequences that share forwards; as some finish, others join.
     verify_share
@@ -230,8 +83,6 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         Masked continuations that a likelihood is estimated from (`likelihood`).
     seed
         Of the noise, where tasks sample, and of the estimates.
-    options
-        Options of `load_model`, and the decoding settings by their names.
 
     Raises
     ------
@@ -257,11 +108,11 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         from spiffy.integrations.loaded import Loaded
 
-        launch = _launch.get()
-        if launch is not None and launch.verify_share:
+        launched = launch.current.get()
+        if launched is not None and launched.verify_share:
             if verify_share:
                 raise SpiffyError("give --verify-share, or verify_share among --model_args")
-            verify_share = launch.verify_share
+            verify_share = launched.verify_share
         _check(batch_size, verify_share, likelihood_samples, graph, options)
         self.batch_size, self.verify_share = int(batch_size), verify_share
         self.likelihood_samples = likelihood_samples
@@ -276,8 +127,8 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
             **options,
         )
         self.counts: dict[str, Counts] = {}
-        if launch is not None:
-            launch.models.append(self)
+        if launched is not None:
+            launched.models.append(self)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers to requests, in order; nothing is decoded if one of them cannot be."""

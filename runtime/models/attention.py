@@ -1,0 +1,298 @@
+"""Where keys and values live, and who attends to whom in a forward.
+
+A forward's positions, of one sequence or of many, run through the transformer as one row, without
+padding. Attention alone has to know which of them belong together (`Group`). It puts a sequence's
+keys and values into their places (`KeyValues`) and reads them there, so that what was computed
+before is neither copied nor padded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_NAME = "spiffy"  # of this module's attention, in transformers' register
+
+
+class KeyValues:
+    """Keys and values of one sequence, each position's in its place, for every layer.
+
+    There are places for the sequence's positions, and behind them room for what drafts compute,
+    which grows to the next power of two where there is not enough.
+
+    Parameters
+    ----------
+    length
+        Positions of the sequence.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._buffers: dict[int, list[Tensor]] = {}  # of [1, heads, places, head_dim]
+        self._places = 0
+
+    def reserve(self, places: int) -> None:
+        """Make room for as many places; what the sequence's own hold is kept."""
+        if places > self._places:
+            more = max(places - self.length, 0)
+            self._places = self.length + (1 << (more - 1).bit_length() if more else 0)
+
+    def put(
+        self, layer: int, fresh: Sequence[Tensor], places: Sequence[range], end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Put a row's keys and values into their places, and show all before place `end`.
+
+        Parameters
+        ----------
+        fresh
+            Keys and values, [1, heads, query, head_dim] each.
+        places
+            Where they go, run by run.
+        """
+        buffers = self._buffers.get(layer)
+        if buffers is None or buffers[0].shape[2] < self._places:
+            buffers = [self._grown(k, part, buffers) for k, part in enumerate(fresh)]
+            self._buffers[layer] = buffers
+        for buffer, part in zip(buffers, fresh, strict=True):
+            first = 0
+            for run in places:
+                stop = first + len(run)
+                buffer[:, :, run.start : run.stop] = part[:, :, first:stop]
+                first = stop
+        keys, values = (buffer[:, :, :end] for buffer in buffers)
+        return keys, values
+
+    def _grown(self, number: int, like: Tensor, before: list[Tensor] | None) -> Tensor:
+        _, heads, _, width = like.shape
+        buffer = like.new_empty(1, heads, self._places, width)
+        if before is not None:
+            own = slice(min(self.length, before[number].shape[2]))
+            buffer[:, :, own] = before[number][:, :, own]
+        return buffer
+
+    @torch.inference_mode()
+    def move(self, run: range, to: int) -> None:
+        """Copy what a run of places holds to one that starts at `to` and does not overlap it."""
+        for buffers in self._buffers.values():
+            for buffer in buffers:
+                buffer[:, :, to : to + len(run)] = buffer[:, :, run.start : run.stop]
+
+    def at(self, layer: int, places: range) -> tuple[Tensor, Tensor]:
+        """What some places hold, [1, heads, places, head_dim] each."""
+        key, value = (part[:, :, places.start : places.stop] for part in self._buffers[layer])
+        return key, value
+
+
+class Group(NamedTuple):
+    """Rows of a forward that attend alike, each within itself.
+
+    Attributes
+    ----------
+    rows, length
+        Number of rows, and positions of each. They follow one another.
+    mask
+        bool [length, keys], True where a position attends; None: to everything.
+    kept
+        Where the row's keys and values go, and what it attends to lies (one row only); None: rows
+        attend to their own positions.
+    places
+        Where they go, run by run.
+    keys
+        Places before this one are attended to.
+    whole
+        Length of the sequence that each row is a part of, where RoPE depends on it.
+    """
+
+    rows: int
+    length: int
+    mask: Tensor | None = None
+    kept: KeyValues | None = None
+    places: Sequence[range] = ()
+    keys: int = 0
+    whole: int | None = None
+
+
+class _Arrangement:
+    """The groups of one forward, and the attention that computes each of them."""
+
+    def __init__(self, groups: Sequence[Group], attention: str) -> None:
+        self.groups = groups
+        self.attention = attention
+        self.layers = 0  # that attended
+        self._masks: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+        for group in groups:
+            if group.kept is not None:
+                group.kept.reserve(group.keys)
+
+    def attend(
+        self,
+        number: int,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """From [1, heads, query, head_dim] to [1, query, heads, head_dim], group by group.
+
+        `layer` is transformers' module, for attention that is not torch's, and `number` its number.
+        """
+        self.layers += 1
+        found, start = [], 0
+        for which, group in enumerate(self.groups):
+            stop = start + group.rows * group.length
+            own = [query, key, value]
+            if len(self.groups) > 1:
+                own = [part[:, :, start:stop] for part in own]
+            if group.kept is not None:
+                own[1:] = group.kept.put(number, own[1:], group.places, group.keys)
+            elif group.rows > 1:
+                own = [_apart(part, group.rows) for part in own]
+            out = self._attended(layer, which, *own, **options)
+            found.append(out.flatten(0, 1))
+            start = stop
+        return (found[0] if len(found) == 1 else torch.cat(found))[None]
+
+    def _attended(
+        self, layer: Any, which: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        if self.attention != "sdpa":
+            compute = _function(layer, self.attention)
+            scores = (query.shape[2], key.shape[2])
+            mask = self._mask(which, 1, query)
+            if self.attention != "eager":  # some take none for a causal one
+                mask = query.new_ones(scores, dtype=torch.bool) if mask is None else mask == 0
+                mask = mask.view(1, 1, *scores)
+            out, _ = compute(layer, query, key, value, mask, is_causal=False, **options)
+            return out  # type: ignore[no-any-return]
+        # Heads that share keys and values are put below each other, so that these are not repeated.
+        rows, heads, length, width = query.shape
+        shared = heads // key.shape[1]
+        below = query.reshape(rows, heads // shared, shared * length, width)
+        mask = self._mask(which, shared, query)
+        out = scaled_dot_product_attention(below, key, value, mask, scale=options["scaling"])
+        return out.reshape(rows, heads, length, -1).transpose(1, 2)
+
+    def _mask(self, which: int, shared: int, query: Tensor) -> Tensor | None:
+        """A group's mask, to be added to scores [.., shared * length, keys]; made once."""
+        mask = self.groups[which].mask
+        if mask is None:
+            return None
+        made = (which, shared, query.device, query.dtype)
+        if made not in self._masks:
+            # Elsewhere than the other inputs only where a device map spreads the model.
+            mask = mask.to(query.device).repeat(shared, 1)
+            hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+            self._masks[made] = hidden.masked_fill_(~mask, -torch.inf)[None, None]
+        return self._masks[made]
+
+
+def _apart(part: Tensor, rows: int) -> Tensor:
+    """From [1, heads, rows * length, head_dim] to [rows, heads, length, head_dim]."""
+    _, heads, positions, width = part.shape
+    return part.view(heads, rows, positions // rows, width).transpose(0, 1)
+
+
+_ARRANGED: ContextVar[_Arrangement | None] = ContextVar("arranged", default=None)
+
+
+class _Lent(NamedTuple):
+    own: str | None  # what the config says otherwise
+    forwards: int  # under way
+
+
+_LENT: dict[int, _Lent] = {}  # by the identity of a config
+_LOCK = Lock()
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention that a module's config names, whether a forward is under way or not."""
+    with _LOCK:
+        lent = _LENT.get(id(config))
+        return getattr(config, "_attn_implementation", None) if lent is None else lent.own
+
+
+@contextmanager
+def arranged(config: Any, groups: Sequence[Group]) -> Iterator[_Arrangement]:
+    """Let the layers of a module (`config` is theirs) attend by groups, in this thread.
+
+    For as long as this lasts the config names this module's attention; whoever else calls the
+    module meanwhile gets its own.
+    """
+    with _LOCK:
+        own, forwards = _LENT.get(id(config)) or (config._attn_implementation, 0)
+        _LENT[id(config)] = _Lent(own, forwards + 1)
+        if not forwards:
+            config._attn_implementation = _NAME
+    arrangement = _Arrangement(groups, own or "eager")
+    token = _ARRANGED.set(arrangement)
+    try:
+        yield arrangement
+    finally:
+        _ARRANGED.reset(token)
+        with _LOCK:
+            own, forwards = _LENT.pop(id(config))
+            if forwards > 1:
+                _LENT[id(config)] = _Lent(own, forwards - 1)
+            elif config._attn_implementation == _NAME:  # nobody set another one meanwhile
+                config._attn_implementation = own
+
+
+def _attend(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Any]:
+    """What transformers' layers call while a config names this module's attention."""
+    if torch.compiler.is_compiling():
+        return _opaque(query, key, value, layer.layer_idx, options["scaling"]), None
+    arrangement = _ARRANGED.get()
+    if arrangement is not None:
+        return arrangement.attend(layer.layer_idx, layer, query, key, value, **options), None
+    compute = _function(layer, attention_of(layer.config))
+    out, weights = compute(layer, query, key, value, mask, **options)
+    return out, weights
+
+
+@torch.library.custom_op("spiffy::attend", mutates_args=())
+def _opaque(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    """Attention as compiled code calls it, which knows nothing of rows, places, or prefixes.
+
+    So a compiled transformer holds for all of them. The compiler cannot see that keys and values
+    are put away, and need not: layers follow one another by what they compute.
+    """
+    arrangement = _ARRANGED.get()
+    assert arrangement is not None  # compiled code runs in forwards only
+    return arrangement.attend(layer, None, query, key, value, scaling=scaling).contiguous()
+
+
+@_opaque.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    _, heads, positions, _ = query.shape
+    return query.new_empty(1, positions, heads, value.shape[3])
+
+
+def _function(layer: Any, attention: str | None) -> Callable[..., Any]:
+    """What computes an attention for a layer."""
+    if attention in (None, "eager"):  # every file of transformers' models has its own
+        return sys.modules[type(layer).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[attention]  # type: ignore[no-any-return]
+
+
+def _mask_of(*args: Any, config: Any, **options: Any) -> Any:
+    """The mask that the attention which a config names otherwise wants."""
+    own = attention_of(config)
+    return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, config=config, **options)
+
+
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, _mask_of)
