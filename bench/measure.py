@@ -120,7 +120,8 @@ def measure(
     def prepared(method: Method, prompt: int) -> Task:
         drafter = method.drafter(plain[prompt][0] if prompt in plain else ())
         watched = None if drafter is None else Watched(drafter)
-        task = make_task(model, prompts[prompt], method.settings, watched, seed, prompt, edges)
+        own = edges if method.edges is None else method.edges
+        task = make_task(model, prompts[prompt], method.settings, watched, seed, prompt, own)
         task.adviser = None if method.adviser is None else WatchedAdviser(method.adviser)
         return task
 

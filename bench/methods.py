@@ -16,6 +16,7 @@ from spiffy.runtime.draft import (
     Drafter,
     GeometricMeanDrafter,
     GraphDrafter,
+    confidence_chain,
     graph_drafter,
 )
 from spiffy.runtime.draft.acceptance import acceptance_of
@@ -24,8 +25,14 @@ from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.bench import MethodKind
 
+#: FreeDave's own loop drafts inside a block, and spends a forward on storing it.
+NO_EDGES = BlockEdges(complete=False, first=False, fold=False)
+#: Caches with which edges change what a decode costs.
+_WITH_EDGES = ("none", "block")
+
 KINDS: tuple[MethodKind, ...] = (
     "plain",
+    "freedave",
     "chain",
     "paper",
     "pruned",
@@ -41,7 +48,13 @@ MakeDrafter = Callable[[Sequence[Cursor]], Drafter | None]
 
 @dataclass(frozen=True)
 class Method:
-    """One way of decoding; see `spiffy.schemas.bench.Result` for the fields."""
+    """One way of decoding; see `spiffy.schemas.bench.Result` for the fields.
+
+    Attributes
+    ----------
+    edges
+        What may happen at block edges, if that is not what the run says.
+    """
 
     name: str
     kind: MethodKind
@@ -49,6 +62,7 @@ class Method:
     drafter: MakeDrafter
     budget: int | None = None
     adviser: Adviser | None = None
+    edges: BlockEdges | None = None
 
 
 class PerfectDrafter:
@@ -82,14 +96,6 @@ class PerfectDrafter:
         return torch.stack(future) if future else root.ids.new_empty((0, len(root.ids)))
 
 
-def chain(length: int) -> list[list[tuple[int, int]]]:
-    """Fills of a confidence chain: the most confident position, the two most confident, ...
-
-    The lossless drafting of FreeDave and SSD, as a graph: all tokens are the most likely ones.
-    """
-    return [[(rank, 0) for rank in range(depth)] for depth in range(1, length + 1)]
-
-
 def methods(
     model: DiffusionLM,
     settings: DecodingSettings,
@@ -105,7 +111,8 @@ def methods(
 
     The first is plain decoding under `settings`, the baseline; plain decoding by the other of the
     two common policies follows for reference. Kinds that cannot be had are left out: "paper" and
-    "pruned" without a graph grown by the paper's rule, "model" without an acceptance model.
+    "pruned" without a graph grown by the paper's rule, "model" without an acceptance model; and
+    "freedave" where it is what "chain" is.
 
     Parameters
     ----------
@@ -134,12 +141,17 @@ def methods(
         )
         found.append(Method(f"plain {other.policy}", "plain", other, fixed(None)))
 
-    def add(kind: MethodKind, budget: int, drafter: MakeDrafter) -> None:
+    def add(
+        kind: MethodKind, budget: int, drafter: MakeDrafter, own: BlockEdges | None = None
+    ) -> None:
         if kind in kinds:
-            found.append(Method(f"{kind} {budget}", kind, settings, drafter, budget))
+            name = f"{kind} {budget}"
+            found.append(Method(name, kind, settings, drafter, budget, edges=own))
 
+    for n in budgets if settings.cache in _WITH_EDGES and edges != NO_EDGES else ():
+        add("freedave", n, fixed(GraphDrafter(confidence_chain(n), model)), NO_EDGES)
     for n in budgets:
-        add("chain", n, fixed(GraphDrafter(chain(n), model)))
+        add("chain", n, fixed(GraphDrafter(confidence_chain(n), model)))
     if paper is not None:
         for n in budgets:
             nodes = [node.fill for node in paper.nodes[:n]]

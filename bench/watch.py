@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from spiffy.runtime.decode import Advice, Adviser, Task, make_task, run
-from spiffy.runtime.draft import Candidates, Drafter, Selection, graph_drafter
+from spiffy.runtime.draft import Candidates, Chooser, Drafter, Selection, Walk, graph_drafter
 from spiffy.runtime.generate import collect, decoding_settings
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt
@@ -28,7 +28,7 @@ Calls = dict[int, tuple[Candidates, Tensor]]
 
 
 class Watched:
-    """A drafter that remembers what it proposed."""
+    """A drafter that remembers what it proposed; a `Chooser` as far as its drafter is one."""
 
     def __init__(self, drafter: Drafter, calls: Calls | None = None) -> None:
         self.drafter = drafter
@@ -40,6 +40,19 @@ class Watched:
         states = self.drafter(root, candidates, room)
         self.calls[root.step] = candidates, states
         return states
+
+    @property
+    def leader(self) -> Watched:
+        """See `spiffy.runtime.draft.Chooser`."""
+        if not isinstance(self.drafter, Chooser):
+            return self
+        return Watched(self.drafter.leader, self.calls)
+
+    def learn(self, walk: Walk) -> None:
+        """See `spiffy.runtime.draft.Chooser`."""
+        if isinstance(self.drafter, Chooser):
+            assert isinstance(walk.led, Watched)  # who else leads
+            self.drafter.learn(replace(walk, led=walk.led.drafter))
 
 
 class WatchedAdviser:

@@ -12,7 +12,7 @@ from itertools import product
 from spiffy.calib.pipeline import Traces
 from spiffy.calib.record import Trace
 from spiffy.runtime.decode import Task, make_task, run
-from spiffy.runtime.draft import Selection, graph_drafter
+from spiffy.runtime.draft import Selection, way_of
 from spiffy.runtime.draft.acceptance import acceptance_of
 from spiffy.schemas import DraftGraph, ExpectedSteps, SpiffyError
 from spiffy.schemas.records import MOST_UNASKED
@@ -83,7 +83,7 @@ def _choices(graph: DraftGraph) -> Iterator[tuple[int, Selection]]:
 
 def _decoded(graph: DraftGraph, task: Task, trace: Trace, way: Selection, drafts: int) -> Task:
     """Decode a prompt with drafts, to the recorded tokens."""
-    drafter = graph_drafter(task.model, graph, task.settings, drafts, way)
+    drafter = way_of(task.model, graph, task.settings, drafts, way)
     ours = make_task(
         task.model, task.prompt, task.settings, drafter, task.seed, task.sequence, task.edges
     )

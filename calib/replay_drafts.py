@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from spiffy.calib.record import Trace
 from spiffy.graphs import Replay
-from spiffy.runtime.draft import Candidates, Drafter
+from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk
 
 
 def replay_drafter(traces: Iterable[Trace], drafter: Drafter) -> Replay:
-    """Replay whole decodes: only where a walk ends is the next root."""
+    """Replay whole decodes: only where a walk ends is the next root. A `Chooser` learns from it."""
+    chooser = drafter if isinstance(drafter, Chooser) else None
     steps = forwards = drafts = 0
     for trace in traces:
         last = len(trace.path) - 1
@@ -28,10 +31,15 @@ def replay_drafter(traces: Iterable[Trace], drafter: Drafter) -> Replay:
             root = trace.roots[at]
             if root is not None:
                 known = _narrowed(root.candidates, drafter.token_ranks)
-                states = drafter(trace.path[at], known, root.room).tolist()
+                led = drafter if chooser is None else chooser.leader
+                states = led(trace.path[at], known, root.room)
                 drafts += len(states)
-                while reached < last and trace.path[reached].ids.tolist() in states:
+                while reached < last and (states == trace.path[reached].ids).all(1).any():
                     reached += 1
+                if chooser is not None:
+                    true = torch.stack([state.ids for state in trace.path[at + 1 : reached + 1]])
+                    walk = Walk(led, trace.path[at], known, root.room, states, true)
+                    chooser.learn(walk)
             at = reached
         steps += last
     return Replay(steps, forwards, drafts)

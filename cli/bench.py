@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-_KINDS = "plain, chain, paper, pruned, graph, model, auto, perfect"
+_KINDS = "plain, freedave, chain, paper, pruned, graph, model, auto, perfect"
 
 
 def _compare(files: tuple[Path, Path] | None) -> None:
@@ -408,7 +408,7 @@ def _summary(run: _Run, found: Measurements, machine: Machine) -> Bench:
 
 def _to_step_through(methods: Sequence[Method]) -> Method:
     """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at."""
-    order = ("model", "graph", "pruned", "paper", "chain", "perfect", "auto", "plain")
+    order = ("model", "graph", "pruned", "paper", "chain", "freedave", "perfect", "auto", "plain")
     small = [method for method in methods if method.budget is None or method.budget <= 8]
     return min(small, key=lambda m: (order.index(m.kind), -(m.budget or 0)))
 

@@ -165,8 +165,8 @@ def generate(
         decoding included (`AutoBudget`); `Output.stats` says what was used and why. A number is
         taken as it is.
     selection
-        "model" lets the artifact's acceptance model choose the drafts, where it has one; "graph"
-        takes its nodes in order.
+        "model" lets the artifact's acceptance model choose the drafts, where it has one, unless
+        others would have more accepted (`BestOfDrafter`); "graph" takes its nodes in order.
     seed, sequence
         With temperature > 0: the noise of a step is a function of these and the state alone.
     edges

@@ -17,7 +17,9 @@ from spiffy.schemas.records import CostProfile, ModelRecord, Node
 FORMAT = "spiffy.bench"
 VERSION = "1.0"
 
-MethodKind = Literal["plain", "chain", "paper", "pruned", "graph", "model", "auto", "perfect"]
+MethodKind = Literal[
+    "plain", "freedave", "chain", "paper", "pruned", "graph", "model", "auto", "perfect"
+]
 
 
 class _Record(BaseModel):
@@ -105,10 +107,11 @@ class Result(_Record):
     name
         Unique in the run, such as "model 8".
     kind
-        "plain": no drafts. "chain": the most confident tokens, one more per draft (FreeDave, SSD).
-        "paper": the paper's graph, its first nodes. "pruned": all of it, pruned at every root by
-        geometric mean. "graph": our static graph. "model": drafts chosen at run time. "auto": what
-        `--budget auto` chose. "perfect": drafts that all come true, a bound.
+        "plain": no drafts. "freedave": the most confident tokens, one more per draft, and nothing
+        at block edges that FreeDave's own loop does not do. "chain": the same drafts with what this
+        runtime does there. "paper": the paper's graph, its first nodes. "pruned": all of it, pruned
+        at every root by geometric mean. "graph": our static graph. "model": drafts chosen at run
+        time. "auto": what `--budget auto` chose. "perfect": drafts that all come true, a bound.
     budget
         Most drafts per forward, None where it does not apply.
     note

@@ -30,7 +30,13 @@ from torch import Tensor
 from spiffy.runtime import DiffusionLM, load_model
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.decode.task import Advice
-from spiffy.runtime.draft import AcceptanceDrafter, Candidates, Drafter, GraphDrafter
+from spiffy.runtime.draft import (
+    AcceptanceDrafter,
+    BestOfDrafter,
+    Candidates,
+    Drafter,
+    GraphDrafter,
+)
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
 from spiffy.runtime.draft.ngrams import Bigrams
 from spiffy.runtime.forward.cache import BlockEdges
@@ -248,12 +254,15 @@ def drafter_of(
         ),
         "one that knows": lambda: Knows(plain, rng, rng.choice((0.0, 0.3, 1.0))),
     }
+    several = ["random graph", "acceptance model", "one that knows"]
+    make["the best of several"] = lambda: BestOfDrafter(
+        [make[one]() for one in rng.sample(several, len(several))]
+    )
     kind = rng.choice((*make, "taking turns"))
 
     def give(task: Task) -> None:
         if kind == "taking turns":
-            kinds = ("random graph", "acceptance model", "one that knows")
-            task.adviser = TakingTurns([None, *(make[one]() for one in kinds)], rng)
+            task.adviser = TakingTurns([None, *(make[one]() for one in several)], rng)
         else:
             task.drafter = make[kind]()
 

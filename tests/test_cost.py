@@ -26,7 +26,7 @@ from spiffy.runtime.budget.auto import (
 from spiffy.runtime.budget.roofline import Accelerator, Shape, layout, predicted_profile
 from spiffy.runtime.budget.roofline import forward_seconds as roofline_seconds
 from spiffy.runtime.decode import Task, make_task
-from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, graph_drafter
+from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, way_of
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import (
     AcceptanceModel,
@@ -177,7 +177,7 @@ def test_drafts_that_do_not_pay_at_a_root_are_left_out(
     plain, graph = calibrated
     drafted = []
     for dear in (1.0, 3.0):
-        drafter = graph_drafter(plain.model, graph, plain.settings, 8)
+        drafter = way_of(plain.model, graph, plain.settings, 8, "model")
         assert isinstance(drafter, AcceptanceDrafter)
         plan = best_plan(expected_steps(graph), profile((0, 1.0), (8, dear)))
         drafter.pays = Pays(plan.rate, forward_seconds(profile((0, 1.0), (8, dear)), 8))

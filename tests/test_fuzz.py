@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from spiffy.runtime.budget.auto import auto_budget, best_plan, expected_steps
 from spiffy.runtime.decode import Task, make_task, run
-from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, graph_drafter
+from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, graph_drafter, way_of
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import (
@@ -183,7 +183,9 @@ def lossless(
 ) -> Task:
     model, setting = setting_of(layout, policy)
     plainly = plain(layout, policy)
-    drafter = graph_drafter(model, graph, setting, budget, selection=selection)
+    drafter = graph_drafter(model, graph, setting, budget, "graph")
+    if selection == "model":  # alone: a hostile one would soon be left
+        drafter = way_of(model, graph, setting, budget or graph.budget, "model")
     ours = decode(model, plainly.prompt, setting, drafter)
     assert states(ours) == states(plainly)
     return ours
@@ -233,7 +235,7 @@ def test_nodes_draft_where_the_acceptance_model_is_of_another_version() -> None:
     unknown = known.model_copy(update={"position": {"logit": 1.0, "of another version": 1.0}})
     for acceptance, kind in ((known, AcceptanceDrafter), (unknown, GraphDrafter)):
         graph = artifact(model, setting, acceptance=acceptance)
-        assert type(graph_drafter(model, graph, setting)) is kind
+        assert type(graph_drafter(model, graph, setting).leader) is kind
 
 
 seconds = st.sampled_from([1e-9, 1e-3, 1.0, 1e6])

@@ -16,7 +16,7 @@ from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import final_answer, problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, make_task, run
-from spiffy.runtime.draft import AcceptanceDrafter, graph_drafter
+from spiffy.runtime.draft import AcceptanceDrafter, BestOfDrafter, graph_drafter
 from spiffy.runtime.generate import collect
 from spiffy.schemas import DraftGraph
 
@@ -81,7 +81,8 @@ def decoded(
     settings = decoding_settings(lm, artifact, **options)
     drafter = graph_drafter(lm, artifact, settings, budget) if budget else None
     if drafter is not None:
-        assert isinstance(drafter, AcceptanceDrafter)
+        assert isinstance(drafter, BestOfDrafter)
+        assert isinstance(drafter.leader, AcceptanceDrafter)
     texts = load_prompts("synthetic", MOST, split="test").texts[:prompts]
     tasks = [make_task(lm, text, settings, drafter, 1, k, edges) for k, text in enumerate(texts)]
     for _ in run(lm, tasks):

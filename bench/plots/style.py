@@ -201,6 +201,7 @@ def listed(values: Sequence[tuple[object, str]]) -> str:
 #: Names of the ways of drafting, as people read them.
 WHO: dict[MethodKind, str] = {
     "plain": "plain",
+    "freedave": "FreeDave's chain",
     "chain": "confident chain",
     "paper": "paper's graph",
     "pruned": "paper's, pruned",
@@ -210,10 +211,11 @@ WHO: dict[MethodKind, str] = {
     "perfect": "perfect drafts",
 }
 COLOUR_OF: dict[MethodKind, str] = {
-    kind: COLOURS["paper-graph" if kind == "paper" else kind] for kind in WHO
+    kind: COLOURS[{"paper": "paper-graph", "freedave": "chain"}.get(kind, kind)] for kind in WHO
 }
 MARKER_OF: dict[MethodKind, str] = {
     "plain": "",
+    "freedave": "P",
     "chain": "s",
     "paper": "D",
     "pruned": "v",

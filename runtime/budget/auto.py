@@ -19,7 +19,7 @@ from spiffy.runtime.budget.controller import Choice, Controller, interpolated
 from spiffy.runtime.budget.cost import cost_profile, known_profile
 from spiffy.runtime.budget.shared import SharedController
 from spiffy.runtime.decode import Advice, Task
-from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, graph_drafter
+from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, way_of
 from spiffy.runtime.draft.acceptance import acceptance_of
 from spiffy.runtime.draft.artifact import same_steps
 from spiffy.runtime.draft.ngrams import Floats
@@ -173,7 +173,7 @@ def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> Cost
     """Cost profile of drafting with a graph on this machine, measured unless it is known."""
 
     def maker(who: Selection) -> Callable[[int], Drafter]:
-        return lambda drafts: graph_drafter(task.model, graph, task.settings, drafts, who)
+        return lambda drafts: way_of(task.model, graph, task.settings, drafts, who)
 
     makers: dict[str, Callable[[int], Drafter]] = {who: maker(who) for who in expected_steps(graph)}
     largest = min(graph.budget, MOST_UNASKED)
@@ -256,7 +256,7 @@ class AutoBudget:
         for known in self._drafters.values() if way == "model" else ():
             if isinstance(known, AcceptanceDrafter):
                 return AcceptanceDrafter(known.weights, drafts, model)
-        return graph_drafter(model, self.graph, self.settings, drafts, way)
+        return way_of(model, self.graph, self.settings, drafts, way)
 
     def _pays(self, choice: Choice) -> Callable[[Floats], int]:
         """Which of a root's drafts to keep: all, where their number is only being tried."""

@@ -4,8 +4,8 @@ What a forward takes depends on how many sequences it holds. Alone, one that wai
 room for many drafts; among sixteen, that room is theirs. So costs are learned by the number of
 sequences, and what drafts are worth is learned in common. All sequences of a forward get the same
 choice: the fewest seconds per step for each of them are the most steps per second for all together.
-Which of its drafts a sequence then sends along is decided by how probable they are (`auto.Pays`): one
-is worth the same steps and costs the same share of the forward whosever it is.
+Which of its drafts a sequence then sends along is decided by how probable they are (`auto.Pays`):
+one is worth the same steps and costs the same share of the forward whosever it is.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.decode.task import Task, is_stopped
-from spiffy.runtime.draft import Candidates, Drafter, rank_candidates
+from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk, rank_candidates
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.draft.rejected import with_rejected
 from spiffy.runtime.forward.cache import CACHES, Cache
@@ -42,6 +42,7 @@ def denoise(task: Task) -> Decoding:
     cache, dear = open_cache(task), is_dear(task)
     root = canvas.start(task.prompt, task.model.mask_token_id)
     drafter, advice = task.drafter, None
+    chooser = drafter if isinstance(drafter, Chooser) else None
     candidates: Candidates | None = None  # what is known about the root before its forward
     drafting = 0.0  # seconds
     if task.adviser is not None:
@@ -52,7 +53,8 @@ def denoise(task: Task) -> Decoding:
         states = root.ids[None]
         if drafter is not None and candidates is not None:
             room = len(candidates.positions) - (not may_complete(task, cache, root))
-            drafts = drafter(root, candidates, room)[: task.most_drafts]
+            led = drafter if chooser is None else chooser.leader
+            drafts = led(root, candidates, room)[: task.most_drafts]
             states = torch.cat((states, drafts))
             drafting += perf_counter() - turned
         drafted = perf_counter()
@@ -78,6 +80,12 @@ def denoise(task: Task) -> Decoding:
         walked = perf_counter()
         stats.verify_seconds += walked - arrived
         stats.draft_seconds += drafting
+        if chooser is not None and candidates is not None:
+            reached = _reached(root, task.path[root.step :])
+            chooser.learn(Walk(led, root, candidates, room, states[1:], reached))
+            learned = perf_counter()
+            stats.draft_seconds += learned - walked
+            walked = learned
         if task.adviser is not None and advice is not None:
             steps = cursor.step - root.step
             task.adviser.learn(advice, steps, arrived - drafted, drafting)
@@ -101,6 +109,12 @@ def denoise(task: Task) -> Decoding:
                     None if first_only else reading,
                 )
                 drafting = perf_counter() - walked
+
+
+def _reached(root: Cursor, path: list[Cursor]) -> Tensor:
+    """The states of a walk, int64 [s, length]; steps that change nothing make none."""
+    states = torch.stack([root.ids, *(cursor.ids for cursor in path)])
+    return states[1:][(states[1:] != states[:-1]).any(1)]
 
 
 def is_dear(task: Task) -> bool:

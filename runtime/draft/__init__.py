@@ -3,23 +3,37 @@
 `candidates` names what a drafter is told and what it is; `by_graph` drafts a static graph,
 `by_model` what the acceptance model finds most probable at the root at hand: `outlook` lays out
 what is known there, `features` and `acceptance` are the model, `expand` searches with it.
-`rejected` asks what the last forward's rejected drafts say. `artifact` picks one of the two for a
-draft graph. Nothing here can change a token.
+`rejected` asks what the last forward's rejected drafts say. `best_of` leaves every forward to the
+way that would have done best lately; `artifact` makes such a drafter of a draft graph. Nothing here
+can change a token.
 """
 
-from spiffy.runtime.draft.artifact import graph_drafter
-from spiffy.runtime.draft.by_graph import GeometricMeanDrafter, GraphDrafter
+from spiffy.runtime.draft.artifact import graph_drafter, way_of
+from spiffy.runtime.draft.best_of import BestOfDrafter
+from spiffy.runtime.draft.by_graph import GeometricMeanDrafter, GraphDrafter, confidence_chain
 from spiffy.runtime.draft.by_model import AcceptanceDrafter, Vocabulary
-from spiffy.runtime.draft.candidates import Candidates, Drafter, Selection, rank_candidates
+from spiffy.runtime.draft.candidates import (
+    Candidates,
+    Chooser,
+    Drafter,
+    Selection,
+    Walk,
+    rank_candidates,
+)
 
 __all__ = [
     "AcceptanceDrafter",
+    "BestOfDrafter",
     "Candidates",
+    "Chooser",
     "Drafter",
     "GeometricMeanDrafter",
     "GraphDrafter",
     "Selection",
     "Vocabulary",
+    "Walk",
+    "confidence_chain",
     "graph_drafter",
     "rank_candidates",
+    "way_of",
 ]

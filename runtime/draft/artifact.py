@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from spiffy.runtime.draft.acceptance import acceptance_of, acceptance_weights
-from spiffy.runtime.draft.by_graph import GraphDrafter
+from spiffy.runtime.draft.best_of import BestOfDrafter
+from spiffy.runtime.draft.by_graph import GraphDrafter, confidence_chain
 from spiffy.runtime.draft.by_model import AcceptanceDrafter
 from spiffy.runtime.draft.candidates import Drafter, Selection
 from spiffy.runtime.models.base import DiffusionLM
@@ -20,8 +21,9 @@ def graph_drafter(
 ) -> Drafter:
     """An artifact as a drafter of up to `budget` drafts per forward (default: its nodes, or 128).
 
-    With `selection="model"` the artifact's acceptance model chooses the drafts at run time, where
-    it has one for this unmasking policy; otherwise, and with "graph", they are the first nodes.
+    With `selection="graph"` they are the first nodes. With "model" the artifact's acceptance model
+    chooses them at run time, where it has one for this unmasking policy; but where the nodes, or a
+    confidence chain, would have more drafts accepted, these are drafted (`BestOfDrafter`).
 
     Raises
     ------
@@ -31,6 +33,23 @@ def graph_drafter(
     if budget is not None and budget < 1:
         raise SpiffyError(f"budget {budget}: must be at least 1; to draft nothing, use no graph")
     budget = budget or min(graph.budget, MOST_UNASKED)
+    nodes = way_of(model, graph, settings, budget, "graph")
+    if selection == "graph":
+        return nodes
+    chosen = way_of(model, graph, settings, budget, "model")
+    chain = confidence_chain(min(budget, settings.block_length, MOST_UNASKED))
+    ways = [nodes, GraphDrafter(chain, model)]
+    return BestOfDrafter(ways if isinstance(chosen, GraphDrafter) else [chosen, *ways])
+
+
+def way_of(
+    model: DiffusionLM,
+    graph: DraftGraph,
+    settings: DecodingSettings,
+    budget: int,
+    selection: Selection,
+) -> Drafter:
+    """One way alone: the acceptance model, where there is one for such steps, else the nodes."""
     acceptance = acceptance_of(graph) if selection == "model" else None
     if acceptance is not None and same_steps(graph, settings):
         weights = acceptance_weights(acceptance, model.vocab_size)

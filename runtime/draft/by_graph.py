@@ -14,6 +14,17 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import Node
 
+#: A fill without the order of its pairs.
+FillSet = frozenset[tuple[int, int]]
+
+
+def confidence_chain(length: int) -> list[list[tuple[int, int]]]:
+    """Fills of a confidence chain: the most confident position, the two most confident, ...
+
+    The lossless drafting of FreeDave and SSD, as a graph: all tokens are the most likely ones.
+    """
+    return [[(rank, 0) for rank in range(depth)] for depth in range(1, length + 1)]
+
 
 class GraphDrafter:
     """Drafts the states that a static graph lists, best first, as far as `budget` goes.
@@ -23,12 +34,18 @@ class GraphDrafter:
     fills
         Draft nodes, each a set of (position rank, token rank) pairs, ranks >= 0. Any will do: bad
         ones cost positions, never tokens.
+
+    Attributes
+    ----------
+    fills
+        The same, without any order.
     """
 
     asks_rejected = False
 
     def __init__(self, fills: Sequence[Sequence[tuple[int, int]]], model: DiffusionLM) -> None:
         fills = [fill for fill in fills if fill]  # filling in nothing is the root itself
+        self.fills = frozenset(map(frozenset, fills))
         width = max((len(fill) for fill in fills), default=1)
         # Short fills repeat their first pair: writing a token twice changes nothing.
         padded = [[*fill, *([fill[0]] * (width - len(fill)))] for fill in fills]

@@ -7,7 +7,7 @@ its best-scored position among those the root still masks; token rank 0 is its m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -99,4 +99,42 @@ class Drafter(Protocol):
         `candidates` are the root's masked positions as the distribution before it saw them; a
         draft may fill at most `room` of them.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A walk, and what its drafter was told; on the host.
+
+    Attributes
+    ----------
+    led
+        Who drafted.
+    root, candidates, room
+        What it was told: see `Drafter`.
+    drafts
+        int64 [n, length] that were verified.
+    reached
+        int64 [s, length], the true states that followed, each once; no walk knows of more.
+    """
+
+    led: Drafter
+    root: Cursor
+    candidates: Candidates
+    room: int
+    drafts: Tensor
+    reached: Tensor
+
+
+@runtime_checkable
+class Chooser(Drafter, Protocol):
+    """A drafter that leaves every forward to another one, and learns from walks to which."""
+
+    @property
+    def leader(self) -> Drafter:
+        """Who is to draft the next forward, from candidates that this one asks for."""
+        ...
+
+    def learn(self, walk: Walk) -> None:
+        """Take in what came true."""
         ...

@@ -1,0 +1,146 @@
+"""Drafts by whichever of several ways would have had most of them accepted lately.
+
+The acceptance model knows what it was fitted to. On other texts it can have fewer drafts accepted
+than the graph's nodes, or than the likeliest tokens of the most confident positions. After a walk
+it is known which states came true, so of every way it can be said how many of its drafts the walk
+would have hopped to, whoever drafted. The way that had most of them drafts next. What is drafted
+never changes a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from torch import Tensor
+
+from spiffy.runtime.draft.by_graph import FillSet, GraphDrafter
+from spiffy.runtime.draft.candidates import Candidates, Drafter, Walk
+from spiffy.runtime.step.canvas import Cursor
+
+_MEMORY = 0.995  # of comparisons: some 200 of them count
+_LEAD = 2.0  # accepted drafts by which a way has to be ahead of the one that drafts
+_SURE = 4.0  # accepted drafts by which a way has to be behind, to be compared more seldom if it is
+_SELDOM = 4  # dear: once in so many walks
+_MOST = 16.0  # accepted drafts that a way can be behind: texts may change, and it come back
+
+
+@dataclass
+class Standing:
+    """Who drafts, by what each way would have had accepted.
+
+    Attributes
+    ----------
+    ahead
+        By way: accepted drafts more than those of the one that drafts, slowly forgotten, and
+        never fewer than `_MOST` fewer.
+    leader
+        Which one that is; at first the first one.
+    walks
+        Seen so far.
+    """
+
+    ahead: list[float]
+    leader: int = 0
+    walks: int = 0
+
+    def is_due(self, way: int) -> bool:
+        """Whether a way that is dear to compare is to be compared after the next walk."""
+        return self.ahead[way] > -_SURE or (self.walks + 1) % _SELDOM == 0
+
+    def observe(self, accepted: Sequence[int | None]) -> None:
+        """Take in how many drafts of a walk each way would have had accepted; None: not compared.
+
+        The walk ends where the leader's drafts do, so no other way can be seen to have more than
+        one more accepted.
+        """
+        self.walks += 1
+        led = accepted[self.leader]
+        assert led is not None  # the leader has drafted
+        self.ahead = [
+            before if new is None else max(_MEMORY * before + new - led, -_MOST)
+            for before, new in zip(self.ahead, accepted, strict=True)
+        ]
+        most = max(self.ahead)
+        if most > _LEAD:
+            self.leader = self.ahead.index(most)
+            self.ahead = [ahead - most for ahead in self.ahead]
+
+
+@dataclass
+class BestOfDrafter:
+    """Leaves every forward to the way that has done best: a `Chooser`.
+
+    What it has learned holds for all sequences that it drafts for.
+
+    Parameters
+    ----------
+    ways
+        Who may draft; the first one begins. Those by a graph are compared at nearly no cost and do
+        with any number of token ranks; others have to draft for that, and say how many there are.
+    """
+
+    ways: Sequence[Drafter]
+    standing: Standing = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = [way.token_ranks for way in self.ways if not isinstance(way, GraphDrafter)]
+        self.token_ranks = min(own or [max(way.token_ranks for way in self.ways)])
+        self.asks_rejected = any(way.asks_rejected for way in self.ways)
+        self.standing = Standing([0.0 for _ in self.ways])
+
+    @property
+    def leader(self) -> Drafter:
+        """The way that drafts now."""
+        return self.ways[self.standing.leader]
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        """See `Drafter`."""
+        return self.leader(root, candidates, room)
+
+    def learn(self, walk: Walk) -> None:
+        """See `Chooser`."""
+        fills = fills_of(walk)
+        self.standing.observe(
+            [self._accepted(number, walk, fills) for number in range(len(self.ways))]
+        )
+
+    def _accepted(self, number: int, walk: Walk, fills: Sequence[FillSet]) -> int | None:
+        """How many drafts of a way the walk would have come to; None if that is too dear to say."""
+        way = self.ways[number]
+        if isinstance(way, GraphDrafter):
+            return _leading(fill in way.fills for fill in fills)
+        drafts = walk.drafts
+        if way is not walk.led:
+            if number != self.standing.leader and not self.standing.is_due(number):
+                return None
+            drafts = way(walk.root, walk.candidates, walk.room)
+        known = {state.tobytes() for state in drafts.numpy()}
+        return _leading(state.tobytes() in known for state in walk.reached.numpy())
+
+
+def fills_of(walk: Walk) -> list[FillSet]:
+    """What the states that came true filled in, in draft coordinates, up to the first without any.
+
+    A state has none if it changes more than the candidates can say.
+    """
+    reached, known = walk.reached.numpy(), walk.candidates
+    changed = reached != walk.root.ids.numpy()
+    at = known.positions.numpy()
+    same = reached[:, at, None] == known.tokens.numpy()
+    same &= changed[:, at, None]
+    pairs: list[list[tuple[int, int]]] = [[] for _ in reached]
+    for state, i, j in zip(*(axis.tolist() for axis in same.nonzero()), strict=True):
+        pairs[state].append((i, j))
+    fills = []
+    for fill, size in zip(pairs, changed.sum(1).tolist(), strict=True):
+        if len(fill) != size or size > walk.room:
+            break
+        fills.append(frozenset(fill))
+    return fills
+
+
+def _leading(true: Iterable[bool]) -> int:
+    """How many are true before the first that is not."""
+    return sum(takewhile(bool, true))
