@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from losslessness import ON, decode_all, fill, versions
+from losslessness import ON, decode_all, versions
+from pages import add_into, fill
 
 from spiffy.bench.methods import NO_EDGES
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=50, help="calibration problems")
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 3, 8, 32])
     parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--into", type=Path, nargs="*", default=[], help="Markdown files to fill")
+    add_into(parser)
     args = parser.parse_args()
     head = ["model, cache, policy", "prompts", "drafts", "plain NFE", *WAYS, "at the end by"]
     table = [

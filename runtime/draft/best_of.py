@@ -85,7 +85,7 @@ class BestOfDrafter:
     standing: Standing = field(init=False)
 
     def __post_init__(self) -> None:
-        own = [way.token_ranks for way in self.ways if not isinstance(way, GraphDrafter)]
+        own = [way.token_ranks for way in self.ways if type(way) is not GraphDrafter]
         self.token_ranks = min(own or [max(way.token_ranks for way in self.ways)])
         self.asks_rejected = any(way.asks_rejected for way in self.ways)
         self.standing = Standing([0.0 for _ in self.ways])
@@ -109,7 +109,7 @@ class BestOfDrafter:
     def _accepted(self, number: int, walk: Walk, fills: Sequence[FillSet]) -> int | None:
         """How many drafts of a way the walk would have come to; None if that is too dear to say."""
         way = self.ways[number]
-        if isinstance(way, GraphDrafter):
+        if type(way) is GraphDrafter:  # not one that chooses among its nodes
             return _leading(fill in way.fills for fill in fills)
         drafts = walk.drafts
         if way is not walk.led:
