@@ -9,6 +9,7 @@ from collections.abc import Generator
 from dataclasses import replace
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,8 +114,8 @@ def denoise(task: Task) -> Decoding:
 
 def _reached(root: Cursor, path: list[Cursor]) -> Tensor:
     """The states of a walk, int64 [s, length]; steps that change nothing make none."""
-    states = torch.stack([root.ids, *(cursor.ids for cursor in path)])
-    return states[1:][(states[1:] != states[:-1]).any(1)]
+    states = np.stack([cursor.ids.numpy() for cursor in (root, *path)])
+    return torch.from_numpy(states[1:][(states[1:] != states[:-1]).any(1)])
 
 
 def is_dear(task: Task) -> bool:

@@ -127,12 +127,13 @@ def fills_of(walk: Walk) -> list[FillSet]:
     """
     reached, known = walk.reached.numpy(), walk.candidates
     changed = reached != walk.root.ids.numpy()
-    at = known.positions.numpy()
-    same = reached[:, at, None] == known.tokens.numpy()
-    same &= changed[:, at, None]
+    positions, tokens = known.positions.numpy(), known.tokens.tolist()
+    state, rank = changed.take(positions, 1).nonzero()
+    filled = reached[state, positions[rank]]
     pairs: list[list[tuple[int, int]]] = [[] for _ in reached]
-    for state, i, j in zip(*(axis.tolist() for axis in same.nonzero()), strict=True):
-        pairs[state].append((i, j))
+    for k, i, token in zip(state.tolist(), rank.tolist(), filled.tolist(), strict=True):
+        if token in tokens[i]:
+            pairs[k].append((i, tokens[i].index(token)))
     fills = []
     for fill, size in zip(pairs, changed.sum(1).tolist(), strict=True):
         if len(fill) != size or size > walk.room:
