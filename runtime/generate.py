@@ -8,7 +8,7 @@ from typing import Any, Literal, SupportsIndex, get_args
 
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Stats, Task, decoded, make_task, run
-from spiffy.runtime.draft import Selection, graph_drafter
+from spiffy.runtime.draft import Selection, lasting_drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
@@ -192,7 +192,7 @@ def generate(
         if budget == "auto":
             task.adviser = auto_budget(task, graph, selection)
         else:
-            task.drafter = graph_drafter(model, graph, settings, budget, selection)
+            task.drafter = lasting_drafter(model, graph, settings, budget, selection)
     for _ in run(model, [task]):
         pass
     return collect(task, trace)

@@ -12,6 +12,7 @@ from helpers import Oracle, a_graph_of, decode, parity_model, random_prompt, sta
 from torch import Tensor
 
 from spiffy.bench import watch
+from spiffy.runtime import generate
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import (
     AcceptanceDrafter,
@@ -21,6 +22,7 @@ from spiffy.runtime.draft import (
     Walk,
     confidence_chain,
     graph_drafter,
+    lasting_drafter,
 )
 from spiffy.runtime.draft.best_of import Standing, fills_of
 from spiffy.runtime.step.canvas import Cursor
@@ -225,3 +227,22 @@ def test_an_artifact_drafts_by_its_model_its_nodes_and_a_chain() -> None:
     assert isinstance(best, BestOfDrafter)
     assert isinstance(best.ways[-1], GraphDrafter)
     assert best.ways[-1].fills == frozenset(map(frozenset, confidence_chain(4)))
+
+
+def test_calls_of_generate_go_on_from_one_another() -> None:
+    model = parity_model("llada-a")
+    graph = a_graph_of(model)
+    first = lasting_drafter(model, graph, graph.decoding, 2)
+    assert isinstance(first, BestOfDrafter)
+    out = generate(model, random_prompt(model, 8), graph=graph, budget=2)
+    assert first.standing.walks == out.stats.nfe - 1 > 0  # the first forward has no drafts
+
+    longer = graph.decoding.model_copy(update={"gen_length": 64})
+    others = [
+        lasting_drafter(model, graph, longer, 2),
+        lasting_drafter(model, graph, graph.decoding, 3),
+        lasting_drafter(model, a_graph_of(model), graph.decoding, 2),
+    ]
+    shared = [isinstance(d, BestOfDrafter) and d.standing is first.standing for d in others]
+    assert shared == [True, False, False]
+    assert isinstance(lasting_drafter(model, graph, graph.decoding, 2, "graph"), GraphDrafter)

@@ -28,7 +28,7 @@ from spiffy.integrations.transformers.rows import (
 )
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import make_task, run
-from spiffy.runtime.draft import Drafter, Selection, graph_drafter
+from spiffy.runtime.draft import Drafter, Selection, lasting_drafter
 from spiffy.runtime.generate import Budget, check_drafting, check_seed
 from spiffy.runtime.models import DiffusionLM, wrap
 from spiffy.schemas import DraftGraph, SpiffyError
@@ -107,7 +107,7 @@ def custom_generate(
     drawn = int(torch.randint(1 << 62, ())) if seed is None and sampled else seed or 0
     drafter: Drafter | None = None
     if graph is not None and budget != "auto":
-        drafter = graph_drafter(lm, graph, settings, budget, selection)
+        drafter = lasting_drafter(lm, graph, settings, budget, selection)
     rows = []
     for number, (given, prompt) in enumerate(zip(input_ids, prompts, strict=True)):
         task = make_task(lm, prompt, settings, drafter, drawn, number)

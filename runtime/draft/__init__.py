@@ -8,7 +8,7 @@ way that would have done best lately; `artifact` makes such a drafter of a draft
 can change a token.
 """
 
-from spiffy.runtime.draft.artifact import graph_drafter, way_of
+from spiffy.runtime.draft.artifact import graph_drafter, lasting_drafter, way_of
 from spiffy.runtime.draft.best_of import BestOfDrafter
 from spiffy.runtime.draft.by_graph import GeometricMeanDrafter, GraphDrafter, confidence_chain
 from spiffy.runtime.draft.by_model import AcceptanceDrafter, Vocabulary
@@ -34,6 +34,7 @@ __all__ = [
     "Walk",
     "confidence_chain",
     "graph_drafter",
+    "lasting_drafter",
     "rank_candidates",
     "way_of",
 ]
