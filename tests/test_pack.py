@@ -40,6 +40,12 @@ def held_of(model: DiffusionLM, ids: Tensor) -> KeyValues:
     return kept
 
 
+def held_at(kept: KeyValues, layer: int, places: range) -> tuple[Tensor, Tensor]:
+    """Keys and values in some places of a layer."""
+    key, value = (part[:, :, places.start : places.stop] for part in kept._buffers[layer])
+    return key, value
+
+
 def behind(
     model: DiffusionLM, ids: Tensor, past: int, mask: Tensor | None = None, seed: int = 0
 ) -> Row:
@@ -61,7 +67,7 @@ def assert_same(
     """Hidden states, and what was put away."""
     assert apart(outputs[0].hidden, outputs[1].hidden) < TOLERANCE
     for layer in layers_of(model):
-        held = [row.kept.at(layer, range(row.keys)) for row in rows if row.kept is not None]
+        held = [held_at(row.kept, layer, range(row.keys)) for row in rows if row.kept is not None]
         for a, b in zip(*held, strict=True) if held else ():
             assert apart(a, b) < TOLERANCE
 
@@ -118,17 +124,17 @@ def test_a_row_without_mask_attends_to_everything(checkpoint: str) -> None:
 def test_keys_and_values_stay_when_room_behind_them_grows(checkpoint: str) -> None:
     model = parity_model(checkpoint, "float64")
     kept = held_of(model, random_prompt(model, 6))
-    before = [kept.at(layer, range(6)) for layer in layers_of(model)]
+    before = [held_at(kept, layer, range(6)) for layer in layers_of(model)]
     ids = random_prompt(model, 9, 1)
     forward(model, [Row(ids, torch.arange(9), None, kept, (range(6, 15),), 15)])
     for layer, pair in zip(layers_of(model), before, strict=True):
-        for a, b in zip(kept.at(layer, range(6)), pair, strict=True):
+        for a, b in zip(held_at(kept, layer, range(6)), pair, strict=True):
             assert torch.equal(a, b)
-    moved = [kept.at(layer, range(9, 12)) for layer in layers_of(model)]
+    moved = [held_at(kept, layer, range(9, 12)) for layer in layers_of(model)]
     moved = [(key.clone(), value.clone()) for key, value in moved]
     kept.move(range(9, 12), 2)
     for layer, pair in zip(layers_of(model), moved, strict=True):
-        for a, b in zip(kept.at(layer, range(2, 5)), pair, strict=True):
+        for a, b in zip(held_at(kept, layer, range(2, 5)), pair, strict=True):
             assert torch.equal(a, b)
 
 

@@ -88,11 +88,6 @@ class KeyValues:
             for buffer in buffers:
                 buffer[:, :, to : to + len(run)] = buffer[:, :, run.start : run.stop]
 
-    def at(self, layer: int, places: range) -> tuple[Tensor, Tensor]:
-        """What some places hold, [1, heads, places, head_dim] each."""
-        key, value = (part[:, :, places.start : places.stop] for part in self._buffers[layer])
-        return key, value
-
 
 class Group(NamedTuple):
     """Rows of a forward that attend alike, each within itself.
