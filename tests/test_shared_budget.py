@@ -25,12 +25,9 @@ MACHINES: dict[str, Machine] = {
 
 
 def served(
-    machine: Machine, crowds: Sequence[int], seed: int, share: float = 1.0, choosing: float = 0.01
+    machine: Machine, crowds: Sequence[int], seed: int, share: float = 1.0
 ) -> tuple[SharedController, list[tuple[int, Choice, float]]]:
-    """Forwards with so many sequences each; for each their number, the choice, expected seconds.
-
-    `choosing` drafts takes so many seconds for every sequence, one after the other.
-    """
+    """Forwards with so many sequences each; for each their number, the choice, expected seconds."""
     rng = random.Random(seed)
     world = World(lambda n, t: 1.0, share)
     budget = SharedController(regret.EXPECTED, regret.MOST)
@@ -41,22 +38,21 @@ def served(
         choice = chosen[0]
         seconds = machine(sequences * (1 + choice.drafts))
         measured = seconds * rng.lognormvariate(0, 0.03)
-        drafting = 0.0 if choice.way is None else choosing
+        drafting = 0.0 if choice.way is None else 0.01
         budget.turn(sequences)
         for _ in range(sequences):
             mean = world.steps(choice) - 1
             steps = 1 + (regret._accepted(rng, mean, choice.drafts) if choice.way else 0)
             budget.learn(choice, steps, measured, drafting)
-        forwards.append((sequences, choice, seconds + sequences * drafting))
+        forwards.append((sequences, choice, seconds + drafting))
     return budget, forwards
 
 
-def seconds_per_step(
-    machine: Machine, sequences: int, choice: Choice, share: float, choosing: float = 0.01
-) -> float:
-    drafting = 0.0 if choice.way is None else choosing * sequences
-    seconds = machine(sequences * (1 + choice.drafts)) + drafting
-    return seconds / World(lambda n, t: 1.0, share).steps(choice)
+def seconds_per_step(machine: Machine, sequences: int, choice: Choice, share: float) -> float:
+    drafting = 0.0 if choice.way is None else 0.01
+    return (machine(sequences * (1 + choice.drafts)) + drafting) / World(
+        lambda n, t: 1.0, share
+    ).steps(choice)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -76,23 +72,6 @@ def test_as_many_drafts_as_the_machine_has_room_for(
     assert mean < 1.05 * min(spent.values())
     whole = sum(seconds / spent[choice] for _, choice, seconds in forwards)
     assert sum(seconds for *_, seconds in forwards) < 1.03 * whole * spent[PLAIN]
-
-
-def test_what_choosing_drafts_takes_adds_up_over_the_sequences() -> None:
-    """A fifth of a forward for each: nothing beside what many drafts gain for one, and six forwards
-    for thirty-two."""
-    machine = MACHINES["waits for memory"]
-    for sequences in (1, 32):
-        _, forwards = served(machine, [sequences] * 200, 4, choosing=0.2)
-        spent = {
-            choice: seconds_per_step(machine, sequences, choice, 1.0, 0.2)
-            for choice in regret.CHOICES
-        }
-        best = min(spent, key=lambda choice: spent[choice])
-        assert (best == PLAIN) == (sequences == 32)
-        late = forwards[100:]
-        steps = sum(seconds / spent[choice] for _, choice, seconds in late)
-        assert sum(seconds for *_, seconds in late) < 1.05 * steps * spent[best]
 
 
 def test_drafts_fill_what_the_sequences_leave() -> None:

@@ -101,8 +101,7 @@ class SharedController:
                 self.worth.observe(choice, steps, len(alike))  # seconds compare with nothing here
                 continue
             seconds = fmean(turn.forward for turn in alike)
-            # The forward is shared; drafts are chosen for one sequence after the other.
-            drafting = len(told) * fmean(turn.drafting for turn in alike)
+            drafting = fmean(turn.drafting for turn in alike)
             self.now.learn(choice, steps, seconds, drafting, sequences=len(alike))
 
     def _likely_seconds(self, crowd: int) -> Points:
