@@ -29,7 +29,8 @@ LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 _KEPT = 9  # forwards that count
 _PLAN_EVERY = 6  # forwards
-_LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long
+_LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
+_SELDOM = 8  # up to so many times as many where the looks before were in vain
 _STALE = 24  # forwards after which what was known is out of date
 _MARGIN = 0.03  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.1  # or this much if they did not keep it
@@ -285,6 +286,7 @@ class Controller:
         self._worth = ForwardSteps(self.steps) if self.worth is None else self.worth
         self._drafting: dict[Selection, deque[float]] = {}
         self._tried: dict[Choice, int] = {}  # number of the forward
+        self._vain: dict[Choice, int] = {}  # looks in a row after which something else was best
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
         self._trying, self._tries, self._before = False, 0, 0.0
@@ -347,6 +349,7 @@ class Controller:
             self._left = 1  # look again before believing it
         if changed:  # what plain forwards cost now has to be seen first
             self._tried.clear()
+            self._vain.clear()
             self._spent = self._lost = 0.0
             self._owed = min(self._owed, 0.0)
             self._now, self._left, self._trying = PLAIN, 2, False
@@ -395,6 +398,9 @@ class Controller:
             lost = self.seconds_per_step(self._now) - self._before
             self._lost += max(0.0, lost) * self._tries * self._worth.expected(self._now)
         best = self._best()
+        if self._trying:
+            vain = best != self._now
+            self._vain[self._now] = self._vain.get(self._now, 0) + 1 if vain else 0
         found = self._worth_trying(best)
         if self._owed > _MOST_OWED:  # what was promised was not kept: promise more, try nothing
             found = None
@@ -430,7 +436,12 @@ class Controller:
         if self._forwards - self._looked < _LOOK_AGAIN:
             return None
         # The machine may have drifted meanwhile; what seemed much dearer is looked at more seldom.
-        due = [c for c in affordable if self._age(c) > _LOOK_AGAIN * (self._at_best(c) / now) ** 2]
+        due = [
+            c
+            for c in affordable
+            if self._age(c)
+            > _LOOK_AGAIN * (self._at_best(c) / now) ** 2 * min(2 ** self._vain.get(c, 0), _SELDOM)
+        ]
         found = min(due, key=self._at_best, default=None)
         if found is not None:
             self._looked = self._forwards

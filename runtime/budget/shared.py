@@ -100,6 +100,8 @@ class SharedController:
             if self._chose != self._crowd and not self.now.has_seen_plain:
                 self.worth.observe(choice, steps, len(alike))  # seconds compare with nothing here
                 continue
+            # To one sequence its forward takes from when it gave its rows to when it hears of them:
+            # choosing drafts for all others, and their walks, are in it.
             seconds = fmean(turn.forward for turn in alike)
             drafting = fmean(turn.drafting for turn in alike)
             self.now.learn(choice, steps, seconds, drafting, sequences=len(alike))
