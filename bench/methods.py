@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spiffy.bench.order import OrderNetwork, check_fits
+from spiffy.bench.order_drafter import OrderDrafter
 from spiffy.runtime import BlockEdges, DiffusionLM
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Adviser, Task, make_task
@@ -38,6 +40,7 @@ KINDS: tuple[MethodKind, ...] = (
     "pruned",
     "graph",
     "model",
+    "order",
     "auto",
     "perfect",
 )
@@ -106,30 +109,33 @@ def methods(
     prompts: Sequence[Prompt] = (),
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     any_model: bool = False,
+    order: OrderNetwork | None = None,
 ) -> list[Method]:
     """All methods of the given kinds, in the order in which they are shown.
 
     The first is plain decoding under `settings`, the baseline; plain decoding by the other of the
     two common policies follows for reference. Kinds that cannot be had are left out: "paper" and
-    "pruned" without a graph grown by the paper's rule, "model" without an acceptance model; and
-    "freedave" where it is what "chain" is.
+    "pruned" without a graph grown by the paper's rule, "model" without an acceptance model,
+    "order" without a network; and "freedave" where it is what "chain" is.
 
     Parameters
     ----------
     prompts
         Costs for "auto" are measured behind the one of median length.
     any_model
-        Take a paper's graph of another model of the family.
+        Take a paper's graph, or an order network, of another model of the family.
 
     Raises
     ------
     SpiffyError
-        If a budget exceeds the graph, or the paper's graph belongs to another model.
+        If a budget exceeds the graph, or the paper's graph or the network belongs to another model.
     """
     if over := [n for n in budgets if not 1 <= n <= graph.budget]:
         raise SpiffyError(f"--budgets {over[0]}: the graph holds 1 to {graph.budget} drafts")
     if paper is not None:
         paper.check_fits(model.family.name, model.fingerprint, model.vocab_size, any_model)
+    if order is not None:
+        check_fits(order.shape, settings, None if any_model else model.fingerprint)
 
     def fixed(drafter: Drafter | None) -> MakeDrafter:
         return lambda path: drafter
@@ -164,6 +170,9 @@ def methods(
     if acceptance_of(graph) is not None:
         for n in budgets:
             add("model", n, fixed(graph_drafter(model, graph, settings, n, "model")))
+    if order is not None:
+        for n in budgets:
+            add("order", n, fixed(OrderDrafter(order, n, model)))
     if "auto" in kinds:
         adviser = auto_budget(median_task(model, settings, prompts, edges), graph)
         found.append(Method("auto", "auto", settings, fixed(None), adviser=adviser))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 #: Kinds that say what drafting brings: no bound, and no other way of plain decoding.
-DRAFTING = ("freedave", "chain", "paper", "pruned", "graph", "model", "auto")
+DRAFTING = ("freedave", "chain", "paper", "pruned", "graph", "model", "order", "auto")
 
 
 @dataclass(frozen=True)

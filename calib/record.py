@@ -27,13 +27,23 @@ class Root:
     room: int
 
 
+def narrowed(candidates: Candidates, token_ranks: int) -> Candidates:
+    """As many tokens of each position as a drafter asks for."""
+    return Candidates(
+        candidates.positions,
+        candidates.tokens[:, :token_ranks],
+        candidates.log_p[:, :token_ranks],
+        candidates.fresh,
+    )
+
+
 class Recorder:
     """A drafter that drafts nothing and remembers what it was told."""
 
-    token_ranks = TOKEN_RANKS
     asks_rejected = False
 
-    def __init__(self) -> None:
+    def __init__(self, token_ranks: int = TOKEN_RANKS) -> None:
+        self.token_ranks = token_ranks
         self.roots: dict[int, Root] = {}  # by number of denoising steps made before the root
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
@@ -68,6 +78,13 @@ class Trace:
         sequence = [task.canvas.start(task.prompt, task.model.mask_token_id), *task.path]
         path = [*(sequence[step] for step in task.roots), sequence[-1]]
         return cls(path, [recorder.roots.get(step) for step in task.roots])
+
+    def narrowed(self, token_ranks: int) -> Trace:
+        """As if fewer tokens of each position had been asked for."""
+        roots = [
+            root and Root(narrowed(root.candidates, token_ranks), root.room) for root in self.roots
+        ]
+        return Trace(self.path, roots)
 
     @cached_property
     def chains(self) -> Prompt:

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 
 import torch
 
-from spiffy.calib.record import Trace
+from spiffy.calib.record import Trace, narrowed
 from spiffy.graphs import Replay
-from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk
+from spiffy.runtime.draft import Chooser, Drafter, Walk
 
 
 def replay_drafter(traces: Iterable[Trace], drafter: Drafter) -> Replay:
@@ -30,7 +30,7 @@ def replay_drafter(traces: Iterable[Trace], drafter: Drafter) -> Replay:
             reached = at + 1
             root = trace.roots[at]
             if root is not None:
-                known = _narrowed(root.candidates, drafter.token_ranks)
+                known = narrowed(root.candidates, drafter.token_ranks)
                 led = drafter if chooser is None else chooser.leader
                 states = led(trace.path[at], known, root.room)
                 drafts += len(states)
@@ -43,13 +43,3 @@ def replay_drafter(traces: Iterable[Trace], drafter: Drafter) -> Replay:
             at = reached
         steps += last
     return Replay(steps, forwards, drafts)
-
-
-def _narrowed(candidates: Candidates, token_ranks: int) -> Candidates:
-    """As many tokens of each position as the drafter asks for."""
-    return Candidates(
-        candidates.positions,
-        candidates.tokens[:, :token_ranks],
-        candidates.log_p[:, :token_ranks],
-        candidates.fresh,
-    )

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-_KINDS = "plain, freedave, chain, paper, pruned, graph, model, auto, perfect"
+_KINDS = "plain, freedave, chain, paper, pruned, graph, model, order, auto, perfect"
 
 
 def _compare(files: tuple[Path, Path] | None) -> None:
@@ -145,6 +145,12 @@ class _Methods:
         str | None,
         drafting_option(
             help="Graph by the paper's rule (spiffy-calibrate --objective paper), to compare with."
+        ),
+    ] = None
+    order: Annotated[
+        Path | None,
+        drafting_option(
+            help="Order network (studies/rival.py --save), our reading of SPOT, to compare with."
         ),
     ] = None
     methods: Annotated[
@@ -320,10 +326,12 @@ def _prepared(
 ) -> _Run:
     """Load the model, draw the prompts, set up the methods."""
     from spiffy.bench.methods import methods as methods_of
+    from spiffy.bench.order import load_order
 
     threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
     rival = None if methods.paper is None else DraftGraph.find(methods.paper)
+    network = None if methods.order is None else load_order(methods.order)
     lm = model.load(artifact, place)
     lm, (ours, rival) = shape.grown(lm, (artifact, rival), model.any_model)
     artifact = ours or artifact
@@ -337,7 +345,9 @@ def _prepared(
     if methods.execute_code:
         log.print("--execute-code runs what the model writes, in a process with limits")
     kinds, numbers = methods.kinds(), methods.numbers(artifact)
-    found = methods_of(lm, settings, artifact, kinds, numbers, rival, ids, edges, model.any_model)
+    found = methods_of(
+        lm, settings, artifact, kinds, numbers, rival, ids, edges, model.any_model, network
+    )
     return _Run(
         lm=lm,
         artifact=artifact,
@@ -408,9 +418,9 @@ def _summary(run: _Run, found: Measurements, machine: Machine) -> Bench:
 
 def _to_step_through(methods: Sequence[Method]) -> Method:
     """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at."""
-    order = ("model", "graph", "pruned", "paper", "chain", "freedave", "perfect", "auto", "plain")
+    order = ["model", "graph", "pruned", "paper", "order", "chain", "freedave", "perfect", "auto"]
     small = [method for method in methods if method.budget is None or method.budget <= 8]
-    return min(small, key=lambda m: (order.index(m.kind), -(m.budget or 0)))
+    return min(small, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))
 
 
 def _profile(run: _Run) -> CostProfile | None:

@@ -18,7 +18,7 @@ FORMAT = "spiffy.bench"
 VERSION = "1.0"
 
 MethodKind = Literal[
-    "plain", "freedave", "chain", "paper", "pruned", "graph", "model", "auto", "perfect"
+    "plain", "freedave", "chain", "paper", "pruned", "graph", "model", "order", "auto", "perfect"
 ]
 
 
@@ -111,7 +111,8 @@ class Result(_Record):
         at block edges that FreeDave's own loop does not do. "chain": the same drafts with what this
         runtime does there. "paper": the paper's graph, its first nodes. "pruned": all of it, pruned
         at every root by geometric mean. "graph": our static graph. "model": drafts chosen at run
-        time. "auto": what `--budget auto` chose. "perfect": drafts that all come true, a bound.
+        time. "order": drafts by an order network, our reading of SPOT. "auto": what `--budget auto`
+        chose. "perfect": drafts that all come true, a bound.
     budget
         Most drafts per forward, None where it does not apply.
     note

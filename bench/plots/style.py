@@ -31,6 +31,7 @@ COLOURS = {
     "pruned": "#5b4db3",
     "graph": "#00785a",
     "model": "#0066b0",
+    "order": "#8c1d2f",
     "auto": "#c4430b",
     "perfect": "#6d7680",
 }
@@ -207,6 +208,7 @@ WHO: dict[MethodKind, str] = {
     "pruned": "paper's, pruned",
     "graph": "our graph",
     "model": "acceptance model",
+    "order": "order network",
     "auto": "auto",
     "perfect": "perfect drafts",
 }
@@ -221,6 +223,7 @@ MARKER_OF: dict[MethodKind, str] = {
     "pruned": "v",
     "graph": "o",
     "model": "^",
+    "order": "h",
     "auto": "*",
     "perfect": "x",
 }
