@@ -38,6 +38,7 @@ results: $(READY)
 	$(BIN)/python studies/edges.py --into docs/results-edges.md
 	$(BIN)/python studies/graphs.py --into docs/results-drafting.md --plot docs/results-drafting.svg
 	$(BIN)/python studies/domains.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/results-drafting.md
+	$(BIN)/python studies/rival.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/rival.md
 	$(BIN)/python studies/ablations.py --into docs/results-drafting.md
 	$(BIN)/python studies/auto.py --into docs/results-time.md
 	$(BIN)/python studies/auto.py --busy --into docs/results-time.md

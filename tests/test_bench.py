@@ -325,6 +325,13 @@ def test_bad_options_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_order_network_that_is_not_there_is_refused(artifact: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "order.safetensors"
+    code, _, error = invoke("--graph", artifact, "--out", tmp_path / "run", "--order", missing)
+    assert code == 2
+    assert f"{missing}: cannot be read" in error.replace("\n", " ")
+
+
 def test_a_folder_that_cannot_be_made_is_refused(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, _, error = invoke("--graph", artifact, "--out", tmp_path / "file" / "run")
