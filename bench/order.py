@@ -140,33 +140,32 @@ def scene_of(root: Cursor, candidates: Candidates, shape: OrderShape, mask_token
     masked[at] = True
     is_fresh = torch.zeros(size)
     is_fresh[fresh - start] = 1.0
-    log_rank = torch.zeros(size)
-    log_rank[at] = torch.arange(1.0, len(at) + 1).log()
+    states = torch.stack((is_fresh, (block != mask_token_id).float()), -1)
+    everywhere = torch.tensor([len(at) / size, len(candidates.fresh) / _SCALE]).expand(size, 2)
+    # Of other positions nothing is known but whether they are filled.
+    seen = torch.cat((log_p / _SCALE, _facts(log_p, at)), -1) * masked[:, None]
+    return Scene(
+        torch.cat((seen, states, everywhere), -1), masked, tokens, log_p[:, :TOKEN_RANKS], start
+    )
 
+
+def _facts(log_p: Tensor, at: Tensor) -> Tensor:
+    """What follows from log-probabilities [B, K] of positions of which `at` are masked, best first.
+
+    Log-odds, how far they are below the best ones, entropy, gap to the second token, logarithm of
+    the rank, 1: float32 [B, 6].
+    """
     p = log_p.exp()
     rest = (1 - p.sum(-1)).clamp(min=1e-9)
     entropy = -(p * log_p).sum(-1) - rest * rest.log()
     top = log_p[:, 0]
     logit = (top - torch.log(-torch.expm1(top.clamp(max=-1e-6)))).clamp(-12, 14)
-    best = logit[at].max() if len(at) else logit.new_zeros(())
-    facts = torch.stack(
-        (
-            logit / _SCALE,
-            (logit - best) / _SCALE,
-            entropy,
-            p[:, 0] - p[:, 1] if shape.ranks > 1 else p[:, 0],
-            log_rank,
-            torch.ones(size),
-        ),
-        -1,
-    )
-    everywhere = torch.tensor([len(at) / size, len(candidates.fresh) / _SCALE]).expand(size, 2)
-    states = torch.stack((is_fresh, (block != mask_token_id).float()), -1)
-    # Of other positions nothing is known but that they are filled.
-    seen = torch.cat((log_p / _SCALE, facts), -1) * masked[:, None]
-    return Scene(
-        torch.cat((seen, states, everywhere), -1), masked, tokens, log_p[:, :TOKEN_RANKS], start
-    )
+    best = logit[at].max() if len(at) else 0.0
+    log_rank = torch.zeros_like(top)
+    log_rank[at] = torch.arange(1.0, len(at) + 1).log()
+    gap = p[:, 0] - p[:, 1]
+    odds = (logit / _SCALE, (logit - best) / _SCALE)
+    return torch.stack((*odds, entropy, gap, log_rank, torch.ones_like(top)), -1)
 
 
 def drafted(choice: Tensor, when: Tensor, log_p: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def grow(network: OrderNetwork, scene: Scene, budget: int, room: int) -> Grown:
 
 def _children(network: OrderNetwork, scene: Scene, level: Grown, depth: int, budget: int) -> Grown:
     """The most probable states one step further, each once."""
-    n, size = level.choice.shape
+    n = len(level.choice)
     log_p = scene.log_p.expand(n, -1, -1)
     draft = drafted(level.choice, level.when, log_p)
     score, tokens = network(scene.seen.expand(n, -1, -1), draft, log_p)
@@ -75,11 +75,7 @@ def _children(network: OrderNetwork, scene: Scene, level: Grown, depth: int, bud
     flat = (joint.exp() * level.p[:, None, None]).flatten()
     p, index = flat.topk(min(_MORE * budget, len(flat)))
     index, p = index[p > 0], p[p > 0]
-    parent, place, rank = (
-        index // (size * TOKEN_RANKS),
-        index // TOKEN_RANKS % size,
-        index % TOKEN_RANKS,
-    )
+    parent, place, rank = torch.unravel_index(index, joint.shape)
     rows = torch.arange(len(index))
     choice, when = level.choice[parent], level.when[parent]
     choice[rows, place], when[rows, place] = rank, depth
