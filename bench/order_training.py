@@ -41,7 +41,7 @@ class Training:
         Epochs without a better one on the prompts kept out, after which it stops.
     """
 
-    epochs: int = 12
+    epochs: int = 10
     patience: int = 3
     seed: int = 0
 

@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=400, help="calibration problems")
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 3, 8, 32])
     parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=12, help="of training, at most")
+    parser.add_argument("--epochs", type=int, default=10, help="of training, at most")
     parser.add_argument("--seed", type=int, default=0, help="of training")
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--checked", type=int, default=12, help="prompts, decoded too")
