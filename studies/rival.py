@@ -17,6 +17,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 from losslessness import ON, decode_all, versions
@@ -57,7 +58,7 @@ WAYS = {
 }
 #: Of the second table.
 COMPARED = (ALONE, CHOSEN, ORDER)
-CHECKED_DRAFTS = 8
+CHECKED_DRAFTS = (8, 32)
 COLUMNS = tuple(dict.fromkeys(WAYS.values()))
 _DRAWS = 2000
 
@@ -224,7 +225,7 @@ def counted(
     return count_of(outputs), found
 
 
-def checked(known: Calibrated, prompts: PromptSet) -> str:
+def checked(known: Calibrated, prompts: PromptSet, n: int) -> str:
     """A line of the second table: what the first one has replayed, decoded for real."""
     model, settings = known.model, known.settings
     traces = recorded(model, prompts, settings)
@@ -233,13 +234,13 @@ def checked(known: Calibrated, prompts: PromptSet) -> str:
 
     def compared() -> list[Method]:
         # Fresh ones each time: what a drafter has learned from a replay is not the next one's.
-        ways = all_ways(known, [CHECKED_DRAFTS])
+        ways = all_ways(known, [n])
         return [method for way, _, method in ways if way in COMPARED]
 
     counts = [replayed(traces, settings.block_length, method) for method in compared()]
     counts += [decoded(known, texts, traces, plain, method) for method in compared()]
     cells = " | ".join(str(count.forwards) for count in counts)
-    return f"| {model.name} | {len(texts)} of {prompts.dataset} | {cells} |"
+    return f"| {model.name} | {len(texts)} of {prompts.dataset} | {n} | {cells} |"
 
 
 def line_of(dataset: str, n: int, plain: Count, found: dict[tuple[str, int], Count]) -> str:
@@ -282,10 +283,10 @@ TRAINING_HEAD = (
     "| --- |" + " ---: |" * 8
 )
 CHECKED_HEAD = (
-    f"| {CHECKED_DRAFTS} drafts | prompts "
+    "| model | prompts | drafts "
     + "".join(f"| {done}: {way} " for done in ("replayed", "decoded") for way in COMPARED)
     + "|\n| --- | --- |"
-    + " ---: |" * 6
+    + " ---: |" * 7
 )
 HEAD = (
     f"| prompts | drafts | plain NFE | {' | '.join(COLUMNS)} | {ORDER} against {CHOSEN} |\n"
@@ -319,7 +320,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="of training, at most")
     parser.add_argument("--seed", type=int, default=0, help="of training")
     parser.add_argument("--only", default="", help="models whose name contains this")
-    parser.add_argument("--checked", type=int, default=12, help="prompts, decoded too")
+    parser.add_argument("--checked", type=int, default=40, help="prompts, decoded too")
     parser.add_argument("--save", type=Path, help="folder to keep networks in, and take them from")
     add_into(parser)
     args = parser.parse_args()
@@ -342,8 +343,8 @@ def main() -> None:
                 table.append(line_of(prompts.dataset, n, plain, found))
                 print(table[-1], flush=True)
         if cache == "dual":
-            for prompts in few:
-                again.append(checked(known, prompts))
+            for prompts, n in product(few, sorted({*CHECKED_DRAFTS} & {*args.drafts})):
+                again.append(checked(known, prompts, n))
                 print(again[-1], flush=True)
         tables.append("\n".join(table))
     others = " ".join(Path(name).name for name in args.dataset)
