@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 from torch import nn
 
-from spiffy.runtime.budget.controller import Choice, Controller, interpolated
+from spiffy.runtime.budget.controller import Controller
 from spiffy.runtime.budget.cost import cost_profile, known_profile
+from spiffy.runtime.budget.estimates import Choice, interpolated
 from spiffy.runtime.budget.shared import SharedController
 from spiffy.runtime.decode import Advice, Task
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, way_of
