@@ -266,15 +266,16 @@ class Controller:
         """
         now = self.seconds_per_step(best)
         allowance = max(0.0, self._plain.expected(0) + _ALLOWED * self._spent - self._lost)
-        affordable = [
+        others = [c for c in self._choices if c not in (best, PLAIN)]
+        hopeful = [
             c
-            for c in self._choices
-            if c not in (best, PLAIN) and self._at_worst(c, now) <= allowance
+            for c in others
+            if c not in self._tried
+            and _HOPE * self.seconds_per_step(c) < now
+            and self._at_worst(c, now) <= allowance
         ]
-        unknown = [c for c in affordable if c not in self._tried]
-        found = min(unknown, key=self.seconds_per_step, default=None)
-        if found is not None and _HOPE * self.seconds_per_step(found) < now:
-            return found
+        if hopeful:
+            return min(hopeful, key=self.seconds_per_step)
         if best != PLAIN and self._age(PLAIN) > self._seldom_enough(best):
             return PLAIN
         if self._forwards - self._looked < _LOOK_AGAIN:
@@ -282,8 +283,9 @@ class Controller:
         # The machine may have drifted meanwhile; what seemed much dearer is looked at more seldom.
         due = [
             c
-            for c in affordable
+            for c in others
             if self._age(c) > _LOOK_AGAIN * (self._at_best(c) / now) ** 2 * self._in_vain(c)
+            and self._at_worst(c, now) <= allowance
         ]
         found = min(due, key=self._at_best, default=None)
         if found is not None:
