@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ __all__ = ["here"]  # a fixture
 
 def test_the_harness_asks_the_server_and_scores_its_answers(here: Here, tmp_path: Path) -> None:
     length = 32
-    given = [p for p, _ in zip((p for p in problems("test") if len(p.answer) < 45), range(2))]
+    given = islice((p for p in problems("test") if len(p.answer) < 45), 2)
     rows = [{"question": p.question, "answer": p.answer.rpartition("#### ")[2]} for p in given]
     places = {"data": tmp_path / "data.jsonl", "cache": tmp_path / "cache"}
     places["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
