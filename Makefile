@@ -12,7 +12,7 @@ help:
 	@echo "make demo          four tiny models with and without drafts, and a real model's size"
 	@echo "make test          run the whole test suite"
 	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
-	@echo "make results       measure the other tables in docs/ again (about an hour)"
+	@echo "make results       measure the other tables in docs/ again (about two hours)"
 	@echo "make lint types    ruff and who may import whom; mypy --strict on the installed layout"
 	@echo "make imports       which room of the package imports which"
 	@echo "make docs          the pages in docs/ and the API reference as a site, in .work/site"
