@@ -322,7 +322,7 @@ def test_pack_lets_segments_see_exactly_what_they_list() -> None:
     """Behind five places, of which the first segment takes two anew; worked out by hand."""
     model = parity_model("llada-a", "float64")
     segments = [
-        Segment(random_prompt(model, length, start), start, place)
+        Segment(random_prompt(model, length, start).numpy(), start, place)
         for length, start, place in ((2, 3, 3), (2, 3, 7), (2, 5, 5))
     ]
     kept = held_of(model, random_prompt(model, 5))
@@ -338,7 +338,7 @@ def test_pack_lets_segments_see_exactly_what_they_list() -> None:
 
 def test_segments_that_see_all_need_no_mask() -> None:
     model = parity_model("llada-a", "float64")
-    ids = random_prompt(model, 4)
+    ids = random_prompt(model, 4).numpy()
     row = pack([Segment(ids[:2], 5, 5), Segment(ids[2:], 7, 7)], [[0, 1], [0, 1]], KeyValues(9), 5)
     assert row.mask is None
     assert (row.places, row.keys) == ((range(5, 9),), 9)
