@@ -139,12 +139,12 @@ def _all_sets(
             _likely_sets(shifted, masked, least - part),
             forced._replace(log_p=none[forced.parent] + forced.log_p),
         ):
-            number = sets.number + nth * (2 << _UNCERTAIN)
+            number = sets.number + nth * (2 << _UNCERTAIN)  # one offset after the other
             found.append(sets._replace(log_p=sets.log_p + part, number=number))
     # Equal sets of several offsets add up where equal states do, in `_merged`.
-    together = _Sets(*map(np.concatenate, zip(*found, strict=True)))
+    together = _Sets._make(map(np.concatenate, zip(*found, strict=True)))
     order = np.lexsort((together.number, together.parent))
-    return _Sets(*(part[order] for part in together))
+    return _Sets._make(part[order] for part in together)
 
 
 def _one_set(
