@@ -19,7 +19,8 @@ from statistics import fmean
 
 from pages import add_into, fill
 
-from spiffy.runtime.budget.controller import LADDER, PLAIN, Choice, Controller, interpolated
+from spiffy.runtime.budget.controller import LADDER, Controller
+from spiffy.runtime.budget.estimates import PLAIN, Choice, interpolated
 
 #: Steps per forward by drafts, as an artifact of tiny-llada expects them.
 EXPECTED = {
@@ -38,6 +39,7 @@ CURVES: dict[str, Curve] = {
     "100% a draft": lambda n, t: 1.0 + n,
     "steps at 4 and 16": lambda n, t: 1.0 + (n >= 4) + 2 * (n >= 16),
     "3 times slower from forward 100": lambda n, t: (1 + 0.02 * n) * (3 if t >= 100 else 1),
+    "10% a draft, all of it doubled now and then": lambda n, t: (1 + 0.1 * n) * (1 + t // 60 % 2),
     "drifts from 1% to 30% a draft": lambda n, t: 1 + (0.01 + 0.29 * min(t / 300, 1)) * n,
 }
 

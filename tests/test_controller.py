@@ -15,12 +15,13 @@ from test_fuzz import artifact
 
 from spiffy.runtime import generate, load_model
 from spiffy.runtime.budget import auto
-from spiffy.runtime.budget.controller import (
+from spiffy.runtime.budget.controller import Controller
+from spiffy.runtime.budget.estimates import (
     PLAIN,
     Choice,
-    Controller,
     ForwardSeconds,
     ForwardSteps,
+    Pace,
     interpolated,
 )
 from spiffy.runtime.decode import make_task, run
@@ -40,8 +41,8 @@ World = regret.World
 def test_after_fifty_forwards_it_is_close_to_the_best_fixed_choice(name: str, share: float) -> None:
     world = World(regret.CURVES[name], share)
     late = [regret.regret(world, regret.decode(world, 1200, seed)[1]) for seed in range(6)]
-    # Where costs drift all the time, what is known is always a little out of date.
-    assert fmean(late) < (1.12 if name.startswith("drifts") else 1.05)
+    # Drafts have to promise 4%; and where costs change, what is known is a little out of date.
+    assert fmean(late) < (1.08 if "drifts" in name or "doubled" in name else 1.06)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -143,14 +144,39 @@ def test_what_was_measured_before_says_how_unknown_forwards_compare() -> None:
     assert known.expected(8) == pytest.approx(4.0)
 
 
-def test_three_odd_forwards_in_a_row_are_another_machine() -> None:
+def test_an_odd_forward_does_not_count() -> None:
     known = ForwardSeconds()
-    for _ in range(5):
-        assert not known.observe(4, 1.0)
-    known.observe(0, 0.8)
-    assert [known.observe(4, 3.0) for _ in range(3)] == [False, False, True]
-    assert not known.knows(0)
-    assert known.expected(4) == 3.0
+    for seconds in (1.0, 1.1, 5.0, 0.9):
+        known.observe(4, seconds)
+        assert known.doubts(4) == (seconds == 5.0)
+    assert known.expected(4) == pytest.approx(1.0)
+
+
+def test_the_pace_follows_the_machine_and_small_differences_are_noise() -> None:
+    pace = Pace()
+    for ratio in (1.1, 0.9, 1.05, 4.0, 1.0, 3.0, 3.0, 1.1):
+        assert not pace.observe(ratio)
+        assert pace.value == 1.0
+    assert [pace.observe(2.0) for _ in range(5)].count(True) == 1
+    assert pace.value == 2.0
+    assert [pace.observe(1.0) for _ in range(5)].count(True) == 1
+    assert pace.value == 1.0
+    pace.set(0.5)
+    assert pace.value == 0.5
+
+
+@pytest.mark.parametrize("slope", [0.1, 1.0])
+def test_what_was_learned_outlives_a_slow_moment(slope: float) -> None:
+    """All forwards become twice as long for a while: afterwards as in between, nothing is new."""
+    world = World(lambda n, t: (1 + slope * n) * (2 if 100 <= t < 160 else 1), noise=0.05)
+    best = min(regret.CHOICES, key=lambda choice: world.seconds_per_step(choice, 0))
+    for seed in range(4):
+        _, forwards = regret.decode(world, 900, seed)
+        ours = [c for c, _ in forwards[100:]]
+        near = [
+            c for c in ours if world.seconds_per_step(c, 0) < 1.2 * world.seconds_per_step(best, 0)
+        ]
+        assert len(near) > 0.85 * len(ours)
 
 
 def test_acceptance_seen_at_one_number_of_drafts_moves_all() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from helpers import study
 
-from spiffy.runtime.budget.controller import PLAIN, Choice
+from spiffy.runtime.budget.estimates import PLAIN, Choice
 from spiffy.runtime.budget.shared import CROWDS, SharedController
 
 regret = study("regret")

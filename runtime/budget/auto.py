@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 from torch import nn
 
-from spiffy.runtime.budget.controller import Choice, Controller, interpolated
+from spiffy.runtime.budget.controller import Controller
 from spiffy.runtime.budget.cost import cost_profile, known_profile
+from spiffy.runtime.budget.estimates import PLAIN, Choice, interpolated
 from spiffy.runtime.budget.shared import SharedController
 from spiffy.runtime.decode import Advice, Task
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, way_of
@@ -229,7 +230,7 @@ class AutoBudget:
         """See `Adviser`."""
         choice = self.shared.choose()
         if choice.way is None:
-            return Advice(None, choice)
+            return _NO_DRAFTS
         drafter = self._drafters.get(choice)
         if drafter is None:
             drafter = self._drafters[choice] = self._drafter(choice.way, choice.drafts)
@@ -265,6 +266,8 @@ class AutoBudget:
         seconds = np.array(self.controller.forward_seconds(choice))
         return Pays(1 / self.controller.seconds_per_step(choice), seconds)
 
+
+_NO_DRAFTS = Advice(None, PLAIN)
 
 #: Steps per forward where an artifact states none: about what the tiny models accept.
 _UNSTATED = tuple(

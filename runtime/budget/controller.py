@@ -3,256 +3,51 @@
 Decoding S steps takes S / E x (forward + drafting) seconds, where E is the number of denoising
 steps that a forward is worth; what a step itself costs (output head, unmasking policy) is the same
 with and without drafts. So the best choice has the fewest seconds per step, and both sides of that
-fraction are estimated while decoding: robustly (from few recent forwards), forgetting slowly,
-and at once anew where the machine has changed. Plain decoding is one of the choices.
+fraction are estimated while decoding (`estimates`). Plain decoding is one of the choices.
 
 Trying something costs time. What a try may lose at worst is bounded beforehand (a forward over
 1 + n states takes at most as long as (1 + n) / (1 + m) forwards over 1 + m) and has to fit into an
-allowance: one plain forward, and a hundredth of the time spent so far. And where drafts have lost
+allowance: one plain forward, and a small share of the time spent so far. And where drafts have lost
 more than a forward or two against plain decoding, only much better ones are used. Nothing here can
 change a token.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import NamedTuple
 
+from spiffy.runtime.budget.estimates import (
+    PACED,
+    PLAIN,
+    Choice,
+    ForwardSeconds,
+    ForwardSteps,
+    Pace,
+    Points,
+)
 from spiffy.runtime.draft import Selection
 
 #: Numbers of drafts that are tried.
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
-_KEPT = 9  # forwards that count
+_KEPT = 5  # forwards whose drafting counts
 _PLAN_EVERY = 6  # forwards
+_TRY = 2  # forwards of a try,
+_PLAIN_LOOK = 3  # and of plain ones, by which all others are measured
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
 _SELDOM = 8  # up to so many times as many where the looks before were in vain
-_STALE = 24  # forwards after which what was known is out of date
-_MARGIN = 0.03  # drafts must promise this much over plain decoding,
+_MARGIN = 0.04  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.1  # or this much if they did not keep it
-_ALLOWED = 0.01  # share of the time spent that may be lost
+_ALLOWED = 0.008  # share of the time spent that may be lost by tries,
+_ALLOWED_PLAIN = 0.01  # and by looks at plain forwards
 _MOST_OWED = 1.5  # plain forwards that may be lost,
 _CREDIT = -2.0  # or gained and lost again
 _FORGIVEN = 0.995  # per forward
-_CHANGED = 1.5  # times slower or faster: another machine
-_STRIKES = 3  # such forwards in a row
-_MEMORY = 0.985  # per forward: accepted drafts are forgotten by half in 46
-# The number of accepted drafts varies by more than its mean from forward to forward, so it takes
-# hundreds to tell two choices apart: until then the artifact's curve decides between them.
-_BELIEF = 2.0  # accepted drafts' worth of belief that all is as the artifact says,
-_WAY_BELIEF = 300.0  # that graph and model compare as it says,
-_OWN_BELIEF = 1500.0  # and numbers of drafts
+_APART = 1.25  # times: plain forwards and others did not become slower alike
 _HOPE = 0.9  # an unknown choice may cost this much of what is expected
-
-
-class Choice(NamedTuple):
-    """Who chooses the drafts of a forward (None: nobody) and how many there are at most."""
-
-    way: Selection | None
-    drafts: int
-
-    def __str__(self) -> str:
-        """As statistics name it."""
-        return "plain" if self.way is None else f"{self.way} {self.drafts}"
-
-
-PLAIN = Choice(None, 0)
-Points = Sequence[tuple[int, float]]
-
-
-class ForwardSeconds:
-    """What a forward takes by how many drafts it may have: by the last ones, and a guess between.
-
-    Some hold fewer drafts, some store a block besides: what counts is their mean, without those
-    that were interrupted.
-
-    Parameters
-    ----------
-    prior
-        (drafts, seconds) as measured before; only its shape counts, where nothing is known.
-    """
-
-    def __init__(self, prior: Points = ()) -> None:
-        self._prior = prior
-        self._recent: dict[int, deque[float]] = {}
-        self._seen: dict[int, int] = {}  # number of the forward
-        self._usually: dict[int, float] = {}
-        self._points: list[tuple[int, float]] = []
-        self._odd: dict[int, int] = {}  # odd forwards in a row
-        self._out_of_date = False
-        self._forwards = 0
-
-    def observe(self, drafts: int, seconds: float) -> bool:
-        """Learn from a forward; whether the machine has changed, so that all else is forgotten.
-
-        One that takes much longer or shorter than others did is an odd one. Several in a row are
-        news: of the machine, or, where the others were long ago, of this number of drafts.
-        """
-        self._forwards += 1
-        seconds = max(seconds, 1e-9)
-        recent = self._recent.setdefault(drafts, deque(maxlen=_KEPT))
-        ratio = seconds / self._usually[drafts] if recent else 1.0
-        if 1 / _CHANGED < ratio < _CHANGED:
-            self._odd[drafts] = 0
-            if self._age(drafts) > _STALE:  # the machine may have drifted
-                recent.clear()
-        elif self._odd.get(drafts, 0) == 0:
-            self._odd[drafts], self._out_of_date = 1, self._age(drafts) > _STALE
-        else:
-            self._odd[drafts] += 1
-        recent.append(seconds)
-        self._seen[drafts] = self._forwards
-        news = self._odd[drafts] >= _STRIKES - self._out_of_date
-        if news:
-            kept = list(recent)[-self._odd[drafts] :]
-            recent.clear()
-            recent.extend(kept)
-            self._odd[drafts] = 0
-            if not self._out_of_date:
-                self._recent = {drafts: recent}
-        self._draw(drafts)
-        return news and not self._out_of_date
-
-    def _age(self, drafts: int) -> int:
-        return self._forwards - self._seen.get(drafts, self._forwards)
-
-    def doubts(self, drafts: int) -> bool:
-        """Whether the last forward with that many drafts was an odd one."""
-        return self._odd.get(drafts, 0) > 0
-
-    def forget_all_but(self, drafts: int, seconds: float) -> None:
-        """Another machine: what was known does not hold, but for what was just seen."""
-        if drafts not in self._recent or len(self._recent) > 1:
-            self._recent = {drafts: deque([seconds], maxlen=_KEPT)}
-            self._draw(drafts)
-
-    def scale(self, factor: float) -> None:
-        """Take another sequence's forwards to be longer by this factor."""
-        for drafts, recent in self._recent.items():
-            self._recent[drafts] = deque((value * factor for value in recent), maxlen=_KEPT)
-        self._draw(*self._recent)
-
-    def _draw(self, *changed: int) -> None:
-        for drafts in changed:
-            self._usually[drafts] = _usual(self._recent[drafts])
-        most, self._points = 0.0, []
-        for drafts in sorted(self._recent):  # more drafts never cost less: that would be noise
-            most = max(most, self._usually[drafts])
-            self._points.append((drafts, most))
-
-    def knows(self, drafts: int) -> bool:
-        """Whether a forward with that many drafts was seen since the machine last changed."""
-        return drafts in self._recent
-
-    def expected(self, drafts: float) -> float:
-        """Seconds of a forward; needs at least one to have been seen."""
-        points = self._points
-        at = bisect_left(points, (drafts, 0.0))
-        if at < len(points) and points[at][0] == drafts:
-            return points[at][1]
-        if 0 < at < len(points):
-            return _between(points[at - 1], points[at], drafts)
-        nearest, seconds = points[min(at, len(points) - 1)]
-        if self._prior:
-            return seconds * interpolated(self._prior, drafts) / interpolated(self._prior, nearest)
-        if at and len(points) > 1:
-            return max(seconds, _between(points[-2], points[-1], drafts))
-        return seconds * (1 + drafts / 20) / (1 + nearest / 20)
-
-    def at_best(self, drafts: int) -> float:
-        """What a forward costs at least: what one with fewer drafts does."""
-        at = bisect_left(self._points, (drafts, 0.0))
-        return self._points[max(at - 1, 0)][1]
-
-    def at_worst(self, drafts: int) -> float:
-        """What a forward costs at most: no more than as many forwards as it has states.
-
-        By those that were seen lately: others may be out of date.
-        """
-        fresh = [(n, s) for n, s in self._points if n <= drafts and self._age(n) <= _STALE]
-        known, seconds = fresh[-1] if fresh else self._points[0]
-        return seconds * max(1.0, (1 + drafts) / (1 + known))
-
-
-def _usual(values: Sequence[float]) -> float:
-    """Their mean, without those that are far from the median."""
-    middle = sorted(values)[(len(values) - 1) // 2]
-    kept = [value for value in values if middle / 2 <= value <= 2 * middle]
-    return sum(kept) / len(kept)
-
-
-def _between(a: tuple[int, float], b: tuple[int, float], at: float) -> float:
-    """On the line through two points."""
-    return a[1] + (b[1] - a[1]) * (at - a[0]) / (b[0] - a[0])
-
-
-def interpolated(points: Points, at: float) -> float:
-    """Piecewise linear through points, constant beyond the ends."""
-    k = bisect_left(points, (at, float("-inf")))
-    if k == 0:
-        return points[0][1]
-    if k == len(points):
-        return points[-1][1]
-    return _between(points[k - 1], points[k], at)
-
-
-class _Gain:
-    """Accepted drafts over those that the artifact expects, slowly forgotten."""
-
-    def __init__(self, memory: float = _MEMORY) -> None:
-        self.memory = memory
-        self.accepted = self.expected = 0.0
-
-    def observe(self, accepted: float, expected: float) -> None:
-        self.accepted = self.accepted * self.memory + accepted
-        self.expected = self.expected * self.memory + expected
-
-    def ratio(self, belief: float, otherwise: float) -> float:
-        return (self.accepted + belief * otherwise) / (self.expected + belief)
-
-
-class ForwardSteps:
-    """How many denoising steps a forward is worth, by who drafts and by how many there may be.
-
-    The artifact says it for its held-out prompts; here, drafts may be accepted more or less often,
-    with which all numbers of drafts go up or down together, and each of its own a little.
-    """
-
-    def __init__(self, prior: Mapping[Selection, Points]) -> None:
-        self._prior = prior
-        self._all = _Gain()
-        self._by_way: dict[Selection, _Gain] = {way: _Gain(memory=1.0) for way in prior}
-        self._by_choice: dict[Choice, _Gain] = {}
-
-    def observe(self, choice: Choice, steps: float, sequences: int = 1) -> None:
-        """Learn from a forward with drafts: steps on average of so many sequences."""
-        if choice.way is None:
-            return
-        accepted, expected = sequences * (steps - 1), sequences * self._artifact(choice)
-        self._by_choice.setdefault(choice, _Gain(memory=1.0)).observe(
-            accepted, expected * self._ratio(choice.way)
-        )
-        self._by_way[choice.way].observe(accepted, expected * self._all.ratio(_BELIEF, 1.0))
-        self._all.observe(accepted, expected)
-
-    def expected(self, choice: Choice) -> float:
-        """Steps per forward."""
-        if choice.way is None:
-            return 1.0
-        own = self._by_choice.get(choice)
-        residual = 1.0 if own is None else own.ratio(_OWN_BELIEF, 1.0)
-        return 1.0 + self._artifact(choice) * self._ratio(choice.way) * residual
-
-    def _ratio(self, way: Selection) -> float:
-        return self._all.ratio(_BELIEF, 1.0) * self._by_way[way].ratio(_WAY_BELIEF, 1.0)
-
-    def _artifact(self, choice: Choice) -> float:
-        assert choice.way is not None
-        return max(interpolated(self._prior[choice.way], choice.drafts) - 1.0, 1e-3)
 
 
 @dataclass
@@ -269,12 +64,15 @@ class Controller:
         (drafts, seconds) of a forward as measured before, if it was.
     worth
         What is learned of steps per forward, where several controllers share that.
+    pace
+        How fast the machine is at present, where several controllers share that.
     """
 
     steps: Mapping[Selection, Points]
     most: int
     seconds: Points = ()
     worth: ForwardSteps | None = None
+    pace: Pace | None = None
     used: Counter[Choice] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -294,6 +92,9 @@ class Controller:
         self._owed = 0.0  # plain forwards that would have made the same steps sooner
         self._looked = 0
         self._before_this = PLAIN
+        self._usual, self._plain_before = PLAIN, 0.0  # when the present try began,
+        self._may_lose = 0.0  # and what a forward of it may lose
+        self._pace = Pace() if self.pace is None else self.pace
         self._size = 0.0
 
     def start(self, size: float) -> None:
@@ -332,12 +133,19 @@ class Controller:
         self.used[choice] += sequences
         self._tried[choice] = self._forwards
         # Right after forwards of another kind, the processor's caches are still theirs.
-        settled = choice == self._before_this or not self._own(choice).knows(choice.drafts)
-        self._before_this = choice
-        changed = settled and self._observe(choice, forward)
+        own = self._own(choice)
+        settled = choice == self._before_this or not own.knows(choice.drafts)
+        self._before_this, changed = choice, False
+        if settled and own.surely_knows(choice.drafts):
+            changed = self._pace.observe(forward / own.expected(choice.drafts))
+        elif self._plain.surely_knows(0) and forward < self._pace.value * self._plain.expected(0):
+            self._pace.set(forward / self._plain.expected(0))  # none takes less than a plain one
+        forward, drafting = forward / self._pace.value, drafting / self._pace.value
+        if settled:
+            for curve in self._forward.values() if choice.way is None else (own,):
+                curve.observe(choice.drafts, forward)
         if choice.way is not None:
-            recent = self._drafting.setdefault(choice.way, deque(maxlen=_KEPT))
-            recent.append(drafting)
+            self._drafting.setdefault(choice.way, deque(maxlen=_KEPT)).append(drafting)
         self._worth.observe(choice, steps, sequences)
         self._spent += forward + drafting
         self._tries += self._trying
@@ -345,15 +153,10 @@ class Controller:
         took = self.seconds_per_step(choice) * self._worth.expected(choice)
         owed = _FORGIVEN * self._owed + took / self._plain.expected(0) - steps
         self._owed = max(_CREDIT, owed)
-        if self._trying and self._left == 0 and self._own(choice).doubts(choice.drafts):
+        if self._trying and self._left == 0 and own.doubts(choice.drafts):
             self._left = 1  # look again before believing it
-        if changed:  # what plain forwards cost now has to be seen first
-            self._tried.clear()
-            self._vain.clear()
-            self._spent = self._lost = 0.0
-            self._owed = min(self._owed, 0.0)
-            self._now, self._left, self._trying = PLAIN, 2, False
-            self._looked = self._forwards
+        if changed:
+            self._start_anew(choice)
 
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""
@@ -383,20 +186,25 @@ class Controller:
         if not self.has_seen_plain:
             return "nothing is known about plain forwards yet"
         best = self._best()
-        plain, ours = (1000 * self.seconds_per_step(choice) for choice in (PLAIN, best))
+        ms = 1000 * self._pace.value
+        plain, ours = (ms * self.seconds_per_step(choice) for choice in (PLAIN, best))
         if best.way is None:
             rivals = [c for c in self._choices if c.way is not None and c in self._tried]
             if not rivals:
                 return f"plain: {plain:.3g} ms a step; no drafts were worth trying"
             rival = min(rivals, key=self.seconds_per_step)
-            ours = 1000 * self.seconds_per_step(rival)
+            ours = ms * self.seconds_per_step(rival)
             return f"plain: {plain:.3g} ms a step, {rival} {ours:.3g} ms"
         return f"{best}: {ours:.3g} ms a step, plain {plain:.3g} ms"
 
     def _plan(self) -> None:
         if self._trying:
-            lost = self.seconds_per_step(self._now) - self._before
-            self._lost += max(0.0, lost) * self._tries * self._worth.expected(self._now)
+            if self._now == PLAIN:
+                self._compare()
+            else:
+                lost = self.seconds_per_step(self._now) - self._before
+                lost = min(lost * self._worth.expected(self._now), self._may_lose)
+                self._lost += self._tries * max(0.0, lost)
         best = self._best()
         if self._trying:
             vain = best != self._now
@@ -406,12 +214,42 @@ class Controller:
             found = None
             if self.seconds_per_step(best) > (1 - _DOUBTED) * self.seconds_per_step(PLAIN):
                 best = PLAIN
-        self._trying, self._tries = found is not None, 0
         self._before = self.seconds_per_step(best)
         if found is None:
-            self._now, self._left = best, _PLAN_EVERY
-        else:  # the first forward of its kind is a slow one; what all is measured by is surer
-            self._now, self._left = found, 3 if found == PLAIN else 2
+            self._now, self._left, self._trying = best, _PLAN_EVERY, False
+        else:
+            self._try(found)
+
+    def _try(self, choice: Choice) -> None:
+        self._usual, self._plain_before = self._now, self._plain.expected(0)
+        # The first forward of its kind is a slow one; what all is measured by is surer.
+        self._now, self._left = choice, _PLAIN_LOOK if choice == PLAIN else _TRY
+        self._trying, self._tries = True, 0
+        self._may_lose = self._at_worst(choice, self._before)
+
+    def _start_anew(self, choice: Choice) -> None:
+        """Another machine: what was learned while it changed does not hold."""
+        self._vain.clear()
+        for other in [c for c in self._tried if c not in (choice, PLAIN)]:
+            if self._age(other) <= 2 * PACED:
+                self._own(other).forget(other.drafts)
+                del self._tried[other]
+        if choice != PLAIN and not 2 * PACED < self._age(PLAIN) <= _LOOK_AGAIN:
+            self._try(PLAIN)  # did plain ones become as slow?
+
+    def _compare(self) -> None:
+        """After a look at plain forwards: beside them, what is known of others may not hold."""
+        ratio = self._plain.expected(0) / self._plain_before
+        if 1 / _APART < ratio < _APART:
+            return
+        self._pace.set(self._pace.value * ratio)
+        for curve in self._forward.values():
+            curve.forget()
+            curve.observe(0, self._plain_before)
+        self._tried = {PLAIN: self._forwards}
+        self._vain.clear()
+        self._spent = self._lost = 0.0
+        self._owed = min(self._owed, 0.0)
 
     def _best(self) -> Choice:
         """The cheapest of what is known; drafts only where they promise something."""
@@ -428,24 +266,44 @@ class Controller:
         """
         now = self.seconds_per_step(best)
         allowance = max(0.0, self._plain.expected(0) + _ALLOWED * self._spent - self._lost)
-        affordable = [c for c in self._choices if c != best and self._at_worst(c, now) <= allowance]
-        unknown = [c for c in affordable if c not in self._tried]
-        found = min(unknown, key=self.seconds_per_step, default=None)
-        if found is not None and _HOPE * self.seconds_per_step(found) < now:
-            return found
+        others = [c for c in self._choices if c not in (best, PLAIN)]
+        hopeful = [
+            c
+            for c in others
+            if c not in self._tried
+            and _HOPE * self.seconds_per_step(c) < now
+            and self._at_worst(c, now) <= allowance
+        ]
+        if hopeful:
+            return min(hopeful, key=self.seconds_per_step)
+        if best != PLAIN and self._age(PLAIN) > self._seldom_enough(best):
+            return PLAIN
         if self._forwards - self._looked < _LOOK_AGAIN:
             return None
         # The machine may have drifted meanwhile; what seemed much dearer is looked at more seldom.
         due = [
             c
-            for c in affordable
-            if self._age(c)
-            > _LOOK_AGAIN * (self._at_best(c) / now) ** 2 * min(2 ** self._vain.get(c, 0), _SELDOM)
+            for c in others
+            if self._age(c) > _LOOK_AGAIN * (self._at_best(c) / now) ** 2 * self._in_vain(c)
+            and self._at_worst(c, now) <= allowance
         ]
         found = min(due, key=self._at_best, default=None)
         if found is not None:
             self._looked = self._forwards
         return found
+
+    def _seldom_enough(self, best: Choice) -> float:
+        """Forwards between two looks at plain ones, so that these lose no more than allowed.
+
+        All is measured by them: one that was measured wrongly must not hide that drafts lose.
+        """
+        lost = self.seconds_per_step(PLAIN) / self.seconds_per_step(best) - 1  # in steps by `best`
+        between = _PLAIN_LOOK * lost / (_ALLOWED_PLAIN * self._worth.expected(best))
+        return self._in_vain(PLAIN) * max(_LOOK_AGAIN, between)
+
+    def _in_vain(self, choice: Choice) -> int:
+        """How many times as seldom it is looked at."""
+        return min(1 << self._vain.get(choice, 0), _SELDOM)
 
     def _age(self, choice: Choice) -> int:
         """Forwards since it was last tried."""
@@ -470,15 +328,6 @@ class Controller:
         """What is known of a choice's forwards: its own, or else the other way's."""
         curves = (self._own(choice), *self._forward.values())
         return next((c for c in curves if c.knows(choice.drafts)), curves[0])
-
-    def _observe(self, choice: Choice, seconds: float) -> bool:
-        """Learn a forward's seconds; whether the machine has changed."""
-        curves = [self._own(choice)] if choice.way is not None else [*self._forward.values()]
-        news = [curve.observe(choice.drafts, seconds) for curve in curves]
-        if any(news):
-            for curve in self._forward.values():
-                curve.forget_all_but(choice.drafts, seconds)
-        return any(news)
 
     def _drafting_seconds(self, choice: Choice, worst: bool = False) -> float:
         if choice.way is None:

@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import NamedTuple
 
-from spiffy.runtime.budget.controller import LADDER, Choice, Controller, ForwardSteps, Points
+from spiffy.runtime.budget.controller import LADDER, Controller
+from spiffy.runtime.budget.estimates import Choice, ForwardSteps, Pace, Points
 from spiffy.runtime.draft import Selection
 
 #: Numbers of sequences that are told apart; others count as the next smaller one,
 CROWDS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 _SAME = 1.3  # or as the one at hand, if they differ by less: it has tries under way
+_MOST = 0.75  # of a forward's sequences; others have just begun
 
 
 class _Turn(NamedTuple):
@@ -48,8 +50,9 @@ class SharedController:
     def __init__(self, steps: Mapping[Selection, Points], most: int, seconds: Points = ()) -> None:
         self.steps, self.most = steps, most
         self.worth = ForwardSteps(steps)
-        self.crowds = {1: Controller(steps, most, seconds, worth=self.worth)}
-        self._crowd = 1
+        self.pace = Pace()
+        self.crowds = {1: Controller(steps, most, seconds, worth=self.worth, pace=self.pace)}
+        self._crowd = self._sequences = 1
         self._asked = 0  # sequences with a choice for the next forward
         self._due = 0  # of the last forward, those that have not told yet
         self._told: list[_Turn] = []
@@ -66,13 +69,14 @@ class SharedController:
         """Hear of a forward that so many sequences shared."""
         self._settle()
         self._due, self._asked, self._choice = self._asked, 0, None
-        self._chose = self._planned
+        self._chose, self._sequences = self._planned, sequences
         if self._crowd / _SAME < sequences < self._crowd * _SAME:
             return
         crowd = CROWDS[bisect_right(CROWDS, sequences) - 1]
         if crowd not in self.crowds:
+            likely = self._likely_seconds(crowd)
             self.crowds[crowd] = Controller(
-                self.steps, self.most, self._likely_seconds(crowd), worth=self.worth
+                self.steps, self.most, likely, worth=self.worth, pace=self.pace
             )
         self._crowd = crowd
 
@@ -97,7 +101,8 @@ class SharedController:
             alike = [turn for turn in told if turn.choice == choice]
             self.used[choice] += len(alike)
             steps = fmean(turn.steps for turn in alike)
-            if self._chose != self._crowd and not self.now.has_seen_plain:
+            few = len(alike) < _MOST * self._sequences  # such as one that others have just joined
+            if few or (self._chose != self._crowd and not self.now.has_seen_plain):
                 self.worth.observe(choice, steps, len(alike))  # seconds compare with nothing here
                 continue
             # To one sequence its forward takes from when it gave its rows to when it hears of them:

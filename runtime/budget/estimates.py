@@ -1,0 +1,253 @@
+"""What is learned of forwards: how long they take, how many denoising steps they are worth.
+
+Seconds are those of the machine as it usually is (`Pace`): what counts is how one choice compares
+with another.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from spiffy.runtime.draft import Selection
+
+STALE = 24  # forwards after which what was known is out of date
+_KEPT = 24  # forwards that count
+PACED = 5  # last forwards that say how fast the machine is at present,
+_USUAL = 1.15  # if they differ from what is known by more than this factor
+_SURE = 3  # forwards by which one of its kind is judged
+_CHANGED = 1.5  # times slower or faster: an odd forward, or another machine
+_MEMORY = 0.985  # per forward: accepted drafts are forgotten by half in 46
+# The number of accepted drafts varies by more than its mean from forward to forward, so it takes
+# hundreds to tell two choices apart: until then the artifact's curve decides between them.
+_BELIEF = 2.0  # accepted drafts' worth of belief that all is as the artifact says,
+_WAY_BELIEF = 300.0  # that graph and model compare as it says,
+_OWN_BELIEF = 1500.0  # and numbers of drafts
+
+
+class Choice(NamedTuple):
+    """Who chooses the drafts of a forward (None: nobody) and how many there are at most."""
+
+    way: Selection | None
+    drafts: int
+
+    def __str__(self) -> str:
+        """As statistics name it."""
+        return "plain" if self.way is None else f"{self.way} {self.drafts}"
+
+
+PLAIN = Choice(None, 0)
+Points = Sequence[tuple[int, float]]
+
+
+class Pace:
+    """How many times slower than usual the machine is at present: other processes come and go.
+
+    They make all forwards longer by about the same factor, so that what was learned of one choice
+    beside another outlives them. Small differences are taken for noise, and so is a forward or two.
+    """
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._recent: deque[float] = deque(maxlen=PACED)
+        self._confirmed = 1.0
+
+    def observe(self, ratio: float) -> bool:
+        """Learn from a forward's seconds over what is known; whether much has changed."""
+        self._recent.append(ratio)
+        ordered = sorted(self._recent)
+        middle = ordered[(len(ordered) - 1) // 2]
+        if 1 / _USUAL < middle < _USUAL:
+            self.value = 1.0
+        elif len(ordered) == PACED and (ordered[1] > _USUAL or ordered[-2] < 1 / _USUAL):
+            self.value = middle
+        if 1 / _CHANGED < self.value / self._confirmed < _CHANGED:
+            return False
+        self._confirmed = self.value
+        return True
+
+    def set(self, ratio: float) -> None:
+        """Take it to be so, whatever was thought before."""
+        self._recent.extend([ratio] * PACED)
+        self.observe(ratio)
+        self._confirmed = self.value
+
+
+class ForwardSeconds:
+    """What a forward takes by how many drafts it may have: by the last ones, and a guess between.
+
+    Some hold fewer drafts, some store a block besides: what counts is their mean, without those
+    that were interrupted.
+
+    Parameters
+    ----------
+    prior
+        (drafts, seconds) as measured before; only its shape counts, where nothing is known.
+    """
+
+    def __init__(self, prior: Points = ()) -> None:
+        self._prior = prior
+        self._recent: dict[int, deque[float]] = {}
+        self._seen: dict[int, int] = {}  # number of the forward
+        self._usually: dict[int, float] = {}
+        self._points: list[tuple[int, float]] = []
+        self._odd: set[int] = set()
+        self._forwards = 0
+
+    def observe(self, drafts: int, seconds: float) -> None:
+        """Learn from a forward; one that takes much longer or shorter than others did is odd."""
+        self._forwards += 1
+        seconds = max(seconds, 1e-9)
+        recent = self._recent.setdefault(drafts, deque(maxlen=_KEPT))
+        if recent and not 1 / _CHANGED < seconds / self._usually[drafts] < _CHANGED:
+            self._odd.add(drafts)
+        else:
+            self._odd.discard(drafts)
+        if self._age(drafts) > STALE:  # the machine may have drifted
+            recent.clear()
+        recent.append(seconds)
+        self._seen[drafts] = self._forwards
+        self._draw(drafts)
+
+    def _age(self, drafts: int) -> int:
+        return self._forwards - self._seen.get(drafts, self._forwards)
+
+    def doubts(self, drafts: int) -> bool:
+        """Whether the last forward with that many drafts was an odd one."""
+        return drafts in self._odd
+
+    def surely_knows(self, drafts: int) -> bool:
+        """Whether one more forward with that many drafts can be compared with others."""
+        return len(self._recent.get(drafts, ())) >= _SURE
+
+    def forget(self, *drafts: int) -> None:
+        """Forwards with that many drafts do not take what they took; by default, none do."""
+        for n in drafts or [*self._recent]:
+            self._recent.pop(n, None)
+        self._draw()
+
+    def scale(self, factor: float) -> None:
+        """Take another sequence's forwards to be longer by this factor."""
+        for drafts, recent in self._recent.items():
+            self._recent[drafts] = deque((value * factor for value in recent), maxlen=_KEPT)
+        self._draw(*self._recent)
+
+    def _draw(self, *changed: int) -> None:
+        for drafts in changed:
+            self._usually[drafts] = _usual(self._recent[drafts])
+        most, self._points = 0.0, []
+        for drafts in sorted(self._recent):  # more drafts never cost less: that would be noise
+            most = max(most, self._usually[drafts])
+            self._points.append((drafts, most))
+
+    def knows(self, drafts: int) -> bool:
+        """Whether a forward with that many drafts was seen since the machine last changed."""
+        return drafts in self._recent
+
+    def expected(self, drafts: float) -> float:
+        """Seconds of a forward; needs at least one to have been seen."""
+        points = self._points
+        at = bisect_left(points, (drafts, 0.0))
+        if at < len(points) and points[at][0] == drafts:
+            return points[at][1]
+        if 0 < at < len(points):
+            return _between(points[at - 1], points[at], drafts)
+        nearest, seconds = points[min(at, len(points) - 1)]
+        if self._prior:
+            return seconds * interpolated(self._prior, drafts) / interpolated(self._prior, nearest)
+        if at and len(points) > 1:
+            return max(seconds, _between(points[-2], points[-1], drafts))
+        return seconds * (1 + drafts / 20) / (1 + nearest / 20)
+
+    def at_best(self, drafts: int) -> float:
+        """What a forward costs at least: what one with fewer drafts does."""
+        at = bisect_left(self._points, (drafts, 0.0))
+        return self._points[max(at - 1, 0)][1]
+
+    def at_worst(self, drafts: int) -> float:
+        """What a forward costs at most: no more than as many forwards as it has states.
+
+        By those that were seen lately: others may be out of date.
+        """
+        fresh = [(n, s) for n, s in self._points if n <= drafts and self._age(n) <= STALE]
+        known, seconds = fresh[-1] if fresh else self._points[0]
+        return seconds * max(1.0, (1 + drafts) / (1 + known))
+
+
+def _usual(values: Sequence[float]) -> float:
+    """Their mean, without those that are far from the median."""
+    middle = sorted(values)[(len(values) - 1) // 2]
+    kept = [value for value in values if middle / _CHANGED <= value <= _CHANGED * middle]
+    return sum(kept) / len(kept)
+
+
+def _between(a: tuple[int, float], b: tuple[int, float], at: float) -> float:
+    """On the line through two points."""
+    return a[1] + (b[1] - a[1]) * (at - a[0]) / (b[0] - a[0])
+
+
+def interpolated(points: Points, at: float) -> float:
+    """Piecewise linear through points, constant beyond the ends."""
+    k = bisect_left(points, (at, float("-inf")))
+    if k == 0:
+        return points[0][1]
+    if k == len(points):
+        return points[-1][1]
+    return _between(points[k - 1], points[k], at)
+
+
+class _Gain:
+    """Accepted drafts over those that the artifact expects, slowly forgotten."""
+
+    def __init__(self, memory: float = _MEMORY) -> None:
+        self.memory = memory
+        self.accepted = self.expected = 0.0
+
+    def observe(self, accepted: float, expected: float) -> None:
+        self.accepted = self.accepted * self.memory + accepted
+        self.expected = self.expected * self.memory + expected
+
+    def ratio(self, belief: float, otherwise: float) -> float:
+        return (self.accepted + belief * otherwise) / (self.expected + belief)
+
+
+class ForwardSteps:
+    """How many denoising steps a forward is worth, by who drafts and by how many there may be.
+
+    The artifact says it for its held-out prompts; here, drafts may be accepted more or less often,
+    with which all numbers of drafts go up or down together, and each of its own a little.
+    """
+
+    def __init__(self, prior: Mapping[Selection, Points]) -> None:
+        self._prior = prior
+        self._all = _Gain()
+        self._by_way: dict[Selection, _Gain] = {way: _Gain(memory=1.0) for way in prior}
+        self._by_choice: dict[Choice, _Gain] = {}
+
+    def observe(self, choice: Choice, steps: float, sequences: int = 1) -> None:
+        """Learn from a forward with drafts: steps on average of so many sequences."""
+        if choice.way is None:
+            return
+        accepted, expected = sequences * (steps - 1), sequences * self._artifact(choice)
+        self._by_choice.setdefault(choice, _Gain(memory=1.0)).observe(
+            accepted, expected * self._ratio(choice.way)
+        )
+        self._by_way[choice.way].observe(accepted, expected * self._all.ratio(_BELIEF, 1.0))
+        self._all.observe(accepted, expected)
+
+    def expected(self, choice: Choice) -> float:
+        """Steps per forward."""
+        if choice.way is None:
+            return 1.0
+        own = self._by_choice.get(choice)
+        residual = 1.0 if own is None else own.ratio(_OWN_BELIEF, 1.0)
+        return 1.0 + self._artifact(choice) * self._ratio(choice.way) * residual
+
+    def _ratio(self, way: Selection) -> float:
+        return self._all.ratio(_BELIEF, 1.0) * self._by_way[way].ratio(_WAY_BELIEF, 1.0)
+
+    def _artifact(self, choice: Choice) -> float:
+        assert choice.way is not None
+        return max(interpolated(self._prior[choice.way], choice.drafts) - 1.0, 1e-3)
