@@ -101,15 +101,16 @@ class SharedController:
             alike = [turn for turn in told if turn.choice == choice]
             self.used[choice] += len(alike)
             steps = fmean(turn.steps for turn in alike)
-            few = len(alike) < _MOST * self._sequences  # such as one that others have just joined
-            if few or (self._chose != self._crowd and not self.now.has_seen_plain):
+            share = len(alike) / self._sequences
+            # Few are, for example, one that many have just joined.
+            if share < _MOST or (self._chose != self._crowd and not self.now.has_seen_plain):
                 self.worth.observe(choice, steps, len(alike))  # seconds compare with nothing here
                 continue
             # To one sequence its forward takes from when it gave its rows to when it hears of them:
             # choosing drafts for all others, and their walks, are in it.
             seconds = fmean(turn.forward for turn in alike)
             drafting = fmean(turn.drafting for turn in alike)
-            self.now.learn(choice, steps, seconds, drafting, sequences=len(alike))
+            self.now.learn(choice, steps, seconds, drafting, len(alike), min(share, 1.0))
 
     def _likely_seconds(self, crowd: int) -> Points:
         """What forwards of so many sequences may take, by those of the most similar number.
