@@ -1,6 +1,7 @@
 """What a server gives as more and more clients ask: throughput and latency (docs/serving.md).
 
-A closed loop: every client asks, waits for its answer, and asks again. Servers of one model,
+A closed loop: every client asks, waits for its answer, and asks again; an answer under way at the
+end counts with the share of it that its time before the end is. Servers of one model,
 without drafts, with as many as pay, and with eight for every answer whoever else asks, run beside
 each other and are measured in turns, so that what else the machine does hits all alike; only one of
 them is asked at a time. Temperature 0, generated problems that neither training nor calibration
@@ -46,7 +47,7 @@ class Measured:
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
-    tokens: int = 0
+    tokens: float = 0.0
     differing: int = 0
 
     @property
@@ -64,7 +65,7 @@ async def ask(
     known: dict[str, str],
     into: Measured | None,
 ) -> None:
-    """Let clients ask for some seconds; what is under way then is waited for and counted."""
+    """Let clients ask for some seconds; what is under way then is waited for."""
     numbers = count()
     end = perf_counter() + seconds
     limits = httpx.Limits(max_connections=clients)
@@ -81,19 +82,20 @@ async def ask(
                         "max_tokens": gen_length,
                     },
                 )
-                took = perf_counter() - began
+                ended = perf_counter()
+                took = ended - began
                 answer = response.raise_for_status().json()
                 if into is None:
                     continue
                 text = answer["choices"][0]["message"]["content"]
                 into.latencies.append(took)
-                into.tokens += answer["usage"]["completion_tokens"]
+                in_time = (min(ended, end) - began) / took
+                into.tokens += in_time * answer["usage"]["completion_tokens"]
                 into.differing += text != known.setdefault(prompt, text)
 
-        began = perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
         if into is not None:
-            into.seconds += perf_counter() - began
+            into.seconds += seconds
 
 
 def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:

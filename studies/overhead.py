@@ -52,7 +52,13 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, loop, make_task
-from spiffy.runtime.draft import AcceptanceDrafter, Drafter, graph_drafter
+from spiffy.runtime.draft import (
+    AcceptanceDrafter,
+    BestOfDrafter,
+    Drafter,
+    GraphDrafter,
+    graph_drafter,
+)
 from spiffy.runtime.draft.acceptance import acceptance_weights
 from spiffy.runtime.forward import pack, question
 from spiffy.runtime.forward.pack import forward
@@ -92,19 +98,31 @@ class Turn:
     steps: int
 
 
+_TIMED: list[str] = []  # under way
+
+
 @contextmanager
 def timed(
     owner: Any, name: str, clock: Callable[[], float] = perf_counter
 ) -> Iterator[list[float]]:
-    """Collect the milliseconds of each call of a function or method, of a generator to its end."""
+    """Collect the milliseconds of each call of a function or method, of a generator to its end.
+
+    What another one that is timed calls counts there.
+    """
     function, spent = getattr(owner, name), []
 
     def timing(*args: Any) -> Any:
+        outermost = not _TIMED
+        _TIMED.append(name)
         started = clock()
-        result = function(*args)
-        if isinstance(result, Generator):
-            result = iter(list(result))
-        spent.append(1000 * (clock() - started))
+        try:
+            result = function(*args)
+            if isinstance(result, Generator):
+                result = iter(list(result))
+        finally:
+            _TIMED.pop()
+        if outermost:
+            spent.append(1000 * (clock() - started))
         return result
 
     setattr(owner, name, timing)
@@ -241,9 +259,15 @@ def on_host(
             stack.enter_context(timed(*place, thread_time))
             for place in ((model, "hidden_states"), (pack, "read"))
         ]
-        drafting = [stack.enter_context(timed(loop, "_candidates", thread_time))]
-        if drafter is not None:
-            drafting.append(stack.enter_context(timed(type(drafter), "__call__", thread_time)))
+        drafting = [
+            stack.enter_context(timed(*place, thread_time))
+            for place in (
+                (loop, "_candidates"),
+                (GraphDrafter, "__call__"),
+                (AcceptanceDrafter, "__call__"),
+                (BestOfDrafter, "learn"),  # who is to draft
+            )
+        ]
         decoding = loop.denoise(task)
         rows = next(decoding)
         for _ in range(forwards):

@@ -392,6 +392,16 @@ def test_no_level_is_left_out_that_drafts_come_from(
     assert p.tolist() == probabilities.tolist()
 
 
+@given(roots(), st.integers(0, 5), st.integers(1, 12))
+def test_no_set_is_left_out_that_drafts_come_from(at: Outlook, seed: int, budget: int) -> None:
+    weights, room = random_weights(seed, sets=True), len(at.positions)
+    choice, p = expand(weights, at, budget, room)
+    with patch("spiffy.runtime.draft.expand._ROUNDING", np.inf):
+        every, probabilities = expand(weights, at, budget, room)
+    assert choice.tolist() == every.tolist()
+    assert p.tolist() == probabilities.tolist()
+
+
 def test_token_evidence_by_hand() -> None:
     at = outlook(
         [1, 3, 1, 3, MASK, 2, 1, MASK],

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from device_cases import outcome, tasks_of
-from helpers import PARITY
+from device_cases import drafter, outcome, tasks_of
+from helpers import PARITY, random_prompt
 from torch._dynamo.utils import counters
 
-from spiffy.runtime import DiffusionLM, load_model
+from spiffy.runtime import DiffusionLM, decoding_settings, load_model
+from spiffy.runtime.decode import make_task
 from spiffy.schemas import SpiffyError
 
 WAYS = ("plain", "graph", "model")
@@ -39,6 +40,22 @@ def test_compiled_code_gives_the_same_tokens_and_is_compiled_once(compiled: Diff
             assert found.values == outcome(plain, tasks_of(plain, sequences, way, **options)).values
             accepted += found.accepted
     assert accepted > 0
+    assert graphs() == before
+
+
+def test_a_hundred_prompts_of_different_lengths_compile_nothing(compiled: DiffusionLM) -> None:
+    """One after the other and without drafts, or with."""
+    settings = decoding_settings(compiled, gen_length=4, block_length=4, stop_at_eos=False)
+    drafts = drafter("graph", compiled, sets=False)
+    before, accepted, positions = graphs(), 0, set()
+    for length in range(1, 101):
+        prompt = random_prompt(compiled, length, seed=length)
+        task = make_task(compiled, prompt, settings, drafts if length % 3 else None)
+        outcome(compiled, [task])
+        accepted += task.stats.accepted
+        positions.add(task.stats.positions_computed)
+    assert accepted > 0
+    assert len(positions) > 20  # blocks of 4
     assert graphs() == before
 
 

@@ -191,6 +191,15 @@ def test_acceptance_seen_at_one_number_of_drafts_moves_all() -> None:
     assert worth.expected(PLAIN) == 1.0
 
 
+def test_sequences_that_have_just_begun_wait_for_the_drafts_of_others() -> None:
+    """Of four in a forward three make three steps each, and the one that begins makes one."""
+    controller = Controller(regret.EXPECTED, 8)
+    controller.learn(PLAIN, 1, 1.0, 0.0, 4)
+    for _ in range(100):
+        controller.learn(Choice("graph", 4), 3, 1.0, 0.0, 3, share=0.75)
+    assert controller.seconds_per_step(Choice("graph", 4)) == pytest.approx(4 / 10, rel=0.03)
+
+
 # In real decodes
 
 

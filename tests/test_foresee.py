@@ -99,7 +99,7 @@ def test_a_walk_along_its_likely_states_passes_the_head_once(
 def test_what_was_foreseen_is_what_the_head_says() -> None:
     model, _ = setting_of("dream-dual", "static-1")
     hidden = torch.randn(3, 20, model.module.config.hidden_size, dtype=model.dtype)
-    evaluation = Evaluation(model, [Window(part, 5) for part in hidden])
+    evaluation = Evaluation(model, [Window(part, 0, 5, len(part)) for part in hidden])
     positions = [torch.tensor([6, 9]), torch.tensor([12]), torch.tensor([7, 8, 20])]
     alone = [evaluation.logits(k, at) for k, at in enumerate(positions)]
     evaluation.foresee(dict(enumerate(positions)))

@@ -5,8 +5,10 @@ Models are in float64, so that 1e-9 separates "another order of summation" from 
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import parity_model, random_prompt
@@ -19,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from spiffy.runtime.forward import cache as caches
 from spiffy.runtime.forward.cache import CACHES, BlockEdges, DualCache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
+from spiffy.runtime.forward.question import _pairs
 from spiffy.runtime.models.attention import KeyValues
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
@@ -322,7 +325,7 @@ def test_pack_lets_segments_see_exactly_what_they_list() -> None:
     """Behind five places, of which the first segment takes two anew; worked out by hand."""
     model = parity_model("llada-a", "float64")
     segments = [
-        Segment(random_prompt(model, length, start), start, place)
+        Segment(random_prompt(model, length, start).numpy(), start, place)
         for length, start, place in ((2, 3, 3), (2, 3, 7), (2, 5, 5))
     ]
     kept = held_of(model, random_prompt(model, 5))
@@ -336,9 +339,60 @@ def test_pack_lets_segments_see_exactly_what_they_list() -> None:
     assert row.mask.int().tolist() == [first, first, second, second, first, first]
 
 
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_any_segments_are_packed_position_by_position(data: st.DataObject) -> None:
+    """Some in the places of what is held, the others behind it in any order."""
+    held, count = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 5))
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=count, max_size=count))
+    place, free, segments = held, 0, {}
+    for number in data.draw(st.permutations(range(count))):
+        start, length = data.draw(st.integers(0, 9)), lengths[number]
+        inside = free + length <= held and data.draw(st.booleans())
+        at, free, place = (free, free + length, place) if inside else (place, free, place + length)
+        segments[number] = Segment(np.arange(length) + 10 * number, start, at)
+    packed = [segments[number] for number in range(count)]
+    others = st.sets(st.integers(0, count - 1))
+    sees = [sorted({number, *data.draw(others)}) for number in range(count)]
+    row = pack(packed, sees, KeyValues(9), held)
+
+    mine = [(n, k) for n, segment in enumerate(packed) for k in range(len(segment.ids))]
+    assert row.ids.tolist() == [10 * n + k for n, k in mine]
+    assert row.positions.tolist() == [packed[n].start + k for n, k in mine]
+    places = [packed[n].place + k for n, k in mine]
+    assert [at for run in row.places for at in run] == places
+    assert row.keys == max(held, *(at + 1 for at in places))
+    owner = {at: n for at, (n, _) in zip(places, mine, strict=True)}
+    seen = [[owner.get(at, n) in sees[n] for at in range(row.keys)] for n, _ in mine]
+    if row.mask is None:
+        assert all(map(all, seen))
+    else:
+        assert row.mask.tolist() == seen
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_pairs_are_positions_that_two_states_mask_of_which_one_extends_the_other(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    states, length = draw.integers(1, 5), draw.integers(1, 5)
+    ids = draw.integers(0, 3, (states, length))
+    masked = ids == 0
+    asked = masked & (draw.random(masked.shape) < 0.8)
+    number = np.where(asked, asked.ravel().cumsum().reshape(masked.shape) - 1, -1)
+    expected = [
+        (int(number[of, at]), int(number[by, at]))
+        for of, by, at in product(range(states), range(states), range(length))
+        if of != by
+        and all(masked[of, k] or ids[of, k] == ids[by, k] for k in range(length))
+        and asked[of, at]
+        and asked[by, at]
+    ]
+    assert _pairs(ids, masked, number).T.tolist() == [list(pair) for pair in expected]
+
+
 def test_segments_that_see_all_need_no_mask() -> None:
     model = parity_model("llada-a", "float64")
-    ids = random_prompt(model, 4)
+    ids = random_prompt(model, 4).numpy()
     row = pack([Segment(ids[:2], 5, 5), Segment(ids[2:], 7, 7)], [[0, 1], [0, 1]], KeyValues(9), 5)
     assert row.mask is None
     assert (row.places, row.keys) == ((range(5, 9),), 9)

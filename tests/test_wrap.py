@@ -25,6 +25,7 @@ from transformers import (
 
 from spiffy.runtime import ALIASES, DiffusionLM, load_model, wrap
 from spiffy.runtime.draft import GraphDrafter
+from spiffy.runtime.models.attention import Group
 from spiffy.runtime.models.stored import stored_tensors
 from spiffy.schemas import DecodingSettings, SpiffyError
 
@@ -186,13 +187,16 @@ def _honest(
 def attention() -> Iterator[Callable[[DiffusionLM, Any], None]]:
     """Let a model compute with an attention of the test's."""
 
+    registered = set()
+
     def register(model: DiffusionLM, function: Any) -> None:
+        registered.add(function.__name__)
         AttentionInterface.register(function.__name__, function)
         model.module.config._attn_implementation = function.__name__  # type: ignore[union-attr]
 
     yield register
-    for function in (*BROKEN, _failing, _honest):
-        AttentionInterface._global_mapping.pop(function.__name__, None)
+    for name in registered:
+        AttentionInterface._global_mapping.pop(name, None)
 
 
 BROKEN = (_ignoring, _causal, _causal_and_masked, _forgetful)
@@ -222,6 +226,33 @@ def test_trained_models_with_broken_attention_are_refused_too(
             wrap(model.module, model.tokenizer, model.family.name)
     attention(model, _honest)
     assert wrap(model.module, model.tokenizer, model.family.name).arithmetic == "bfloat16, _honest"
+
+
+def test_all_layers_of_a_forward_are_given_the_same_masks(
+    attention: Callable[[DiffusionLM, Any], None],
+) -> None:
+    """Of a group that has one and of one that attends to everything: they are made once."""
+    given: list[Tensor] = []
+
+    def noting(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any
+    ) -> Any:
+        given.append(mask)
+        return _attended(module, query, key, value, mask)
+
+    model = own("sdar-a")
+    attention(model, noting)
+    ours = wrapped(model, "sdar-a")
+    given.clear()
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    ids = random_prompt(ours, 7)
+    ours.hidden_states(ids, torch.arange(7), [Group(1, 4, causal), Group(1, 3)])
+    masked, free = given[::2], given[1::2]
+    assert len(masked) == len(free) == model.module.config.num_hidden_layers > 1  # type: ignore[union-attr]
+    assert all(mask is masked[0] for mask in masked)
+    assert all(mask is free[0] for mask in free)
+    assert masked[0].tolist() == [[causal.tolist()]]
+    assert free[0].tolist() == [[[[True] * 3] * 3]]
 
 
 def test_a_forward_that_fails_is_one_line(attention: Callable[[DiffusionLM, Any], None]) -> None:

@@ -38,7 +38,7 @@ _PLAN_EVERY = 6  # forwards
 _TRY = 2  # forwards of a try,
 _PLAIN_LOOK = 3  # and of plain ones, by which all others are measured
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
-_SELDOM = 8  # up to so many times as many where the looks before were in vain
+_SELDOM = 64  # up to so many times as many where the looks before were in vain
 _MARGIN = 0.04  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.1  # or this much if they did not keep it
 _ALLOWED = 0.008  # share of the time spent that may be lost by tries,
@@ -46,6 +46,7 @@ _ALLOWED_PLAIN = 0.01  # and by looks at plain forwards
 _MOST_OWED = 1.5  # plain forwards that may be lost,
 _CREDIT = -2.0  # or gained and lost again
 _FORGIVEN = 0.995  # per forward
+_LASTING = 0.9  # weight of the past in the share of sequences that drafts are chosen for
 _APART = 1.25  # times: plain forwards and others did not become slower alike
 _HOPE = 0.9  # an unknown choice may cost this much of what is expected
 
@@ -85,6 +86,7 @@ class Controller:
         self._drafting: dict[Selection, deque[float]] = {}
         self._tried: dict[Choice, int] = {}  # number of the forward
         self._vain: dict[Choice, int] = {}  # looks in a row after which something else was best
+        self._share = 1.0
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
         self._trying, self._tries, self._before = False, 0, 0.0
@@ -114,7 +116,13 @@ class Controller:
         return self._now
 
     def learn(
-        self, choice: Choice, steps: float, forward: float, drafting: float, sequences: int = 1
+        self,
+        choice: Choice,
+        steps: float,
+        forward: float,
+        drafting: float,
+        sequences: int = 1,
+        share: float = 1.0,
     ) -> None:
         """Take in what came of a forward.
 
@@ -128,10 +136,16 @@ class Controller:
             Seconds.
         sequences
             How many of those in the forward had this choice.
+        share
+            Of all in the forward: the others, which had just begun, waited for its drafts too.
         """
         self._forwards += 1
         self.used[choice] += sequences
         self._tried[choice] = self._forwards
+        if self._rests(choice):
+            self._spent += forward / self._pace.value
+            self._owed *= _FORGIVEN
+            return
         # Right after forwards of another kind, the processor's caches are still theirs.
         own = self._own(choice)
         settled = choice == self._before_this or not own.knows(choice.drafts)
@@ -146,11 +160,12 @@ class Controller:
                 curve.observe(choice.drafts, forward)
         if choice.way is not None:
             self._drafting.setdefault(choice.way, deque(maxlen=_KEPT)).append(drafting)
+            self._share = _LASTING * self._share + (1 - _LASTING) * share
         self._worth.observe(choice, steps, sequences)
         self._spent += forward + drafting
         self._tries += self._trying
         # Expected seconds here and below: what an interrupted forward took says nothing.
-        took = self.seconds_per_step(choice) * self._worth.expected(choice)
+        took = self.seconds_per_step(choice) * self._steps(choice)
         owed = _FORGIVEN * self._owed + took / self._plain.expected(0) - steps
         self._owed = max(_CREDIT, owed)
         if self._trying and self._left == 0 and own.doubts(choice.drafts):
@@ -158,10 +173,22 @@ class Controller:
         if changed:
             self._start_anew(choice)
 
+    def _rests(self, choice: Choice) -> bool:
+        """Whether it is one of many plain forwards: of those every third is learned from.
+
+        The forwards of small models take milliseconds, and learning from one a hundredth of that.
+        """
+        plain = choice == PLAIN == self._now == self._before_this
+        return plain and not self._trying and self._plain.surely_knows(0) and self._left % 3 > 0
+
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""
         forward = self._of(choice).expected(choice.drafts)
-        return (forward + self._drafting_seconds(choice)) / self._worth.expected(choice)
+        return (forward + self._drafting_seconds(choice)) / self._steps(choice)
+
+    def _steps(self, choice: Choice) -> float:
+        """Expected denoising steps of a forward, on average of all sequences in it."""
+        return 1.0 + self._share * (self._worth.expected(choice) - 1.0)
 
     def forward_seconds(self, choice: Choice) -> list[float]:
         """Seconds of a forward with 0, 1, ... as many drafts as chosen, as far as is known."""
@@ -203,7 +230,7 @@ class Controller:
                 self._compare()
             else:
                 lost = self.seconds_per_step(self._now) - self._before
-                lost = min(lost * self._worth.expected(self._now), self._may_lose)
+                lost = min(lost * self._steps(self._now), self._may_lose)
                 self._lost += self._tries * max(0.0, lost)
         best = self._best()
         if self._trying:
@@ -298,7 +325,7 @@ class Controller:
         All is measured by them: one that was measured wrongly must not hide that drafts lose.
         """
         lost = self.seconds_per_step(PLAIN) / self.seconds_per_step(best) - 1  # in steps by `best`
-        between = _PLAIN_LOOK * lost / (_ALLOWED_PLAIN * self._worth.expected(best))
+        between = _PLAIN_LOOK * lost / (_ALLOWED_PLAIN * self._steps(best))
         return self._in_vain(PLAIN) * max(_LOOK_AGAIN, between)
 
     def _in_vain(self, choice: Choice) -> int:
@@ -314,12 +341,12 @@ class Controller:
         forward = self._of(choice).at_worst(choice.drafts) + self._drafting_seconds(
             choice, worst=True
         )
-        return forward - self._worth.expected(choice) * now
+        return forward - self._steps(choice) * now
 
     def _at_best(self, choice: Choice) -> float:
         """Seconds per step if drafts cost nothing more than fewer of them do."""
         forward = self._of(choice).at_best(choice.drafts) + self._drafting_seconds(choice)
-        return forward / self._worth.expected(choice)
+        return forward / self._steps(choice)
 
     def _own(self, choice: Choice) -> ForwardSeconds:
         return self._plain if choice.way is None else self._forward[choice.way]

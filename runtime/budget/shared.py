@@ -13,8 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
-from statistics import fmean
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from spiffy.runtime.budget.controller import LADDER, Controller
 from spiffy.runtime.budget.estimates import Choice, ForwardSteps, Pace, Points
@@ -26,13 +25,14 @@ _SAME = 1.3  # or as the one at hand, if they differ by less: it has tries under
 _MOST = 0.75  # of a forward's sequences; others have just begun
 
 
-class _Turn(NamedTuple):
-    """What one sequence's part of a forward came to."""
+@dataclass
+class _Told:
+    """Sums over the sequences that had the same choice for a forward."""
 
-    choice: Choice
-    steps: int
-    forward: float
-    drafting: float
+    sequences: int = 0
+    steps: int = 0
+    forward: float = 0.0
+    drafting: float = 0.0
 
 
 class SharedController:
@@ -55,7 +55,7 @@ class SharedController:
         self._crowd = self._sequences = 1
         self._asked = 0  # sequences with a choice for the next forward
         self._due = 0  # of the last forward, those that have not told yet
-        self._told: list[_Turn] = []
+        self._told: dict[Choice, _Told] = {}
         self._choice: Choice | None = None
         self._chose = self._planned = 1  # for how many the last and the next choice were made
         self.used: Counter[Choice] = Counter()
@@ -89,27 +89,30 @@ class SharedController:
 
     def learn(self, choice: Choice, steps: int, forward: float, drafting: float) -> None:
         """Take in what the last forward was worth to one sequence, and the seconds it took."""
-        self._told.append(_Turn(choice, steps, forward, drafting))
+        told = self._told.setdefault(choice, _Told())
+        told.sequences += 1
+        told.steps += steps
+        told.forward += forward
+        told.drafting += drafting
         self._due -= 1
         if self._due <= 0:
             self._settle()
 
     def _settle(self) -> None:
         """Learn from the last forward; mostly all had the same choice."""
-        told, self._told = self._told, []
-        for choice in dict.fromkeys(turn.choice for turn in told):
-            alike = [turn for turn in told if turn.choice == choice]
-            self.used[choice] += len(alike)
-            steps = fmean(turn.steps for turn in alike)
-            few = len(alike) < _MOST * self._sequences  # such as one that others have just joined
-            if few or (self._chose != self._crowd and not self.now.has_seen_plain):
-                self.worth.observe(choice, steps, len(alike))  # seconds compare with nothing here
+        choices, self._told = self._told, {}
+        for choice, told in choices.items():
+            alike, share = told.sequences, told.sequences / self._sequences
+            self.used[choice] += alike
+            steps = told.steps / alike
+            # Few are, for example, one that many have just joined.
+            if share < _MOST or (self._chose != self._crowd and not self.now.has_seen_plain):
+                self.worth.observe(choice, steps, alike)  # seconds compare with nothing here
                 continue
             # To one sequence its forward takes from when it gave its rows to when it hears of them:
             # choosing drafts for all others, and their walks, are in it.
-            seconds = fmean(turn.forward for turn in alike)
-            drafting = fmean(turn.drafting for turn in alike)
-            self.now.learn(choice, steps, seconds, drafting, sequences=len(alike))
+            seconds, drafting = told.forward / alike, told.drafting / alike
+            self.now.learn(choice, steps, seconds, drafting, alike, min(share, 1.0))
 
     def _likely_seconds(self, crowd: int) -> Points:
         """What forwards of so many sequences may take, by those of the most similar number.

@@ -184,7 +184,7 @@ def _verified(
     task: Task, cache: Cache, states: Tensor, evaluation: Evaluation, root: Cursor, cursor: Cursor
 ) -> int | None:
     """The state of the root's forward that tells what the next step has to know, if any does."""
-    verified = find(states, cursor.ids)
+    verified = find(states, cursor.ids, task.canvas.span(root.block))
     if verified is None or (cursor.block > root.block and not cache.crosses):
         return None
     read = task.canvas.span(cursor.block)
@@ -247,7 +247,7 @@ def _candidates(
                 break
     if source is None:
         return None
-    fresh = torch.from_numpy((states[seen].numpy() != root.ids.numpy()).nonzero()[0])
+    fresh = torch.from_numpy((states.numpy()[seen] != root.ids.numpy()).nonzero()[0])
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
     candidates = rank_candidates(source, task.settings, mask, ranks, masked, fresh)
     if source is reading and drafter.asks_rejected:
@@ -289,9 +289,10 @@ def denoising_step(
     if settings.policy == "joint":
         chosen |= replaced(tokens, score, held, settings) & ~masked
     ids = cursor.ids.clone()
-    ids.numpy()[positions[chosen]] = tokens[chosen]
+    following = ids.numpy()
+    following[positions[chosen]] = tokens[chosen]
 
-    answer = ids[own.start : own.stop].tolist()
+    answer = following[own.start : own.stop].tolist()
     step, post_steps = cursor.step + 1, cursor.post_steps + (not filling)
     goes_on = model.mask_token_id in answer
     if settings.edits_full_blocks and not goes_on:
@@ -319,7 +320,14 @@ def _no_number(task: Task, cursor: Cursor) -> SpiffyError:
     )
 
 
-def find(states: Tensor, ids: Tensor) -> int | None:
-    """Row of `states` (int64 [n, length]) that equals `ids`, if any."""
-    (found,) = (states.numpy() == ids.numpy()).all(1).nonzero()
-    return int(found[0]) if len(found) else None
+def find(states: Tensor, ids: Tensor, differ: range | None = None) -> int | None:
+    """First row of `states` (int64 [n, length]) that equals `ids`, if any.
+
+    `differ`: where most of them are told apart, so that only others are looked at as a whole.
+    """
+    rows, wanted = states.numpy(), ids.numpy()
+    part = slice(None) if differ is None else slice(differ.start, differ.stop)
+    for row in (rows[:, part] == wanted[part]).all(1).nonzero()[0].tolist():
+        if np.array_equal(rows[row], wanted):
+            return int(row)
+    return None

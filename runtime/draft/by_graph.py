@@ -7,12 +7,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.draft.candidates import Candidates
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import Node
+
+Ints = NDArray[np.int64]
 
 #: A fill without the order of its pairs.
 FillSet = frozenset[tuple[int, int]]
@@ -49,12 +52,13 @@ class GraphDrafter:
         width = max((len(fill) for fill in fills), default=1)
         # Short fills repeat their first pair: writing a token twice changes nothing.
         padded = [[*fill, *([fill[0]] * (width - len(fill)))] for fill in fills]
-        pairs = torch.tensor(padded, dtype=torch.long)
-        self.position_ranks, self.ranks_of_tokens = pairs.reshape(-1, width, 2).unbind(-1)
-        self.sizes = torch.tensor([len(fill) for fill in fills])
+        pairs = np.array(padded, dtype=np.int64).reshape(-1, width, 2)
+        self.position_ranks, self.ranks_of_tokens = pairs[:, :, 0], pairs[:, :, 1]
+        self.sizes = np.array([len(fill) for fill in fills], dtype=np.int64)
         # Positions to fill, masked positions and tokens of each that every node needs.
-        needs = (self.sizes, self.position_ranks.amax(1) + 1, self.ranks_of_tokens.amax(1) + 1)
-        self._needs = torch.stack(needs, 1).numpy()
+        needs = (self.sizes, self.position_ranks.max(1) + 1, self.ranks_of_tokens.max(1) + 1)
+        self._needs = np.stack(needs, 1)
+        self._nodes: dict[tuple[int, ...], Ints] = {}  # by what there is
         # No position has more of them than the vocabulary, the mask token left out.
         ranks = max((j for fill in fills for _, j in fill), default=0) + 1
         self.token_ranks = min(ranks, model.vocab_size - 1)
@@ -63,18 +67,20 @@ class GraphDrafter:
         """See `Drafter`; nodes that need ranks which do not exist here are left out."""
         return self._states(root, candidates, self._active(candidates, room))
 
-    def _active(self, candidates: Candidates, room: int) -> Tensor:
-        """Nodes that exist here: int64 [k], in order."""
-        there = np.array((room, *candidates.tokens.shape))
-        return torch.from_numpy(np.flatnonzero((self._needs <= there).all(1)))
+    def _active(self, candidates: Candidates, room: int) -> Ints:
+        """Nodes that exist here: int64 [k], in order. Blocks run out of positions alike."""
+        there = (room, *candidates.tokens.shape)
+        nodes = self._nodes.get(there)
+        if nodes is None:
+            nodes = self._nodes[there] = np.flatnonzero((self._needs <= there).all(1))
+        return nodes
 
-    def _states(self, root: Cursor, candidates: Candidates, nodes: Tensor) -> Tensor:
+    def _states(self, root: Cursor, candidates: Candidates, nodes: Ints) -> Tensor:
         """The root with the tokens of each node (int64 [k]) filled in: int64 [k, length]."""
-        which = nodes.numpy()
-        i, j = self.position_ranks.numpy()[which], self.ranks_of_tokens.numpy()[which]
-        states = np.repeat(root.ids.numpy()[None], len(which), 0)
+        i, j = self.position_ranks[nodes], self.ranks_of_tokens[nodes]
+        states = np.repeat(root.ids.numpy()[None], len(nodes), 0)
         positions, tokens = candidates.positions.numpy(), candidates.tokens.numpy()
-        states[np.arange(len(which))[:, None], positions[i]] = tokens[i, j]
+        states[np.arange(len(nodes))[:, None], positions[i]] = tokens[i, j]
         return torch.from_numpy(states)
 
 
@@ -116,14 +122,15 @@ class GeometricMeanDrafter(GraphDrafter):
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """See `Drafter`."""
-        active = self._active(candidates, room)
-        i, j = self.position_ranks[active], self.ranks_of_tokens[active]
-        own = torch.arange(i.shape[1], device=i.device) < self.sizes[active, None]  # not padding
-        log_p = candidates.log_p[i, j].where(own, 0.0).sum(-1) / self.sizes[active]
+        nodes = self._active(candidates, room)
+        active, sizes = torch.from_numpy(nodes), torch.from_numpy(self.sizes[nodes])
+        i, j = map(torch.from_numpy, (self.position_ranks[nodes], self.ranks_of_tokens[nodes]))
+        own = torch.arange(i.shape[1]) < sizes[:, None]  # not padding
+        log_p = candidates.log_p[i, j].where(own, 0.0).sum(-1) / sizes
         score = log_p.new_zeros(len(self.sizes)).index_copy(0, active, log_p.exp())
         exists = log_p.new_zeros(len(self.sizes)).index_fill(0, active, 1.0)
         total = score.index_add(0, self.parent, score[self.child])[active]
         if self.mean:
             total /= exists.index_add(0, self.parent, exists[self.child])[active]
         best = total.sort(descending=True, stable=True).indices[: self.budget]
-        return self._states(root, candidates, active[best])
+        return self._states(root, candidates, nodes[best.numpy()])

@@ -62,25 +62,22 @@ def rank_candidates(
     root still masks; `fresh` those whose tokens the distribution has not seen.
     """
     log_p, tokens = (part.numpy() for part in reading.top(token_ranks + 1))
-    positions = reading.positions.numpy()
-    log_p = np.where(tokens == mask_token_id, -np.inf, log_p)  # never drafted
-    rows = np.arange(len(positions))[:, None]
-    ranked = np.lexsort((tokens, -log_p))
-    log_p, tokens = log_p[rows, ranked], tokens[rows, ranked]
-    if settings.policy in ("static", "threshold", "joint") and settings.score == "confidence":
-        score = torch.from_numpy(log_p[:, 0]).exp()  # that of the reading may be a drawn token's
-    else:
-        score = reading.score
-    order = (-score.numpy()).argsort(kind="stable")
+    positions, score = reading.positions.numpy(), reading.score.numpy()
     if masked is not None:
-        left = np.zeros(len(positions), dtype=np.bool_)
-        left[positions.searchsorted(masked.numpy())] = True
-        order = order[left[order]]
+        left = positions.searchsorted(masked.numpy())
+        log_p, tokens, positions, score = log_p[left], tokens[left], positions[left], score[left]
+    log_p = np.where(tokens == mask_token_id, -np.inf, log_p)  # never drafted
+    if settings.policy in ("static", "threshold", "joint") and settings.score == "confidence":
+        # That of the reading may be a drawn token's.
+        score = torch.from_numpy(log_p.max(1)).exp().numpy()
+    order = (-score).argsort(kind="stable")
     kept = min(token_ranks, tokens.shape[1] - 1)
+    ranked = np.lexsort((tokens, -log_p))[order, :kept]
+    rows = order[:, None]
     return Candidates(
         torch.from_numpy(positions[order]),
-        torch.from_numpy(tokens[order, :kept]),
-        torch.from_numpy(log_p[order, :kept]),
+        torch.from_numpy(tokens[rows, ranked]),
+        torch.from_numpy(log_p[rows, ranked]),
         reading.positions[:0] if fresh is None else fresh,
     )
 

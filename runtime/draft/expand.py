@@ -6,6 +6,8 @@ Probabilities multiply along paths, and paths that lead to the same state add up
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,37 +70,81 @@ def _one_step(
 _UNCERTAIN = 6  # positions per state of which every subset is tried
 _OTHER_TOKENS = ((0, 1), (0, 2), (0, 3), (1, 1))  # n-th least certain position, token rank
 _FORCED = 4  # positions tried where none reaches the threshold
+_ROUNDING = 1e-9
 
 
-def _likely_sets(odds: Floats, masked: Bools, score: Floats) -> tuple[Bools, Floats]:
-    """Sets of positions [n, S, M] and their log-probabilities [n, S], each position on its own.
+class _Sets(NamedTuple):
+    """Sets of positions of some states: number of the state, bool [k, M], log-probability.
 
-    `odds` are log-odds of being committed, `score` says which one is if none would be; both [n, M].
+    Sets of a state stand in the order of `number` [k].
     """
-    n, count = masked.shape
-    odds = np.clip(odds, -14, 14)
+
+    parent: Ints
+    chosen: Bools
+    log_p: Floats
+    number: Ints
+
+
+@cache
+def _subsets(width: int) -> Bools:
+    """All subsets of so many things, [2**width, width]."""
+    subsets: Bools = (np.arange(1 << width)[:, None] >> np.arange(width) & 1).astype(np.bool_)
+    return subsets
+
+
+def _likely_sets(odds: Floats, masked: Bools, least: Floats) -> _Sets:
+    """Sets that are not empty, each position on its own, but those below log-probability `least`.
+
+    `odds` are log-odds of being committed; they and `masked` are [n, M], `least` is [n].
+    """
     likely = (odds > 0) & masked
     # log P(exactly the likely ones), and what flipping a position costs.
     together = -np.where(masked, np.log1p(np.exp(-np.abs(odds))), 0).sum(1)
     cost = np.where(masked, np.abs(odds), np.inf)
-    width = min(_UNCERTAIN, count)
+    width = min(_UNCERTAIN, odds.shape[1])
     uncertain = np.argsort(cost, axis=1)[:, :width]
-    flips = (np.arange(1 << width)[:, None] >> np.arange(width) & 1).astype(np.bool_)
+    flips = _subsets(width)
     flip_cost = np.take_along_axis(cost, uncertain, 1)
-    log_p = together[:, None] - np.where(flips[None], flip_cost[:, None, :], 0.0).sum(-1)
-    sets = np.repeat(likely[:, None], len(flips), 1)
-    rows, columns = np.arange(n)[:, None, None], np.arange(len(flips))[None, :, None]
-    sets[rows, columns, uncertain[:, None, :]] ^= flips[None]
-    log_p = np.where(sets.any(-1), log_p, -np.inf)
-    # None above the threshold: the most confident one is committed all the same.
-    none = -np.where(masked, np.log1p(np.exp(odds)), 0).sum(1)
-    forced = np.argsort(-score, axis=1)[:, : min(_FORCED, count)]
-    single = np.zeros((n, forced.shape[1], count), dtype=np.bool_)
-    single[np.arange(n)[:, None], np.arange(forced.shape[1])[None], forced] = True
-    single &= masked[:, None]
-    log_single = none[:, None] + np.log(np.take_along_axis(_softmax(score), forced, 1) + 1e-30)
-    log_single = np.where(single.any(-1), log_single, -np.inf)
-    return np.concatenate((sets, single), 1), np.concatenate((log_p, log_single), 1)
+    log_p = together[:, None] - np.where(flips, flip_cost[:, None, :], 0.0).sum(-1)
+    parent, number = (log_p >= least[:, None]).nonzero()
+    sets = likely[parent]
+    sets[np.arange(len(parent))[:, None], uncertain[parent]] ^= flips[number]
+    some = sets.any(1)
+    parent, number = parent[some], number[some]
+    return _Sets(parent, sets[some], log_p[parent, number], number)
+
+
+def _forced_sets(masked: Bools, score: Floats) -> _Sets:
+    """Where none is above the threshold the most confident one is committed all the same.
+
+    `score` [n, M] says which one that is; what is not masked has the lowest.
+    """
+    forced = np.argsort(-score, axis=1)[:, : min(_FORCED, score.shape[1])]
+    parent, number = masked[np.arange(len(score))[:, None], forced].nonzero()
+    m = forced[parent, number]
+    log_p = np.log(_softmax(score)[parent, m] + 1e-30)
+    chosen = np.arange(score.shape[1]) == m[:, None]
+    return _Sets(parent, chosen, log_p, (1 << _UNCERTAIN) + number)
+
+
+def _all_sets(
+    model: AcceptanceWeights, odds: Floats, masked: Bools, score: Floats, least: Floats
+) -> _Sets:
+    """Sets by every offset that the log-odds share, state by state."""
+    forced, found = _forced_sets(masked, score), []
+    for nth, (offset, share) in enumerate(OFFSETS if model.spread else ((0.0, 1.0),)):
+        shifted, part = np.clip(odds + offset * model.spread, -14, 14), np.log(share)
+        none = -np.where(masked, np.log1p(np.exp(shifted)), 0).sum(1)
+        for sets in (
+            _likely_sets(shifted, masked, least - part),
+            forced._replace(log_p=none[forced.parent] + forced.log_p),
+        ):
+            number = sets.number + nth * (2 << _UNCERTAIN)  # one offset after the other
+            found.append(sets._replace(log_p=sets.log_p + part, number=number))
+    # Equal sets of several offsets add up where equal states do, in `_merged`.
+    together = _Sets._make(map(np.concatenate, zip(*found, strict=True)))
+    order = np.lexsort((together.number, together.parent))
+    return _Sets._make(part[order] for part in together)
 
 
 def _one_set(
@@ -110,23 +156,22 @@ def _one_set(
     count = masked.shape[1]
     odds = _weighed(model.commit[:-1], features) + model.commit[-1]
     score = np.where(masked, _weighed(model.position, features), NEVER)
-    # Equal sets of several offsets add up where equal states do, in `_merged`.
-    found_sets, found_log_p = [], []
-    for offset, share in OFFSETS if model.spread else ((0.0, 1.0),):
-        shifted, log_shifted = _likely_sets(odds + offset * model.spread, masked, score)
-        found_sets.append(shifted)
-        found_log_p.append(log_shifted + np.log(share))
-    sets, log_p = np.concatenate(found_sets, 1), np.concatenate(found_log_p, 1)
 
     by_rank = np.argsort(-states.log_p, axis=-1, kind="stable")
     top = np.take_along_axis(states.log_p, by_rank, -1)
-    log_p = log_p + (sets * top[:, None, :, 0]).sum(-1) + np.log(p)[:, None]
     # Several paths and offsets may add up to one state, so look further than what is wanted.
-    small = sets.sum(-1) + (states.choice >= 0).sum(1)[:, None] <= room
-    parent, k = np.nonzero(small & (log_p > np.log(max(limit * _SHARE_OF_SETS, 1e-6))))
-    chosen = sets[parent, k]
+    wanted, log_parent = np.log(max(limit * _SHARE_OF_SETS, 1e-6)), np.log(p)
+    most = log_parent + np.maximum(top[:, :, 0], 0.0).sum(
+        1
+    )  # that tokens can add, but for rounding
+    sets = _all_sets(model, odds, masked, score, wanted - most - _ROUNDING)
+    parent, chosen = sets.parent, sets.chosen
+    log_p = sets.log_p + (chosen * top[parent, :, 0]).sum(-1) + log_parent[parent]
+    small = chosen.sum(-1) + (states.choice >= 0).sum(1)[parent] <= room
+    kept = small & (log_p > wanted)
+    parent, chosen = parent[kept], chosen[kept]
     choice = np.where(chosen, by_rank[parent, :, 0], states.choice[parent])
-    probability = np.exp(log_p[parent, k])
+    probability = np.exp(log_p[kept])
     # The same sets with a less likely token where the first is least certain.
     second = top[:, :, min(1, top.shape[-1] - 1)]
     doubt = np.where(chosen, second[parent] - top[parent, :, 0], -np.inf)

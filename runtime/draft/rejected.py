@@ -62,9 +62,8 @@ def with_rejected(
     same = tokens == held[:, positions, None]
     may &= (same.any(-1) | ~filled).all(1) & filled.any(1) & ~filled.all(1)
     may &= np.where(same, log_p, 0.0).sum((1, 2)) > _LIKELY
-    may &= [window.covers(span) for window in evaluation.windows]
-    most = min(_MOST_ASKED, max(1, _MOST_HEARD // len(positions)))
-    asked = may.nonzero()[0][:most]
+    heard = [state for state in may.nonzero()[0] if evaluation.windows[state].covers(span)]
+    asked = np.array(heard[: min(_MOST_ASKED, max(1, _MOST_HEARD // len(positions)))])
     if not len(asked):
         return candidates
     said = evaluation.quoted(seen, asked.tolist(), candidates.positions, candidates.tokens, log_p)

@@ -63,8 +63,7 @@ def _evaluated(
         rows = question.put(rows)
     outputs = yield rows
     windows = [
-        Window(outputs[row].hidden[first : first + length], start)
-        for row, first, start, length in places
+        Window(outputs[row].hidden, first, start, length) for row, first, start, length in places
     ]
     answers = None if question is None else question.answered(outputs)
     return Evaluation(model, windows, reader, answers)
@@ -169,7 +168,7 @@ class DualCache:
         anew = self._anew(span)
         own = [
             Segment(ids, anew.start, length + (k - 1) * len(anew) if k else anew.start)
-            for k, ids in enumerate(states[:, anew.start : anew.stop])
+            for k, ids in enumerate(states.numpy()[:, anew.start : anew.stop])
         ]
         rows = [pack(own, [[k] for k in range(len(own))], self.kept, length)]
         # They end with the block: what lies behind it rests on this block's cache, and the next
@@ -221,9 +220,9 @@ class PrefixSharedCache(PrefixCache):
         span, length = self.canvas.span(cursor.block), self.canvas.length
         blocks = [
             Segment(ids, span.start, length + (k - 1) * len(span) if k else span.start)
-            for k, ids in enumerate(states[:, span.start : span.stop])
+            for k, ids in enumerate(states.numpy()[:, span.start : span.stop])
         ]
-        suffix = Segment(cursor.ids[span.stop :], span.stop, span.stop)
+        suffix = Segment(cursor.ids.numpy()[span.stop :], span.stop, span.stop)
         last = len(blocks)
         sees = [[k, last] for k in range(last)] + [[0, last]]
         rows = [pack([*blocks, suffix], sees, self.kept, length)]
@@ -271,9 +270,9 @@ class BlockCache:
         self.block, self.completed = cursor.block, {}
         if self.first_only(cursor):
             rows = [self._packed(waiting, _causal(len(waiting)))]
-            places = [Place(0, 0, waiting[0].start, len(rows[0].ids))]
+            alone = [Place(0, 0, waiting[0].start, len(rows[0].ids))]
             evaluation = yield from _evaluated(
-                self.model, self.reader, cursor, cursor.ids[None], rows, places
+                self.model, self.reader, cursor, cursor.ids[None], rows, alone
             )
             self.stored = span.start
             return evaluation
@@ -287,13 +286,13 @@ class BlockCache:
 
         segments, sees = list(waiting), _causal(len(waiting))
         before = list(range(len(waiting)))
-        of_states = states[:, span.start : span.stop]
-        complete = (of_states != self.model.mask_token_id).all(-1).tolist()
+        of_states = states.numpy()[:, span.start : span.stop]
+        complete = (of_states != self.model.mask_token_id).all(1).tolist()
         follows = drafting and self.crosses and cursor.block + 1 < self.canvas.blocks
         first = sum(len(segment.ids) for segment in segments)
         place = span.start  # the root's block lies where it belongs, and what follows behind it
-        runs: list[range] = []  # where each state's positions lie in the row
-        for state, block in enumerate(of_states.unbind()):
+        places: list[Place] = []
+        for state, block in enumerate(of_states):
             segments.append(Segment(block, span.start, place))
             sees.append([*before, len(sees)])
             length = len(span)
@@ -301,14 +300,13 @@ class BlockCache:
                 self.completed[state] = range(place, place + length)
                 if not self.model.family.begins_blocks_alone:
                     following = self.canvas.span(cursor.block + 1)
-                    ids = states[state, following.start : following.stop]
+                    ids = states.numpy()[state, following.start : following.stop]
                     segments.append(Segment(ids, following.start, place + length))
                     sees.append([*before, len(sees) - 1, len(sees)])
                     length += len(following)
-            runs.append(range(first, first + length))
+            places.append(Place(0, first, span.start, length))
             first, place = first + length, place + length
 
-        places = [Place(0, run.start, span.start, len(run)) for run in runs]
         rows = [self._packed(segments, sees)]
         evaluation = yield from _evaluated(self.model, self.reader, cursor, states, rows, places)
         self.stored = span.start
@@ -325,7 +323,8 @@ class BlockCache:
     def _waiting(self, cursor: Cursor) -> list[Segment]:
         """Blocks before the cursor's that are not stored yet."""
         blocks = self.canvas.attention_blocks(self.stored, self.canvas.span(cursor.block).start)
-        return [Segment(cursor.ids[b.start : b.stop], b.start, b.start) for b in blocks]
+        ids = cursor.ids.numpy()
+        return [Segment(ids[b.start : b.stop], b.start, b.start) for b in blocks]
 
     def _packed(self, segments: Sequence[Segment], sees: Sequence[Sequence[int]]) -> Row:
         return pack(segments, sees, self.kept, self.stored)

@@ -21,14 +21,24 @@ Floats = NDArray[np.float64]
 
 
 class Window(NamedTuple):
-    """Hidden states [positions, hidden] of one state, from position `start` on."""
+    """Where a forward tells about one state, for `length` positions from position `start` on.
 
-    hidden: Tensor
+    That is in a row's hidden states ([query, hidden]), from number `first` on.
+    """
+
+    row: Tensor
+    first: int
     start: int
+    length: int
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states [length, hidden]."""
+        return self.row[self.first : self.first + self.length]
 
     def covers(self, span: range) -> bool:
         """Whether it reaches over all positions of `span`."""
-        return self.start <= span.start and span.stop <= self.start + len(self.hidden)
+        return self.start <= span.start and span.stop <= self.start + self.length
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ class Evaluation:
             if rules.ranks < min(count, self.model.vocab_size):  # nobody said that so many matter
                 known = self._table(replace(rules, ranks=count), state, positions)
             log_p, ids = likeliest(known)
+            if ids.shape[1] <= count:
+                return log_p, ids
             return log_p[:, :count], ids[:, :count]
 
         return reading_of(table, positions, top)
@@ -123,7 +135,7 @@ class Evaluation:
         if self.answers is not None:
             return self.answers.quoted(seen, states, positions.numpy(), tokens.numpy())
         windows = [self.windows[state] for state in (seen, *states)]
-        rows = [self.model.rows_of(positions, start) for _, start in windows]
+        rows = [self.model.rows_of(positions, window.start) for window in windows]
         *at, tokens = on_device((*rows, tokens), self.model.device)
         hidden = [window.hidden[mine] for window, mine in zip(windows, at, strict=True)]
         logits = self.model.head_of(torch.stack(hidden), tokens)

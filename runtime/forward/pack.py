@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.forward.asked import Asked, Said, numbered, on_device, read
 from spiffy.runtime.models.attention import Group, KeyValues
 from spiffy.runtime.models.base import DiffusionLM
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Segment(NamedTuple):
     Its keys and values go to as many places from `place` on.
     """
 
-    ids: Tensor
+    ids: Ints
     start: int
     place: int
 
@@ -86,34 +91,47 @@ def pack(
     """
     lengths = [len(segment.ids) for segment in segments]
     # Nearly all segments stand at the same positions.
-    runs = [(s.start, s.start + length) for s, length in zip(segments, lengths, strict=True)]
-    arange = {run: np.arange(*run) for run in set(runs)}
-    places: list[range] = []
-    for segment, length in zip(segments, lengths, strict=True):
-        if places and places[-1].stop == segment.place:
-            places[-1] = range(places[-1].start, segment.place + length)
-        else:
-            places.append(range(segment.place, segment.place + length))
+    spans = [(s.start, s.start + length) for s, length in zip(segments, lengths, strict=True)]
+    arange = {span: np.arange(*span) for span in set(spans)}
+    places = _joined([segment.place for segment in segments], lengths)
     keys = max(held, *(run.stop for run in places))
     mask = None
     if any(len(seen) < len(segments) for seen in sees):
-        # Whose place it is; the last column of `allowed` is for what is held.
-        owner = np.full(keys, len(segments))
-        for number, segment in enumerate(segments):
-            owner[segment.place : segment.place + lengths[number]] = number
-        allowed = np.zeros((len(segments), len(segments) + 1), dtype=np.bool_)
-        allowed[:, -1] = True
-        for number, seen in enumerate(sees):
-            allowed[number, seen] = True
-        mask = torch.from_numpy(allowed[:, owner].repeat(lengths, 0))
+        mask = torch.from_numpy(_mask(sees, lengths, places, keys))
     return Row(
-        torch.cat([segment.ids for segment in segments]),
-        torch.from_numpy(np.concatenate([arange[run] for run in runs])),
+        torch.from_numpy(np.concatenate([segment.ids for segment in segments])),
+        torch.from_numpy(np.concatenate([arange[span] for span in spans])),
         mask,
         kept,
-        tuple(places),
+        places,
         keys,
     )
+
+
+def _joined(starts: Sequence[int], lengths: Sequence[int]) -> tuple[range, ...]:
+    """Runs of places, those joined that follow one another."""
+    runs: list[tuple[int, int]] = []
+    for start, length in zip(starts, lengths, strict=True):
+        joins = bool(runs) and runs[-1][1] == start
+        runs.append((runs.pop()[0] if joins else start, start + length))
+    return tuple(range(*run) for run in runs)
+
+
+def _mask(
+    sees: Sequence[Sequence[int]], lengths: Sequence[int], places: Sequence[range], keys: int
+) -> Bools:
+    """Who attends to whom, [query, keys], of segments that lie one behind the other in `places`."""
+    count = len(sees)
+    number = np.arange(count).repeat(lengths)  # of the segment, by position in the row
+    # Whose place it is; the last column of `allowed` is for what is held.
+    owner = np.full(keys, count)
+    owner[np.concatenate([np.arange(run.start, run.stop) for run in places])] = number
+    allowed = np.zeros((count, count + 1), dtype=np.bool_)
+    allowed[:, -1] = True
+    seen = np.fromiter(chain.from_iterable(sees), np.int64)
+    allowed[np.arange(count).repeat([len(each) for each in sees]), seen] = True
+    mask: Bools = allowed.take(owner, 1).take(number, 0)
+    return mask
 
 
 def forward(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +107,8 @@ class Reader:
             wanted[:, :size] = True
         if not self.ranks:  # a plain walk ends with the block
             wanted[:, size:] = False
-        row, first, start, length = np.array(places, dtype=np.int64).T
+        numbers = np.fromiter(chain.from_iterable(places), np.int64)
+        row, first, start, length = numbers.reshape(-1, len(Place._fields)).T
         position = np.arange(answer.start, answer.start + ids.shape[1])
         behind = position - start[:, None]
         wanted &= (behind >= 0) & (behind - shift < length[:, None])
@@ -148,11 +150,13 @@ class Reader:
 
 def _pairs(ids: Ints, masked: Bools, number: Ints) -> Ints:
     """Positions [2, T] by `number`: at a state and at one that extends it, masked at both."""
-    extends = ((ids[:, None] == ids) | masked[:, None]).all(-1)
+    held, free = ids.T, masked.T  # positions first: NumPy is slow where the last axis is short
+    extends = ((held[:, :, None] == held[:, None]) | free[:, :, None]).all(0)
     np.fill_diagonal(extends, False)
-    both = extends[:, :, None] & masked[:, None] & masked & (number >= 0)[:, None] & (number >= 0)
-    of, by, at = (index[:_MOST_PAIRS] for index in both.nonzero())
-    return np.array((number[of, at], number[by, at]))
+    of, by = extends.nonzero()
+    asked = masked & (number >= 0)
+    pair, at = (index[:_MOST_PAIRS] for index in (asked[of] & asked[by]).nonzero())
+    return np.array((number[of[pair], at], number[by[pair], at]))
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class _Arrangement:
         self.groups = groups
         self.attention = attention
         self.layers = 0  # that attended
-        self._masks: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[Any, ...], Tensor] = {}  # made once, for all layers
         for group in groups:
             if group.kept is not None:
                 group.kept.reserve(group.keys)
@@ -164,23 +164,32 @@ class _Arrangement:
     ) -> Tensor:
         if self.attention != "sdpa":
             compute = _function(layer, self.attention)
-            scores = (query.shape[2], key.shape[2])
-            mask = self._mask(which, 1, query)
-            if self.attention != "eager":  # some take none for a causal one
-                mask = query.new_ones(scores, dtype=torch.bool) if mask is None else mask == 0
-                mask = mask.view(1, 1, *scores)
+            if self.attention == "eager":
+                mask = self._added(which, 1, query)
+            else:  # some take none for a causal one
+                mask = self._seen(which, query, key)
             out, _ = compute(layer, query, key, value, mask, is_causal=False, **options)
             return out  # type: ignore[no-any-return]
         # Heads that share keys and values are put below each other, so that these are not repeated.
         rows, heads, length, width = query.shape
         shared = heads // key.shape[1]
         below = query.reshape(rows, heads // shared, shared * length, width)
-        mask = self._mask(which, shared, query)
+        mask = self._added(which, shared, query)
         out = scaled_dot_product_attention(below, key, value, mask, scale=options["scaling"])
         return out.reshape(rows, heads, length, -1).transpose(1, 2)
 
-    def _mask(self, which: int, shared: int, query: Tensor) -> Tensor | None:
-        """A group's mask, to be added to scores [.., shared * length, keys]; made once."""
+    def _seen(self, which: int, query: Tensor, key: Tensor) -> Tensor:
+        """What a group attends to, bool [1, 1, length, keys]."""
+        made = (which, query.device)
+        if made not in self._masks:
+            mask = self.groups[which].mask
+            if mask is None:
+                mask = query.new_ones((query.shape[2], key.shape[2]), dtype=torch.bool)
+            self._masks[made] = mask.to(query.device)[None, None]
+        return self._masks[made]
+
+    def _added(self, which: int, shared: int, query: Tensor) -> Tensor | None:
+        """A group's mask, to be added to scores [.., shared * length, keys]."""
         mask = self.groups[which].mask
         if mask is None:
             return None

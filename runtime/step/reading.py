@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,5 +122,6 @@ def reading_of(
     table: Tensor, positions: Tensor, top: Callable[[int], tuple[Tensor, Tensor]]
 ) -> Reading:
     """The reading of positions (int64 [M]) from a table on the host (int64 [M, C])."""
-    is_number = not table.numpy()[:, 3].any()
-    return Reading(positions, table[:, 0], _numbers(table[:, 1]), is_number, top)
+    tokens, score, _, broken, *_ = table.numpy().T
+    score = torch.from_numpy(score.view(np.float64))
+    return Reading(positions, torch.from_numpy(tokens), score, not any(broken.tolist()), top)
