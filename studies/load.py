@@ -163,8 +163,8 @@ def main() -> None:
     block = (
         f"`python studies/load.py --model {args.model} --cache {args.cache}{shape} --clients "
         f"{' '.join(map(str, args.clients))} --max-batch {args.max_batch} --seconds "
-        f"{args.seconds:g} --gen-length {args.gen_length}` (torch {torch.__version__}, "
-        f"{os.cpu_count()} CPUs, {platform.machine()})\n\n{table(found)}"
+        f"{args.seconds:g} --turns {args.turns} --warm-up {args.warm_up:g} --gen-length "
+        f"{args.gen_length}` (torch {torch.__version__}, {os.cpu_count()} CPUs, {platform.machine()})\n\n{table(found)}"
     )
     print(f"\n{block}")
     for path in args.into:
