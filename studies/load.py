@@ -164,7 +164,8 @@ def main() -> None:
         f"`python studies/load.py --model {args.model} --cache {args.cache}{shape} --clients "
         f"{' '.join(map(str, args.clients))} --max-batch {args.max_batch} --seconds "
         f"{args.seconds:g} --turns {args.turns} --warm-up {args.warm_up:g} --gen-length "
-        f"{args.gen_length}` (torch {torch.__version__}, {os.cpu_count()} CPUs, {platform.machine()})\n\n{table(found)}"
+        f"{args.gen_length}` (torch {torch.__version__}, {os.cpu_count()} CPUs, "
+        f"{platform.machine()})\n\n{table(found)}"
     )
     print(f"\n{block}")
     for path in args.into:
