@@ -1,7 +1,8 @@
 """What a server gives as more and more clients ask: throughput and latency (docs/serving.md).
 
-A closed loop: every client asks, waits for its answer, and asks again; an answer under way at the
-end counts with the share of it that its time before the end is. Servers of one model,
+A closed loop: every client asks, waits for its answer, and asks again. Answers have unequal
+lengths, else plain decoding's sequences would go in step, which no clients do; one that is under
+way at the end counts with the share of it that its time before the end is. Servers of one model,
 without drafts, with as many as pay, and with eight for every answer whoever else asks, run beside
 each other and are measured in turns, so that what else the machine does hits all alike; only one of
 them is asked at a time. Temperature 0, generated problems that neither training nor calibration
@@ -9,8 +10,9 @@ saw. An answer differs if it is not the first one that plain decoding gave, whic
 floating point at most (docs/losslessness.md).
 
     python studies/load.py --model tiny-sdar --cache block
-    python studies/load.py --model tiny-llada --cache dual
-    python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 --seconds 60
+    python studies/load.py --model tiny-llada --cache dual --lengths 64 32 96
+    python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 --seconds 60 \
+        --lengths 32 16 24
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ async def ask(
     clients: int,
     seconds: float,
     prompts: Sequence[str],
-    gen_length: int,
-    known: dict[str, str],
+    lengths: Sequence[int],
+    known: dict[tuple[str, int], str],
     into: Measured | None,
 ) -> None:
     """Let clients ask for some seconds; what is under way then is waited for."""
@@ -73,13 +75,14 @@ async def ask(
 
         async def client() -> None:
             while perf_counter() < end:
-                prompt = prompts[next(numbers) % len(prompts)]
+                number = next(numbers)
+                prompt, length = prompts[number % len(prompts)], lengths[number % len(lengths)]
                 began = perf_counter()
                 response = await http.post(
                     "/v1/chat/completions",
                     json={
                         "messages": [{"role": "user", "content": prompt}],
-                        "max_tokens": gen_length,
+                        "max_tokens": length,
                     },
                 )
                 ended = perf_counter()
@@ -91,7 +94,7 @@ async def ask(
                 into.latencies.append(took)
                 in_time = (min(ended, end) - began) / took
                 into.tokens += in_time * answer["usage"]["completion_tokens"]
-                into.differing += text != known.setdefault(prompt, text)
+                into.differing += text != known.setdefault((prompt, length), text)
 
         await asyncio.gather(*(client() for _ in range(clients)))
         if into is not None:
@@ -101,8 +104,8 @@ async def ask(
 def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
     """All numbers of clients, all ways, in turns."""
     prompts = questions(args.prompts)
-    known: dict[str, str] = {}
-    decoding = ("--cache", args.cache, "--gen-length", str(args.gen_length))
+    known: dict[tuple[str, int], str] = {}
+    decoding = ("--cache", args.cache, "--gen-length", str(max(args.lengths)))
     room = ("--max-batch", str(args.max_batch), "--max-waiting", str(max(args.clients)))
     found: dict[int, dict[str, Measured]] = {}
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
@@ -118,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
                 for way, server in servers.items():
                     seconds = args.warm_up if turn < 0 else args.seconds / args.turns
                     into = None if turn < 0 else found[clients][way]
-                    work = ask(server, clients, seconds, prompts, args.gen_length, known, into)
+                    work = ask(server, clients, seconds, prompts, args.lengths, known, into)
                     asyncio.run(work)
             log.print(
                 f"{clients} clients:", *(f"{w} {m.rate:.0f}" for w, m in found[clients].items())
@@ -154,7 +157,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="that these are split into")
     parser.add_argument("--warm-up", type=float, default=5, help="seconds before, not counted")
     parser.add_argument("--prompts", type=int, default=40)
-    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 40, 56, 32, 48])
     parser.add_argument("--graphs", type=Path, help="folder of calibrated graphs, to use again")
     add_into(parser)
     args = parser.parse_args()
@@ -163,8 +166,8 @@ def main() -> None:
     block = (
         f"`python studies/load.py --model {args.model} --cache {args.cache}{shape} --clients "
         f"{' '.join(map(str, args.clients))} --max-batch {args.max_batch} --seconds "
-        f"{args.seconds:g} --turns {args.turns} --warm-up {args.warm_up:g} --gen-length "
-        f"{args.gen_length}` (torch {torch.__version__}, {os.cpu_count()} CPUs, "
+        f"{args.seconds:g} --turns {args.turns} --warm-up {args.warm_up:g} --lengths "
+        f"{' '.join(map(str, args.lengths))}` (torch {torch.__version__}, {os.cpu_count()} CPUs, "
         f"{platform.machine()})\n\n{table(found)}"
     )
     print(f"\n{block}")
