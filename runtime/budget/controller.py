@@ -166,7 +166,8 @@ class Controller:
         self._tries += self._trying
         # Expected seconds here and below: what an interrupted forward took says nothing.
         took = self.seconds_per_step(choice) * self._steps(choice)
-        owed = _FORGIVEN * self._owed + took / self._plain.expected(0) - steps
+        made = 1.0 + share * (steps - 1.0)
+        owed = _FORGIVEN * self._owed + took / self._plain.expected(0) - made
         self._owed = max(_CREDIT, owed)
         if self._trying and self._left == 0 and own.doubts(choice.drafts):
             self._left = 1  # look again before believing it

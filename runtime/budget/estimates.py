@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from spiffy.runtime.draft import Selection
 
-STALE = 24  # forwards after which what was known is out of date
+_STALE = 24  # forwards after which what was known is out of date
 _KEPT = 24  # forwards that count
 PACED = 5  # last forwards that say how fast the machine is at present,
 _USUAL = 1.15  # if they differ from what is known by more than this factor
@@ -105,7 +105,7 @@ class ForwardSeconds:
             self._odd.add(drafts)
         else:
             self._odd.discard(drafts)
-        if self._age(drafts) > STALE:  # the machine may have drifted
+        if self._age(drafts) > _STALE:  # the machine may have drifted
             recent.clear()
         recent.append(seconds)
         self._seen[drafts] = self._forwards
@@ -171,7 +171,7 @@ class ForwardSeconds:
 
         By those that were seen lately: others may be out of date.
         """
-        fresh = [(n, s) for n, s in self._points if n <= drafts and self._age(n) <= STALE]
+        fresh = [(n, s) for n, s in self._points if n <= drafts and self._age(n) <= _STALE]
         known, seconds = fresh[-1] if fresh else self._points[0]
         return seconds * max(1.0, (1 + drafts) / (1 + known))
 
