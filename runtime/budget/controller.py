@@ -52,6 +52,28 @@ _HOPE = 0.9  # an unknown choice may cost this much of what is expected
 
 
 @dataclass
+class _Try:
+    """A look at a choice, for a few forwards.
+
+    Attributes
+    ----------
+    otherwise
+        Seconds per step of what would be chosen without it,
+    plain
+        and of a plain forward, as far as was known when it began.
+    may_lose
+        Seconds that each of its forwards may lose.
+    forwards
+        Made so far.
+    """
+
+    otherwise: float
+    plain: float
+    may_lose: float
+    forwards: int = 0
+
+
+@dataclass
 class Controller:
     """Chooses the drafts of every forward that holds a certain number of sequences.
 
@@ -89,13 +111,11 @@ class Controller:
         self._share = 1.0
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
-        self._trying, self._tries, self._before = False, 0, 0.0
+        self._try: _Try | None = None
         self._spent = self._lost = 0.0
         self._owed = 0.0  # plain forwards that would have made the same steps sooner
         self._looked = 0
         self._before_this = PLAIN
-        self._usual, self._plain_before = PLAIN, 0.0  # when the present try began,
-        self._may_lose = 0.0  # and what a forward of it may lose
         self._pace = Pace() if self.pace is None else self.pace
         self._size = 0.0
 
@@ -163,13 +183,14 @@ class Controller:
             self._share = _LASTING * self._share + (1 - _LASTING) * share
         self._worth.observe(choice, steps, sequences)
         self._spent += forward + drafting
-        self._tries += self._trying
+        if self._try is not None:
+            self._try.forwards += 1
         # Expected seconds here and below: what an interrupted forward took says nothing.
         took = self.seconds_per_step(choice) * self._steps(choice)
         made = 1.0 + share * (steps - 1.0)
         owed = _FORGIVEN * self._owed + took / self._plain.expected(0) - made
         self._owed = max(_CREDIT, owed)
-        if self._trying and self._left == 0 and own.doubts(choice.drafts):
+        if self.trying and self._left == 0 and own.doubts(choice.drafts):
             self._left = 1  # look again before believing it
         if changed:
             self._start_anew(choice)
@@ -180,7 +201,7 @@ class Controller:
         The forwards of small models take milliseconds, and learning from one a hundredth of that.
         """
         plain = choice == PLAIN == self._now == self._before_this
-        return plain and not self._trying and self._plain.surely_knows(0) and self._left % 3 > 0
+        return plain and self._try is None and self._plain.surely_knows(0) and self._left % 3 > 0
 
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""
@@ -207,7 +228,7 @@ class Controller:
     @property
     def trying(self) -> bool:
         """Whether the present choice is a try, to be made in full."""
-        return self._trying
+        return self._try is not None
 
     def why(self) -> str:
         """What it would choose now and what that rests on, in words."""
@@ -226,15 +247,11 @@ class Controller:
         return f"{best}: {ours:.3g} ms a step, plain {plain:.3g} ms"
 
     def _plan(self) -> None:
-        if self._trying:
-            if self._now == PLAIN:
-                self._compare()
-            else:
-                lost = self.seconds_per_step(self._now) - self._before
-                lost = min(lost * self._steps(self._now), self._may_lose)
-                self._lost += self._tries * max(0.0, lost)
+        tried, self._try = self._try, None
+        if tried is not None:
+            self._account(tried)
         best = self._best()
-        if self._trying:
+        if tried is not None:
             vain = best != self._now
             self._vain[self._now] = self._vain.get(self._now, 0) + 1 if vain else 0
         found = self._worth_trying(best)
@@ -242,18 +259,25 @@ class Controller:
             found = None
             if self.seconds_per_step(best) > (1 - _DOUBTED) * self.seconds_per_step(PLAIN):
                 best = PLAIN
-        self._before = self.seconds_per_step(best)
         if found is None:
-            self._now, self._left, self._trying = best, _PLAN_EVERY, False
+            self._now, self._left = best, _PLAN_EVERY
         else:
-            self._try(found)
+            self._look_at(found, best)
 
-    def _try(self, choice: Choice) -> None:
-        self._usual, self._plain_before = self._now, self._plain.expected(0)
+    def _look_at(self, choice: Choice, best: Choice) -> None:
+        """Try a choice that is not the best as far as is known."""
+        otherwise = self.seconds_per_step(best)
+        self._try = _Try(otherwise, self._plain.expected(0), self._at_worst(choice, otherwise))
         # The first forward of its kind is a slow one; what all is measured by is surer.
         self._now, self._left = choice, _PLAIN_LOOK if choice == PLAIN else _TRY
-        self._trying, self._tries = True, 0
-        self._may_lose = self._at_worst(choice, self._before)
+
+    def _account(self, tried: _Try) -> None:
+        """Take in what a try has lost; plain forwards are what all others are measured by."""
+        if self._now == PLAIN:
+            self._compare(tried.plain)
+            return
+        lost = (self.seconds_per_step(self._now) - tried.otherwise) * self._steps(self._now)
+        self._lost += tried.forwards * max(0.0, min(lost, tried.may_lose))
 
     def _start_anew(self, choice: Choice) -> None:
         """Another machine: what was learned while it changed does not hold."""
@@ -263,17 +287,20 @@ class Controller:
                 self._own(other).forget(other.drafts)
                 del self._tried[other]
         if choice != PLAIN and not 2 * PACED < self._age(PLAIN) <= _LOOK_AGAIN:
-            self._try(PLAIN)  # did plain ones become as slow?
+            self._look_at(PLAIN, self._now)  # did plain ones become as slow?
 
-    def _compare(self) -> None:
-        """After a look at plain forwards: beside them, what is known of others may not hold."""
-        ratio = self._plain.expected(0) / self._plain_before
+    def _compare(self, before: float) -> None:
+        """After a look at plain forwards: beside them, what is known of others may not hold.
+
+        `before` is what one was thought to take.
+        """
+        ratio = self._plain.expected(0) / before
         if 1 / _APART < ratio < _APART:
             return
         self._pace.set(self._pace.value * ratio)
         for curve in self._forward.values():
             curve.forget()
-            curve.observe(0, self._plain_before)
+            curve.observe(0, before)
         self._tried = {PLAIN: self._forwards}
         self._vain.clear()
         self._spent = self._lost = 0.0
