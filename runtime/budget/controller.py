@@ -38,10 +38,11 @@ _PLAN_EVERY = 6  # forwards
 _TRY = 2  # forwards of a try,
 _PLAIN_LOOK = 3  # and of plain ones, by which all others are measured
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
-_SELDOM = 64  # up to so many times as many where the looks before were in vain
+_SELDOM = 64  # up to so many times as many where the looks before were in vain,
+_PATIENT = 16  # or so many, whatever they looked at
 _MARGIN = 0.04  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.1  # or this much if they did not keep it
-_ALLOWED = 0.008  # share of the time spent that may be lost by tries,
+_ALLOWED = 0.005  # share of the time spent that may be lost by tries,
 _ALLOWED_PLAIN = 0.01  # and by looks at plain forwards
 _MOST_OWED = 1.5  # plain forwards that may be lost,
 _CREDIT = -2.0  # or gained and lost again
@@ -107,7 +108,7 @@ class Controller:
         self._worth = ForwardSteps(self.steps) if self.worth is None else self.worth
         self._drafting: dict[Selection, deque[float]] = {}
         self._tried: dict[Choice, int] = {}  # number of the forward
-        self._vain: dict[Choice, int] = {}  # looks in a row after which something else was best
+        self._vain: Counter[Choice | None] = Counter()  # tries in a row; None: of any drafts
         self._share = 1.0
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
@@ -252,8 +253,10 @@ class Controller:
             self._account(tried)
         best = self._best()
         if tried is not None:
-            vain = best != self._now
-            self._vain[self._now] = self._vain.get(self._now, 0) + 1 if vain else 0
+            if best == self._now != PLAIN and not self._own(best).surely_knows(best.drafts):
+                self._look_at(best, best)  # look again before believing it
+                return
+            self._count(self._now, in_vain=best != self._now)
         found = self._worth_trying(best)
         if self._owed > _MOST_OWED:  # what was promised was not kept: promise more, try nothing
             found = None
@@ -270,6 +273,11 @@ class Controller:
         self._try = _Try(otherwise, self._plain.expected(0), self._at_worst(choice, otherwise))
         # The first forward of its kind is a slow one; what all is measured by is surer.
         self._now, self._left = choice, _PLAIN_LOOK if choice == PLAIN else _TRY
+
+    def _count(self, choice: Choice, in_vain: bool) -> None:
+        """The more tries in a row change nothing, the more seldom there are any."""
+        for what in (choice,) if choice == PLAIN else (choice, None):
+            self._vain[what] = self._vain[what] + 1 if in_vain else 0
 
     def _account(self, tried: _Try) -> None:
         """Take in what a try has lost; plain forwards are what all others are measured by."""
@@ -333,7 +341,8 @@ class Controller:
             return min(hopeful, key=self.seconds_per_step)
         if best != PLAIN and self._age(PLAIN) > self._seldom_enough(best):
             return PLAIN
-        if self._forwards - self._looked < _LOOK_AGAIN:
+        patience = min(1 << self._vain[None], _PATIENT) if best == PLAIN else 1
+        if self._forwards - self._looked < _LOOK_AGAIN * patience:
             return None
         # The machine may have drifted meanwhile; what seemed much dearer is looked at more seldom.
         due = [
@@ -358,7 +367,7 @@ class Controller:
 
     def _in_vain(self, choice: Choice) -> int:
         """How many times as seldom it is looked at."""
-        return min(1 << self._vain.get(choice, 0), _SELDOM)
+        return min(1 << self._vain[choice], _SELDOM)
 
     def _age(self, choice: Choice) -> int:
         """Forwards since it was last tried."""

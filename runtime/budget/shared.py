@@ -11,7 +11,7 @@ one is worth the same steps and costs the same share of the forward whosever it 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from spiffy.runtime.draft import Selection
 #: Numbers of sequences that are told apart; others count as the next smaller one,
 CROWDS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 _SAME = 1.3  # or as the one at hand, if they differ by less: it has tries under way
+_SOON = 4  # forwards until as many join as have ended, where they do
 _MOST = 0.75  # of a forward's sequences; others have just begun
 
 
@@ -53,6 +54,7 @@ class SharedController:
         self.pace = Pace()
         self.crowds = {1: Controller(steps, most, seconds, worth=self.worth, pace=self.pace)}
         self._crowd = self._sequences = 1
+        self._recent: deque[int] = deque(maxlen=_SOON)  # numbers of sequences
         self._asked = 0  # sequences with a choice for the next forward
         self._due = 0  # of the last forward, those that have not told yet
         self._told: dict[Choice, _Told] = {}
@@ -70,15 +72,20 @@ class SharedController:
         self._settle()
         self._due, self._asked, self._choice = self._asked, 0, None
         self._chose, self._sequences = self._planned, sequences
-        if self._crowd / _SAME < sequences < self._crowd * _SAME:
+        self._recent.append(sequences)
+        most = max(self._recent)
+        if self._is_like(most):
             return
-        crowd = CROWDS[bisect_right(CROWDS, sequences) - 1]
+        crowd = CROWDS[bisect_right(CROWDS, most) - 1]
         if crowd not in self.crowds:
             likely = self._likely_seconds(crowd)
             self.crowds[crowd] = Controller(
                 self.steps, self.most, likely, worth=self.worth, pace=self.pace
             )
         self._crowd = crowd
+
+    def _is_like(self, sequences: int) -> bool:
+        return self._crowd / _SAME < sequences < self._crowd * _SAME
 
     def choose(self) -> Choice:
         """Who drafts the next forward, and up to how many for each sequence."""
@@ -98,15 +105,22 @@ class SharedController:
         if self._due <= 0:
             self._settle()
 
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the last choice was made for others, and nothing is known of so many yet."""
+        return self._chose != self._crowd and not self.now.has_seen_plain
+
     def _settle(self) -> None:
-        """Learn from the last forward; mostly all had the same choice."""
+        """Learn from the last forward; mostly all had the same choice.
+
+        Few did, for example, if many had just joined one.
+        """
         choices, self._told = self._told, {}
         for choice, told in choices.items():
             alike, share = told.sequences, told.sequences / self._sequences
             self.used[choice] += alike
             steps = told.steps / alike
-            # Few are, for example, one that many have just joined.
-            if share < _MOST or (self._chose != self._crowd and not self.now.has_seen_plain):
+            if share < _MOST or not self._is_like(self._sequences) or self._is_lost:
                 self.worth.observe(choice, steps, alike)  # seconds compare with nothing here
                 continue
             # To one sequence its forward takes from when it gave its rows to when it hears of them:
