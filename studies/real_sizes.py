@@ -316,6 +316,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     parser.add_argument("--offload", type=Path, help="folder on the disk to stream from")
+    parser.add_argument("--key", default="real-sizes", help="markers that the table goes between")
     add_into(parser)
     return parser.parse_args()
 
@@ -346,7 +347,7 @@ def main() -> int:
         block = f"{note}\n\n{table(lines)}"
         print(f"\n{block}", flush=True)
         for path in args.into:
-            fill(path, "real-sizes", block)
+            fill(path, args.key, block)
     wrong = [line for line in lines if line.case.dtype == "float32"]
     return int(any(line.result.differing or line.of_tiny for line in wrong))
 
