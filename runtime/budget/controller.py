@@ -39,7 +39,7 @@ _TRY = 2  # forwards of a try,
 _PLAIN_LOOK = 3  # and of plain ones, by which all others are measured
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
 _SELDOM = 64  # up to so many times as many where the looks before were in vain,
-_PATIENT = 16  # or so many, whatever they looked at
+_PATIENT = 4  # or so many, whatever they looked at
 _MARGIN = 0.04  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.1  # or this much if they did not keep it
 _ALLOWED = 0.005  # share of the time spent that may be lost by tries,
@@ -330,11 +330,15 @@ class Controller:
         now = self.seconds_per_step(best)
         allowance = max(0.0, self._plain.expected(0) + _ALLOWED * self._spent - self._lost)
         others = [c for c in self._choices if c not in (best, PLAIN)]
+        # Where drafts pay, other numbers of them may be no dearer: costs grow by steps.
         hopeful = [
             c
             for c in others
             if c not in self._tried
-            and _HOPE * self.seconds_per_step(c) < now
+            and (
+                _HOPE * self.seconds_per_step(c) < now
+                or (best != PLAIN and self._at_best(c) < (1 - _MARGIN) * now)
+            )
             and self._at_worst(c, now) <= allowance
         ]
         if hopeful:
