@@ -15,7 +15,7 @@ import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 
 from pages import add_into, fill
 
@@ -132,6 +132,29 @@ def over_plain(world: World, forwards: list[tuple[Choice, int]]) -> float:
     return ours / plain
 
 
+def followed(before: float, then: float, at: int, seed: int) -> int:
+    """Forwards until it is done differently in 7 of 8, once the price of a draft changes.
+
+    Prices are in plain forwards: dear drafts are those that do not pay, cheap ones do.
+    """
+    world = World(lambda n, t: 1 + (before if t < at else then) * n)
+    _, forwards = decode(world, 5 * at + 4000, seed)
+    right = [(choice == PLAIN) == (then > before) for choice, _ in forwards[at:]]
+    return next((k for k in range(len(right) - 8) if sum(right[k : k + 8]) > 6), len(right))
+
+
+def changes(seeds: int) -> str:
+    """Markdown: how soon a change of the machine is followed."""
+    lines = ["| a draft costs | at forward 100 | 300 | 1000 |", "| --- | ---: | ---: | ---: |"]
+    for before, then in ((1.0, 0.01), (0.01, 1.0)):
+        cells = []
+        for at in (100, 300, 1000):
+            waits = [followed(before, then, at, seed) for seed in range(seeds)]
+            cells.append(f"{median(waits):.0f} (at most {max(waits)})")
+        lines.append(f"| {before:.0%}, then {then:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(seeds: int) -> str:
     """Markdown: a line per curve, regret and time over plain for several acceptances."""
     shares = (0.0, 0.5, 1.0, 1.4)
@@ -159,7 +182,8 @@ def main() -> None:
     block = (
         f"`python studies/regret.py --seeds {args.seeds}` (simulated; mean regret after 50 "
         "forwards of decodes of 1,200 steps; slowest decode of 200 steps over plain decoding)"
-        f"\n\n{table(args.seeds)}"
+        f"\n\n{table(args.seeds)}\n\nForwards until a change of the machine is followed:\n\n"
+        f"{changes(args.seeds)}"
     )
     print(block)
     for path in args.into:
