@@ -136,7 +136,8 @@ def predictions(
 
     def predicted(result: Result) -> float | None:
         timed = max(point.drafts for point in profile.points)
-        if result.budget is None or result.kind == "perfect" or result.budget > timed:
+        # What auto chose most often says little of a short decode in which it tried many numbers.
+        if result.budget is None or result.kind in ("auto", "perfect") or result.budget > timed:
             return None
         return plan_of(steps[selection], profile, selection, result.budget).speedup
 
