@@ -93,6 +93,31 @@ def test_a_machine_that_gets_cheaper_is_noticed_from_plain_decoding() -> None:
         assert Counter(choices[150:]).most_common(1)[0][0].drafts >= 4
 
 
+def test_a_promise_is_confirmed_before_it_is_believed() -> None:
+    controller = Controller({"graph": [(0, 1.0), (1, 1.6)]}, 1)
+    one = Choice("graph", 1)
+
+    def turn(seconds: float) -> Choice:
+        choice = controller.choose()
+        controller.learn(choice, 1.6 if choice == one else 1.0, seconds, 0.0)
+        return choice
+
+    assert [turn(1.0), turn(1.0)] == [PLAIN, PLAIN]
+    assert [turn(1.45), turn(1.45)] == [one, one]  # by chance
+    assert [turn(1.75), turn(1.75)] == [one, one]
+    assert controller.choose() == PLAIN
+    assert not controller.trying
+
+
+def test_where_nothing_pays_it_tries_more_and_more_seldom() -> None:
+    world = World(regret.CURVES["30% a draft"], 0.3)
+    for seed in range(2):
+        _, forwards = regret.decode(world, 3000, seed)
+        drafting = [choice != PLAIN for choice, _ in forwards]
+        assert 2 <= sum(drafting[:500]) <= 50
+        assert sum(drafting[1500:2500]) <= 20
+
+
 def test_one_interrupted_forward_changes_nothing() -> None:
     controller = Controller(regret.EXPECTED, 8)
     controller.start(1.0)

@@ -106,6 +106,17 @@ def test_a_crowd_that_changes_by_one_stays_the_same() -> None:
     assert list(CROWDS) == sorted(CROWDS)
 
 
+def test_a_crowd_outlasts_forwards_in_which_some_of_it_are_missing() -> None:
+    """Answers end and others are asked for at once, but join a forward or two later."""
+    closed_loop = [8, 8, 8, 8, 5, 8, 8, 8, 4, 6, 8, 8] * 20
+    budget, _ = served(MACHINES["in between"], closed_loop, 4)
+    assert set(budget.crowds) == {1, 8}
+    fewer, _ = served(MACHINES["in between"], closed_loop + [4] * 8, 4)
+    assert fewer.now is fewer.crowds[4]
+    more, _ = served(MACHINES["in between"], [*closed_loop, 16, 16], 4)
+    assert more.now is more.crowds[16]
+
+
 def test_sequences_that_end_without_a_word_hold_nothing_up() -> None:
     """One that failed never tells; the others' forwards are learned from all the same."""
     budget = SharedController(regret.EXPECTED, 8)
