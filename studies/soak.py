@@ -205,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny-sdar")
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--budget", default="auto", help="drafts for every answer")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--max-waiting", type=int, default=12)
@@ -216,7 +217,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         graph = calibrated(args.model, Path(folder))
         options = ("--model", args.model, "--graph", graph, "--dtype", "float32", *room)
-        with serving(*options, "--device", "cpu", "--verify-share", "0.05") as server:
+        with serving(
+            *options, "--device", "cpu", "--verify-share", "0.05", "--budget", args.budget
+        ) as server:
             asyncio.run(soak(server, cases, args, report))
             report.expect(idle(server), "server idle afterwards", "jobs are left")
             names = ("forwards", "nfe", "cancelled", "accepted")
@@ -235,7 +238,8 @@ def main() -> None:
     report.expect(last <= first * (1 + _GROWTH), "memory kept", (first, last))
     block = (
         f"`python studies/soak.py --model {args.model} --minutes {args.minutes:g} --clients "
-        f"{args.clients} --max-batch {args.max_batch} --max-waiting {args.max_waiting}` (torch "
+        f"{args.clients} --max-batch {args.max_batch} --max-waiting {args.max_waiting} --budget "
+        f"{args.budget}` (torch "
         f"{torch.__version__}, {platform.machine()}, float32)\n\n"
         f"{table(report)}\n\nMemory: {first / 1e6:.0f} MB after the first fifth of the time, "
         f"{last / 1e6:.0f} MB at the end."

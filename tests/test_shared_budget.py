@@ -117,6 +117,13 @@ def test_a_crowd_outlasts_forwards_in_which_some_of_it_are_missing() -> None:
     assert more.now is more.crowds[16]
 
 
+@pytest.mark.parametrize("sequences", [127, 200])
+def test_crowds_of_any_size_learn_what_forwards_take(sequences: int) -> None:
+    budget, _ = served(MACHINES["computing"], [sequences] * 8, 5)
+    assert budget.now is not budget.crowds[1]
+    assert budget.now.has_seen_plain
+
+
 def test_sequences_that_end_without_a_word_hold_nothing_up() -> None:
     """One that failed never tells; the others' forwards are learned from all the same."""
     budget = SharedController(regret.EXPECTED, 8)

@@ -38,8 +38,8 @@ _PLAN_EVERY = 6  # forwards
 _TRY = 2  # forwards of a try,
 _PLAIN_LOOK = 3  # and of plain ones, by which all others are measured
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
-_SELDOM = 64  # up to so many times as many where the looks before were in vain,
-_PATIENT = 4  # or so many, whatever they looked at
+_SELDOM = 64  # up to so many times as many where looks at it were in vain,
+_PATIENT = 4  # and between any two looks, where no drafts pay
 _MARGIN = 0.04  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.1  # or this much if they did not keep it
 _ALLOWED = 0.005  # share of the time spent that may be lost by tries,
@@ -108,7 +108,7 @@ class Controller:
         self._worth = ForwardSteps(self.steps) if self.worth is None else self.worth
         self._drafting: dict[Selection, deque[float]] = {}
         self._tried: dict[Choice, int] = {}  # number of the forward
-        self._vain: Counter[Choice | None] = Counter()  # tries in a row; None: of any drafts
+        self._vain: Counter[Choice | None] = Counter()  # tries in a row; None: all drafts'
         self._share = 1.0
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
@@ -268,14 +268,14 @@ class Controller:
             self._look_at(found, best)
 
     def _look_at(self, choice: Choice, best: Choice) -> None:
-        """Try a choice that is not the best as far as is known."""
+        """Try a choice for a few forwards; `best` is what would be chosen as far as is known."""
         otherwise = self.seconds_per_step(best)
         self._try = _Try(otherwise, self._plain.expected(0), self._at_worst(choice, otherwise))
         # The first forward of its kind is a slow one; what all is measured by is surer.
         self._now, self._left = choice, _PLAIN_LOOK if choice == PLAIN else _TRY
 
     def _count(self, choice: Choice, in_vain: bool) -> None:
-        """The more tries in a row change nothing, the more seldom there are any."""
+        """Count tries in vain in a row: the more there were, the more seldom are others."""
         for what in (choice,) if choice == PLAIN else (choice, None):
             self._vain[what] = self._vain[what] + 1 if in_vain else 0
 

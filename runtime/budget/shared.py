@@ -74,7 +74,7 @@ class SharedController:
         self._chose, self._sequences = self._planned, sequences
         self._recent.append(sequences)
         most = max(self._recent)
-        if self._is_like(most):
+        if self._crowd / _SAME < most < self._crowd * _SAME:
             return
         crowd = CROWDS[bisect_right(CROWDS, most) - 1]
         if crowd not in self.crowds:
@@ -83,9 +83,6 @@ class SharedController:
                 self.steps, self.most, likely, worth=self.worth, pace=self.pace
             )
         self._crowd = crowd
-
-    def _is_like(self, sequences: int) -> bool:
-        return self._crowd / _SAME < sequences < self._crowd * _SAME
 
     def choose(self) -> Choice:
         """Who drafts the next forward, and up to how many for each sequence."""
@@ -120,7 +117,8 @@ class SharedController:
             alike, share = told.sequences, told.sequences / self._sequences
             self.used[choice] += alike
             steps = told.steps / alike
-            if share < _MOST or not self._is_like(self._sequences) or self._is_lost:
+            fewer = self._sequences <= self._crowd / _SAME  # others join soon
+            if share < _MOST or fewer or self._is_lost:
                 self.worth.observe(choice, steps, alike)  # seconds compare with nothing here
                 continue
             # To one sequence its forward takes from when it gave its rows to when it hears of them:
