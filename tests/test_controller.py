@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_after_fifty_forwards_it_is_close_to_the_best_fixed_choice(name: str, sh
     world = World(regret.CURVES[name], share)
     late = [regret.regret(world, regret.decode(world, 1200, seed)[1]) for seed in range(6)]
     # Drafts have to promise 4%; and where costs change, what is known is a little out of date.
-    assert fmean(late) < (1.08 if "drifts" in name or "doubled" in name else 1.06)
+    assert fmean(late) < 1.045
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -50,8 +51,7 @@ def test_after_fifty_forwards_it_is_close_to_the_best_fixed_choice(name: str, sh
 def test_a_decode_takes_no_longer_than_plain_decoding(name: str, share: float) -> None:
     world = World(regret.CURVES[name], share)
     ratios = [regret.over_plain(world, regret.decode(world, 200, seed)[1]) for seed in range(4)]
-    assert fmean(ratios) < 1.025
-    assert max(ratios) < 1.04
+    assert max(ratios) < 1.025
 
 
 @given(
@@ -109,13 +109,46 @@ def test_a_promise_is_confirmed_before_it_is_believed() -> None:
     assert not controller.trying
 
 
+def test_what_is_known_to_be_dear_is_looked_at_for_a_single_forward() -> None:
+    _, forwards = regret.decode(World(regret.CURVES["100% a draft"], 0.3), 3000, 0)
+    drafting = [choice != PLAIN for choice, _ in forwards]
+    assert sum(drafting[100:]) >= 2
+    # But for those that were interrupted: another one says whether that is believed.
+    assert sum(a and b for a, b in pairwise(drafting[100:])) <= sum(drafting[100:]) / 3
+
+
+def test_plain_forwards_are_looked_at_for_less_long_where_they_are_far_behind() -> None:
+    """Each costs three forwards' worth of steps there."""
+    lengths = []
+    for slope in (0.01, 0.25):
+        world = World(lambda n, t, slope=slope: 1 + slope * n, 1.0)
+        _, forwards = regret.decode(world, 3000, 0)
+        looks = [len(list(run)) for plain, run in groupby(c == PLAIN for c, _ in forwards) if plain]
+        lengths.append(Counter(looks[1:]).most_common(1)[0][0])
+    assert lengths == [2, 3]
+
+
+def test_the_host_need_not_be_as_slow_as_the_device() -> None:
+    """Where forwards take three times as long, a dear way of drafting may pay."""
+    graph, model = Choice("graph", 1), Choice("model", 1)
+    controller = Controller({"graph": [(0, 1.0), (1, 1.6)], "model": [(0, 1.0), (1, 1.9)]}, 1)
+    for choice, slower in [(PLAIN, 1), (graph, 1), (model, 1), (graph, 3)]:
+        for _ in range(6):
+            steps = {PLAIN: 1.0, graph: 1.6, model: 1.9}[choice]
+            drafting = {PLAIN: 0.0, graph: 0.03, model: 0.3}[choice]
+            controller.learn(choice, steps, 1.1 * slower, drafting)
+        cheaper = min((graph, model), key=controller.seconds_per_step)
+        assert choice != model or cheaper == graph
+    assert cheaper == model
+
+
 def test_where_nothing_pays_it_tries_more_and_more_seldom() -> None:
     world = World(regret.CURVES["30% a draft"], 0.3)
     for seed in range(2):
         _, forwards = regret.decode(world, 3000, seed)
         drafting = [choice != PLAIN for choice, _ in forwards]
-        assert 2 <= sum(drafting[:500]) <= 50
-        assert sum(drafting[1500:2500]) <= 20
+        assert 2 <= sum(drafting[:500]) <= 20
+        assert sum(drafting[1500:2500]) <= 10
 
 
 def test_one_interrupted_forward_changes_nothing() -> None:

@@ -7,9 +7,9 @@ fraction are estimated while decoding (`estimates`). Plain decoding is one of th
 
 Trying something costs time. What a try may lose at worst is bounded beforehand (a forward over
 1 + n states takes at most as long as (1 + n) / (1 + m) forwards over 1 + m) and has to fit into an
-allowance: one plain forward, and a small share of the time spent so far. And where drafts have lost
-more than a forward or two against plain decoding, only much better ones are used. Nothing here can
-change a token.
+allowance: two plain forwards, and a small share of the time spent so far, a larger one where drafts
+pay. And where drafts have lost more than a forward or two against plain decoding, nothing is tried.
+Nothing here can change a token.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _KEPT = 5  # forwards whose drafting counts
 _PLAN_EVERY = 6  # forwards
 _TRY = 2  # forwards of a try,
-_PLAIN_LOOK = 3  # and of plain ones, by which all others are measured
+_DEAR = 0.3  # but a single one where it is known to lose this much of a plain forward,
+_PLAIN_LOOK = 3  # and of plain ones, by which all others are measured,
+_FAR_BEHIND = 0.7  # but one less where others take less than this share of their time
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
 _SELDOM = 64  # up to so many times as many where looks at it were in vain,
 _PATIENT = 4  # and between any two looks, where no drafts pay
-_MARGIN = 0.04  # drafts must promise this much over plain decoding,
-_DOUBTED = 0.1  # or this much if they did not keep it
-_ALLOWED = 0.005  # share of the time spent that may be lost by tries,
+_MARGIN = 0.04  # drafts must promise this much over plain decoding
+_ALLOWED_FIRST = 2.0  # plain forwards that tries may lose,
+_ALLOWED = 0.003  # and share of the time spent plainly,
+_ALLOWED_AHEAD = 0.006  # by drafts that pay,
 _ALLOWED_PLAIN = 0.01  # and by looks at plain forwards
 _MOST_OWED = 1.5  # plain forwards that may be lost,
 _CREDIT = -2.0  # or gained and lost again
@@ -62,15 +65,12 @@ class _Try:
         Seconds per step of what would be chosen without it,
     plain
         and of a plain forward, as far as was known when it began.
-    may_lose
-        Seconds that each of its forwards may lose.
     forwards
         Made so far.
     """
 
     otherwise: float
     plain: float
-    may_lose: float
     forwards: int = 0
 
 
@@ -113,7 +113,7 @@ class Controller:
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
         self._try: _Try | None = None
-        self._spent = self._lost = 0.0
+        self._allowed = self._lost = 0.0
         self._owed = 0.0  # plain forwards that would have made the same steps sooner
         self._looked = 0
         self._before_this = PLAIN
@@ -164,18 +164,21 @@ class Controller:
         self.used[choice] += sequences
         self._tried[choice] = self._forwards
         if self._rests(choice):
-            self._spent += forward / self._pace.value
+            self._allowed += _ALLOWED * forward / self._pace.value
             self._owed *= _FORGIVEN
             return
-        # Right after forwards of another kind, the processor's caches are still theirs.
+        # Right after forwards of another kind, the processor's caches are still theirs; good news
+        # are news even so.
         own = self._own(choice)
         settled = choice == self._before_this or not own.knows(choice.drafts)
+        if not settled:
+            settled = forward < _HOPE * self._pace.value * own.expected(choice.drafts)
         self._before_this, changed = choice, False
         if settled and own.surely_knows(choice.drafts):
             changed = self._pace.observe(forward / own.expected(choice.drafts))
         elif self._plain.surely_knows(0) and forward < self._pace.value * self._plain.expected(0):
             self._pace.set(forward / self._plain.expected(0))  # none takes less than a plain one
-        forward, drafting = forward / self._pace.value, drafting / self._pace.value
+        forward /= self._pace.value
         if settled:
             for curve in self._forward.values() if choice.way is None else (own,):
                 curve.observe(choice.drafts, forward)
@@ -183,7 +186,9 @@ class Controller:
             self._drafting.setdefault(choice.way, deque(maxlen=_KEPT)).append(drafting)
             self._share = _LASTING * self._share + (1 - _LASTING) * share
         self._worth.observe(choice, steps, sequences)
-        self._spent += forward + drafting
+        ahead = choice.way is not None and self._try is None
+        spent = forward + drafting / self._pace.value
+        self._allowed += (_ALLOWED_AHEAD if ahead else _ALLOWED) * spent
         if self._try is not None:
             self._try.forwards += 1
         # Expected seconds here and below: what an interrupted forward took says nothing.
@@ -258,21 +263,28 @@ class Controller:
                 return
             self._count(self._now, in_vain=best != self._now)
         found = self._worth_trying(best)
-        if self._owed > _MOST_OWED:  # what was promised was not kept: promise more, try nothing
-            found = None
-            if self.seconds_per_step(best) > (1 - _DOUBTED) * self.seconds_per_step(PLAIN):
-                best = PLAIN
-        if found is None:
+        if found is None or self._owed > _MOST_OWED:  # what was promised was not kept: try nothing
             self._now, self._left = best, _PLAN_EVERY
         else:
             self._look_at(found, best)
 
     def _look_at(self, choice: Choice, best: Choice) -> None:
         """Try a choice for a few forwards; `best` is what would be chosen as far as is known."""
-        otherwise = self.seconds_per_step(best)
-        self._try = _Try(otherwise, self._plain.expected(0), self._at_worst(choice, otherwise))
-        # The first forward of its kind is a slow one; what all is measured by is surer.
-        self._now, self._left = choice, _PLAIN_LOOK if choice == PLAIN else _TRY
+        otherwise, plain = self.seconds_per_step(best), self._plain.expected(0)
+        self._try = _Try(otherwise, plain)
+        self._now, self._left = choice, self._length(choice, otherwise)
+
+    def _length(self, choice: Choice, otherwise: float) -> int:
+        """Forwards of a try, where a step costs `otherwise` without it.
+
+        The first forward of its kind is a slow one; what all is measured by is surer.
+        """
+        plain = self._plain.expected(0)
+        if choice == PLAIN:
+            return _PLAIN_LOOK - (otherwise < _FAR_BEHIND * plain)
+        loses = (self.seconds_per_step(choice) - otherwise) * self._steps(choice)
+        known = self._own(choice).knows(choice.drafts)
+        return 1 if known and loses > _DEAR * plain else _TRY
 
     def _count(self, choice: Choice, in_vain: bool) -> None:
         """Count tries in vain in a row: the more there were, the more seldom are others."""
@@ -285,7 +297,8 @@ class Controller:
             self._compare(tried.plain)
             return
         lost = (self.seconds_per_step(self._now) - tried.otherwise) * self._steps(self._now)
-        self._lost += tried.forwards * max(0.0, min(lost, tried.may_lose))
+        most = self._now.drafts * tried.plain  # more than that only where it was interrupted
+        self._lost += tried.forwards * max(0.0, min(lost, most))
 
     def _start_anew(self, choice: Choice) -> None:
         """Another machine: what was learned while it changed does not hold."""
@@ -311,7 +324,7 @@ class Controller:
             curve.observe(0, before)
         self._tried = {PLAIN: self._forwards}
         self._vain.clear()
-        self._spent = self._lost = 0.0
+        self._allowed = self._lost = 0.0
         self._owed = min(self._owed, 0.0)
 
     def _best(self) -> Choice:
@@ -328,7 +341,8 @@ class Controller:
         forward with fewer drafts does.
         """
         now = self.seconds_per_step(best)
-        allowance = max(0.0, self._plain.expected(0) + _ALLOWED * self._spent - self._lost)
+        allowed = _ALLOWED_FIRST * self._plain.expected(0) + self._allowed
+        allowance = max(0.0, allowed - self._lost)
         others = [c for c in self._choices if c not in (best, PLAIN)]
         # Where drafts pay, other numbers of them may be no dearer: costs grow by steps.
         hopeful = [
@@ -339,7 +353,7 @@ class Controller:
                 _HOPE * self.seconds_per_step(c) < now
                 or (best != PLAIN and self._at_best(c) < (1 - _MARGIN) * now)
             )
-            and self._at_worst(c, now) <= allowance
+            and self._length(c, now) * self._at_worst(c, now) <= allowance
         ]
         if hopeful:
             return min(hopeful, key=self.seconds_per_step)
@@ -353,7 +367,7 @@ class Controller:
             c
             for c in others
             if self._age(c) > _LOOK_AGAIN * (self._at_best(c) / now) ** 2 * self._in_vain(c)
-            and self._at_worst(c, now) <= allowance
+            and self._length(c, now) * self._at_worst(c, now) <= allowance
         ]
         found = min(due, key=self._at_best, default=None)
         if found is not None:
@@ -401,5 +415,6 @@ class Controller:
         if choice.way is None:
             return 0.0
         if recent := self._drafting.get(choice.way):
-            return median_low(recent)
-        return self._plain.expected(0) * (0.5 if worst else 0.1)
+            # As it took: what slows forwards need not slow the host; it is soon seen if it does.
+            return median_low(recent) / self._pace.value
+        return self._plain.expected(0) * (0.3 if worst else 0.1)
