@@ -142,6 +142,48 @@ def test_the_host_need_not_be_as_slow_as_the_device() -> None:
     assert cheaper == model
 
 
+def test_a_try_is_judged_when_all_of_it_is_known() -> None:
+    """Where sequences share forwards, one asks for the next before all have told of this one."""
+    controller = Controller({"graph": [(0, 1.0), (1, 1.6)]}, 1)
+    one = Choice("graph", 1)
+    choices = [controller.choose()]
+    for _ in range(9):
+        choices.append(controller.choose())
+        drafts = choices[-2] == one
+        controller.learn(choices[-2], 1.6 if drafts else 1.0, 1.2 if drafts else 1.0, 0.0)
+    # Two forwards are tried, a plain one is made while the second is told, and then they are tried
+    # again before they are believed.
+    assert choices[2:7] == [one, one, PLAIN, one, one]
+
+
+def test_a_slow_first_forward_does_not_end_all_tries() -> None:
+    controller = Controller({"graph": [(0, 1.0), (4, 2.5)]}, 4)
+    slow = True
+    drafting = 0
+    for _ in range(150):
+        choice = controller.choose()
+        seconds = 100.0 if choice.drafts == 4 and slow else 1.0
+        slow &= choice.drafts != 4
+        controller.learn(choice, 1.0 + choice.drafts * 0.3, seconds, 0.0)
+        drafting += choice.drafts == 4
+    assert not slow
+    assert drafting > 100
+
+
+def test_another_length_does_not_spend_what_tries_may_lose() -> None:
+    controller = Controller({"graph": [(0, 1.0), (1, 1.6)]}, 1)
+    controller.start(1000.0)
+    world = World(regret.CURVES["100% a draft"], 0.0)
+    for size, forwards in ((1000.0, 400), (10.0, 2000)):
+        controller.start(size)
+        tries = 0
+        for _ in range(forwards):
+            choice = controller.choose()
+            tries += choice != PLAIN
+            controller.learn(choice, 1.0, size * world.curve(choice.drafts, 0), 0.0)
+    assert tries >= 2
+
+
 def test_where_nothing_pays_it_tries_more_and_more_seldom() -> None:
     world = World(regret.CURVES["30% a draft"], 0.3)
     for seed in range(2):

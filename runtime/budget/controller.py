@@ -8,8 +8,8 @@ fraction are estimated while decoding (`estimates`). Plain decoding is one of th
 Trying something costs time. What a try may lose at worst is bounded beforehand (a forward over
 1 + n states takes at most as long as (1 + n) / (1 + m) forwards over 1 + m) and has to fit into an
 allowance: two plain forwards, and a small share of the time spent so far, a larger one where drafts
-pay. And where drafts have lost more than a forward or two against plain decoding, nothing is tried.
-Nothing here can change a token.
+pay. And where drafts have lost more than a forward or two against plain decoding, nothing is tried,
+and they have to promise more. Nothing here can change a token.
 """
 
 from __future__ import annotations
@@ -42,17 +42,20 @@ _FAR_BEHIND = 0.7  # but one less where others take less than this share of thei
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
 _SELDOM = 64  # up to so many times as many where looks at it were in vain,
 _PATIENT = 4  # and between any two looks, where no drafts pay
-_MARGIN = 0.04  # drafts must promise this much over plain decoding
+_MARGIN = 0.04  # drafts must promise this much over plain decoding,
+_DOUBTED = 0.06  # or this much if they did not keep it
 _ALLOWED_FIRST = 2.0  # plain forwards that tries may lose,
 _ALLOWED = 0.003  # and share of the time spent plainly,
-_ALLOWED_AHEAD = 0.006  # by drafts that pay,
+_ALLOWED_AHEAD = 0.006  # by drafts that pay;
+_MOST_SAVED = 4.0  # of these no more plain forwards are saved up, and none are missing,
 _ALLOWED_PLAIN = 0.01  # and by looks at plain forwards
 _MOST_OWED = 1.5  # plain forwards that may be lost,
 _CREDIT = -2.0  # or gained and lost again
 _FORGIVEN = 0.995  # per forward
 _LASTING = 0.9  # weight of the past in the share of sequences that drafts are chosen for
 _APART = 1.25  # times: plain forwards and others did not become slower alike
-_HOPE = 0.9  # an unknown choice may cost this much of what is expected
+_HOPE = 0.9  # an unknown choice may cost this much of what is expected,
+_FAR_OFF = 1.5  # and one after forwards of another kind up to so many times as much
 
 
 @dataclass
@@ -61,17 +64,21 @@ class _Try:
 
     Attributes
     ----------
+    instead
+        What would be chosen without it.
     otherwise
-        Seconds per step of what would be chosen without it,
+        Seconds per step of that,
     plain
         and of a plain forward, as far as was known when it began.
-    forwards
-        Made so far.
+    forwards, asked
+        Learned of, and chosen so far.
     """
 
+    instead: Choice
     otherwise: float
     plain: float
     forwards: int = 0
+    asked: int = 0
 
 
 @dataclass
@@ -123,8 +130,15 @@ class Controller:
     def start(self, size: float) -> None:
         """Begin a sequence whose plain forwards are of this size (positions)."""
         if self._size and not 0.9 < size / self._size < 1.1:
+            factor = size / self._size
             for forward in self._forward.values():
-                forward.scale(size / self._size)
+                forward.scale(factor)
+            self._allowed, self._lost = self._allowed * factor, self._lost * factor
+            if self._try is not None:
+                self._try.otherwise, self._try.plain = (
+                    self._try.otherwise * factor,
+                    self._try.plain * factor,
+                )
         self._size = size
 
     def choose(self) -> Choice:
@@ -132,8 +146,15 @@ class Controller:
         if self._left <= 0:
             if not self._forwards:  # several sequences ask before the first forward has been made
                 return PLAIN
+            # Where sequences share forwards, one asks before the last has told; once, for some end
+            # without a word.
+            if self._try is not None and self._try.forwards < self._try.asked:
+                self._try.asked = 0
+                return self._try.instead
             self._plan()
         self._left -= 1
+        if self._try is not None:
+            self._try.asked += 1
         return self._now
 
     def learn(
@@ -167,17 +188,17 @@ class Controller:
             self._allowed += _ALLOWED * forward / self._pace.value
             self._owed *= _FORGIVEN
             return
-        # Right after forwards of another kind, the processor's caches are still theirs; good news
-        # are news even so.
-        own = self._own(choice)
+        # Right after forwards of another kind, the processor's caches are theirs; what differs
+        # by far more than that is news even so.
+        own, plain = self._own(choice), self._plain
         settled = choice == self._before_this or not own.knows(choice.drafts)
-        if not settled:
-            settled = forward < _HOPE * self._pace.value * own.expected(choice.drafts)
         self._before_this, changed = choice, False
+        if not settled and plain.surely_knows(0) and forward < self._pace.value * plain.expected(0):
+            self._pace.set(forward / plain.expected(0))  # none takes less than a plain one
+        ratio = forward / self._pace.value / own.expected(choice.drafts) if not settled else 1.0
         if settled and own.surely_knows(choice.drafts):
             changed = self._pace.observe(forward / own.expected(choice.drafts))
-        elif self._plain.surely_knows(0) and forward < self._pace.value * self._plain.expected(0):
-            self._pace.set(forward / self._plain.expected(0))  # none takes less than a plain one
+        settled |= not _HOPE < ratio < _FAR_OFF
         forward /= self._pace.value
         if settled:
             for curve in self._forward.values() if choice.way is None else (own,):
@@ -189,14 +210,15 @@ class Controller:
         ahead = choice.way is not None and self._try is None
         spent = forward + drafting / self._pace.value
         self._allowed += (_ALLOWED_AHEAD if ahead else _ALLOWED) * spent
-        if self._try is not None:
+        tried = self._try is not None and choice == self._now
+        if self._try is not None and tried:
             self._try.forwards += 1
         # Expected seconds here and below: what an interrupted forward took says nothing.
-        took = self.seconds_per_step(choice) * self._steps(choice)
+        took = min(self.seconds_per_step(choice) * self._steps(choice), self._most(choice))
         made = 1.0 + share * (steps - 1.0)
-        owed = _FORGIVEN * self._owed + took / self._plain.expected(0) - made
+        owed = _FORGIVEN * self._owed + took / plain.expected(0) - made
         self._owed = max(_CREDIT, owed)
-        if self.trying and self._left == 0 and own.doubts(choice.drafts):
+        if tried and self._left == 0 and own.doubts(choice.drafts):
             self._left = 1  # look again before believing it
         if changed:
             self._start_anew(choice)
@@ -253,7 +275,11 @@ class Controller:
         return f"{best}: {ours:.3g} ms a step, plain {plain:.3g} ms"
 
     def _plan(self) -> None:
-        tried, self._try = self._try, None
+        tried = self._try
+        if tried is not None and self._now == PLAIN and self._hardly_believes(tried):
+            self._left = 1
+            return
+        self._try = None
         if tried is not None:
             self._account(tried)
         best = self._best()
@@ -262,8 +288,13 @@ class Controller:
                 self._look_at(best, best)  # look again before believing it
                 return
             self._count(self._now, in_vain=best != self._now)
-        found = self._worth_trying(best)
-        if found is None or self._owed > _MOST_OWED:  # what was promised was not kept: try nothing
+        found = None
+        if self._owed <= _MOST_OWED:
+            found = self._worth_trying(best)
+        # What was promised was not kept: promise more, try nothing.
+        elif self.seconds_per_step(best) > (1 - _DOUBTED) * self.seconds_per_step(PLAIN):
+            best = PLAIN
+        if found is None:
             self._now, self._left = best, _PLAN_EVERY
         else:
             self._look_at(found, best)
@@ -271,7 +302,7 @@ class Controller:
     def _look_at(self, choice: Choice, best: Choice) -> None:
         """Try a choice for a few forwards; `best` is what would be chosen as far as is known."""
         otherwise, plain = self.seconds_per_step(best), self._plain.expected(0)
-        self._try = _Try(otherwise, plain)
+        self._try = _Try(best, otherwise, plain)
         self._now, self._left = choice, self._length(choice, otherwise)
 
     def _length(self, choice: Choice, otherwise: float) -> int:
@@ -297,8 +328,18 @@ class Controller:
             self._compare(tried.plain)
             return
         lost = (self.seconds_per_step(self._now) - tried.otherwise) * self._steps(self._now)
-        most = self._now.drafts * tried.plain  # more than that only where it was interrupted
-        self._lost += tried.forwards * max(0.0, min(lost, most))
+        lost = max(0.0, min(lost, self._most(self._now)))
+        most = self._allowed + _MOST_SAVED * tried.plain
+        self._lost = min(self._lost + tried.forwards * lost, most)
+
+    def _most(self, choice: Choice) -> float:
+        """Seconds that a forward may take, and its drafting; longer ones were interrupted."""
+        return (1 + choice.drafts) * self._plain.expected(0) + self._drafting_seconds(choice)
+
+    def _hardly_believes(self, tried: _Try) -> bool:
+        """Whether too few plain forwards say that all has changed."""
+        ratio = self._plain.expected(0) / tried.plain
+        return not 1 / _APART < ratio < _APART and not self._plain.surely_knows(0)
 
     def _start_anew(self, choice: Choice) -> None:
         """Another machine: what was learned while it changed does not hold."""
@@ -341,8 +382,9 @@ class Controller:
         forward with fewer drafts does.
         """
         now = self.seconds_per_step(best)
-        allowed = _ALLOWED_FIRST * self._plain.expected(0) + self._allowed
-        allowance = max(0.0, allowed - self._lost)
+        plain = self._plain.expected(0)
+        self._allowed = min(self._allowed, self._lost + _MOST_SAVED * plain)
+        allowance = max(0.0, _ALLOWED_FIRST * plain + self._allowed - self._lost)
         others = [c for c in self._choices if c not in (best, PLAIN)]
         # Where drafts pay, other numbers of them may be no dearer: costs grow by steps.
         hopeful = [
