@@ -95,6 +95,11 @@ def measure(case: Case, out: Path, gen_length: int) -> Bench:
     return Bench.load(folder / "bench.json")
 
 
+def threads(number: int) -> str:
+    """How many, in words."""
+    return f"{number} thread" + "s" * (number != 1)
+
+
 def describe(bench: Bench) -> str:
     """Which run a table is of."""
     data, machine = bench.data, bench.machine
@@ -102,7 +107,7 @@ def describe(bench: Bench) -> str:
         f"### {bench.model.id}, cache {bench.decoding.cache}, {bench.decoding.policy}, "
         f"{data.dataset}\n\n"
         f"{data.samples} prompts not calibrated on, {data.repeats} repeats; {machine.device}, "
-        f"{machine.threads} threads, {machine.dtype}, torch {machine.versions['torch']}."
+        f"{threads(machine.threads)}, {machine.dtype}, torch {machine.versions['torch']}."
     )
 
 
@@ -167,7 +172,7 @@ def main() -> None:
     machine = benches[0].machine
     note = (
         f"{command}: generated word problems that neither training nor calibration saw; "
-        f"{machine.device}, {machine.threads} threads, {machine.dtype}"
+        f"{machine.device}, {threads(machine.threads)}, {machine.dtype}"
     )
     blocks = {"bench": f"{command}\n\n{tables}", "headline": f"{note}\n\n{headline(synthetic)}"}
     for key, block in blocks.items():

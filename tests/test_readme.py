@@ -38,7 +38,7 @@ def test_the_answer_in_the_readme_is_that_of_the_length_it_calibrates_for() -> N
     (length,) = re.findall(r"spiffy-calibrate --model tiny-llada --gen-length (\d+)", text)
     (stated,) = re.findall(r"The answer to the prompt is `([^`]+)`", text)
     (asked,) = ASKED
-    out = generate(load_model("tiny-llada", device="cpu"), asked, gen_length=int(length))
+    out = generate(load_model("tiny-llada", device="cpu"), asked, gen_length=int(length), cache="dual")
     assert " ".join(out.text.split()) == stated
 
 
@@ -50,7 +50,7 @@ def test_the_python_of_the_readme_runs(
     from spiffy.runtime import decoding_settings
 
     model, drawn = load_model("tiny-llada", device="cpu"), load_prompts("synthetic", 5)
-    settings = decoding_settings(model, gen_length=32)
+    settings = decoding_settings(model, gen_length=64, cache="dual")
     traces = record(model, prepare(model, drawn, settings))
     build_graph(model, drawn, settings, traces, 8).save(tmp_path / "llada.json")
     monkeypatch.chdir(tmp_path)
