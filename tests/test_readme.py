@@ -38,7 +38,9 @@ def test_the_answer_in_the_readme_is_that_of_the_length_it_calibrates_for() -> N
     (length,) = re.findall(r"spiffy-calibrate --model tiny-llada --gen-length (\d+)", text)
     (stated,) = re.findall(r"The answer to the prompt is `([^`]+)`", text)
     (asked,) = ASKED
-    out = generate(load_model("tiny-llada", device="cpu"), asked, gen_length=int(length), cache="dual")
+    out = generate(
+        load_model("tiny-llada", device="cpu"), asked, gen_length=int(length), cache="dual"
+    )
     assert " ".join(out.text.split()) == stated
 
 
