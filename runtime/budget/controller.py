@@ -34,7 +34,8 @@ from spiffy.runtime.draft import Selection
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 _KEPT = 5  # forwards whose drafting counts
-_PLAN_EVERY = 6  # forwards
+_PLAN_EVERY = 6  # forwards,
+_PLAN_PLAIN = 12  # where no drafts pay: planning takes time, too
 _TRY = 2  # forwards of a try,
 _DEAR = 0.3  # but a single one where it is known to lose this much of a plain forward,
 _PLAIN_LOOK = 3  # and of plain ones, by which all others are measured,
@@ -295,7 +296,7 @@ class Controller:
         elif self.seconds_per_step(best) > (1 - _DOUBTED) * self.seconds_per_step(PLAIN):
             best = PLAIN
         if found is None:
-            self._now, self._left = best, _PLAN_EVERY
+            self._now, self._left = best, _PLAN_PLAIN if best == PLAIN else _PLAN_EVERY
         else:
             self._look_at(found, best)
 
