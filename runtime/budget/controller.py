@@ -72,7 +72,7 @@ class _Try:
     plain
         and of a plain forward, as far as was known when it began.
     forwards, asked
-        Learned of, and chosen so far.
+        Learned of, and chosen so far (0 again where the end of the try is waited for).
     """
 
     instead: Choice
@@ -134,12 +134,11 @@ class Controller:
             factor = size / self._size
             for forward in self._forward.values():
                 forward.scale(factor)
-            self._allowed, self._lost = self._allowed * factor, self._lost * factor
+            self._allowed *= factor
+            self._lost *= factor
             if self._try is not None:
-                self._try.otherwise, self._try.plain = (
-                    self._try.otherwise * factor,
-                    self._try.plain * factor,
-                )
+                self._try.otherwise *= factor
+                self._try.plain *= factor
         self._size = size
 
     def choose(self) -> Choice:
@@ -147,8 +146,8 @@ class Controller:
         if self._left <= 0:
             if not self._forwards:  # several sequences ask before the first forward has been made
                 return PLAIN
-            # Where sequences share forwards, one asks before the last has told; once, for some end
-            # without a word.
+            # Where sequences share forwards, one asks before all have told of the try's last one:
+            # wait a forward, and no longer, for some end without a word.
             if self._try is not None and self._try.forwards < self._try.asked:
                 self._try.asked = 0
                 return self._try.instead
