@@ -6,8 +6,9 @@ way at the end counts with the share of it that its time before the end is. Serv
 without drafts, with as many as pay, and with eight for every answer whoever else asks, run beside
 each other and are measured in turns, so that what else the machine does hits all alike; only one of
 them is asked at a time. Temperature 0, generated problems that neither training nor calibration
-saw. An answer differs if it is not the first one that plain decoding gave, which is a near-tie of
-floating point at most (docs/losslessness.md).
+saw. The first line is `generate` in Python, one question after the other: what servers should gain
+with a single client. An answer differs if it is not the first one that plain decoding gave, which
+is a near-tie of floating point at most (docs/losslessness.md).
 
     python studies/load.py --model tiny-sdar --cache block
     python studies/load.py --model tiny-llada --cache dual --lengths 64 32 96
@@ -25,7 +26,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from time import perf_counter
 
@@ -35,11 +36,14 @@ from pages import add_into, fill
 from rich.console import Console
 from serving import Server, calibrated, percentile, questions, serving
 
-WAYS: dict[str, tuple[str, ...] | None] = {
-    "none": None,
-    "auto": ("--budget", "auto"),
-    "8 each": ("--budget", "8"),
-}
+from spiffy.bench.grow import grow
+from spiffy.cli.threads import set_threads
+from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
+from spiffy.runtime.generate import Budget
+from spiffy.schemas import DraftGraph
+
+WAYS: dict[str, Budget | None] = {"none": None, "auto": "auto", "8 each": 8}
+ALONE = 0  # clients: no server at all
 log = Console(stderr=True, highlight=False, markup=False)
 
 
@@ -51,6 +55,12 @@ class Measured:
     latencies: list[float] = field(default_factory=list)
     tokens: float = 0.0
     differing: int = 0
+
+    def add(self, began: float, ended: float, end: float, tokens: int) -> None:
+        """Count an answer; of one that was under way at the `end`, the share until then."""
+        took = ended - began
+        self.latencies.append(took)
+        self.tokens += tokens * (min(ended, end) - began) / took
 
     @property
     def rate(self) -> float:
@@ -86,19 +96,58 @@ async def ask(
                     },
                 )
                 ended = perf_counter()
-                took = ended - began
                 answer = response.raise_for_status().json()
                 if into is None:
                     continue
                 text = answer["choices"][0]["message"]["content"]
-                into.latencies.append(took)
-                in_time = (min(ended, end) - began) / took
-                into.tokens += in_time * answer["usage"]["completion_tokens"]
+                into.add(began, ended, end, answer["usage"]["completion_tokens"])
                 into.differing += text != known.setdefault((prompt, length), text)
 
         await asyncio.gather(*(client() for _ in range(clients)))
         if into is not None:
             into.seconds += seconds
+
+
+@dataclass
+class Alone:
+    """The model in this process, with as many threads as a server takes."""
+
+    model: DiffusionLM
+    graph: DraftGraph
+
+    def ask(
+        self,
+        budget: Budget | None,
+        seconds: float,
+        prompts: Sequence[str],
+        lengths: Sequence[int],
+        known: dict[tuple[str, int], str],
+        into: Measured | None,
+    ) -> None:
+        """Decode one question after the other for some seconds."""
+        options = self.graph.decoding.model_dump(exclude={"gen_length"})
+        if budget is not None:
+            options.update(graph=self.graph, budget=budget, any_model=True)
+        end = perf_counter() + seconds
+        for prompt, length in zip(cycle(prompts), cycle(lengths), strict=False):
+            began = perf_counter()
+            if began >= end:
+                break
+            messages = [{"role": "user", "content": prompt}]
+            answer = generate(self.model, messages, gen_length=length, **options)
+            if into is not None:
+                into.add(began, perf_counter(), end, len(answer.token_ids))
+                into.differing += answer.text != known.setdefault((prompt, length), answer.text)
+        if into is not None:
+            into.seconds += seconds
+
+
+def alone(name: str, shape: str | None, graph: DraftGraph) -> Alone:
+    """A model loaded as a server loads it."""
+    model = load_model(name, device="cpu")
+    model = model if shape is None else grow(model, shape)
+    set_threads(model, decoding_settings(model, graph, any_model=True), None)
+    return Alone(model, graph)
 
 
 def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
@@ -110,21 +159,25 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
     found: dict[int, dict[str, Measured]] = {}
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         graph = calibrated(args.model, args.graphs or Path(temporary), *decoding)
+        by_itself = alone(args.model, args.shape, DraftGraph.load(graph))
         servers = {}
         for way, budget in WAYS.items():
-            drafts = () if budget is None else ("--graph", graph, *budget)
+            drafts = () if budget is None else ("--graph", graph, "--budget", str(budget))
             options = ("--model", args.model, *decoding, *room, *drafts)
             servers[way] = stack.enter_context(serving(*options, shape=args.shape))
-        for clients in args.clients:
+        for clients in (ALONE, *args.clients):
             found[clients] = {way: Measured() for way in WAYS}
             for turn in range(-1, args.turns):  # the first one warms up, and lets auto learn
                 for way, server in servers.items():
                     seconds = args.warm_up if turn < 0 else args.seconds / args.turns
                     into = None if turn < 0 else found[clients][way]
-                    work = ask(server, clients, seconds, prompts, args.lengths, known, into)
-                    asyncio.run(work)
+                    what = (seconds, prompts, args.lengths, known, into)
+                    if clients == ALONE:
+                        by_itself.ask(WAYS[way], *what)
+                    else:
+                        asyncio.run(ask(server, clients, *what))
             log.print(
-                f"{clients} clients:", *(f"{w} {m.rate:.0f}" for w, m in found[clients].items())
+                f"{clients} clients:", *(f"{w} {m.rate:.1f}" for w, m in found[clients].items())
             )
     return found
 
@@ -138,10 +191,11 @@ def table(found: dict[int, dict[str, Measured]]) -> str:
         for way, measured in ways.items():
             ratio = "" if way == "none" else f" ({measured.rate / plain.rate:.2f}x)"
             middle, late = (percentile(measured.latencies, share) for share in (0.5, 0.95))
-            cells += [f"{measured.rate:.0f}{ratio}", f"{middle:.2f}, {late:.2f}"]
+            rate = f"{measured.rate:.0f}" if plain.rate >= 30 else f"{measured.rate:.1f}"
+            cells += [f"{rate}{ratio}", f"{middle:.2f}, {late:.2f}"]
         wrong = sum(measured.differing for measured in ways.values())
         total = sum(len(measured.latencies) for measured in ways.values())
-        lines.append(f"| {clients} | {' | '.join(cells)} | {wrong} of {total} |")
+        lines.append(f"| {clients or 'no server'} | {' | '.join(cells)} | {wrong} of {total} |")
     return "\n".join(lines)
 
 

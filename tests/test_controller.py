@@ -106,7 +106,7 @@ def test_a_promise_is_confirmed_before_it_is_believed() -> None:
     assert [turn(1.45), turn(1.45)] == [one, one]  # by chance
     assert [turn(1.75), turn(1.75)] == [one, one]
     assert controller.choose() == PLAIN
-    assert not controller.trying
+    assert not controller.is_tried(one)
 
 
 def test_what_is_known_to_be_dear_is_looked_at_for_a_single_forward() -> None:
@@ -154,6 +154,22 @@ def test_a_try_is_judged_when_all_of_it_is_known() -> None:
     # Two forwards are tried, a plain one is made while the second is told, and then they are tried
     # again before they are believed.
     assert choices[2:7] == [one, one, PLAIN, one, one]
+
+
+def test_what_is_looked_at_once_more_is_waited_for_too() -> None:
+    controller = Controller({"graph": [(0, 1.0), (1, 1.6)]}, 1)
+    one = Choice("graph", 1)
+    choices = [controller.choose()]
+    seconds = iter([1.1, 5.0, 1.1])  # the second look is an odd one
+    for _ in range(12):
+        choices.append(controller.choose())
+        drafts = choices[-2] == one
+        controller.learn(
+            choices[-2], 1.6 if drafts else 1.0, next(seconds, 1.1) if drafts else 1.0, 0.0
+        )
+    # The end is waited for, the odd one made again, and waited for before it is believed.
+    assert choices[2:7] == [one, one, PLAIN, one, PLAIN]
+    assert choices[-2:] == [one, one]
 
 
 def test_a_slow_first_forward_does_not_end_all_tries() -> None:

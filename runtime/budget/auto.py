@@ -261,7 +261,7 @@ class AutoBudget:
 
     def _pays(self, choice: Choice) -> Callable[[Floats], int]:
         """Which of a root's drafts to keep: all, where their number is only being tried."""
-        if self.controller.trying:
+        if self.controller.is_tried(choice):
             return len
         seconds = np.array(self.controller.forward_seconds(choice))
         return Pays(1 / self.controller.seconds_per_step(choice), seconds)

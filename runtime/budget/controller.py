@@ -72,7 +72,9 @@ class _Try:
     plain
         and of a plain forward, as far as was known when it began.
     forwards, asked
-        Learned of, and chosen so far (0 again where the end of the try is waited for).
+        Learned of, and chosen so far.
+    waited
+        Whether its end has been waited for.
     """
 
     instead: Choice
@@ -80,6 +82,7 @@ class _Try:
     plain: float
     forwards: int = 0
     asked: int = 0
+    waited: bool = False
 
 
 @dataclass
@@ -148,9 +151,10 @@ class Controller:
                 return PLAIN
             # Where sequences share forwards, one asks before all have told of the try's last one:
             # wait a forward, and no longer, for some end without a word.
-            if self._try is not None and self._try.forwards < self._try.asked:
-                self._try.asked = 0
-                return self._try.instead
+            tried = self._try
+            if tried is not None and tried.forwards < tried.asked and not tried.waited:
+                tried.waited = True
+                return tried.instead
             self._plan()
         self._left -= 1
         if self._try is not None:
@@ -210,16 +214,16 @@ class Controller:
         ahead = choice.way is not None and self._try is None
         spent = forward + drafting / self._pace.value
         self._allowed += (_ALLOWED_AHEAD if ahead else _ALLOWED) * spent
-        tried = self._try is not None and choice == self._now
-        if self._try is not None and tried:
-            self._try.forwards += 1
+        tried = self._try if self.is_tried(choice) else None
+        if tried is not None:
+            tried.forwards += 1
         # Expected seconds here and below: what an interrupted forward took says nothing.
         took = min(self.seconds_per_step(choice) * self._steps(choice), self._most(choice))
         made = 1.0 + share * (steps - 1.0)
         owed = _FORGIVEN * self._owed + took / plain.expected(0) - made
         self._owed = max(_CREDIT, owed)
-        if tried and self._left == 0 and own.doubts(choice.drafts):
-            self._left = 1  # look again before believing it
+        if tried is not None and self._left == 0 and settled and own.doubts(choice.drafts):
+            self._left, tried.waited = 1, False  # look again before believing it
         if changed:
             self._start_anew(choice)
 
@@ -253,10 +257,9 @@ class Controller:
         """Seconds of a forward with that many drafts or sequences more, as far as is known."""
         return self._plain.expected(drafts)
 
-    @property
-    def trying(self) -> bool:
-        """Whether the present choice is a try, to be made in full."""
-        return self._try is not None
+    def is_tried(self, choice: Choice) -> bool:
+        """Whether a choice is the one that is being tried, in full."""
+        return self._try is not None and choice == self._now
 
     def why(self) -> str:
         """What it would choose now and what that rests on, in words."""
