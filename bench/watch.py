@@ -68,11 +68,9 @@ class WatchedAdviser:
         drafter, choice = self.adviser.advise()
         return Advice(None if drafter is None else Watched(drafter, self.calls), choice)
 
-    def learn(
-        self, advice: Advice, steps: int, forward_seconds: float, draft_seconds: float
-    ) -> None:
+    def learn(self, advice: Advice, steps: int, seconds: float) -> None:
         """See `spiffy.runtime.decode.Adviser`."""
-        self.adviser.learn(advice, steps, forward_seconds, draft_seconds)
+        self.adviser.learn(advice, steps, seconds)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class TakingTurns:
     def begin(self, canvas: Canvas) -> None:
         """Nothing to prepare."""
 
-    def turn(self, sequences: int) -> None:
+    def turn(self, sequences: int, seconds: float) -> None:
         """Nothing to hear."""
 
     def advise(self) -> Advice:
@@ -189,9 +189,7 @@ class TakingTurns:
         drafter = self.rng.choice(self.drafters)
         return Advice(drafter, None)
 
-    def learn(
-        self, advice: Advice, steps: int, forward_seconds: float, draft_seconds: float
-    ) -> None:
+    def learn(self, advice: Advice, steps: int, seconds: float) -> None:
         """Nothing to learn."""
 
     def why(self) -> str:

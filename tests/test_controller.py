@@ -172,6 +172,20 @@ def test_what_is_looked_at_once_more_is_waited_for_too() -> None:
     assert choices[-2:] == [one, one]
 
 
+def test_plain_forwards_that_are_faster_than_thought_are_believed() -> None:
+    """The drafts' forwards say that the machine is as it was."""
+    controller = Controller({"graph": [(0, 1.0), (2, 2.0)]}, 2)
+    two = Choice("graph", 2)
+    for _ in range(6):
+        controller.learn(PLAIN, 1.0, 35.0, 0.0)
+    for _ in range(40):
+        controller.learn(two, 2.0, 50.0, 0.2)
+    for _ in range(3):
+        controller.learn(PLAIN, 1.0, 27.0, 0.0)
+        controller.learn(two, 2.0, 50.0, 0.2)
+    assert controller.plain_seconds(0) == pytest.approx(27.0, rel=0.05)
+
+
 def test_a_slow_first_forward_does_not_end_all_tries() -> None:
     controller = Controller({"graph": [(0, 1.0), (4, 2.5)]}, 4)
     slow = True
@@ -334,8 +348,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> DraftGraph:
 def under(monkeypatch: pytest.MonkeyPatch, curve: Any) -> None:
     """Let a forward take what an invented machine takes."""
 
-    def learn(self: Any, advice: Any, steps: int, *_: float) -> None:
-        self.shared.learn(advice.choice, steps, curve(advice.choice.drafts), 0.0)
+    def learn(self: Any, advice: Any, steps: int, _: float) -> None:
+        self.shared._seconds = curve(advice.choice.drafts)
+        self.shared.learn(advice.choice, steps, 0.0)
 
     monkeypatch.setattr(auto.AutoBudget, "learn", learn)
 

@@ -198,7 +198,7 @@ class Adviser:
     def begin(self, canvas: Any) -> None:
         pass
 
-    def turn(self, sequences: int) -> None:
+    def turn(self, sequences: int, seconds: float) -> None:
         self.turns.append(sequences)
 
     def advise(self) -> Advice:

@@ -39,11 +39,11 @@ def served(
         seconds = machine(sequences * (1 + choice.drafts))
         measured = seconds * rng.lognormvariate(0, 0.03)
         drafting = 0.0 if choice.way is None else 0.01
-        budget.turn(sequences)
+        budget.turn(sequences, measured)
         for _ in range(sequences):
             mean = world.steps(choice) - 1
             steps = 1 + (regret._accepted(rng, mean, choice.drafts) if choice.way else 0)
-            budget.learn(choice, steps, measured, drafting)
+            budget.learn(choice, steps, drafting / sequences)
         forwards.append((sequences, choice, seconds + drafting))
     return budget, forwards
 
@@ -129,8 +129,8 @@ def test_sequences_that_end_without_a_word_hold_nothing_up() -> None:
     budget = SharedController(regret.EXPECTED, 8)
     for _ in range(30):
         choices = [budget.choose() for _ in range(3)]
-        budget.turn(3)
+        budget.turn(3, 1.0)
         for choice in choices[:2]:
-            budget.learn(choice, 1, 1.0, 0.0)
-    budget.turn(3)
+            budget.learn(choice, 1, 0.0)
+    budget.turn(3, 1.0)
     assert budget.used.total() == 60

@@ -222,9 +222,9 @@ class AutoBudget:
         anew = {"none": range(canvas.length), "prefix": range(first.start, canvas.length)}
         self.shared.crowds[1].start(len(anew.get(self.settings.plain_cache, first)))
 
-    def turn(self, sequences: int) -> None:
+    def turn(self, sequences: int, seconds: float) -> None:
         """See `Adviser`."""
-        self.shared.turn(sequences)
+        self.shared.turn(sequences, seconds)
 
     def advise(self) -> Advice:
         """See `Adviser`."""
@@ -238,11 +238,9 @@ class AutoBudget:
             drafter.pays = self._pays(choice)
         return Advice(drafter, choice)
 
-    def learn(
-        self, advice: Advice, steps: int, forward_seconds: float, draft_seconds: float
-    ) -> None:
+    def learn(self, advice: Advice, steps: int, seconds: float) -> None:
         """See `Adviser`."""
-        self.shared.learn(advice.choice, steps, forward_seconds, draft_seconds)
+        self.shared.learn(advice.choice, steps, seconds)
 
     def why(self) -> str:
         """See `Adviser`."""

@@ -197,8 +197,10 @@ class Controller:
         own, plain = self._own(choice), self._plain
         settled = choice == self._before_this or not own.knows(choice.drafts)
         self._before_this, changed = choice, False
-        if not settled and plain.surely_knows(0) and forward < self._pace.value * plain.expected(0):
-            self._pace.set(forward / plain.expected(0))  # none takes less than a plain one
+        if not settled and choice != PLAIN and plain.surely_knows(0):
+            least = plain.expected(0)
+            if forward < self._pace.value * least:
+                self._pace.set(forward / least)  # none takes less than a plain one
         ratio = forward / self._pace.value / own.expected(choice.drafts) if not settled else 1.0
         if settled and own.surely_knows(choice.drafts):
             changed = self._pace.observe(forward / own.expected(choice.drafts))

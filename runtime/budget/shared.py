@@ -32,7 +32,6 @@ class _Told:
 
     sequences: int = 0
     steps: int = 0
-    forward: float = 0.0
     drafting: float = 0.0
 
 
@@ -54,6 +53,7 @@ class SharedController:
         self.pace = Pace()
         self.crowds = {1: Controller(steps, most, seconds, worth=self.worth, pace=self.pace)}
         self._crowd = self._sequences = 1
+        self._seconds = 0.0  # of the last forward
         self._recent: deque[int] = deque(maxlen=_SOON)  # numbers of sequences
         self._asked = 0  # sequences with a choice for the next forward
         self._due = 0  # of the last forward, those that have not told yet
@@ -67,9 +67,10 @@ class SharedController:
         """The controller for as many sequences as the last forward held."""
         return self.crowds[self._crowd]
 
-    def turn(self, sequences: int) -> None:
-        """Hear of a forward that so many sequences shared."""
+    def turn(self, sequences: int, seconds: float) -> None:
+        """Hear of a forward that so many sequences shared, and how long it took."""
         self._settle()
+        self._seconds = seconds
         self._due, self._asked, self._choice = self._asked, 0, None
         self._chose, self._sequences = self._planned, sequences
         self._recent.append(sequences)
@@ -91,12 +92,11 @@ class SharedController:
         self._asked += 1
         return self._choice
 
-    def learn(self, choice: Choice, steps: int, forward: float, drafting: float) -> None:
-        """Take in what the last forward was worth to one sequence, and the seconds it took."""
+    def learn(self, choice: Choice, steps: int, drafting: float) -> None:
+        """Take in what the last forward was worth to one sequence, and its seconds of drafting."""
         told = self._told.setdefault(choice, _Told())
         told.sequences += 1
         told.steps += steps
-        told.forward += forward
         told.drafting += drafting
         self._due -= 1
         if self._due <= 0:
@@ -121,9 +121,10 @@ class SharedController:
             if share < _MOST or fewer or self._is_lost:
                 self.worth.observe(choice, steps, alike)  # seconds compare with nothing here
                 continue
-            # To one sequence its forward takes from when it gave its rows to when it hears of them:
-            # choosing drafts for all others, and their walks, are in it.
-            seconds, drafting = told.forward / alike, told.drafting / alike
+            # Who drafts first waits until all have. (Walks are the same with and without drafts.)
+            seconds, drafting = self._seconds, told.drafting
+            if choice.way is None:  # all there is to pack
+                seconds, drafting = seconds + drafting, 0.0
             self.now.learn(choice, steps, seconds, drafting, alike, min(share, 1.0))
 
     def _likely_seconds(self, crowd: int) -> Points:

@@ -124,7 +124,7 @@ class Scheduler:
         forwarded = perf_counter() - started
         # Methods, not advisers: one that is watched has that of the one which it stands for.
         for turn in {task.adviser.turn for task in self.running if task.adviser is not None}:
-            turn(len(self._running))
+            turn(len(self._running), forwarded)
         walked = self._running
         self._running = []
         for task, decoding, rows in walked:
@@ -134,6 +134,7 @@ class Scheduler:
             ours, outputs = outputs[: len(rows)], outputs[len(rows) :]
             try:
                 self._running.append((task, decoding, decoding.send(ours)))
+                task.ready = perf_counter()
             except StopIteration:
                 finished.append(task)
             except Exception as error:  # of this decode: the others go on
@@ -152,6 +153,7 @@ class Scheduler:
             decoding = denoise(task)
             try:
                 self._running.append((task, decoding, next(decoding)))
+                task.ready = perf_counter()
             except Exception as error:
                 task.error = error
                 failed.append(task)

@@ -89,7 +89,7 @@ def denoise(task: Task) -> Decoding:
             walked = learned
         if task.adviser is not None and advice is not None:
             steps = cursor.step - root.step
-            task.adviser.learn(advice, steps, arrived - drafted, drafting)
+            task.adviser.learn(advice, steps, drafting + task.ready - drafted)
             chosen = str(advice.choice)
             stats.budgets[chosen] = stats.budgets.get(chosen, 0) + 1
 

@@ -78,7 +78,7 @@ class Adviser(Protocol):
         """Meet a sequence."""
         ...
 
-    def turn(self, sequences: int) -> None:
+    def turn(self, sequences: int, seconds: float) -> None:
         """Hear of a forward that so many sequences shared, before they learn of it and go on."""
         ...
 
@@ -86,10 +86,8 @@ class Adviser(Protocol):
         """Choose for the next forward; called where it may have drafts."""
         ...
 
-    def learn(
-        self, advice: Advice, steps: int, forward_seconds: float, draft_seconds: float
-    ) -> None:
-        """Take in a forward: denoising steps that it was worth, and seconds."""
+    def learn(self, advice: Advice, steps: int, seconds: float) -> None:
+        """Take in a forward: steps that it was worth, and seconds to choose and pack its states."""
         ...
 
     def why(self) -> str:
@@ -122,6 +120,8 @@ class Task:
         For every forward that made denoising steps, how many had been made before it.
     error
         What ended it before its time.
+    ready
+        When its rows for the next forward were there (`perf_counter`).
     """
 
     model: DiffusionLM
@@ -140,6 +140,7 @@ class Task:
     stats: Stats = field(default_factory=Stats)
     adviser: Adviser | None = None
     error: Exception | None = None
+    ready: float = 0.0
 
     @property
     def noise(self) -> Noise | None:
