@@ -186,6 +186,21 @@ def test_plain_forwards_that_are_faster_than_thought_are_believed() -> None:
     assert controller.plain_seconds(0) == pytest.approx(27.0, rel=0.05)
 
 
+def test_what_is_known_keeps_its_proportions_while_the_machine_is_slower() -> None:
+    """However long it is, and however unevenly."""
+    one, found = Choice("graph", 1), []
+    for seed in range(6):
+        controller, rng = Controller({"graph": [(0, 1.0), (1, 1.3)]}, 1), random.Random(seed)
+        for choice, seconds in ((PLAIN, 1.0), (one, 1.5)):
+            for _ in range(8):
+                controller.learn(choice, 1.0, seconds, 0.0)
+        for slower in [1.0] * 20 + [1.4] * 400:
+            controller.choose()
+            controller.learn(PLAIN, 1.0, slower * rng.lognormvariate(0, 0.1), 0.0)
+        found.append(controller.plain_seconds(1) / controller.plain_seconds(0))
+    assert fmean(found) == pytest.approx(1.5, rel=0.12)
+
+
 def test_a_slow_first_forward_does_not_end_all_tries() -> None:
     controller = Controller({"graph": [(0, 1.0), (4, 2.5)]}, 4)
     slow = True

@@ -129,23 +129,34 @@ class Controller:
         self._looked = 0
         self._before_this = PLAIN
         self._pace = Pace() if self.pace is None else self.pace
+        self._usual = self._pace.usual  # that all seconds here are of
         self._size = 0.0
 
     def start(self, size: float) -> None:
         """Begin a sequence whose plain forwards are of this size (positions)."""
         if self._size and not 0.9 < size / self._size < 1.1:
-            factor = size / self._size
-            for forward in self._forward.values():
-                forward.scale(factor)
-            self._allowed *= factor
-            self._lost *= factor
-            if self._try is not None:
-                self._try.otherwise *= factor
-                self._try.plain *= factor
+            self._scale(size / self._size)
         self._size = size
+
+    def _scale(self, factor: float) -> None:
+        """Take all forwards to be longer by this factor."""
+        for forward in self._forward.values():
+            forward.scale(factor)
+        self._allowed *= factor
+        self._lost *= factor
+        if self._try is not None:
+            self._try.otherwise *= factor
+            self._try.plain *= factor
+
+    def _keep_up(self) -> None:
+        """Hear whether the machine is usually of another pace by now."""
+        if self._usual != self._pace.usual:
+            self._scale(self._pace.usual / self._usual)
+            self._usual = self._pace.usual
 
     def choose(self) -> Choice:
         """Who drafts the next forward, and up to how many."""
+        self._keep_up()
         if self._left <= 0:
             if not self._forwards:  # several sequences ask before the first forward has been made
                 return PLAIN
@@ -185,6 +196,7 @@ class Controller:
         share
             Of all in the forward: the others, which had just begun, waited for its drafts too.
         """
+        self._keep_up()
         self._forwards += 1
         self.used[choice] += sequences
         self._tried[choice] = self._forwards
@@ -203,7 +215,9 @@ class Controller:
                 self._pace.set(forward / least)  # none takes less than a plain one
         ratio = forward / self._pace.value / own.expected(choice.drafts) if not settled else 1.0
         if settled and own.surely_knows(choice.drafts):
-            changed = self._pace.observe(forward / own.expected(choice.drafts))
+            slower = forward / own.expected(choice.drafts)
+            changed = self._pace.observe(slower, choice == PLAIN)
+            self._keep_up()
         settled |= not _HOPE < ratio < _FAR_OFF
         forward /= self._pace.value
         if settled:

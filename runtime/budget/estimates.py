@@ -17,6 +17,7 @@ _STALE = 24  # forwards after which what was known is out of date
 _KEPT = 24  # forwards that count
 PACED = 5  # last forwards that say how fast the machine is at present,
 _USUAL = 1.15  # if they differ from what is known by more than this factor
+_LASTING = 12  # plain forwards in a row of another pace make it the usual one
 _SURE = 3  # forwards by which one of its kind is judged
 _CHANGED = 1.5  # times slower or faster: an odd forward, or another machine
 _MEMORY = 0.985  # per forward: accepted drafts are forgotten by half in 46
@@ -47,14 +48,22 @@ class Pace:
 
     They make all forwards longer by about the same factor, so that what was learned of one choice
     beside another outlives them. Small differences are taken for noise, and so is a forward or two.
+
+    Attributes
+    ----------
+    value
+        Times slower at present.
+    usual
+        Times slower usually than it was at first.
     """
 
     def __init__(self) -> None:
-        self.value = 1.0
+        self.value = self.usual = 1.0
+        self._unusual = 0  # plain forwards in a row
         self._recent: deque[float] = deque(maxlen=PACED)
         self._confirmed = 1.0
 
-    def observe(self, ratio: float) -> bool:
+    def observe(self, ratio: float, plain: bool = False) -> bool:
         """Learn from a forward's seconds over what is known; whether much has changed."""
         self._recent.append(ratio)
         ordered = sorted(self._recent)
@@ -63,10 +72,24 @@ class Pace:
             self.value = 1.0
         elif len(ordered) == PACED and (ordered[1] > _USUAL or ordered[-2] < 1 / _USUAL):
             self.value = middle
-        if 1 / _CHANGED < self.value / self._confirmed < _CHANGED:
-            return False
-        self._confirmed = self.value
-        return True
+        self._unusual = self._unusual + 1 if plain and self.value != 1.0 else 0
+        if not 1 / _CHANGED < self.value / self._confirmed < _CHANGED:
+            self._confirmed = self.value
+            return True
+        if self._unusual >= _LASTING:
+            self._stay()
+        return False
+
+    def _stay(self) -> None:
+        """Take the present pace for the usual one.
+
+        While it differs, what is known of plain forwards is measured by a pace that is measured by
+        it, and would wander off from what is known of others.
+        """
+        factor, self.value, self._unusual = self.value, 1.0, 0
+        self.usual *= factor
+        self._confirmed /= factor
+        self._recent = deque((ratio / factor for ratio in self._recent), maxlen=PACED)
 
     def set(self, ratio: float) -> None:
         """Take it to be so, whatever was thought before."""
