@@ -22,10 +22,16 @@ if TYPE_CHECKING:
 #: (studies/threads.py).
 _FEW = 2e8
 
+#: How long one looks before it sleeps. To be woken takes longer than most waits; beside another
+#: process, to look ten times as long takes much longer still (studies/threads.py).
+_LOOKS = 3000
+
 
 def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait; before anything imports torch or NumPy."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Let OpenMP's threads soon sleep while they wait; before anything imports torch or NumPy."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_LOOKS))
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
 
 

@@ -17,7 +17,7 @@ import sys
 import torch
 from pages import add_into, fill
 
-from spiffy.cli.threads import usable_cpus
+from spiffy.cli.threads import _LOOKS, usable_cpus
 from spiffy.runtime.budget.cost import device_name
 
 TIMED = """
@@ -41,12 +41,19 @@ for n in map(int, sys.argv[3].split(",")):
 print(json.dumps(found))
 """
 POSITIONS = (8, 32, 64, 128, 256, 512)
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+WAITING = {
+    "active": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "passive": PASSIVE,
+    "soon passive": PASSIVE | {"GOMP_SPINCOUNT": str(_LOOKS)},
+    "later passive": PASSIVE | {"GOMP_SPINCOUNT": str(10 * _LOOKS)},
+}
 
 
-def timed(threads: int, policy: str, model: str) -> dict[str, float]:
+def timed(threads: int, waiting: str, model: str) -> dict[str, float]:
     """Median milliseconds by number of positions."""
     command = [sys.executable, "-c", TIMED, str(threads), model, ",".join(map(str, POSITIONS))]
-    env = {**os.environ, "OMP_WAIT_POLICY": policy}
+    env = {**os.environ, **WAITING[waiting]}
     env.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
@@ -59,11 +66,11 @@ def table(model: str, busy: bool) -> list[str]:
     lines = []
     try:
         for threads in sorted({1, usable_cpus()}):
-            for policy in ("ACTIVE", "PASSIVE") if threads > 1 else ("PASSIVE",):
-                found = timed(threads, policy, model)
+            for waiting in WAITING if threads > 1 else ("passive",):
+                found = timed(threads, waiting, model)
                 cells = " | ".join(f"{found[str(n)]:.1f}" for n in POSITIONS)
                 beside = "a busy process" if busy else "nothing"
-                lines.append(f"| {threads} | {policy.lower()} | {beside} | {cells} |")
+                lines.append(f"| {threads} | {waiting} | {beside} | {cells} |")
     finally:
         if spin is not None:
             spin.kill()

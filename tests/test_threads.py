@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spiffy.cli.threads import read_threads, set_threads, usable_cpus
+from spiffy.cli.threads import read_threads, set_threads, usable_cpus, wait_passively
 from spiffy.runtime import decoding_settings, load_model
 from spiffy.schemas import SpiffyError
 
@@ -75,3 +75,16 @@ def test_small_forwards_get_one_thread_and_a_number_is_taken_as_it_is() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_sleep_soon_unless_somebody_says_how_they_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "environ", {})
+    wait_passively()
+    assert [os.environ[name] for name in names] == ["PASSIVE", "3000", str(usable_cpus())]
+    for given in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "PASSIVE"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        wait_passively()
+        assert {**os.environ, "OMP_NUM_THREADS": ""} == {**given, "OMP_NUM_THREADS": ""}
