@@ -24,14 +24,14 @@ _FEW = 2e8
 
 #: How long one looks before it sleeps. To be woken takes longer than most waits; beside another
 #: process, to look ten times as long takes much longer still (studies/threads.py).
-_LOOKS = 3000
+LOOKS = 3000
 
 
 def wait_passively() -> None:
     """Let OpenMP's threads soon sleep while they wait; before anything imports torch or NumPy."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", str(_LOOKS))
+        os.environ.setdefault("GOMP_SPINCOUNT", str(LOOKS))
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
 
 

@@ -4,8 +4,8 @@ For some minutes clients ask for answers, whole or streamed, of several lengths,
 temperature; some hang up in the middle, and one in twenty requests is bad. In the end no request
 may be stuck, every refusal must be the right one, every good answer must be plain decoding's, and
 the memory of the process must be what it was after the first fifth of the time. Exit code 1 if not.
-Memory is the median of a fifth of the time: single forwards over many drafts need 100 MB more for
-as long as they take, and come when they come; what is never given back stays in the median.
+Memory is the median of a fifth of the time: single forwards over many drafts need more for as long
+as they take, and come when they come; what is never given back stays in the median.
 
     python studies/soak.py --minutes 5
 """
@@ -37,7 +37,7 @@ _STUCK_SECONDS = 120
 _GROWTH = 0.05  # of memory
 _QUESTIONS = 12
 _GEN_LENGTH = 64
-_ONCE = ("memory kept", "server idle afterwards")  # true or not, in the end
+_MEMORY, _IDLE = "memory kept", "server idle afterwards"  # true or not, in the end
 
 _MESSAGES = [{"role": "user", "content": "How many?"}]
 BAD: list[tuple[bytes, int]] = [
@@ -225,7 +225,7 @@ def main() -> None:
             *options, "--device", "cpu", "--verify-share", "0.05", "--budget", args.budget
         ) as server:
             asyncio.run(soak(server, cases, args, report))
-            report.expect(idle(server), _ONCE[1], "jobs are left")
+            report.expect(idle(server), _IDLE, "jobs are left")
             names = ("forwards", "nfe", "cancelled", "accepted")
             for name in names:
                 report.counts[f"spiffy_{name}_total"] = int(server.sample(f"spiffy_{name}_total"))
@@ -237,7 +237,7 @@ def main() -> None:
     settled = [b for at, b in report.memory if at - began > 12 * args.minutes]
     fifth = max(1, len(settled) // 4)
     first, last = median(settled[:fifth]), median(settled[-fifth:])
-    report.expect(last <= first * (1 + _GROWTH), _ONCE[0], (first, last))
+    report.expect(last <= first * (1 + _GROWTH), _MEMORY, (first, last))
     block = (
         f"`python studies/soak.py --model {args.model} --minutes {args.minutes:g} --clients "
         f"{args.clients} --max-batch {args.max_batch} --max-waiting {args.max_waiting} --budget "
@@ -257,7 +257,7 @@ def main() -> None:
 
 def table(report: Report) -> str:
     """Markdown: what was counted."""
-    shown = {**report.counts, **{what: "yes" for what in _ONCE if report.counts[what]}}
+    shown = {**report.counts, **{what: "yes" for what in (_MEMORY, _IDLE) if report.counts[what]}}
     rows = [f"| {what} | {number} |" for what, number in sorted(shown.items())]
     return "\n".join(["| | |", "| --- | ---: |", *rows])
 

@@ -17,7 +17,7 @@ import sys
 import torch
 from pages import add_into, fill
 
-from spiffy.cli.threads import _LOOKS, usable_cpus
+from spiffy.cli.threads import LOOKS, usable_cpus
 from spiffy.runtime.budget.cost import device_name
 
 TIMED = """
@@ -45,8 +45,8 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 WAITING = {
     "active": {"OMP_WAIT_POLICY": "ACTIVE"},
     "passive": PASSIVE,
-    "soon passive": PASSIVE | {"GOMP_SPINCOUNT": str(_LOOKS)},
-    "later passive": PASSIVE | {"GOMP_SPINCOUNT": str(10 * _LOOKS)},
+    "soon passive": PASSIVE | {"GOMP_SPINCOUNT": str(LOOKS)},
+    "later passive": PASSIVE | {"GOMP_SPINCOUNT": str(10 * LOOKS)},
 }
 
 
