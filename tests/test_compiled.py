@@ -1,18 +1,29 @@
-"""Compiled once, a transformer decodes to the same tokens whatever rows its forwards hold."""
+"""Compiled once, a transformer decodes to the same tokens whatever rows its forwards hold.
+
+CUDA graphs are pretended: what a forward gave is written over by the next one.
+"""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from time import sleep
+from typing import Any
 
 import pytest
 import torch
 from device_cases import drafter, outcome, tasks_of
 from helpers import PARITY, random_prompt
+from torch import Tensor
 from torch._dynamo.utils import counters
+from transformers.modeling_outputs import BaseModelOutput
 
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import make_task
+from spiffy.runtime.models import compiled as ours
+from spiffy.runtime.models.base import Compiled
+from spiffy.runtime.models.compiled import Captured, compile_transformer
 from spiffy.schemas import SpiffyError
 
 WAYS = ("plain", "graph", "model")
@@ -77,6 +88,109 @@ def test_compiled_models_stay_in_their_process(compiled: DiffusionLM) -> None:
         pickle.dumps(compiled)
 
 
+class Graphs:
+    """Pretends to be captured as CUDA graphs: all that it gave is gone when it is called again."""
+
+    def __init__(self, transformer: Callable[..., Any]) -> None:
+        self.transformer = transformer
+        self.given: list[Tensor] = []
+        self.sizes: set[int] = set()
+
+    def __call__(self, *, input_ids: Tensor, **others: Any) -> Any:
+        for before in self.given:
+            before.fill_(torch.nan)
+        self.sizes.add(input_ids.shape[1])
+        found = self.transformer(input_ids=input_ids, **others)
+        self.given.append(found.last_hidden_state)
+        return found
+
+
+class Slow(Graphs):
+    def __call__(self, **inputs: Any) -> Any:
+        sleep(0.02)
+        return super().__call__(**inputs)
+
+
+class Stale(Graphs):
+    """As if attention had been captured, too: of the first rows, whatever is asked later."""
+
+    def __init__(self, transformer: Callable[..., Any]) -> None:
+        super().__init__(transformer)
+        self.first: dict[int, Tensor] = {}
+
+    def __call__(self, *, input_ids: Tensor, **others: Any) -> Any:
+        found = super().__call__(input_ids=input_ids, **others).last_hidden_state
+        return BaseModelOutput(self.first.setdefault(input_ids.shape[1], found.clone()))
+
+
+class Broken(Graphs):
+    def __call__(self, **inputs: Any) -> Any:
+        raise RuntimeError("no memory\nfor graphs")
+
+
+@pytest.fixture
+def plain() -> DiffusionLM:
+    return load_model(str(PARITY / "sdar-a"), device="cpu", dtype="float64")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forwards_that_are_captured_give_the_same_tokens(
+    plain: DiffusionLM, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded to a few sizes; longer ones are not captured."""
+    monkeypatch.setattr(ours, "CAPTURED", (8, 24))
+    longer: list[int] = []
+
+    def usual(*, input_ids: Tensor, **others: Any) -> Any:
+        longer.append(input_ids.shape[1])
+        return plain.module.model(input_ids=input_ids, **others)  # type: ignore[operator]
+
+    graphs = Graphs(plain.module.model)  # type: ignore[arg-type]
+    captured = plain.but(compiled=Compiled(Captured(usual, graphs)))
+    options = {"gen_length": 12, "block_length": 4}
+    for sequences in (1, 3, 8):
+        found = outcome(captured, tasks_of(captured, sequences, way, **options))
+        assert found.values == outcome(plain, tasks_of(plain, sequences, way, **options)).values
+    assert graphs.sizes == {8, 24}
+    assert min(longer) > 24
+
+
+@pytest.mark.parametrize(
+    ("kind", "usually", "said"),
+    [
+        (Graphs, 0.02, "times as fast"),
+        (Slow, 0.0, "no CUDA graphs: 2"),
+        (Stale, 0.02, "no CUDA graphs: 6 positions are off by"),
+        (Broken, 0.02, "no CUDA graphs: RuntimeError: no memory for graphs"),
+    ],
+)
+def test_cuda_graphs_are_used_where_they_are_right_and_faster(
+    plain: DiffusionLM,
+    kind: type[Graphs],
+    usually: float,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def whole(module: Any, *, capture: bool = False) -> Callable[..., Any]:
+        if capture:
+            return kind(module.model)
+
+        def usual(**inputs: Any) -> Any:
+            sleep(usually)
+            return module.model(**inputs)
+
+        return usual
+
+    monkeypatch.setattr(ours, "launches_kernels", lambda device: True)
+    monkeypatch.setattr(ours, "_whole", whole)
+    monkeypatch.setattr(ours, "_masked", lambda model: None)
+    compile_transformer(plain)
+    assert plain.compiled is not None
+    assert isinstance(plain.compiled.transformer, Captured) == (kind is Graphs)
+    assert said in caplog.text
+
+
 def test_what_torch_cannot_compile_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -88,3 +202,17 @@ def test_what_torch_cannot_compile_is_refused(
         load_model(str(PARITY / "sdar-a"), device="cpu", compile=True)
     with pytest.raises(SpiffyError, match="compile 'no': give True or False"):
         load_model(str(PARITY / "sdar-a"), compile="no")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_for_a_gpu_it_gives_what_the_cpu_gives(way: str, plain: DiffusionLM) -> None:
+    """In float64; which of CUDA graphs and FlexAttention are used is said when it is loaded."""
+    fast = load_model(str(PARITY / "sdar-a"), device="cuda", dtype="float64", compile=True)
+    before = graphs()
+    for sequences in (1, 3):
+        options = {"gen_length": 12, "block_length": 4}
+        found = outcome(fast, tasks_of(fast, sequences, way, **options))
+        assert found.values == outcome(plain, tasks_of(plain, sequences, way, **options)).values
+    assert graphs() == before

@@ -24,7 +24,6 @@ from spiffy.runtime.decode import (
     keys_of,
     looked_at,
     may_complete,
-    synchronize,
 )
 from spiffy.runtime.draft import Drafter, rank_candidates
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
@@ -32,6 +31,7 @@ from spiffy.runtime.forward.cache import CACHES, Cache, Forwards
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import forward
 from spiffy.runtime.forward.question import Reader
+from spiffy.runtime.models.device import synchronize
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import CostPoint, CostProfile, SpiffyError

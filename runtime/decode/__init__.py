@@ -4,7 +4,7 @@
 `driver` runs one or many at a time.
 """
 
-from spiffy.runtime.decode.driver import Scheduler, is_out_of_memory, run, synchronize
+from spiffy.runtime.decode.driver import Scheduler, is_out_of_memory, run
 from spiffy.runtime.decode.loop import (
     denoise,
     denoising_step,
@@ -32,5 +32,4 @@ __all__ = [
     "may_complete",
     "planned",
     "run",
-    "synchronize",
 ]

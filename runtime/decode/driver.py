@@ -12,14 +12,8 @@ from spiffy.runtime.decode.loop import Decoding, TooLargeError, denoise
 from spiffy.runtime.decode.task import Task
 from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.device import synchronize
 from spiffy.schemas.records import MAX_NODES
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device: a launched kernel is not a finished one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
 
 _Running = tuple[Task, Decoding, list[Row]]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -118,14 +118,29 @@ class Group(NamedTuple):
     whole: int | None = None
 
 
+class Masked(Protocol):
+    """A kernel for attention under a mask."""
+
+    def prepared(self, mask: Tensor) -> Any:
+        """What it makes of a mask (bool [query, keys]) once for all layers."""
+        ...
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
+    ) -> Tensor:
+        """From [rows, heads, query or keys, head_dim] each to [rows, heads, query, head_dim]."""
+        ...
+
+
 class _Arrangement:
     """The groups of one forward, and the attention that computes each of them."""
 
-    def __init__(self, groups: Sequence[Group], attention: str) -> None:
+    def __init__(self, groups: Sequence[Group], attention: str, masked: Masked | None) -> None:
         self.groups = groups
         self.attention = attention
+        self.masked = masked
         self.layers = 0  # that attended
-        self._masks: dict[tuple[Any, ...], Tensor] = {}  # made once, for all layers
+        self._masks: dict[tuple[Any, ...], Any] = {}  # made once, for all layers
         for group in groups:
             if group.kept is not None:
                 group.kept.reserve(group.keys)
@@ -148,7 +163,7 @@ class _Arrangement:
         for which, group in enumerate(self.groups):
             stop = start + group.rows * group.length
             own = [query, key, value]
-            if len(self.groups) > 1:
+            if start or stop < query.shape[2]:
                 own = [part[:, :, start:stop] for part in own]
             if group.kept is not None:
                 own[1:] = group.kept.put(number, own[1:], group.places, group.keys)
@@ -157,6 +172,8 @@ class _Arrangement:
             out = self._attended(layer, which, *own, **options)
             found.append(out.flatten(0, 1))
             start = stop
+        if padding := query.shape[2] - start:  # whose values nobody reads
+            found.append(out.new_zeros(padding, *out.shape[2:]))
         return (found[0] if len(found) == 1 else torch.cat(found))[None]
 
     def _attended(
@@ -174,9 +191,23 @@ class _Arrangement:
         rows, heads, length, width = query.shape
         shared = heads // key.shape[1]
         below = query.reshape(rows, heads // shared, shared * length, width)
-        mask = self._added(which, shared, query)
-        out = scaled_dot_product_attention(below, key, value, mask, scale=options["scaling"])
+        if self.masked is not None and self.groups[which].mask is not None:
+            prepared = self._prepared(which, shared, query)
+            out = self.masked(below, key, value, prepared, options["scaling"])
+        else:
+            mask = self._added(which, shared, query)
+            out = scaled_dot_product_attention(below, key, value, mask, scale=options["scaling"])
         return out.reshape(rows, heads, length, -1).transpose(1, 2)
+
+    def _prepared(self, which: int, shared: int, query: Tensor) -> Any:
+        """A group's mask as `masked` wants it, for [.., shared * length, keys]."""
+        mask = self.groups[which].mask
+        assert self.masked is not None
+        assert mask is not None
+        made = (which, shared, "prepared")
+        if made not in self._masks:
+            self._masks[made] = self.masked.prepared(mask.to(query.device).repeat(shared, 1))
+        return self._masks[made]
 
     def _seen(self, which: int, query: Tensor, key: Tensor) -> Tensor:
         """What a group attends to, bool [1, 1, length, keys]."""
@@ -186,7 +217,7 @@ class _Arrangement:
             if mask is None:
                 mask = query.new_ones((query.shape[2], key.shape[2]), dtype=torch.bool)
             self._masks[made] = mask.to(query.device)[None, None]
-        return self._masks[made]
+        return self._masks[made]  # type: ignore[no-any-return]
 
     def _added(self, which: int, shared: int, query: Tensor) -> Tensor | None:
         """A group's mask, to be added to scores [.., shared * length, keys]."""
@@ -199,7 +230,7 @@ class _Arrangement:
             mask = mask.to(query.device).repeat(shared, 1)
             hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
             self._masks[made] = hidden.masked_fill_(~mask, -torch.inf)[None, None]
-        return self._masks[made]
+        return self._masks[made]  # type: ignore[no-any-return]
 
 
 def _apart(part: Tensor, rows: int) -> Tensor:
@@ -228,18 +259,21 @@ def attention_of(config: Any) -> str | None:
 
 
 @contextmanager
-def arranged(config: Any, groups: Sequence[Group]) -> Iterator[_Arrangement]:
+def arranged(
+    config: Any, groups: Sequence[Group], masked: Masked | None = None
+) -> Iterator[_Arrangement]:
     """Let the layers of a module (`config` is theirs) attend by groups, in this thread.
 
     For as long as this lasts the config names this module's attention; whoever else calls the
-    module meanwhile gets its own.
+    module meanwhile gets its own. Where there is a mask, `masked` stands for torch's usual
+    attention, if it is given.
     """
     with _LOCK:
         own, forwards = _LENT.get(id(config)) or (config._attn_implementation, 0)
         _LENT[id(config)] = _Lent(own, forwards + 1)
         if not forwards:
             config._attn_implementation = _NAME
-    arrangement = _Arrangement(groups, own or "eager")
+    arrangement = _Arrangement(groups, own or "eager", masked)
     token = _ARRANGED.set(arrangement)
     try:
         yield arrangement
@@ -267,7 +301,8 @@ def _attend(
     return out, weights
 
 
-@torch.library.custom_op("spiffy::attend", mutates_args=())
+# CUDA graphs end before it and begin after it: captured, it would read the places of one forward.
+@torch.library.custom_op("spiffy::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _opaque(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
     """Attention as compiled code calls it, which knows nothing of rows, places, or prefixes.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from spiffy.runtime.models.attention import Group, arranged, attention_of
+from spiffy.runtime.models.attention import Group, Masked, arranged, attention_of
 from spiffy.runtime.models.block_size import is_published, stated_block_size
 from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.rotary import install, reach, whole_lengths
@@ -31,6 +32,22 @@ def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What torch compiled of a model.
+
+    Attributes
+    ----------
+    transformer
+        Takes and gives what the module's own does.
+    masked
+        Computes attention under masks; None: torch's usual attention does.
+    """
+
+    transformer: Callable[..., Any]
+    masked: Masked | None = None
+
+
 class DiffusionLM:
     """A masked diffusion language model of any family, ready to decode.
 
@@ -43,7 +60,7 @@ class DiffusionLM:
     tokenizer
         The checkpoint's tokenizer, or None if it ships none.
     compiled
-        The transformer as torch compiled it (`compile_transformer`), or None.
+        What torch compiled of it (`compile_transformer`), or None.
     mask_token_id, eos_token_ids, vocab_size, max_length
         Token ids, number of logits per position, and positions that training and RoPE reach.
     """
@@ -62,7 +79,7 @@ class DiffusionLM:
         fingerprint: str = "",
         tokenizer: Any = None,
         eos_token_ids: frozenset[int] = frozenset(),
-        compiled: Callable[..., Any] | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         self.module = module.eval()
         self.family = family
@@ -240,11 +257,12 @@ class DiffusionLM:
         module: Any = self.module
         # Has four dimensions, so that transformers makes no mask of it; nothing reads it.
         unread = ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
-        with arranged(module.config, groups) as arrangement, whole_lengths(groups):
-            # Compiled code takes one position for a special case, which it was not compiled for.
-            transformer = module.model
-            if self.compiled is not None and len(ids) > 1:
-                transformer = self.compiled
+        # Compiled code takes one position for a special case, which it was not compiled for.
+        compiled = self.compiled if len(ids) > 1 else None
+        transformer, masked = module.model, None
+        if compiled is not None:
+            transformer, masked = compiled.transformer, compiled.masked
+        with arranged(module.config, groups, masked) as arrangement, whole_lengths(groups):
             hidden = transformer(
                 input_ids=ids[None],
                 position_ids=positions[None],

@@ -75,7 +75,8 @@ def load_model(
         "int8": linear layers in 8 bits, by torchao, after any adapter; the output head stays.
     compile
         Let torch compile the transformer, which takes up to a minute and a C++ compiler (on a GPU
-        Triton), and less the next time. Forwards of any size take the same code.
+        Triton), and less the next time. Forwards of any size take the same code. On a GPU also
+        CUDA graphs and FlexAttention are tried, and used if they are right and faster.
 
     Raises
     ------

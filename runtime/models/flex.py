@@ -1,0 +1,187 @@
+"""Attention under a mask by a kernel that leaves out what nobody attends to: FlexAttention.
+
+In a forward over many drafts each state attends to the prefix, to itself and to few others. torch's
+usual attention computes all of that square and then hides most of it. Compiled for a GPU,
+FlexAttention knows the mask by tiles, leaves out the empty ones, and asks the mask only in those
+that are neither empty nor full.
+
+Whether that is faster is the machine's affair, and whether it is right has to be seen on it, so it
+is tried on the machine beside torch's usual attention (`better_masked`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from spiffy.runtime.models.attention import Masked
+from spiffy.runtime.models.device import synchronize
+from spiffy.schemas.notes import note
+
+_TIMED = 10  # repetitions
+
+
+class Flex:
+    """FlexAttention as `attention.Masked`.
+
+    Parameters
+    ----------
+    attend
+        `flex_attention`, compiled or (slow, and the same) as it is.
+    """
+
+    def __init__(self, attend: Callable[..., Any] = flex_attention) -> None:
+        self._attend = attend
+
+    def prepared(self, mask: Tensor) -> BlockMask:
+        """A mask (bool [query, keys]) by tiles."""
+
+        def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return mask[query, key]
+
+        queries, keys = mask.shape
+        return create_block_mask(attends, None, None, queries, keys, device=mask.device)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float
+    ) -> Tensor:
+        """See `attention.Masked`."""
+        out: Tensor = self._attend(query, key, value, block_mask=mask, scale=scaling)
+        return out
+
+
+class _Usual:
+    """torch's usual attention, as `attention.Masked`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def prepared(self, mask: Tensor) -> Tensor:
+        hidden = torch.zeros(mask.shape, dtype=self._dtype, device=mask.device)
+        return hidden.masked_fill_(~mask, -torch.inf)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
+    ) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+
+
+class Shape(NamedTuple):
+    """What a model's attention looks like; `shared` heads have the same keys and values."""
+
+    heads: int
+    shared: int
+    width: int
+    layers: int
+
+
+class _Forward(NamedTuple):
+    """One layer's attention in a forward over a root and some drafts, of random numbers."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+    scaling: float
+
+    @classmethod
+    def over(cls, case: _Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> _Forward:
+        """Every state sees the prefix, the root, and itself; heads that share keys lie below."""
+        state = torch.arange(1 + case.drafts).repeat_interleave(case.block)
+        own = (state[:, None] == state) | (state == 0)
+        seen = torch.cat((own.new_ones(len(state), case.prefix), own), dim=1)
+        mask = seen.repeat(shape.shared, 1).to(device)
+        draw = torch.Generator().manual_seed(0)
+        query, key, value = (
+            torch.randn(1, shape.heads // shape.shared, n, shape.width, generator=draw)
+            for n in (mask.shape[0], mask.shape[1], mask.shape[1])
+        )
+        query, key, value = (part.to(device, dtype) for part in (query, key, value))
+        return cls(query, key, value, mask, shape.width**-0.5)
+
+    def off(self, way: Masked) -> float:
+        """How far a way of computing it is from float64's result, at most."""
+        exact = scaled_dot_product_attention(
+            self.query.double(),
+            self.key.double(),
+            self.value.double(),
+            self.mask,
+            scale=self.scaling,
+        )
+        return (self.through(way, way.prepared(self.mask)) - exact).abs().max().item()
+
+    def seconds(self, way: Masked, layers: int) -> float:
+        """Of all layers, and of what is made of the mask for them, the median."""
+        times = []
+        for _ in range(_TIMED):
+            synchronize(self.mask.device)
+            started = perf_counter()
+            prepared = way.prepared(self.mask)
+            for _ in range(layers):
+                self.through(way, prepared)
+            synchronize(self.mask.device)
+            times.append(perf_counter() - started)
+        return median(times)
+
+    def through(self, way: Masked, prepared: Any) -> Tensor:
+        """Attention's result, with the mask as that way has prepared it."""
+        return way(self.query, self.key, self.value, prepared, self.scaling)
+
+
+class _Case(NamedTuple):
+    """Sizes of a forward."""
+
+    drafts: int
+    block: int
+    prefix: int
+
+
+# The first two are compiled, which has to do for others; the last one is timed.
+_CASES = (_Case(3, 4, 33), _Case(8, 8, 100), _Case(5, 7, 300), _Case(32, 32, 500))
+
+
+@torch.inference_mode()
+def better_masked(shape: Shape, dtype: torch.dtype, device: torch.device) -> Flex | None:
+    """FlexAttention, compiled, if it is as exact as torch's usual attention here, and faster.
+
+    As exact: at most twice as far from what float64 gives. It must not be compiled for every shape
+    anew.
+    """
+    flex = Flex(_compiled())
+    try:
+        why = _against(flex, shape, dtype, device)
+    except Exception as error:  # of any part of the compiler
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if why is None:
+        note("attention under masks is FlexAttention's: as exact as torch's usual one, and faster")
+        return flex
+    note(f"attention under masks is torch's usual one; FlexAttention is not used: {why}")
+    return None
+
+
+def _against(flex: Flex, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What speaks against it, if anything does."""
+    usual, compiled = _Usual(dtype), 0
+    for number, case in enumerate(_CASES):
+        forward = _Forward.over(case, shape, dtype, device)
+        off, usually = forward.off(flex), forward.off(usual)
+        if not off <= 2 * usually:
+            return f"it is off by {off:.2g}, the usual one by {usually:.2g}"
+        before, compiled = compiled, counters["stats"]["unique_graphs"]
+        if number > 1 and compiled > before:
+            return "it is compiled for every shape anew"
+    takes, usually = (1000 * forward.seconds(way, shape.layers) for way in (flex, usual))
+    return None if takes < usually else f"it takes {takes:.2f} ms, the usual one {usually:.2f} ms"
+
+
+def _compiled() -> Callable[..., Any]:
+    """For any number of queries and keys."""
+    return torch.compile(flex_attention, dynamic=True)
