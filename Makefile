@@ -12,7 +12,7 @@ help:
 	@echo "make demo          four tiny models with and without drafts, and a real model's size"
 	@echo "make test          run the whole test suite"
 	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
-	@echo "make results       measure the other tables in docs/ again (two hours and a half)"
+	@echo "make results       measure the other tables in docs/ again (three hours and a half)"
 	@echo "make lint types    ruff and who may import whom; mypy --strict on the installed layout"
 	@echo "make imports       which room of the package imports which"
 	@echo "make docs          the pages in docs/ and the API reference as a site, in .work/site"
@@ -33,7 +33,7 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python studies/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into docs/results.md README.md
 
-LOAD := --seconds 20 --turns 2 --warm-up 10
+LOAD := --seconds 24 --turns 6 --warm-up 10
 results: $(READY)
 	$(BIN)/python studies/losslessness.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/losslessness.md
 	$(BIN)/python studies/edges.py --into docs/results-edges.md
@@ -49,10 +49,13 @@ results: $(READY)
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --prompts 1 --budgets 2,4 \
 		--key real-sizes-1.7b --into docs/results-time.md
-	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-llada,tiny-dream --prompts 1 --budgets 1,2,4 \
+	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b,qwen3-1.7b --models tiny-llada,tiny-dream --prompts 1 \
+		--budgets 1,2,4 \
 		--key real-sizes-block-32 --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --blocks 8 --dtypes bfloat16 \
 		--budgets 2,4 --key real-sizes-bfloat16 --into docs/results-time.md
+	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --blocks 8 --dtypes bfloat16 --prompts 1 \
+		--budgets 2,4 --key real-sizes-bfloat16-1.7b --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-sdar --blocks 8 --weights disk --prompts 1 \
 		--budgets 2,8 --key real-sizes-disk --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md
@@ -60,7 +63,7 @@ results: $(READY)
 	$(BIN)/python studies/load.py --model tiny-llada --cache dual --clients 1 4 16 --lengths 64 32 96 $(LOAD) \
 		--into docs/serving.md
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 16 --lengths 32 16 24 \
-		--seconds 40 --turns 1 --warm-up 20 --into docs/serving.md
+		--seconds 60 --turns 3 --warm-up 20 --into docs/serving.md
 	$(BIN)/python studies/soak.py --into docs/serving.md
 	$(BIN)/python studies/harness.py --into docs/integrations.md
 

@@ -238,6 +238,27 @@ def test_where_nothing_pays_it_tries_more_and_more_seldom() -> None:
         assert sum(drafting[1500:2500]) <= 10
 
 
+@pytest.mark.parametrize(("plain", "least", "most"), [(1.0, 200, 320), (0.003, 60, 160)])
+def test_of_short_plain_forwards_fewer_are_learned_from(
+    plain: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no drafts pay: learning takes the same time however small a model is."""
+    heard = []
+    observe = ForwardSeconds.observe
+
+    def counted(curve: ForwardSeconds, drafts: int, seconds: float) -> None:
+        heard.append(drafts)
+        observe(curve, drafts, seconds)
+
+    monkeypatch.setattr(ForwardSeconds, "observe", counted)
+    controller = Controller(regret.EXPECTED, 8)
+    controller.start(1.0)
+    for _ in range(800):
+        choice = controller.choose()
+        controller.learn(choice, 1, plain * (1 + choice.drafts), 0.0)
+    assert least < heard.count(0) / len(controller.steps) < most
+
+
 def test_one_interrupted_forward_changes_nothing() -> None:
     controller = Controller(regret.EXPECTED, 8)
     controller.start(1.0)

@@ -35,7 +35,12 @@ LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 _KEPT = 5  # forwards whose drafting counts
 _PLAN_EVERY = 6  # forwards,
-_PLAN_PLAIN = 12  # where no drafts pay: planning takes time, too
+_PLAN_PLAIN = 12  # where no drafts pay: planning takes time, too,
+_PLAN_SECONDS = 0.06  # so small models plan less often,
+_PLAN_SELDOM = 36  # but at least once in so many,
+_LEARN_EVERY = 3  # and of plain forwards in a row learn from one of so many, or,
+_LEARN_SECONDS = 0.02  # as many as this takes,
+_LEARN_SELDOM = 8  # but no more
 _TRY = 2  # forwards of a try,
 _DEAR = 0.3  # but a single one where it is known to lose this much of a plain forward,
 _PLAIN_LOOK = 3  # and of plain ones, by which all others are measured,
@@ -123,6 +128,7 @@ class Controller:
         self._share = 1.0
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
+        self._every = _LEARN_EVERY
         self._try: _Try | None = None
         self._allowed = self._lost = 0.0
         self._owed = 0.0  # plain forwards that would have made the same steps sooner
@@ -244,12 +250,14 @@ class Controller:
             self._start_anew(choice)
 
     def _rests(self, choice: Choice) -> bool:
-        """Whether it is one of many plain forwards: of those every third is learned from.
+        """Whether it is one of many plain forwards, of which only some are learned from.
 
-        The forwards of small models take milliseconds, and learning from one a hundredth of that.
+        The forwards of small models take milliseconds, and learning from one, when the forward has
+        emptied the processor's caches, a fiftieth of that.
         """
         plain = choice == PLAIN == self._now == self._before_this
-        return plain and self._try is None and self._plain.surely_knows(0) and self._left % 3 > 0
+        known = plain and self._try is None and self._plain.surely_knows(0)
+        return known and self._left % self._every > 0
 
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""
@@ -313,10 +321,14 @@ class Controller:
         # What was promised was not kept: promise more, try nothing.
         elif self.seconds_per_step(best) > (1 - _DOUBTED) * self.seconds_per_step(PLAIN):
             best = PLAIN
-        if found is None:
-            self._now, self._left = best, _PLAN_PLAIN if best == PLAIN else _PLAN_EVERY
-        else:
+        if found is not None:
             self._look_at(found, best)
+        elif best != PLAIN:
+            self._now, self._left = best, _PLAN_EVERY
+        else:
+            plain = self._pace.value * self._plain.expected(0)
+            self._now, self._left = best, _within(_PLAN_PLAIN, _PLAN_SECONDS / plain, _PLAN_SELDOM)
+            self._every = _within(_LEARN_EVERY, _LEARN_SECONDS / plain, _LEARN_SELDOM)
 
     def _look_at(self, choice: Choice, best: Choice) -> None:
         """Try a choice for a few forwards; `best` is what would be chosen as far as is known."""
@@ -479,3 +491,7 @@ class Controller:
             # As it took: what slows forwards need not slow the host; it is soon seen if it does.
             return median_low(recent) / self._pace.value
         return self._plain.expected(0) * (0.3 if worst else 0.1)
+
+
+def _within(least: int, number: float, most: int) -> int:
+    return max(least, min(round(number), most))
