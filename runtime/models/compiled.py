@@ -49,7 +49,7 @@ def compile_transformer(model: DiffusionLM) -> None:
     SpiffyError
         If torch cannot compile it as a whole, or has no compiler to do it with.
     """
-    note(f"compiling {model.name}: up to a minute the first time")
+    note(f"compiling {model.name}: up to a minute the first time, on a GPU a few")
     started = perf_counter()
     model.compiled = Compiled(_whole(model.module))
     try:
