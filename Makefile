@@ -63,7 +63,7 @@ results: $(READY)
 	$(BIN)/python studies/load.py --model tiny-llada --cache dual --clients 1 4 16 --lengths 64 32 96 $(LOAD) \
 		--into docs/serving.md
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 16 --lengths 32 16 24 \
-		--seconds 60 --turns 3 --warm-up 20 --into docs/serving.md
+		--seconds 48 --turns 3 --warm-up 16 --into docs/serving.md
 	$(BIN)/python studies/soak.py --into docs/serving.md
 	$(BIN)/python studies/harness.py --into docs/integrations.md
 

@@ -30,6 +30,11 @@ from itertools import count, cycle
 from pathlib import Path
 from time import perf_counter
 
+from spiffy.cli.threads import set_threads, wait_passively
+
+wait_passively()  # as servers do, before torch is imported
+
+# ruff: noqa: E402
 import httpx
 import torch
 from pages import add_into, fill
@@ -37,7 +42,6 @@ from rich.console import Console
 from serving import Server, calibrated, percentile, questions, serving
 
 from spiffy.bench.grow import grow
-from spiffy.cli.threads import set_threads
 from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
 from spiffy.runtime.generate import Budget
 from spiffy.schemas import DraftGraph
