@@ -21,7 +21,7 @@ from spiffy.cli.options import (
     spread,
 )
 from spiffy.cli.streams import write
-from spiffy.cli.threads import read_threads, set_threads
+from spiffy.cli.threads import apart, read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def serve(
 
         edges = decoding.block_edges()
         sock = bind(serving.host, serving.port)  # before the minutes that loading may take
-        lm = model.load(artifact, graph)
+        lm = apart(lambda: model.load(artifact, graph))  # the engine computes in another thread
         settings = decoding.settings(lm, artifact, model.any_model)
         set_threads(lm, settings, threads)
         if artifact is not None:
@@ -159,7 +159,7 @@ def serve(
             note_if_inexact(settings)
         engine = Engine(lm, settings, artifact, drafts, edges=edges, limits=serving.limits())
     with log.status("warming up"):
-        warm_up(engine, _QUESTION)
+        apart(lambda: warm_up(engine, _QUESTION))
     server = build(engine, serving.access(), decoding.seed)
     address = address_of(sock)
     listen(server, sock, serving.sockets(), lambda: write(_greeting(engine.name, address, serving)))

@@ -752,6 +752,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.Mo
 
     def warming(engine: Engine, prompt: str) -> None:
         warmed.append((prompt, printed.qsize()))
+        assert threading.current_thread() is not threading.main_thread()
 
     monkeypatch.setattr(warm_up, "warm_up", warming)
     seen: list[Any] = []

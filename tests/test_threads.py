@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
 import torch
 
-from spiffy.cli.threads import read_threads, set_threads, usable_cpus, wait_passively
+from spiffy.cli.threads import apart, read_threads, set_threads, usable_cpus, wait_passively
 from spiffy.runtime import decoding_settings, load_model
 from spiffy.schemas import SpiffyError
 
@@ -88,3 +92,39 @@ def test_threads_sleep_soon_unless_somebody_says_how_they_wait(
         monkeypatch.setattr(os, "environ", dict(given))
         wait_passively()
         assert {**os.environ, "OMP_NUM_THREADS": ""} == {**given, "OMP_NUM_THREADS": ""}
+
+
+def test_what_is_done_apart_has_a_thread_of_its_own_and_says_what_came_of_it() -> None:
+    place: ContextVar[str] = ContextVar("place")
+    place.set("here")
+    assert apart(place.get) == "here"
+    assert apart(threading.current_thread) is not threading.main_thread()
+    with pytest.raises(SpiffyError, match="in vain"):
+        apart(_fail)
+
+
+def _fail() -> None:
+    raise SpiffyError("in vain")
+
+
+COUNTED = """
+import os, sys, torch
+from spiffy.cli.threads import apart
+def threads(): return len(os.listdir("/proc/self/task"))
+def compute(): torch.rand(1 << 20).exp()
+torch.set_num_threads(2)
+before = threads()
+apart(compute)
+between = threads()
+compute()
+print(between - before, threads() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_what_computes_apart_leaves_no_threads_behind() -> None:
+    """As whoever computes in the main thread does."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", COUNTED]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]
