@@ -108,13 +108,16 @@ def _fail() -> None:
 
 
 COUNTED = """
-import os, sys, torch
+import os, sys, time, torch
 from spiffy.cli.threads import apart
 def threads(): return len(os.listdir("/proc/self/task"))
 def compute(): torch.rand(1 << 20).exp()
 torch.set_num_threads(2)
 before = threads()
 apart(compute)
+until = time.monotonic() + 30
+while threads() > before and time.monotonic() < until:
+    time.sleep(0.01)  # threads take a moment to end
 between = threads()
 compute()
 print(between - before, threads() - before)
