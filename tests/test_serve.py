@@ -585,6 +585,19 @@ def test_more_than_may_wait_is_told_to_come_later(
     assert client.chat.completions.create(model="tiny-sdar", messages=message()).choices
 
 
+def test_who_has_an_answer_may_ask_again_at_once(narrow: Here) -> None:
+    """Where there is room for one: its place is free before it is told."""
+    ended: queue.Queue[Event] = queue.Queue()
+
+    def ask_again(event: Event) -> None:
+        narrow.engine.submit([Job(narrow.engine.task(QUESTION, max_tokens=4), ended.put)])
+        ended.put(event)
+
+    narrow.engine.submit([Job(narrow.engine.task(QUESTION, max_tokens=4), ask_again)])
+    for _ in range(2):
+        assert isinstance(ended.get(timeout=SECONDS), Done)
+
+
 def test_more_connections_than_there_may_be_are_turned_away(narrow: Here) -> None:
     host, port = narrow.address.removeprefix("http://").split(":")
     idle = [socket.create_connection((host, int(port)), timeout=SECONDS) for _ in range(16)]

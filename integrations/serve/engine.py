@@ -425,8 +425,8 @@ class Engine:
 
     def _end(self, job: Job) -> None:
         del self._jobs[id(job.task)]
+        self._forget(job, ended=True)  # whoever has the answer may ask again at once
         event = job.end()
-        self._forget(job, ended=True)
         self.metrics.ended(job.task, event.ids if isinstance(event, Done) else None)
         if isinstance(event, Done) and self._draw.random() < self.limits.verify_share:
             self._keep_to_check(event)
