@@ -12,7 +12,7 @@ help:
 	@echo "make demo          four tiny models with and without drafts, and a real model's size"
 	@echo "make test          run the whole test suite"
 	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
-	@echo "make results       measure the other tables in docs/ again (three hours and a half)"
+	@echo "make results       measure the other tables in docs/ again (three hours)"
 	@echo "make lint types    ruff and who may import whom; mypy --strict on the installed layout"
 	@echo "make imports       which room of the package imports which"
 	@echo "make docs          the pages in docs/ and the API reference as a site, in .work/site"
@@ -49,13 +49,10 @@ results: $(READY)
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --prompts 1 --budgets 2,4 \
 		--key real-sizes-1.7b --into docs/results-time.md
-	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b,qwen3-1.7b --models tiny-llada,tiny-dream --prompts 1 \
-		--budgets 1,2,4 \
+	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-llada,tiny-dream --prompts 1 --budgets 1,2,4 \
 		--key real-sizes-block-32 --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --blocks 8 --dtypes bfloat16 \
 		--budgets 2,4 --key real-sizes-bfloat16 --into docs/results-time.md
-	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --blocks 8 --dtypes bfloat16 --prompts 1 \
-		--budgets 2,4 --key real-sizes-bfloat16-1.7b --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-sdar --blocks 8 --weights disk --prompts 1 \
 		--budgets 2,8 --key real-sizes-disk --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md

@@ -72,8 +72,8 @@ def apart(work: Callable[[], _Result]) -> _Result:
     """Do something in a thread of its own, for those who will compute in another one.
 
     Every thread that computes keeps OpenMP threads, and once a process has more of them than it
-    may use CPUs, all of them sleep at once where they would have looked: forwards over drafts of a
-    0.3B model took a third longer. These end with the thread.
+    may use CPUs, all of them sleep at once where they would have looked (docs/what-pays.md). These
+    end with the thread.
 
     Raises
     ------

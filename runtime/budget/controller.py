@@ -252,8 +252,8 @@ class Controller:
     def _rests(self, choice: Choice) -> bool:
         """Whether it is one of many plain forwards, of which only some are learned from.
 
-        The forwards of small models take milliseconds, and learning from one, when the forward has
-        emptied the processor's caches, a fiftieth of that.
+        The forwards of small models take milliseconds; beside these it counts what learning from
+        one takes, when it has emptied the processor's caches.
         """
         plain = choice == PLAIN == self._now == self._before_this
         known = plain and self._try is None and self._plain.surely_knows(0)

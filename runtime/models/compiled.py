@@ -12,9 +12,8 @@ faster.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from statistics import median
-from threading import Thread
 from time import perf_counter
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from spiffy.runtime.models.attention import Group, Masked
 from spiffy.runtime.models.base import Compiled, DiffusionLM
-from spiffy.runtime.models.device import synchronize
+from spiffy.runtime.models.device import median_seconds
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.notes import note
 
@@ -115,19 +114,14 @@ def _captured(model: DiffusionLM) -> Callable[..., Any]:
     assert model.compiled is not None
     usual = model.compiled.transformer
     captured = Captured(usual, _whole(model.module, capture=True))
-    failed: list[str] = []
-
-    def tried() -> None:
-        try:
-            failed.extend(_differences(model, captured))
-        except Exception as error:
-            failed.append(_said(error))
-
-    # Servers decode in a thread of their own, for which torch captures graphs of its own.
-    for attempt in (tried, lambda: _joined(tried)):
-        attempt()
-        if failed:
-            return _refused(usual, failed[0])
+    try:
+        with ThreadPoolExecutor(1) as other:  # servers decode in another thread: graphs of its own
+            wrong = _difference(model, captured)
+            wrong = wrong or other.submit(_difference, model, captured).result()
+    except Exception as error:
+        wrong = _said(error)
+    if wrong is not None:
+        return _refused(usual, wrong)
     seconds, usually = (_seconds(model, way) for way in (captured, usual))
     if seconds >= usually:
         return _refused(usual, f"{1000 * seconds:.2f} ms, without {1000 * usually:.2f} ms")
@@ -137,19 +131,13 @@ def _captured(model: DiffusionLM) -> Callable[..., Any]:
     return captured
 
 
-def _joined(work: Callable[[], None]) -> None:
-    thread = Thread(target=work)
-    thread.start()
-    thread.join()
-
-
 def _refused(usual: Callable[..., Any], why: str) -> Callable[..., Any]:
     note(f"no CUDA graphs: {why}")
     return usual
 
 
-def _differences(model: DiffusionLM, captured: Captured) -> list[str]:
-    """What is wrong with forwards of every size, captured and replayed, beside the usual ones.
+def _difference(model: DiffusionLM, captured: Captured) -> str | None:
+    """What is wrong with forwards of every size, captured and replayed, if anything is.
 
     The last one has other rows than those before it: a captured attention would be theirs.
     """
@@ -159,8 +147,8 @@ def _differences(model: DiffusionLM, captured: Captured) -> list[str]:
             found, right = (_hidden(model, way, groups) for way in (captured, captured.usual))
             off, scale = (found - right).abs().max().item(), right.abs().max().item()
             if not off <= torch.finfo(right.dtype).eps ** 0.5 * scale:
-                return [f"{positions} positions are off by {off:.2g}"]
-    return []
+                return f"{positions} positions are off by {off:.2g}"
+    return None
 
 
 @torch.inference_mode()
@@ -175,14 +163,7 @@ def _hidden(model: DiffusionLM, way: Callable[..., Any], groups: list[Group]) ->
 def _seconds(model: DiffusionLM, way: Callable[..., Any]) -> float:
     """Of a short forward, the median."""
     groups = [Group(1, CAPTURED[0], whole=CAPTURED[0])]
-    times = []
-    for _ in range(_TIMED):
-        synchronize(model.device)
-        started = perf_counter()
-        _hidden(model, way, groups)
-        synchronize(model.device)
-        times.append(perf_counter() - started)
-    return median(times)
+    return median_seconds(lambda: _hidden(model, way, groups), model.device, _TIMED)
 
 
 def _masked(model: DiffusionLM) -> Masked | None:

@@ -12,8 +12,6 @@ is tried on the machine beside torch's usual attention (`better_masked`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from spiffy.runtime.models.attention import Masked
-from spiffy.runtime.models.device import synchronize
+from spiffy.runtime.models.device import median_seconds
 from spiffy.schemas.notes import note
 
 _TIMED = 10  # repetitions
@@ -120,16 +118,13 @@ class _Forward(NamedTuple):
 
     def seconds(self, way: Masked, layers: int) -> float:
         """Of all layers, and of what is made of the mask for them, the median."""
-        times = []
-        for _ in range(_TIMED):
-            synchronize(self.mask.device)
-            started = perf_counter()
+
+        def attended() -> None:
             prepared = way.prepared(self.mask)
             for _ in range(layers):
                 self.through(way, prepared)
-            synchronize(self.mask.device)
-            times.append(perf_counter() - started)
-        return median(times)
+
+        return median_seconds(attended, self.mask.device, _TIMED)
 
     def through(self, way: Masked, prepared: Any) -> Tensor:
         """Attention's result, with the mask as that way has prepared it."""
