@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spiffy.schemas import SpiffyError
-from spiffy.schemas.errors import option
+from spiffy.schemas.errors import option, said
 from spiffy.schemas.io import is_unicode
 
 Text = str | list[dict[str, Any]]  # a user's message, or a conversation
@@ -353,6 +353,6 @@ def _parquet(content: bytes) -> _Records:
     try:
         rows = parquet.read_table(io.BytesIO(content)).to_pylist()
     except Exception as error:  # pyarrow raises many kinds
-        reason = " ".join(str(error).split())
+        reason = said(error)
         raise SpiffyError(f"not a Parquet file that can be read ({reason})") from None
     return [(f"record {number}", row) for number, row in enumerate(rows, start=1)]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from spiffy.calib.prompt_files import Found, Text, is_file_name, prompts_of, read_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.schemas import SpiffyError
-from spiffy.schemas.errors import printable
+from spiffy.schemas.errors import printable, said
 from spiffy.schemas.io import canonical_json
 
 
@@ -174,7 +174,7 @@ def _from_hub(name: str, source: HubDataset, field: str | None, skipped: list[st
     try:
         rows = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the hub's clients raise many kinds
-        reason = " ".join(str(error).split())
+        reason = said(error)
         where = f"{source.path}, split {source.split}"
         raise SpiffyError(
             f"dataset {name!r} ({where}) could not be loaded: {reason}; pass a file"

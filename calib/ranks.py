@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import said
 
 Opened = TypeVar("Opened")
 
@@ -68,7 +69,7 @@ class Ranks:
             try:
                 dist.init_process_group("gloo", timeout=timedelta(minutes=30))
             except (RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())
+                reason = said(error)
                 raise SpiffyError(f"rank {self.rank}: the ranks did not meet: {reason}") from None
 
     def wait(self) -> None:

@@ -21,6 +21,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from spiffy.schemas import CostProfile, DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.errors import said
 from spiffy.schemas.hub import GRAPH_FILE, Snapshot, answered, is_hub_id, snapshot
 
 _BEGIN, _END = "<!-- spiffy draft graph -->", "<!-- /spiffy draft graph -->"
@@ -259,7 +260,7 @@ def _merged(old: str | None, graph: DraftGraph, repo: str, weights_there: bool) 
         written = ModelCard(text)
         fresh["tags"] = list(dict.fromkeys([*(written.data.get("tags") or ()), *_TAGS]))
     except Exception as error:  # YAML's own, that it is no mapping, and tags that are no list
-        reason = " ".join(str(error).split())[:300]
+        reason = said(error, 300)
         raise SpiffyError(
             f"{repo}: the front matter of its README.md cannot be read ({reason}): mend it"
         ) from None
@@ -282,7 +283,7 @@ def _errors(repo: str, committing: bool = False) -> Iterator[None]:
             advice = ": the token is not valid; run `hf auth login`, or set HF_TOKEN"
         elif status == 403:
             advice = ": the token may not write there"
-        said = f"nothing was pushed{advice}"
+        outcome = f"nothing was pushed{advice}"
         if committing and status is None:  # the commit may have been made, and its answer lost
-            said = "it is not known whether the commit was made: look, or push again"
-        raise SpiffyError(f"{repo}: {said} ({answered(error)})") from None
+            outcome = "it is not known whether the commit was made: look, or push again"
+        raise SpiffyError(f"{repo}: {outcome} ({answered(error)})") from None

@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def said(error: BaseException, most: int | None = None) -> str:
+    """What an error of another library says, in one line, of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def _shortened(text: str) -> str:
     half = (MAX_MESSAGE - 5) // 2
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} ... {text[-half:]}"

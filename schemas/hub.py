@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from spiffy.schemas.errors import SpiffyError
+from spiffy.schemas.errors import SpiffyError, said
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import ModelRecord
 
@@ -101,7 +101,7 @@ def answered(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, LookupError | TypeError | AttributeError | json.JSONDecodeError):
         return "it answers what its client cannot read: is HF_ENDPOINT a hub?"
-    text = " ".join(str(error).split()).partition(" For more information check")[0]
+    text = said(error).partition(" For more information check")[0]
     return text[:300] or type(error).__name__
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spiffy.integrations.lm_eval import launch
 from spiffy.integrations.lm_eval.counts import Counts
 from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas.errors import said
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -258,7 +259,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
                 continue_final_message=not add_generation_prompt,
             )
         except Exception as error:  # a template is a program that came with the checkpoint
-            reason = " ".join(str(error).split())
+            reason = said(error)
             raise SpiffyError(f"{self.loaded.model.name}: its chat template: {reason}") from None
         conversation = Conversation(text)
         conversation.messages, conversation.begun = chat_history, not add_generation_prompt

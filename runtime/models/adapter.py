@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.source import Source, read_json
 from spiffy.schemas import SpiffyError
-from spiffy.schemas.errors import option
+from spiffy.schemas.errors import option, said
 
 _PREFIX = "base_model.model."
 _LORA = re.compile(
@@ -90,7 +90,7 @@ def read_adapter(name: str) -> Adapter:
     try:
         stored = load_file(path)
     except Exception as error:  # safetensors raises many kinds
-        raise SpiffyError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise SpiffyError(f"{path}: cannot be read: {said(error)}") from None
     for key in stored:
         if not key.startswith(_PREFIX):
             raise SpiffyError(

@@ -10,6 +10,7 @@ from spiffy.runtime.models.block_size import check_block_sizes
 from spiffy.runtime.models.family import Architecture, Family
 from spiffy.runtime.models.fields import check_entries
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import said
 
 # Entries of the families' configs that decide how much is built, and the most they may be.
 _SIZES = {
@@ -53,7 +54,7 @@ def checked_architecture(name: str, family: Family, config: Mapping[str, Any]) -
     except SpiffyError:
         raise
     except Exception as error:  # transformers' checks of absurd values raise many kinds
-        reason = " ".join(str(error).split())
+        reason = said(error)
         raise SpiffyError(f"{name}: config.json: {reason}") from None
     return architecture, module_config
 

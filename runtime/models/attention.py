@@ -132,6 +132,12 @@ class Masked(Protocol):
         ...
 
 
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (bool, any shape) as what is added to scores: 0 where it is True, -inf elsewhere."""
+    hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return hidden.masked_fill_(~mask, -torch.inf)
+
+
 class _Arrangement:
     """The groups of one forward, and the attention that computes each of them."""
 
@@ -228,8 +234,7 @@ class _Arrangement:
         if made not in self._masks:
             # Elsewhere than the other inputs only where a device map spreads the model.
             mask = mask.to(query.device).repeat(shared, 1)
-            hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-            self._masks[made] = hidden.masked_fill_(~mask, -torch.inf)[None, None]
+            self._masks[made] = added(mask, query.dtype)[None, None]
         return self._masks[made]  # type: ignore[no-any-return]
 
 

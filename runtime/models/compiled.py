@@ -26,6 +26,7 @@ from spiffy.runtime.models.attention import Group, Masked
 from spiffy.runtime.models.base import Compiled, DiffusionLM
 from spiffy.runtime.models.device import median_seconds
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import said
 from spiffy.schemas.notes import note
 
 #: Numbers of positions that CUDA graphs are captured of; a forward over fewer is padded to the
@@ -72,7 +73,7 @@ def launches_kernels(device: torch.device) -> bool:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {said(error, 300)}"
 
 
 def _whole(module: Any, *, capture: bool = False) -> Callable[..., Any]:

@@ -20,8 +20,9 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from spiffy.runtime.models.attention import Masked
+from spiffy.runtime.models.attention import Masked, added
 from spiffy.runtime.models.device import median_seconds
+from spiffy.schemas.errors import said
 from spiffy.schemas.notes import note
 
 _TIMED = 10  # repetitions
@@ -63,8 +64,7 @@ class _Usual:
         self._dtype = dtype
 
     def prepared(self, mask: Tensor) -> Tensor:
-        hidden = torch.zeros(mask.shape, dtype=self._dtype, device=mask.device)
-        return hidden.masked_fill_(~mask, -torch.inf)
+        return added(mask, self._dtype)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
@@ -154,7 +154,7 @@ def better_masked(shape: Shape, dtype: torch.dtype, device: torch.device) -> Fle
     try:
         why = _against(flex, shape, dtype, device)
     except Exception as error:  # of any part of the compiler
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        why = f"{type(error).__name__}: {said(error, 300)}"
     if why is None:
         note("attention under masks is FlexAttention's: as exact as torch's usual one, and faster")
         return flex

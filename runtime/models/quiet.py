@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from transformers.utils import logging as transformers_logging
 
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import said
 
 # transformers changes its own classes, torch's default dtype and its log level while it loads, and
 # puts them back: two loads at once would put back what the other had changed.
@@ -25,7 +26,7 @@ def loading(name: str, failure: str = "weights cannot be loaded") -> Iterator[No
         except SpiffyError:
             raise
         except Exception as error:  # what safetensors and transformers raise has no end
-            reason = " ".join(str(error).split())
+            reason = said(error)
             raise SpiffyError(f"{name}: {failure}: {reason}") from None
 
 

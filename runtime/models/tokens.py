@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from spiffy.runtime.models.source import Source, read_json
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import said
 from spiffy.schemas.notes import note
 
 # Tokens that end a turn of a chat: they always end an answer.
@@ -34,7 +35,7 @@ def read_tokenizer(source: Source) -> Any:
     except SpiffyError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
-        reason = " ".join(str(error).split())
+        reason = said(error)
         raise SpiffyError(f"{source.place}: its tokenizer cannot {does}: {reason}") from None
     return tokenizer
 

@@ -21,6 +21,7 @@ from spiffy.runtime.models.fields import refuse_windows, without_quantisation
 from spiffy.runtime.models.identity import differences, fingerprint
 from spiffy.runtime.models.tokens import check_tokenizer, end_tokens, with_mask_token
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import said
 
 # How far apart the same hidden states may come out of two forwards of other shapes, relative to how
 # far states of different tokens lie apart. In random models of 64 layers other kernels make 0.12 in
@@ -196,7 +197,7 @@ def check_attention(model: DiffusionLM) -> None:
     try:
         alone, packed = _both_ways(model)
     except Exception as error:  # of any kernel
-        reason = " ".join(str(error).split())[:300]
+        reason = said(error, 300)
         raise SpiffyError(
             f"{model.name}: its forward fails with the mask that drafts need (attention: "
             f"{attention}): {advice} ({type(error).__name__}: {reason})"
