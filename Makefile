@@ -33,7 +33,6 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python studies/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into docs/results.md README.md
 
-LOAD := --seconds 24 --turns 6 --warm-up 10
 results: $(READY)
 	$(BIN)/python studies/losslessness.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/losslessness.md
 	$(BIN)/python studies/edges.py --into docs/results-edges.md
@@ -51,14 +50,19 @@ results: $(READY)
 		--key real-sizes-1.7b --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-llada,tiny-dream --prompts 1 --budgets 1,2,4 \
 		--key real-sizes-block-32 --into docs/results-time.md
+	$(BIN)/python studies/real_sizes.py --shapes qwen3-0.6b,qwen3-1.7b --models tiny-llada,tiny-dream --prompts 1 \
+		--budgets 1,2,4 --key real-sizes-block-32-larger --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --blocks 8 --dtypes bfloat16 \
 		--budgets 2,4 --key real-sizes-bfloat16 --into docs/results-time.md
+	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --blocks 8 --dtypes bfloat16 \
+		--prompts 1 --budgets 2,4 --key real-sizes-bfloat16-1.7b --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-sdar --blocks 8 --weights disk --prompts 1 \
 		--budgets 2,8 --key real-sizes-disk --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md
-	$(BIN)/python studies/load.py --model tiny-sdar --cache block $(LOAD) --into docs/serving.md
-	$(BIN)/python studies/load.py --model tiny-llada --cache dual --clients 1 4 16 --lengths 64 32 96 $(LOAD) \
+	$(BIN)/python studies/load.py --model tiny-sdar --cache block --seconds 48 --turns 12 --warm-up 10 \
 		--into docs/serving.md
+	$(BIN)/python studies/load.py --model tiny-llada --cache dual --clients 1 4 16 --lengths 64 32 96 \
+		--seconds 24 --turns 6 --warm-up 10 --into docs/serving.md
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 16 --lengths 32 16 24 \
 		--seconds 48 --turns 3 --warm-up 16 --into docs/serving.md
 	$(BIN)/python studies/soak.py --into docs/serving.md
