@@ -63,6 +63,11 @@ class WatchedAdviser:
         self.begin, self.turn, self.why = adviser.begin, adviser.turn, adviser.why
         self.calls: Calls = {}
 
+    @property
+    def rests(self) -> bool:
+        """See `spiffy.runtime.decode.Adviser`."""
+        return self.adviser.rests
+
     def advise(self) -> Advice:
         """See `spiffy.runtime.decode.Adviser`."""
         drafter, choice = self.adviser.advise()

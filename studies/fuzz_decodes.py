@@ -175,6 +175,8 @@ class Knows:
 class TakingTurns:
     """Another drafter, or none, for every forward."""
 
+    rests = False
+
     def __init__(self, drafters: Sequence[Drafter | None], rng: random.Random) -> None:
         self.drafters, self.rng = drafters, rng
 

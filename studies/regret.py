@@ -91,9 +91,9 @@ def decode(world: World, steps: int, seed: int) -> tuple[Controller, list[tuple[
     controller = Controller(EXPECTED, MOST)
     controller.start(1.0)
     forwards: list[tuple[Choice, int]] = []
-    left = steps
+    left, resting = steps, 0
     while left > 0:
-        choice = controller.choose()
+        choice = PLAIN if resting else controller.choose()
         seconds = world.curve(choice.drafts, len(forwards)) * rng.lognormvariate(0, world.noise)
         if rng.random() < 0.02:
             seconds *= rng.uniform(2, 6)
@@ -101,7 +101,12 @@ def decode(world: World, steps: int, seed: int) -> tuple[Controller, list[tuple[
             seconds *= 1.1
         made = 1 + (_accepted(rng, world.steps(choice) - 1, choice.drafts) if choice.way else 0)
         drafting = 0.0 if choice.way is None else world.drafting[choice.way]
-        controller.learn(choice, min(made, left), seconds, drafting)
+        if resting:
+            controller.rest(1, seconds)
+            resting -= 1
+        else:
+            controller.learn(choice, min(made, left), seconds, drafting)
+            resting = controller.resting
         forwards.append((choice, min(made, left)))
         left -= made
     return controller, forwards

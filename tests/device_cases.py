@@ -165,6 +165,7 @@ class Turns:
 
     drafters: Sequence[Drafter | None]
     asked: int = 0
+    rests: bool = False
 
     def begin(self, canvas: Canvas) -> None: ...
 

@@ -192,6 +192,8 @@ def test_one_that_does_not_fit_alone_ends_alone(monkeypatch: pytest.MonkeyPatch)
 class Adviser:
     """Counts the forwards that it hears of; never drafts."""
 
+    rests = False
+
     def __init__(self) -> None:
         self.turns: list[int] = []
 

@@ -191,6 +191,11 @@ class AutoBudget:
     ----------
     prior
         What forwards cost here as measured before, if it was.
+
+    Attributes
+    ----------
+    rests
+        See `Adviser`.
     """
 
     def __init__(
@@ -209,6 +214,7 @@ class AutoBudget:
         points = {who: [(p.drafts, p.steps) for p in curve] for who, curve in steps.items()}
         seconds = [] if prior is None else _pairs(prior.points)
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
+        self.rests = False
         self._drafters: dict[Choice, Drafter] = {}
 
     @property
@@ -225,6 +231,7 @@ class AutoBudget:
     def turn(self, sequences: int, seconds: float) -> None:
         """See `Adviser`."""
         self.shared.turn(sequences, seconds)
+        self.rests = self.shared.rests
 
     def advise(self) -> Advice:
         """See `Adviser`."""

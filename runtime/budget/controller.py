@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median_low
 
 from spiffy.runtime.budget.estimates import (
@@ -39,7 +39,7 @@ _PLAN_PLAIN = 12  # where no drafts pay: planning takes time, too,
 _PLAN_SECONDS = 0.06  # so small models plan less often,
 _PLAN_SELDOM = 36  # but at least once in so many,
 _LEARN_EVERY = 3  # and of plain forwards in a row learn from one of so many, or,
-_LEARN_SECONDS = 0.02  # as many as this takes,
+_LEARN_SECONDS = 0.02  # as many as this takes for each of its sequences,
 _LEARN_SELDOM = 8  # but no more
 _TRY = 2  # forwards of a try,
 _DEAR = 0.3  # but a single one where it is known to lose this much of a plain forward,
@@ -49,7 +49,8 @@ _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
 _SELDOM = 64  # up to so many times as many where looks at it were in vain,
 _PATIENT = 4  # and between any two looks, where no drafts pay
 _MARGIN = 0.04  # drafts must promise this much over plain decoding,
-_DOUBTED = 0.06  # or this much if they did not keep it
+_DOUBTED = 0.06  # or this much if they did not keep it,
+_SHARED = 0.08  # or this much where sequences share forwards, whose seconds vary more
 _ALLOWED_FIRST = 2.0  # plain forwards that tries may lose,
 _ALLOWED = 0.003  # and share of the time spent plainly,
 _ALLOWED_AHEAD = 0.006  # by drafts that pay;
@@ -102,6 +103,8 @@ class Controller:
         Most drafts per forward and sequence.
     seconds
         (drafts, seconds) of a forward as measured before, if it was.
+    sequences
+        About how many share a forward.
     worth
         What is learned of steps per forward, where several controllers share that.
     pace
@@ -111,9 +114,9 @@ class Controller:
     steps: Mapping[Selection, Points]
     most: int
     seconds: Points = ()
+    sequences: int = 1
     worth: ForwardSteps | None = None
     pace: Pace | None = None
-    used: Counter[Choice] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         numbers = [*(n for n in LADDER if n < self.most), self.most]
@@ -125,6 +128,7 @@ class Controller:
         self._drafting: dict[Selection, deque[float]] = {}
         self._tried: dict[Choice, int] = {}  # number of the forward
         self._vain: Counter[Choice | None] = Counter()  # tries in a row; None: all drafts'
+        self._margin = _MARGIN if self.sequences == 1 else _SHARED
         self._share = 1.0
         self._forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
@@ -204,12 +208,7 @@ class Controller:
         """
         self._keep_up()
         self._forwards += 1
-        self.used[choice] += sequences
         self._tried[choice] = self._forwards
-        if self._rests(choice):
-            self._allowed += _ALLOWED * forward / self._pace.value
-            self._owed *= _FORGIVEN
-            return
         # Right after forwards of another kind, the processor's caches are theirs; what differs
         # by far more than that is news even so.
         own, plain = self._own(choice), self._plain
@@ -249,15 +248,26 @@ class Controller:
         if changed:
             self._start_anew(choice)
 
-    def _rests(self, choice: Choice) -> bool:
-        """Whether it is one of many plain forwards, of which only some are learned from.
+    @property
+    def resting(self) -> int:
+        """How many forwards behind the one just chosen for are plain and not worth a word.
 
-        The forwards of small models take milliseconds; beside these it counts what learning from
-        one takes, when it has emptied the processor's caches.
+        Where no drafts pay, a few plain forwards say what all do. Those of small models take
+        milliseconds, beside which it counts what learning from one takes, when it has emptied the
+        processor's caches, and for every sequence.
         """
-        plain = choice == PLAIN == self._now == self._before_this
+        plain = self._now == self._before_this == PLAIN
         known = plain and self._try is None and self._plain.surely_knows(0)
-        return known and self._left % self._every > 0
+        return min(self._every - 1, self._left) if known else 0
+
+    def rest(self, forwards: int, seconds: float) -> None:
+        """Take in that so many of these were made, in seconds of all together."""
+        self._keep_up()
+        self._left -= forwards
+        self._forwards += forwards
+        self._tried[PLAIN] = self._forwards
+        self._allowed += _ALLOWED * seconds / self._pace.value
+        self._owed *= _FORGIVEN**forwards
 
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""
@@ -319,7 +329,7 @@ class Controller:
         if self._owed <= _MOST_OWED:
             found = self._worth_trying(best)
         # What was promised was not kept: promise more, try nothing.
-        elif self.seconds_per_step(best) > (1 - _DOUBTED) * self.seconds_per_step(PLAIN):
+        elif not self._promises(best, max(_DOUBTED, self._margin)):
             best = PLAIN
         if found is not None:
             self._look_at(found, best)
@@ -328,7 +338,8 @@ class Controller:
         else:
             plain = self._pace.value * self._plain.expected(0)
             self._now, self._left = best, _within(_PLAN_PLAIN, _PLAN_SECONDS / plain, _PLAN_SELDOM)
-            self._every = _within(_LEARN_EVERY, _LEARN_SECONDS / plain, _LEARN_SELDOM)
+            every = self.sequences * _LEARN_SECONDS / plain
+            self._every = _within(_LEARN_EVERY, every, _LEARN_SELDOM)
 
     def _look_at(self, choice: Choice, best: Choice) -> None:
         """Try a choice for a few forwards; `best` is what would be chosen as far as is known."""
@@ -403,8 +414,11 @@ class Controller:
         """The cheapest of what is known; drafts only where they promise something."""
         known = [c for c in self._choices if c.way is not None and c in self._tried]
         best = min(known, key=self.seconds_per_step, default=PLAIN)
-        promised = self.seconds_per_step(best) < (1 - _MARGIN) * self.seconds_per_step(PLAIN)
-        return best if promised else PLAIN
+        return best if self._promises(best, self._margin) else PLAIN
+
+    def _promises(self, choice: Choice, margin: float) -> bool:
+        """Whether it takes less than plain decoding by this share."""
+        return self.seconds_per_step(choice) < (1 - margin) * self.seconds_per_step(PLAIN)
 
     def _worth_trying(self, best: Choice) -> Choice | None:
         """A choice to be tried now: one that is unknown and promising, or one for a change.

@@ -11,7 +11,7 @@ one is worth the same steps and costs the same share of the forward whosever it 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,11 +35,30 @@ class _Told:
     drafting: float = 0.0
 
 
+@dataclass
+class _Rest:
+    """Plain forwards that nobody has to tell of: how many are left, were made, and took."""
+
+    controller: Controller
+    left: int
+    made: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.left -= 1
+        self.made += 1
+        self.seconds += seconds
+
+    def end(self) -> None:
+        self.controller.rest(self.made, self.seconds)
+
+
 class SharedController:
     """A `Controller` for every number of sequences.
 
     A driver calls `turn` after every forward, and every sequence then `learn`s of that forward and
-    `choose`s for the next one. The first choice holds for all of them.
+    `choose`s for the next one. The first choice holds for all of them. But while it `rests`, the
+    next forward is plain, and no sequence chooses for it or learns of it.
 
     Parameters
     ----------
@@ -60,15 +79,28 @@ class SharedController:
         self._told: dict[Choice, _Told] = {}
         self._choice: Choice | None = None
         self._chose = self._planned = 1  # for how many the last and the next choice were made
-        self.used: Counter[Choice] = Counter()
+        self._rest: _Rest | None = None  # under way
 
     @property
     def now(self) -> Controller:
         """The controller for as many sequences as the last forward held."""
         return self.crowds[self._crowd]
 
+    @property
+    def rests(self) -> bool:
+        """Whether the next forward is plain, and not worth a word."""
+        return self._rest is not None
+
     def turn(self, sequences: int, seconds: float) -> None:
         """Hear of a forward that so many sequences shared, and how long it took."""
+        if self._rest is not None:
+            self._rest.add(seconds)
+            if self._rest.left:
+                return
+            self._rest.end()
+            self._rest = None
+        elif self._choice is not None and (forwards := self.now.resting):
+            self._rest = _Rest(self.now, forwards)
         self._settle()
         self._seconds = seconds
         self._due, self._asked, self._choice = self._asked, 0, None
@@ -81,7 +113,7 @@ class SharedController:
         if crowd not in self.crowds:
             likely = self._likely_seconds(crowd)
             self.crowds[crowd] = Controller(
-                self.steps, self.most, likely, worth=self.worth, pace=self.pace
+                self.steps, self.most, likely, crowd, worth=self.worth, pace=self.pace
             )
         self._crowd = crowd
 
@@ -115,7 +147,6 @@ class SharedController:
         choices, self._told = self._told, {}
         for choice, told in choices.items():
             alike, share = told.sequences, told.sequences / self._sequences
-            self.used[choice] += alike
             steps = told.steps / alike
             fewer = self._sequences <= self._crowd / _SAME  # others join soon
             if share < _MOST or fewer or self._is_lost:

@@ -90,15 +90,15 @@ def denoise(task: Task) -> Decoding:
         if task.adviser is not None and advice is not None:
             steps = cursor.step - root.step
             task.adviser.learn(advice, steps, drafting + task.ready - drafted)
-            chosen = str(advice.choice)
-            stats.budgets[chosen] = stats.budgets.get(chosen, 0) + 1
 
         cache.settle(here, before)
         root, candidates, advice, drafting = cursor, None, None, 0.0
         if not root.finished and cache.takes_drafts(root):
             if task.adviser is not None:
-                advice = task.adviser.advise()
-                drafter = advice.drafter
+                advice = None if task.adviser.rests else task.adviser.advise()
+                drafter = None if advice is None else advice.drafter
+                chosen = "plain" if advice is None else str(advice.choice)
+                stats.budgets[chosen] = stats.budgets.get(chosen, 0) + 1
             if drafter is not None:
                 candidates = _candidates(
                     task,

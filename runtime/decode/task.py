@@ -74,6 +74,11 @@ class Advice(NamedTuple):
 class Adviser(Protocol):
     """Chooses the drafter of every forward that may have drafts, and is told what came of it."""
 
+    @property
+    def rests(self) -> bool:
+        """Whether it does neither for the next forward, which is plain; changes only in `turn`."""
+        ...
+
     def begin(self, canvas: Canvas) -> None:
         """Meet a sequence."""
         ...
