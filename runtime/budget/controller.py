@@ -28,6 +28,7 @@ from spiffy.runtime.budget.estimates import (
     Pace,
     Points,
 )
+from spiffy.runtime.budget.tries import Try
 from spiffy.runtime.draft import Selection
 
 #: Numbers of drafts that are tried.
@@ -66,32 +67,6 @@ _FAR_OFF = 1.5  # and one after forwards of another kind up to so many times as 
 
 
 @dataclass
-class _Try:
-    """A look at a choice, for a few forwards.
-
-    Attributes
-    ----------
-    instead
-        What would be chosen without it.
-    otherwise
-        Seconds per step of that,
-    plain
-        and of a plain forward, as far as was known when it began.
-    forwards, asked
-        Learned of, and chosen so far.
-    waited
-        Whether its end has been waited for.
-    """
-
-    instead: Choice
-    otherwise: float
-    plain: float
-    forwards: int = 0
-    asked: int = 0
-    waited: bool = False
-
-
-@dataclass
 class Controller:
     """Chooses the drafts of every forward that holds a certain number of sequences.
 
@@ -109,6 +84,11 @@ class Controller:
         What is learned of steps per forward, where several controllers share that.
     pace
         How fast the machine is at present, where several controllers share that.
+
+    Attributes
+    ----------
+    forwards
+        Made so far with its choices.
     """
 
     steps: Mapping[Selection, Points]
@@ -130,10 +110,10 @@ class Controller:
         self._vain: Counter[Choice | None] = Counter()  # tries in a row; None: all drafts'
         self._margin = _MARGIN if self.sequences == 1 else _SHARED
         self._share = 1.0
-        self._forwards = 0
+        self.forwards = 0
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
         self._every = _LEARN_EVERY
-        self._try: _Try | None = None
+        self._try: Try | None = None
         self._allowed = self._lost = 0.0
         self._owed = 0.0  # plain forwards that would have made the same steps sooner
         self._looked = 0
@@ -168,7 +148,7 @@ class Controller:
         """Who drafts the next forward, and up to how many."""
         self._keep_up()
         if self._left <= 0:
-            if not self._forwards:  # several sequences ask before the first forward has been made
+            if not self.forwards:  # several sequences ask before the first forward has been made
                 return PLAIN
             # Where sequences share forwards, one asks before all have told of the try's last one:
             # wait a forward, and no longer, for some end without a word.
@@ -207,8 +187,8 @@ class Controller:
             Of all in the forward: the others, which had just begun, waited for its drafts too.
         """
         self._keep_up()
-        self._forwards += 1
-        self._tried[choice] = self._forwards
+        self.forwards += 1
+        self._tried[choice] = self.forwards
         # Right after forwards of another kind, the processor's caches are theirs; what differs
         # by far more than that is news even so.
         own, plain = self._own(choice), self._plain
@@ -264,8 +244,8 @@ class Controller:
         """Take in that so many of these were made, in seconds of all together."""
         self._keep_up()
         self._left -= forwards
-        self._forwards += forwards
-        self._tried[PLAIN] = self._forwards
+        self.forwards += forwards
+        self._tried[PLAIN] = self.forwards
         self._allowed += _ALLOWED * seconds / self._pace.value
         self._owed *= _FORGIVEN**forwards
 
@@ -344,7 +324,7 @@ class Controller:
     def _look_at(self, choice: Choice, best: Choice) -> None:
         """Try a choice for a few forwards; `best` is what would be chosen as far as is known."""
         otherwise, plain = self.seconds_per_step(best), self._plain.expected(0)
-        self._try = _Try(best, otherwise, plain)
+        self._try = Try(best, otherwise, plain)
         self._now, self._left = choice, self._length(choice, otherwise)
 
     def _length(self, choice: Choice, otherwise: float) -> int:
@@ -364,7 +344,7 @@ class Controller:
         for what in (choice,) if choice == PLAIN else (choice, None):
             self._vain[what] = self._vain[what] + 1 if in_vain else 0
 
-    def _account(self, tried: _Try) -> None:
+    def _account(self, tried: Try) -> None:
         """Take in what a try has lost; plain forwards are what all others are measured by."""
         if self._now == PLAIN:
             self._compare(tried.plain)
@@ -378,7 +358,7 @@ class Controller:
         """Seconds that a forward may take, and its drafting; longer ones were interrupted."""
         return (1 + choice.drafts) * self._plain.expected(0) + self._drafting_seconds(choice)
 
-    def _hardly_believes(self, tried: _Try) -> bool:
+    def _hardly_believes(self, tried: Try) -> bool:
         """Whether too few plain forwards say that all has changed."""
         ratio = self._plain.expected(0) / tried.plain
         return not 1 / _APART < ratio < _APART and not self._plain.surely_knows(0)
@@ -405,7 +385,7 @@ class Controller:
         for curve in self._forward.values():
             curve.forget()
             curve.observe(0, before)
-        self._tried = {PLAIN: self._forwards}
+        self._tried = {PLAIN: self.forwards}
         self._vain.clear()
         self._allowed = self._lost = 0.0
         self._owed = min(self._owed, 0.0)
@@ -447,7 +427,7 @@ class Controller:
         if best != PLAIN and self._age(PLAIN) > self._seldom_enough(best):
             return PLAIN
         patience = min(1 << self._vain[None], _PATIENT) if best == PLAIN else 1
-        if self._forwards - self._looked < _LOOK_AGAIN * patience:
+        if self.forwards - self._looked < _LOOK_AGAIN * patience:
             return None
         # The machine may have drifted meanwhile; what seemed much dearer is looked at more seldom.
         due = [
@@ -458,7 +438,7 @@ class Controller:
         ]
         found = min(due, key=self._at_best, default=None)
         if found is not None:
-            self._looked = self._forwards
+            self._looked = self.forwards
         return found
 
     def _seldom_enough(self, best: Choice) -> float:
@@ -476,7 +456,7 @@ class Controller:
 
     def _age(self, choice: Choice) -> int:
         """Forwards since it was last tried."""
-        return self._forwards - self._tried.get(choice, 0)
+        return self.forwards - self._tried.get(choice, 0)
 
     def _at_worst(self, choice: Choice, now: float) -> float:
         """Seconds that one forward by this choice may lose, where a step costs `now` otherwise."""
