@@ -102,7 +102,7 @@ def decode(world: World, steps: int, seed: int) -> tuple[Controller, list[tuple[
         made = 1 + (_accepted(rng, world.steps(choice) - 1, choice.drafts) if choice.way else 0)
         drafting = 0.0 if choice.way is None else world.drafting[choice.way]
         if resting:
-            controller.rest(1, seconds)
+            controller.rest(seconds)
             resting -= 1
         else:
             controller.learn(choice, min(made, left), seconds, drafting)

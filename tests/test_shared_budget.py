@@ -102,6 +102,8 @@ def test_what_is_known_of_one_crowd_helps_the_next() -> None:
 def test_a_crowd_that_changes_by_one_stays_the_same() -> None:
     budget, _ = served(MACHINES["in between"], [8, 7, 8, 9, 8, 7] * 20, 3)
     assert set(budget.crowds) == {1, 8}
+    # All but the first one, which was chosen for before so many had been seen.
+    assert budget.crowds[8].forwards == 6 * 20 - 1
     assert list(CROWDS) == sorted(CROWDS)
 
 
@@ -137,7 +139,7 @@ def test_sequences_that_end_without_a_word_hold_nothing_up() -> None:
 def test_nobody_chooses_for_plain_forwards_or_tells_of_them_where_nothing_pays() -> None:
     """And then they are looked at again: many that become cheap are noticed."""
     budget = SharedController(regret.EXPECTED, 8)
-    asked, cheap = [], False
+    asked = []
     for forward in range(600):
         cheap = forward >= 300
         asked.append(not budget.rests)

@@ -240,14 +240,14 @@ class Controller:
         known = plain and self._try is None and self._plain.surely_knows(0)
         return min(self._every - 1, self._left) if known else 0
 
-    def rest(self, forwards: int, seconds: float) -> None:
-        """Take in that so many of these were made, in seconds of all together."""
+    def rest(self, seconds: float) -> None:
+        """Take in that one of these was made."""
         self._keep_up()
-        self._left -= forwards
-        self.forwards += forwards
+        self._left -= 1
+        self.forwards += 1
         self._tried[PLAIN] = self.forwards
         self._allowed += _ALLOWED * seconds / self._pace.value
-        self._owed *= _FORGIVEN**forwards
+        self._owed *= _FORGIVEN
 
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""

@@ -35,24 +35,6 @@ class _Told:
     drafting: float = 0.0
 
 
-@dataclass
-class _Rest:
-    """Plain forwards that nobody has to tell of: how many are left, were made, and took."""
-
-    controller: Controller
-    left: int
-    made: int = 0
-    seconds: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.left -= 1
-        self.made += 1
-        self.seconds += seconds
-
-    def end(self) -> None:
-        self.controller.rest(self.made, self.seconds)
-
-
 class SharedController:
     """A `Controller` for every number of sequences.
 
@@ -79,7 +61,7 @@ class SharedController:
         self._told: dict[Choice, _Told] = {}
         self._choice: Choice | None = None
         self._chose = self._planned = 1  # for how many the last and the next choice were made
-        self._rest: _Rest | None = None  # under way
+        self._resting = 0  # forwards to come
 
     @property
     def now(self) -> Controller:
@@ -89,25 +71,24 @@ class SharedController:
     @property
     def rests(self) -> bool:
         """Whether the next forward is plain, and not worth a word."""
-        return self._rest is not None
+        return self._resting > 0
 
     def turn(self, sequences: int, seconds: float) -> None:
         """Hear of a forward that so many sequences shared, and how long it took."""
-        if self._rest is not None:
-            self._rest.add(seconds)
-            if self._rest.left:
+        if self._resting:
+            self.now.rest(seconds)
+            self._resting -= 1
+            if self._resting:
                 return
-            self._rest.end()
-            self._rest = None
-        elif self._choice is not None and (forwards := self.now.resting):
-            self._rest = _Rest(self.now, forwards)
         self._settle()
+        chosen = self._choice is not None
         self._seconds = seconds
         self._due, self._asked, self._choice = self._asked, 0, None
         self._chose, self._sequences = self._planned, sequences
         self._recent.append(sequences)
         most = max(self._recent)
         if self._crowd / _SAME < most < self._crowd * _SAME:
+            self._resting = self.now.resting if chosen else 0
             return
         crowd = CROWDS[bisect_right(CROWDS, most) - 1]
         if crowd not in self.crowds:
