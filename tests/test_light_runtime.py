@@ -10,7 +10,7 @@ from helpers import PARITY
 
 BLOCKED = (
     *("networkx", "scipy", "datasets", "spiffy.calib", "spiffy.graphs"),
-    *("accelerate", "peft", "torchao"),  # of what users may ask for
+    *("accelerate", "numba", "peft", "torchao"),  # of what users may ask for
 )
 
 SCRIPT = """
@@ -21,7 +21,8 @@ for name in {blocked!r}:
 
 import spiffy.runtime
 for module in pkgutil.walk_packages(spiffy.runtime.__path__, "spiffy.runtime."):
-    importlib.import_module(module.name)
+    if not module.name.startswith("spiffy.runtime.draft.compiled"):  # used where numba is
+        importlib.import_module(module.name)
 
 import torch
 from spiffy.runtime import load_model

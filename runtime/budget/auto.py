@@ -20,7 +20,13 @@ from spiffy.runtime.budget.cost import cost_profile, known_profile
 from spiffy.runtime.budget.estimates import PLAIN, Choice, interpolated
 from spiffy.runtime.budget.shared import SharedController
 from spiffy.runtime.decode import Advice, Task
-from spiffy.runtime.draft import AcceptanceDrafter, Drafter, Selection, way_of
+from spiffy.runtime.draft import (
+    AcceptanceDrafter,
+    Drafter,
+    Selection,
+    fastest_search,
+    way_of,
+)
 from spiffy.runtime.draft.acceptance import acceptance_of
 from spiffy.runtime.draft.artifact import same_steps
 from spiffy.runtime.draft.ngrams import Floats
@@ -211,6 +217,8 @@ class AutoBudget:
         steps = expected_steps(graph) or {"graph": _UNSTATED}
         if selection == "graph" or not same_steps(graph, settings):
             steps.pop("model", None)
+        if "model" in steps:
+            fastest_search()  # compiles, which must not happen amid forwards that are timed
         points = {who: [(p.drafts, p.steps) for p in curve] for who, curve in steps.items()}
         seconds = [] if prior is None else _pairs(prior.points)
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
@@ -285,7 +286,7 @@ def conditions(task: Task) -> dict[str, Any]:
         "device": device_name(model.device),
         "dtype": model.arithmetic,
         "threads": torch.get_num_threads() if kind == "cpu" else None,
-        "torch": torch.__version__,
+        "torch": torch.__version__ + (", numba" if find_spec("numba") else ""),
         "model": model.fingerprint,
         "block_length": settings.block_length,
         "cache": settings.cache,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
+from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +15,37 @@ from torch import Tensor
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS, AcceptanceWeights
 from spiffy.runtime.draft.candidates import Candidates
 from spiffy.runtime.draft.expand import expand
-from spiffy.runtime.draft.ngrams import Floats
+from spiffy.runtime.draft.ngrams import Floats, Ints
 from spiffy.runtime.draft.outlook import Outlook
 from spiffy.runtime.step.canvas import Cursor
+from spiffy.schemas.errors import said
+
+Search = Callable[[AcceptanceWeights, Outlook, int, int], tuple[Ints, Floats]]
+
+
+@cache
+def fastest_search() -> Search:
+    """`expand`, compiled where numba is installed (extra `fast`).
+
+    The first call on a machine compiles, which takes some 20 s; numba keeps the result. Where numba
+    does not work, a warning says why, and NumPy does the same. `NUMBA_DISABLE_JIT=1` is respected:
+    NumPy is faster than loops that nobody compiles.
+    """
+    if find_spec("numba") is None:
+        return expand
+    try:
+        from spiffy.runtime.draft import compiled
+
+        if not compiled.allowed():
+            return expand
+        compiled.warm_up()
+    except Exception as error:  # of the compiler, or of where it keeps its work
+        warnings.warn(
+            f"numba does not work here, drafts are searched by NumPy: {said(error, 300)}",
+            stacklevel=2,
+        )
+        return expand
+    return compiled.expand
 
 
 class Vocabulary(Protocol):
@@ -69,6 +100,7 @@ class AcceptanceDrafter:
         self.mask_token_id = model.mask_token_id
         self.eos_token_ids = np.array(sorted(model.eos_token_ids), dtype=np.int64)
         self.vocab_size = model.vocab_size
+        self._search = fastest_search()
 
     def outlook(self, root: Cursor, candidates: Candidates) -> Outlook:
         """Lay out the root for the acceptance model."""
@@ -89,7 +121,7 @@ class AcceptanceDrafter:
         if not len(candidates.positions) or room < 1:
             return root.ids.new_empty((0, len(root.ids)))
         outlook = self.outlook(root, candidates)
-        choice, p = expand(self.weights, outlook, self.budget, room)
+        choice, p = self._search(self.weights, outlook, self.budget, room)
         choice = choice[: self.pays(p)]
         states = np.repeat(root.ids.numpy()[None], len(choice), 0)
         at, m = (choice >= 0).nonzero()

@@ -16,11 +16,12 @@ from spiffy.runtime.draft.features import States, position_features
 from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
 from spiffy.runtime.draft.outlook import NEVER, Outlook
 
-_DEPTH = 16  # steps that drafts look ahead
+DEPTH = 16  # steps that drafts look ahead
 _MOST = 1 << 16  # positions of all states of a level: some 30 MB of features
-_RARE = 1e-5  # probability below which a state is not expanded
+RARE = 1e-5  # probability below which a state is not expanded
+LEAST = 1e-6  # probability below which no set of positions is drafted
 # Part of the least probable draft's probability that a path to a new state has to bring along.
-_SHARE, _SHARE_OF_SETS = 1 / 4, 1 / 12
+SHARE, SHARE_OF_SETS = 1 / 4, 1 / 12
 
 
 def _softmax(score: Floats) -> Floats:
@@ -58,18 +59,18 @@ def _one_step(
     joint = p[:, None, None] * where[:, :, None] * np.exp(states.log_p)
     flat = joint.ravel()
     # Several paths may add up to one state, so look at more of them than states are wanted.
-    (wanted,) = (flat > limit * _SHARE).nonzero()
+    (wanted,) = (flat > limit * SHARE).nonzero()
     if len(wanted) > 4 * budget:
-        wanted = wanted[np.argpartition(-flat[wanted], 4 * budget)[: 4 * budget]]
+        wanted = wanted[np.sort(np.argpartition(-flat[wanted], 4 * budget)[: 4 * budget])]
     parent, m, j = np.unravel_index(wanted, joint.shape)
     choice = states.choice[parent]
     choice[np.arange(len(parent)), m] = j
     return _Children(parent, choice, flat[wanted])
 
 
-_UNCERTAIN = 6  # positions per state of which every subset is tried
-_OTHER_TOKENS = ((0, 1), (0, 2), (0, 3), (1, 1))  # n-th least certain position, token rank
-_FORCED = 4  # positions tried where none reaches the threshold
+UNCERTAIN = 6  # positions per state of which every subset is tried
+OTHER_TOKENS = ((0, 1), (0, 2), (0, 3), (1, 1))  # n-th least certain position, token rank
+FORCED = 4  # positions tried where none reaches the threshold
 _ROUNDING = 1e-9
 
 
@@ -101,8 +102,8 @@ def _likely_sets(odds: Floats, masked: Bools, least: Floats) -> _Sets:
     # log P(exactly the likely ones), and what flipping a position costs.
     together = -np.where(masked, np.log1p(np.exp(-np.abs(odds))), 0).sum(1)
     cost = np.where(masked, np.abs(odds), np.inf)
-    width = min(_UNCERTAIN, odds.shape[1])
-    uncertain = np.argsort(cost, axis=1)[:, :width]
+    width = min(UNCERTAIN, odds.shape[1])
+    uncertain = np.argsort(cost, axis=1, kind="stable")[:, :width]
     flips = _subsets(width)
     flip_cost = np.take_along_axis(cost, uncertain, 1)
     log_p = together[:, None] - np.where(flips, flip_cost[:, None, :], 0.0).sum(-1)
@@ -119,12 +120,12 @@ def _forced_sets(masked: Bools, score: Floats) -> _Sets:
 
     `score` [n, M] says which one that is; what is not masked has the lowest.
     """
-    forced = np.argsort(-score, axis=1)[:, : min(_FORCED, score.shape[1])]
+    forced = np.argsort(-score, axis=1, kind="stable")[:, : min(FORCED, score.shape[1])]
     parent, number = masked[np.arange(len(score))[:, None], forced].nonzero()
     m = forced[parent, number]
     log_p = np.log(_softmax(score)[parent, m] + 1e-30)
     chosen = np.arange(score.shape[1]) == m[:, None]
-    return _Sets(parent, chosen, log_p, (1 << _UNCERTAIN) + number)
+    return _Sets(parent, chosen, log_p, (1 << UNCERTAIN) + number)
 
 
 def _all_sets(
@@ -139,7 +140,7 @@ def _all_sets(
             _likely_sets(shifted, masked, least - part),
             forced._replace(log_p=none[forced.parent] + forced.log_p),
         ):
-            number = sets.number + nth * (2 << _UNCERTAIN)  # one offset after the other
+            number = sets.number + nth * (2 << UNCERTAIN)  # one offset after the other
             found.append(sets._replace(log_p=sets.log_p + part, number=number))
     # Equal sets of several offsets add up where equal states do, in `_merged`.
     together = _Sets._make(map(np.concatenate, zip(*found, strict=True)))
@@ -160,7 +161,7 @@ def _one_set(
     by_rank = np.argsort(-states.log_p, axis=-1, kind="stable")
     top = np.take_along_axis(states.log_p, by_rank, -1)
     # Several paths and offsets may add up to one state, so look further than what is wanted.
-    wanted, log_parent = np.log(max(limit * _SHARE_OF_SETS, 1e-6)), np.log(p)
+    wanted, log_parent = np.log(max(limit * SHARE_OF_SETS, LEAST)), np.log(p)
     most = log_parent + np.maximum(top[:, :, 0], 0.0).sum(
         1
     )  # that tokens can add, but for rounding
@@ -175,10 +176,10 @@ def _one_set(
     # The same sets with a less likely token where the first is least certain.
     second = top[:, :, min(1, top.shape[-1] - 1)]
     doubt = np.where(chosen, second[parent] - top[parent, :, 0], -np.inf)
-    weakest = np.argsort(-doubt, axis=1)
+    weakest = np.argsort(-doubt, axis=1, kind="stable")
     lines = np.arange(len(parent))
     found = [(parent, choice, probability)]
-    for nth, token in _OTHER_TOKENS:
+    for nth, token in OTHER_TOKENS:
         if nth >= count or token >= top.shape[-1]:
             continue
         k = np.flatnonzero(chosen[lines, weakest[:, nth]])
@@ -193,13 +194,13 @@ def _one_set(
     )
 
 
-_HASHES = np.random.default_rng(2509_18085).integers(1, 1 << 62, size=(4096, 16), dtype=np.int64)
+HASHES = np.random.default_rng(2509_18085).integers(1, 1 << 62, size=(4096, 16), dtype=np.int64)
 
 
 def _merged(children: _Children, budget: int) -> _Children:
     """Equal states once, with the sum of their probabilities; the `budget` most probable."""
-    rows = np.arange(children.choice.shape[1]) % len(_HASHES)
-    key = np.where(children.choice >= 0, _HASHES[rows, children.choice], 0).sum(1)  # may overflow
+    rows = np.arange(children.choice.shape[1]) % len(HASHES)
+    key = np.where(children.choice >= 0, HASHES[rows, children.choice], 0).sum(1)  # may overflow
     order = key.argsort(kind="stable")
     key = key[order]
     is_first = np.ones(len(key), dtype=np.bool_)
@@ -225,14 +226,14 @@ def expand(
     k <= `budget`, most probable first; no state fills more than `room` positions.
     """
     count = outlook.tokens.shape[0]
-    budget = min(budget, max(1, _MOST // count))
+    budget = min(budget, most_states(outlook))
     nothing = np.full((1, count), -1, dtype=np.int64)
     states = States.of(outlook, model, nothing, np.zeros(1, dtype=np.int64))
     p = np.ones(1)
     best = _Children(np.zeros(0, np.int64), np.zeros((0, count), np.int64), np.zeros(0))
     limit = 0.0
-    share = _SHARE if model.commit is None else _SHARE_OF_SETS
-    for depth in range(1, min(_DEPTH, room) + 1):
+    share = SHARE if model.commit is None else SHARE_OF_SETS
+    for depth in range(1, min(DEPTH, room) + 1):
         if model.commit is None:
             children = _one_step(model, outlook, states, p, limit, budget)
         else:
@@ -248,15 +249,20 @@ def expand(
         # Under threshold unmasking a state may lie at several depths.
         best = _merged(found, budget) if model.commit is not None else _top(found, budget)
         limit = float(best.p[-1]) if len(best.p) == budget else 0.0
-        if depth == min(_DEPTH, room):
+        if depth == min(DEPTH, room):
             break
         reach = _reach(outlook, children)
-        worth = (children.p >= max(limit, _RARE)) & (reach > limit * share)
+        worth = (children.p >= max(limit, RARE)) & (reach > limit * share)
         if not worth.any():
             break
         parent, choice, p = children.parent[worth], children.choice[worth], children.p[worth]
         states = states.filled(outlook, model, parent, choice)
     return best.choice, best.p
+
+
+def most_states(outlook: Outlook) -> int:
+    """How many states of a level memory is taken for."""
+    return max(1, _MOST // len(outlook.positions))
 
 
 def _reach(outlook: Outlook, children: _Children) -> Floats:

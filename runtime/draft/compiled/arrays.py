@@ -1,0 +1,120 @@
+"""What the compiled loops are told, as tuples of contiguous arrays, and what they work on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from spiffy.runtime.draft.acceptance import OFFSETS, AcceptanceWeights
+from spiffy.runtime.draft.expand import (
+    FORCED,
+    HASHES,
+    LEAST,
+    OTHER_TOKENS,
+    RARE,
+    SHARE,
+    SHARE_OF_SETS,
+    UNCERTAIN,
+)
+from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
+from spiffy.runtime.draft.outlook import Outlook
+
+
+class Limits(NamedTuple):
+    """Constants of `expand` that depend on nothing but the unmasking policy."""
+
+    rare: float
+    share: float
+    least: float
+    uncertain: int
+    forced: int
+
+
+class Model(NamedTuple):
+    """An `AcceptanceWeights`, and tables of `expand`.
+
+    `commit` is [0] for one token per step; `offsets` [n, 2] are those of the log-odds and the
+    logarithms of their shares.
+    """
+
+    position: Floats
+    commit: Floats
+    offsets: Floats
+    token: Floats
+    pairs: Ints
+    pairs_below: Floats
+    prior: Floats
+    log_total: Floats
+    vocab: int
+    hashes: Ints
+    others: Ints
+    limits: Limits
+
+    @classmethod
+    def of(cls, weights: AcceptanceWeights) -> Model:
+        """The weights as arrays."""
+        sets, bigrams = weights.commit is not None, weights.bigrams
+        offsets = OFFSETS if weights.spread else ((0.0, 1.0),)
+        return cls(
+            weights.position,
+            np.empty(0) if weights.commit is None else weights.commit,
+            np.array([(offset * weights.spread, np.log(share)) for offset, share in offsets]),
+            weights.token,
+            bigrams.pairs.keys,
+            bigrams.pairs.below,
+            bigrams.prior,
+            bigrams.log_total,
+            bigrams.vocab,
+            HASHES,
+            np.array(OTHER_TOKENS),
+            Limits(RARE, SHARE_OF_SETS if sets else SHARE, LEAST, UNCERTAIN, FORCED),
+        )
+
+
+class Root(NamedTuple):
+    """An `Outlook`; `text` and `text_below` are what it counts."""
+
+    positions: Ints
+    tokens: Ints
+    kinds: Ints
+    seen: Ints
+    lead: Ints
+    log_p: Floats
+    best: Ints
+    log_mass: Floats
+    neighbours: Ints
+    neighbour_tokens: Ints
+    fresh: Bools
+    before: Ints
+    behind: Ints
+    constant: Floats
+    echo: Bools
+    text: Ints
+    text_below: Floats
+
+    @classmethod
+    def of(cls, outlook: Outlook) -> Root:
+        """The outlook as arrays."""
+        # Arrays of another layout would be of another type, for which all is compiled once more.
+        own = (np.ascontiguousarray(getattr(outlook, name)) for name in cls._fields[:-2])
+        return cls._make((*own, outlook.in_text.keys, outlook.in_text.below))
+
+
+class Level(NamedTuple):
+    """`features.States`, and their probabilities."""
+
+    choice: Ints
+    source: Ints
+    unseen: Bools
+    log_p: Floats
+    depth: Ints
+    p: Floats
+
+
+class Children(NamedTuple):
+    """`expand._Children`."""
+
+    parent: Ints
+    choice: Ints
+    p: Floats
