@@ -22,6 +22,7 @@ from spiffy.calib.fit import fit_acceptance
 from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.runtime.draft import AcceptanceDrafter
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, acceptance_weights
+from spiffy.runtime.draft.by_model import IN_NUMPY
 from spiffy.runtime.draft.features import States, position_features
 from spiffy.runtime.draft.ngrams import Bools, Floats
 from spiffy.runtime.draft.outlook import Outlook
@@ -67,6 +68,9 @@ def without(features: frozenset[str], rerank: bool) -> Iterator[None]:
             patches.enter_context(patch(fit, lambda *_: as_they_are))
         patches.enter_context(patch("spiffy.calib.fit.position_features", others))
         patches.enter_context(patch("spiffy.runtime.draft.expand.position_features", others))
+        # Compiled code has features of its own.
+        numpys = "spiffy.runtime.draft.by_model.fastest_search"
+        patches.enter_context(patch(numpys, lambda: IN_NUMPY))
         yield
 
 

@@ -44,6 +44,7 @@ from pathlib import Path
 from statistics import mean, median
 from time import perf_counter, thread_time
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from pages import add_into, fill
@@ -59,6 +60,7 @@ from spiffy.runtime.draft import (
     BestOfDrafter,
     Drafter,
     GraphDrafter,
+    by_model,
     graph_drafter,
 )
 from spiffy.runtime.draft.acceptance import acceptance_weights
@@ -69,7 +71,16 @@ from spiffy.schemas import AcceptanceModel, DecodingSettings, DraftGraph
 
 FORWARD = 25.0  # milliseconds, on an accelerator
 SHAPE = replace(SHAPES["0.3b"], vocabulary=126_464)
-WAYS = (("plain", 0), ("graph", 8), ("graph", 32), ("model", 8), ("model", 32))
+IN_NUMPY = "model, without numba"
+WAYS = (
+    ("plain", 0),
+    ("graph", 8),
+    ("graph", 32),
+    ("model", 8),
+    ("model", 32),
+    (IN_NUMPY, 8),
+    (IN_NUMPY, 32),
+)
 PARTS = ("forward", "head", "walk", "compare", "draft", "rest")
 
 
@@ -217,8 +228,13 @@ def drafter_of(
     model: DiffusionLM, graph: DraftGraph, settings: DecodingSettings, way: str, drafts: int
 ) -> Drafter | None:
     """One of `WAYS`."""
-    selection: Any = way
-    return graph_drafter(model, graph, settings, drafts, selection) if drafts else None
+    if not drafts:
+        return None
+    if way == "graph":
+        return graph_drafter(model, graph, settings, drafts, "graph")
+    search = by_model.IN_NUMPY if way == IN_NUMPY else by_model.fastest_search()
+    with patch.object(by_model, "fastest_search", lambda: search):
+        return graph_drafter(model, graph, settings, drafts, "model")
 
 
 @contextmanager

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spiffy.runtime.draft import by_model
+from spiffy.runtime.draft import by_model, compiled
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
+from spiffy.runtime.draft.compiled import layout, loops
+from spiffy.runtime.draft.compiled.arrays import Root
 from spiffy.runtime.draft.expand import expand
 from spiffy.runtime.draft.ngrams import Bigrams
 from spiffy.runtime.draft.outlook import Outlook, Rejected
-
-pytest.importorskip("numba")
-
-from spiffy.runtime.draft import compiled
-from spiffy.runtime.draft.compiled import loops
 
 MASK, EOS, VOCAB = 29, 28, 30
 
 
 def drawn_root(
     seed: int, length: int, ranks: int, rejected: int, *, everywhere: bool = False
-) -> Outlook:
-    """A root with some masked positions, and what some rejected drafts say."""
+) -> tuple[Outlook, Root]:
+    """A root with some masked positions, and what some rejected drafts say, by both."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 6, length)
     ids[rng.random(length) < (1.0 if everywhere else 0.6)] = MASK
@@ -51,17 +45,10 @@ def drawn_root(
         )
         choice[:, -1] = -1
         said = Rejected(choice, log_p[1:], rng.random((rejected, len(fresh))) < 0.5)
-    return Outlook.at(
-        ids,
-        order,
-        tokens,
-        log_p[0],
-        fresh,
-        mask_token_id=MASK,
-        eos_token_ids=np.array([EOS]),
-        vocab=VOCAB,
-        rejected=said,
-    )
+    facts = (ids, order, tokens, log_p[0], fresh)
+    known = {"mask_token_id": MASK, "eos_token_ids": np.array([EOS, 4]), "vocab": VOCAB}
+    at = Outlook.at(*facts, **known, rejected=said)
+    return at, compiled.lay_out(*facts, **known, rejected=said)
 
 
 def drawn_weights(seed: int, sets: bool) -> AcceptanceWeights:
@@ -76,10 +63,12 @@ def drawn_weights(seed: int, sets: bool) -> AcceptanceWeights:
     )
 
 
-def assert_same_drafts(weights: AcceptanceWeights, root: Outlook, budget: int, room: int) -> None:
+def assert_same_drafts(
+    weights: AcceptanceWeights, both: tuple[Outlook, Root], budget: int, room: int
+) -> None:
     """The same probabilities, of the same states but where equals compete for the last place."""
-    choice, p = expand(weights, root, budget, room)
-    ours, our_p = compiled.expand(weights, root, budget, room)
+    choice, p = expand(weights, both[0], budget, room)
+    ours, our_p = compiled.expand(weights, both[1], budget, room)
     assert (ours.dtype, our_p.dtype) == (choice.dtype, p.dtype)
     assert our_p == pytest.approx(p, rel=1e-6)
     known = dict(zip(map(tuple, choice.tolist()), p, strict=True))
@@ -99,15 +88,27 @@ def assert_same_drafts(weights: AcceptanceWeights, root: Outlook, budget: int, r
 def test_the_drafts_are_those_of_numpy(
     seed: int, length: int, ranks: int, rejected: int, sets: bool, budget: int, room: int
 ) -> None:
-    root = drawn_root(seed, length, ranks, rejected)
+    both = drawn_root(seed, length, ranks, rejected)
     weights = drawn_weights(seed % 1009, sets)
-    assert_same_drafts(weights, root, budget, min(room, len(root.positions)))
+    assert_same_drafts(weights, both, budget, min(room, len(both[0].positions)))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 14), st.integers(1, 4), st.integers(0, 4))
+def test_the_root_is_laid_out_as_by_numpy(
+    seed: int, length: int, ranks: int, rejected: int
+) -> None:
+    at, root = drawn_root(seed, length, ranks, rejected)
+    for name in Root._fields[:-1]:
+        expected, found = getattr(at, name), getattr(root, name)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+        assert found == pytest.approx(expected, rel=1e-9), name
+    assert root.text.tolist() == at.in_text.keys.tolist()
 
 
 @pytest.mark.parametrize("sets", [False, True])
 def test_blocks_of_a_hundred_positions(sets: bool) -> None:
-    root = drawn_root(3, 128, 4, 2, everywhere=True)
-    assert_same_drafts(drawn_weights(4, sets), root, budget=32, room=128)
+    both = drawn_root(3, 128, 4, 2, everywhere=True)
+    assert_same_drafts(drawn_weights(4, sets), both, budget=32, room=128)
 
 
 def test_nothing_is_compiled_twice() -> None:
@@ -115,43 +116,31 @@ def test_nothing_is_compiled_twice() -> None:
     compiled.warm_up()
     for sets in (False, True):
         for rejected in (0, 2):
-            root = drawn_root(1, 6, 3, rejected)
+            _, root = drawn_root(1, 6, 3, rejected)
             compiled.expand(drawn_weights(1, sets), root, 4, 4)
-    assert len(loops.expand.signatures) == 1
+    assert len(layout.lay_out.signatures) == len(loops.expand.signatures) == 1
 
 
-FALLS_BACK = """
-import sys, warnings
-{setup}
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    from spiffy.runtime.draft import fastest_search
-    search = fastest_search()
-from spiffy.runtime.draft.expand import expand
-print(search is expand, *(w.message for w in caught if "searched" in str(w.message)), sep="|")
-"""
+def test_numpy_searches_where_numba_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_model, "find_spec", lambda name: None)
+    assert by_model.fastest_search.__wrapped__() is by_model.IN_NUMPY
 
 
-@pytest.mark.parametrize(
-    ("setup", "warned"),
-    [
-        ("sys.modules['numba'] = None", None),  # as if it were not installed
-        ("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", None),
-        ("import numba; del numba.njit", "cannot import name 'njit'"),
-    ],
-)
-def test_numpy_searches_where_numba_cannot(setup: str, warned: str | None, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FALLS_BACK.format(setup=setup)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    fell_back, *said = done.stdout.strip().split("|")
-    assert fell_back == "True"
-    assert [warned in line for line in said] == ([True] if warned else [])
+def test_numpy_searches_where_numba_may_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert by_model.fastest_search.__wrapped__() is by_model.IN_NUMPY
+
+
+def test_numpy_searches_and_a_warning_says_so_where_numba_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("cannot cache function:\nno locator available")
+
+    monkeypatch.setattr(compiled, "warm_up", fails)
+    with pytest.warns(UserWarning, match="NumPy: cannot cache function: no locator available"):
+        assert by_model.fastest_search.__wrapped__() is by_model.IN_NUMPY
 
 
 def test_drafters_use_it() -> None:
-    assert by_model.fastest_search() is compiled.expand
+    assert by_model.fastest_search() == (compiled.lay_out, compiled.expand)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,32 +20,40 @@ from spiffy.runtime.draft.outlook import Outlook
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas.errors import said
 
-Search = Callable[[AcceptanceWeights, Outlook, int, int], tuple[Ints, Floats]]
+
+class Search(NamedTuple):
+    """How a root is laid out, by `Outlook.at`, and searched, by `expand`, or as these do it."""
+
+    lay_out: Callable[..., Any]
+    expand: Callable[[AcceptanceWeights, Any, int, int], tuple[Ints, Floats]]
+
+
+IN_NUMPY = Search(Outlook.at, expand)
 
 
 @cache
 def fastest_search() -> Search:
-    """`expand`, compiled where numba is installed (extra `fast`).
+    """The search for drafts, compiled where numba is installed (extra `fast`).
 
     The first call on a machine compiles, which takes some 20 s; numba keeps the result. Where numba
     does not work, a warning says why, and NumPy does the same. `NUMBA_DISABLE_JIT=1` is respected:
     NumPy is faster than loops that nobody compiles.
     """
     if find_spec("numba") is None:
-        return expand
+        return IN_NUMPY
     try:
         from spiffy.runtime.draft import compiled
 
         if not compiled.allowed():
-            return expand
+            return IN_NUMPY
         compiled.warm_up()
     except Exception as error:  # of the compiler, or of where it keeps its work
         warnings.warn(
             f"numba does not work here, drafts are searched by NumPy: {said(error, 300)}",
             stacklevel=2,
         )
-        return expand
-    return compiled.expand
+        return IN_NUMPY
+    return Search(compiled.lay_out, compiled.expand)
 
 
 class Vocabulary(Protocol):
@@ -104,7 +112,11 @@ class AcceptanceDrafter:
 
     def outlook(self, root: Cursor, candidates: Candidates) -> Outlook:
         """Lay out the root for the acceptance model."""
-        return Outlook.at(
+        outlook: Outlook = self._laid_out(Outlook.at, root, candidates)
+        return outlook
+
+    def _laid_out(self, lay_out: Callable[..., Any], root: Cursor, candidates: Candidates) -> Any:
+        return lay_out(
             root.ids.numpy(),
             candidates.positions.numpy(),
             candidates.tokens.numpy(),
@@ -120,10 +132,10 @@ class AcceptanceDrafter:
         """See `Drafter`."""
         if not len(candidates.positions) or room < 1:
             return root.ids.new_empty((0, len(root.ids)))
-        outlook = self.outlook(root, candidates)
-        choice, p = self._search(self.weights, outlook, self.budget, room)
+        known = self._laid_out(self._search.lay_out, root, candidates)
+        choice, p = self._search.expand(self.weights, known, self.budget, room)
         choice = choice[: self.pays(p)]
         states = np.repeat(root.ids.numpy()[None], len(choice), 0)
         at, m = (choice >= 0).nonzero()
-        states[at, outlook.positions[m]] = outlook.tokens[m, choice[at, m]]
+        states[at, known.positions[m]] = known.tokens[m, choice[at, m]]
         return torch.from_numpy(states)

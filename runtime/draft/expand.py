@@ -226,7 +226,7 @@ def expand(
     k <= `budget`, most probable first; no state fills more than `room` positions.
     """
     count = outlook.tokens.shape[0]
-    budget = min(budget, most_states(outlook))
+    budget = min(budget, most_states(count))
     nothing = np.full((1, count), -1, dtype=np.int64)
     states = States.of(outlook, model, nothing, np.zeros(1, dtype=np.int64))
     p = np.ones(1)
@@ -260,9 +260,9 @@ def expand(
     return best.choice, best.p
 
 
-def most_states(outlook: Outlook) -> int:
-    """How many states of a level memory is taken for."""
-    return max(1, _MOST // len(outlook.positions))
+def most_states(count: int) -> int:
+    """How many states of `count` positions memory is taken for."""
+    return max(1, _MOST // count)
 
 
 def _reach(outlook: Outlook, children: _Children) -> Floats:

@@ -168,8 +168,6 @@ class Outlook:
         constant[2] = np.minimum(top - second, 12.0)
         constant[3] = eos
         constant[4:] = is_fresh
-        end = where[-1] + 2
-        text = ids[max(0, end - _TEXT) : end]
         return cls(
             positions=where,
             tokens=tokens,
@@ -186,7 +184,7 @@ class Outlook:
             behind=np.where(is_fresh[1] & (seen < 0), around[1], _FAR),
             constant=constant,
             echo=((likely[:, :, None] == ids[fresh]) & unseen[:, None]).any(-1),
-            in_text=counted(np.where(text == mask_token_id, -1, text), vocab),
+            in_text=ngrams_before(ids, where[-1], mask_token_id, vocab),
             eos=eos,
         )
 
@@ -197,6 +195,13 @@ class Outlook:
         fits = ((self.seen < 0) | (self.seen == choice[:, None])).all(-1)
         sources: Ints = np.where(fits, self.lead, -1).argmax(1)
         return sources
+
+
+def ngrams_before(ids: Ints, last: int, mask_token_id: int, vocab: int) -> Counts:
+    """Bigrams and trigrams of the text up to the token behind position `last`."""
+    end = last + 2
+    text = ids[max(0, end - _TEXT) : end]
+    return counted(np.where(text == mask_token_id, -1, text), vocab)
 
 
 def of_neighbours(values: NDArray[_Scalar], outlook: Outlook) -> NDArray[_Scalar]:

@@ -11,22 +11,45 @@ import numba
 import numpy as np
 
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
-from spiffy.runtime.draft.compiled import loops
-from spiffy.runtime.draft.compiled.arrays import Model, Root
+from spiffy.runtime.draft.compiled import layout, loops
+from spiffy.runtime.draft.compiled.arrays import Facts, Model, Root
 from spiffy.runtime.draft.expand import DEPTH, most_states
 from spiffy.runtime.draft.ngrams import Floats, Ints
-from spiffy.runtime.draft.outlook import Outlook
+from spiffy.runtime.draft.outlook import Rejected, ngrams_before
 
 
-def expand(
-    weights: AcceptanceWeights, outlook: Outlook, budget: int, room: int
-) -> tuple[Ints, Floats]:
+def lay_out(
+    ids: Ints,
+    positions: Ints,
+    tokens: Ints,
+    log_p: Floats,
+    fresh: Ints,
+    *,
+    mask_token_id: int,
+    eos_token_ids: Ints,
+    vocab: int,
+    rejected: Rejected | None = None,
+) -> Root:
+    """As `Outlook.at`, which says what it takes."""
+    (count, ranks), heard = tokens.shape, rejected
+    if heard is None:
+        nothing, no_number = np.empty((0, count), np.int64), np.empty((0, count, ranks))
+        heard = Rejected(nothing, no_number, np.empty((0, len(fresh)), np.bool_))
+    text = ngrams_before(ids, positions.max(), mask_token_id, vocab).keys
+    told = (ids, positions, tokens, log_p, fresh, heard.choice, heard.log_p, heard.unseen, text)
+    # Arrays of another layout would be of another type, for which all is compiled once more.
+    facts = Facts._make(map(np.ascontiguousarray, told))
+    root: Root = layout.lay_out(facts, mask_token_id, eos_token_ids)
+    return root
+
+
+def expand(weights: AcceptanceWeights, root: Root, budget: int, room: int) -> tuple[Ints, Floats]:
     """As `expand.expand`, which says what it takes and returns.
 
     Equal but for rounding; where that decides, the last of the drafts may be another one.
     """
-    budget = min(budget, most_states(outlook))
-    choice, p = loops.expand(Model.of(weights), Root.of(outlook), budget, room, min(DEPTH, room))
+    budget = min(budget, most_states(len(root.positions)))
+    choice, p = loops.expand(Model.of(weights), root, budget, room, min(DEPTH, room))
     return choice, p
 
 
@@ -39,7 +62,7 @@ def warm_up() -> None:
     """Compile, or load what was compiled before."""
     nothing = AcceptanceWeights.of({}, None, {}, (), vocab=2)
     ids = np.array([0, 1, 1])
-    outlook = Outlook.at(
+    root = lay_out(
         ids,
         positions=ids.nonzero()[0],
         tokens=np.zeros((2, 1), dtype=np.int64),
@@ -49,4 +72,4 @@ def warm_up() -> None:
         eos_token_ids=ids[:0],
         vocab=2,
     )
-    expand(nothing, outlook, budget=1, room=1)
+    expand(nothing, root, budget=1, room=1)

@@ -18,7 +18,6 @@ from spiffy.runtime.draft.expand import (
     UNCERTAIN,
 )
 from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
-from spiffy.runtime.draft.outlook import Outlook
 
 
 class Limits(NamedTuple):
@@ -72,8 +71,22 @@ class Model(NamedTuple):
         )
 
 
+class Facts(NamedTuple):
+    """What `Outlook.at` is told of a root and rejected drafts; `text` as in `Root`."""
+
+    ids: Ints
+    positions: Ints
+    tokens: Ints
+    log_p: Floats
+    fresh: Ints
+    choice: Ints
+    said: Floats
+    unseen: Bools
+    text: Ints
+
+
 class Root(NamedTuple):
-    """An `Outlook`; `text` and `text_below` are what it counts."""
+    """An `Outlook`; `text` are the keys of what it counts, ascending."""
 
     positions: Ints
     tokens: Ints
@@ -91,14 +104,6 @@ class Root(NamedTuple):
     constant: Floats
     echo: Bools
     text: Ints
-    text_below: Floats
-
-    @classmethod
-    def of(cls, outlook: Outlook) -> Root:
-        """The outlook as arrays."""
-        # Arrays of another layout would be of another type, for which all is compiled once more.
-        own = (np.ascontiguousarray(getattr(outlook, name)) for name in cls._fields[:-2])
-        return cls._make((*own, outlook.in_text.keys, outlook.in_text.below))
 
 
 class Level(NamedTuple):

@@ -34,9 +34,9 @@ def _before(keys: Any, key: Any) -> Any:
 
 
 @_compiled
-def _times(keys: Any, below: Any, key: Any) -> Any:
+def _times(keys: Any, key: Any) -> Any:
     """How often a key occurred: `ngrams.Counts`."""
-    return below[_before(keys, key + 1)] - below[_before(keys, key)]
+    return _before(keys, key + 1) - _before(keys, key)
 
 
 @_compiled
@@ -60,13 +60,14 @@ def _rerank(model: Any, root: Any, level: Any, n: Any, m: Any) -> None:
             beside = known[side]
             left, right = (beside, token) if side == 0 else (token, beside)
             pair = left * model.vocab + right
-            seen = _times(model.pairs, model.pairs_below, pair) + model.prior[side, token]
+            first, last = _before(model.pairs, pair), _before(model.pairs, pair + 1)
+            seen = model.pairs_below[last] - model.pairs_below[first] + model.prior[side, token]
             total += weights[2 + side] * (np.log(seen) - model.log_total[side, beside])
             total += weights[4 + side] * (token == beside) + weights[6 + side] * log_p[j]
-            total += weights[8 + side] * np.log1p(_times(root.text, root.text_below, pair))
+            total += weights[8 + side] * np.log1p(_times(root.text, pair))
             if side == 0 and known[2] >= 0:
                 triple = (known[2] + 1) * model.vocab**2 + pair
-                total += weights[10] * np.log1p(_times(root.text, root.text_below, triple))
+                total += weights[10] * np.log1p(_times(root.text, triple))
         if new[0] and new[1]:
             total += weights[11] * log_p[j]
         score[j], most = total, max(most, total)
@@ -231,8 +232,7 @@ def _one_step(model: Any, root: Any, level: Any, least: Any, most: Any) -> Any:
                 joint[k] = level.p[n] * where[m] * np.exp(level.log_p[n, m, j])
                 wanted += joint[k] > least
                 k += 1
-    if wanted > most:
-        # No more than these, the first ones of equals.
+    if wanted > most:  # no more than these
         least = np.sort(joint)[len(joint) - most - 1]
     parent, choice = np.empty(wanted, np.int64), np.empty((wanted, count), np.int64)
     p, found = np.empty(wanted), 0

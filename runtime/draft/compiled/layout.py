@@ -1,0 +1,153 @@
+"""What `Outlook.at` does, in loops that numba compiles: see `loops` for how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+
+from spiffy.runtime.draft.compiled.arrays import Root
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_compiled: Callable[[_Function], _Function] = njit(cache=True, nogil=True, error_model="numpy")
+_FAR = 1 << 30  # positions
+_LEAST = -30.0  # log-probability
+
+
+@_compiled
+def _neighbours(where: Any, ids: Any, mask_token_id: Any) -> Any:
+    """Masked neighbours of positions and tokens of the others, both [4, M]."""
+    count = len(where)
+    neighbours, known = np.full((4, count), -1), np.full((4, count), -1)
+    for m in range(count):
+        for side in range(4):
+            step = (-1, 1, -2, 2)[side]
+            at, next_masked = m + step, where[m] + step
+            beside = side < 2 or neighbours[side - 2, m] >= 0
+            if beside and 0 <= at < count and where[at] == next_masked:
+                neighbours[side, m] = at
+            if 0 <= next_masked < len(ids) and ids[next_masked] != mask_token_id:
+                known[side, m] = ids[next_masked]
+    return neighbours, known
+
+
+@_compiled
+def _kinds(tokens: Any) -> Any:
+    """Number of every token [M, J] among all different ones, in ascending order."""
+    flat = np.sort(tokens.ravel())
+    kinds, different = np.empty(tokens.shape, np.int64), 1
+    for k in range(1, len(flat)):
+        if flat[k] != flat[k - 1]:
+            flat[different] = flat[k]
+            different += 1
+    for m in range(tokens.shape[0]):
+        for j in range(tokens.shape[1]):
+            kinds[m, j] = np.searchsorted(flat[:different], tokens[m, j])
+    return kinds
+
+
+@_compiled
+def _ranks(log_p: Any, seen: Any, ranks: Any) -> None:
+    """Rank positions that a source (float64 [M, J], int64 [M]) has seen masked, into `ranks` [M].
+
+    By their most probable token, ties to the lower position; the others come last.
+    """
+    shown = np.full(len(seen), np.inf)
+    for m in range(len(seen)):
+        if seen[m] < 0:
+            shown[m] = -log_p[m].max()
+    order = np.argsort(shown, kind="mergesort")
+    for r in range(len(order)):
+        ranks[order[r]] = r
+
+
+@_compiled
+def _is_one_of(number: Any, numbers: Any) -> Any:
+    found = False
+    for k in range(len(numbers)):
+        found |= numbers[k] == number
+    return found
+
+
+@_compiled
+def _logit(log_p: Any) -> Any:
+    """`outlook.logit_of`."""
+    log_p = min(log_p, -1e-12)
+    return max(log_p - np.log(-np.expm1(log_p)), -12.0)
+
+
+@_compiled
+def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any) -> Any:
+    """`Outlook.at`."""
+    ids, positions, tokens, log_p, fresh, choice, said, unseen_by, text = facts
+    (count, width), sources = tokens.shape, 1 + len(choice)
+    order = np.argsort(positions)
+    where, by_place = np.empty(count, np.int64), np.empty((count, width), np.int64)
+    seen, lead = np.full((sources, count), -1), np.zeros(sources, np.int64)
+    law = np.empty((sources, count, width))
+    best, log_mass = np.empty((sources, count), np.int64), np.empty((sources, count))
+    is_fresh = np.zeros((2, sources, count), np.bool_)
+    before, behind = np.full((sources, count), -_FAR), np.full((sources, count), _FAR)
+    constant, echo = np.zeros((6, sources, count)), np.zeros((sources, count), np.bool_)
+    ranks, unseen = np.empty(count, np.int64), np.ones((sources, len(fresh)), np.bool_)
+    for m in range(count):
+        where[m], by_place[m] = positions[order[m]], tokens[order[m]]
+    for s in range(sources):
+        for m in range(count):
+            law[s, m] = log_p[order[m]] if s == 0 else said[s - 1, order[m]]
+            if s > 0:
+                seen[s, m] = choice[s - 1, order[m]]
+            lead[s] += seen[s, m] >= 0
+            ranks[m] = order[m]
+        if s > 0:
+            _ranks(law[s], seen[s], ranks)
+            unseen[s] = unseen_by[s - 1]
+        for k in range(len(fresh)):
+            lead[s] += not unseen[s, k]
+        for m in range(count):
+            mass, top, second = 0.0, -np.inf, -np.inf
+            for j in range(width):
+                value = max(law[s, m, j], _LEAST)
+                law[s, m, j] = value
+                mass += np.exp(value)
+                if value > top:
+                    best[s, m], top, second = j, value, top
+                else:
+                    second = max(second, value)
+            second = top if width == 1 else second
+            log_mass[s, m] = np.log(min(mass, 1.0))
+            likely = by_place[m, best[s, m]]
+            for k in range(len(fresh)):
+                if unseen[s, k]:
+                    is_fresh[0, s, m] |= fresh[k] == where[m] - 1
+                    is_fresh[1, s, m] |= fresh[k] == where[m] + 1
+                    echo[s, m] |= ids[fresh[k]] == likely
+            if is_fresh[0, s, m] and seen[s, m] < 0:
+                before[s, m] = where[m] - 1
+            if is_fresh[1, s, m] and seen[s, m] < 0:
+                behind[s, m] = where[m] + 1
+            constant[4, s, m], constant[5, s, m] = is_fresh[0, s, m], is_fresh[1, s, m]
+            constant[0, s, m], constant[1, s, m] = np.log1p(ranks[m]), _logit(top)
+            constant[2, s, m] = min(top - second, 12.0)
+            constant[3, s, m] = _is_one_of(likely, eos_token_ids)
+    neighbours, known = _neighbours(where, ids, mask_token_id)
+    return Root(
+        where,
+        by_place,
+        _kinds(by_place),
+        seen,
+        lead,
+        law,
+        best,
+        log_mass,
+        neighbours,
+        known,
+        is_fresh,
+        before,
+        behind,
+        constant,
+        echo,
+        text,
+    )
