@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.status import Status
 
 from spiffy.cli.common import (
     console,
@@ -18,6 +19,7 @@ from spiffy.cli.common import (
     log,
     note_if_inexact,
     progress_bar,
+    ready_to_draft,
     run_app,
     warn_of_differences,
 )
@@ -298,11 +300,11 @@ def bench(
     encoding.check()
     shape.check()
     output.make_folder()
-    with log.status("loading"):
+    with log.status("loading") as status:
         from spiffy.bench.measure import load_average, machine
 
         load = load_average()
-        run = _prepared(artifact, graph, model, shape, prompts, encoding, decoding, methods)
+        run = _prepared(artifact, graph, model, shape, prompts, encoding, decoding, methods, status)
     found = _measured(run, methods, decoding.seed)
     with log.status("summing up"):
         summary = _summary(run, found, machine(run.lm, load))
@@ -323,6 +325,7 @@ def _prepared(
     encoding: Encoding,
     decoding: Decoding,
     methods: _Methods,
+    status: Status,
 ) -> _Run:
     """Load the model, draw the prompts, set up the methods."""
     from spiffy.bench.methods import methods as methods_of
@@ -342,6 +345,7 @@ def _prepared(
     encoding.note_spelled(lm, drawn.texts)
     texts, ids = [drawn.texts[index] for index, _ in chosen], [ids for _, ids in chosen]
     known = prompts.known(texts, artifact)
+    ready_to_draft(artifact, status)
     if methods.execute_code:
         log.print("--execute-code runs what the model writes, in a process with limits")
     kinds, numbers = methods.kinds(), methods.numbers(artifact)

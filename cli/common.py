@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 
 from spiffy.cli.streams import OutputError, guarded_streams
 from spiffy.cli.threads import wait_passively
@@ -113,6 +114,15 @@ def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> Non
             "hold, and drafts are accepted less often: calibrate with these",
             soft_wrap=True,
         )
+
+
+def ready_to_draft(artifact: DraftGraph, status: Status) -> None:
+    """Compile what searches for drafts while `status` says so, not amid the first prompt."""
+    from spiffy.runtime.draft import fastest_search
+
+    if artifact.acceptance is not None:
+        status.update("compiling the search for drafts: half a minute, the first time")
+        fastest_search()
 
 
 @contextmanager

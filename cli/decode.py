@@ -17,6 +17,7 @@ from spiffy.cli.common import (
     log,
     note_skipped,
     progress_bar,
+    ready_to_draft,
     resumable,
     run_app,
     warn_of_differences,
@@ -288,7 +289,7 @@ def decode(
     with resumable(output.out, ranks):
         drawn = prompts.drawn(decoding.seed)
         drawn = replace(drawn, raw=encoding.raw, system=encoding.system)
-        with log.status("loading"):
+        with log.status("loading") as status:
             edges = decoding.block_edges()
             lm = replace(model, device=ranks.device(model.device)).load(artifact, graph)
             settings = decoding.settings(lm, artifact, model.any_model)
@@ -298,6 +299,7 @@ def decode(
             encoding.note_spelled(lm, drawn.texts)
             if artifact is not None and budgets:
                 warn_of_differences(artifact, settings)
+                ready_to_draft(artifact, status)
             runs.ways = drafting.ways(runs, artifact, budgets)
         if output.out is not None:
             budget = next(iter(budgets), None)

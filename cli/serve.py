@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spiffy.cli.common import log, note_if_inexact, run_app, warn_of_differences
+from spiffy.cli.common import (
+    log,
+    note_if_inexact,
+    ready_to_draft,
+    run_app,
+    warn_of_differences,
+)
 from spiffy.cli.options import (
     Decoding,
     ModelOfGraph,
@@ -142,7 +148,7 @@ def serve(
         raise SpiffyError("--budget counts drafts: give --graph")
     drafts = read_budget("auto" if budget is None else budget)
     threads = read_threads(model.threads)
-    with log.status("loading"):
+    with log.status("loading") as status:
         from spiffy.integrations.serve.app import build
         from spiffy.integrations.serve.engine import Engine
         from spiffy.integrations.serve.listen import address_of, bind
@@ -157,6 +163,7 @@ def serve(
         if artifact is not None:
             warn_of_differences(artifact, settings)
             note_if_inexact(settings)
+            ready_to_draft(artifact, status)
         engine = Engine(lm, settings, artifact, drafts, edges=edges, limits=serving.limits())
     with log.status("warming up"):
         apart(lambda: warm_up(engine, _QUESTION))

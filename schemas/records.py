@@ -204,10 +204,10 @@ class CostProfile(Record):
         Number of drafts that was asked for; the points end earlier where no draft can pay, or where
         measuring took too long.
     threads, torch, model, block_length, cache, policy, prefix_length, suffix_length
-        Conditions: threads of a CPU, torch's version (and numba, if drafts were searched by
-        code that it compiled), fingerprint of config and tokenizer, decoding
-        settings, and positions outside the block that its queries attend to; with the prefix caches
-        those before it, and apart from them those behind it, which every forward computes anew.
+        Conditions: threads of a CPU, torch's version (and numba, if code that it compiled searched
+        for drafts), fingerprint of config and tokenizer, decoding settings, and positions outside
+        the block that its queries attend to; with the prefix caches those before it, and apart from
+        them those behind it, which every forward computes anew.
     """
 
     device: Text

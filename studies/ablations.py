@@ -22,10 +22,10 @@ from spiffy.calib.fit import fit_acceptance
 from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.runtime.draft import AcceptanceDrafter
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, acceptance_weights
-from spiffy.runtime.draft.by_model import IN_NUMPY
 from spiffy.runtime.draft.features import States, position_features
 from spiffy.runtime.draft.ngrams import Bools, Floats
 from spiffy.runtime.draft.outlook import Outlook
+from spiffy.runtime.draft.search import IN_NUMPY
 
 DRAFTS = (8, 32)
 WHOLE = "whole model"

@@ -62,6 +62,8 @@ from spiffy.runtime.draft import (
     GraphDrafter,
     by_model,
     graph_drafter,
+    rejected,
+    search,
 )
 from spiffy.runtime.draft.acceptance import acceptance_weights
 from spiffy.runtime.forward import pack, question
@@ -71,15 +73,15 @@ from spiffy.schemas import AcceptanceModel, DecodingSettings, DraftGraph
 
 FORWARD = 25.0  # milliseconds, on an accelerator
 SHAPE = replace(SHAPES["0.3b"], vocabulary=126_464)
-IN_NUMPY = "model, without numba"
+WITHOUT = "model, without numba"
 WAYS = (
     ("plain", 0),
     ("graph", 8),
     ("graph", 32),
     ("model", 8),
     ("model", 32),
-    (IN_NUMPY, 8),
-    (IN_NUMPY, 32),
+    (WITHOUT, 8),
+    (WITHOUT, 32),
 )
 PARTS = ("forward", "head", "walk", "compare", "draft", "rest")
 
@@ -228,13 +230,18 @@ def drafter_of(
     model: DiffusionLM, graph: DraftGraph, settings: DecodingSettings, way: str, drafts: int
 ) -> Drafter | None:
     """One of `WAYS`."""
-    if not drafts:
-        return None
-    if way == "graph":
-        return graph_drafter(model, graph, settings, drafts, "graph")
-    search = by_model.IN_NUMPY if way == IN_NUMPY else by_model.fastest_search()
-    with patch.object(by_model, "fastest_search", lambda: search):
-        return graph_drafter(model, graph, settings, drafts, "model")
+    selection: Any = "model" if way == WITHOUT else way
+    return graph_drafter(model, graph, settings, drafts, selection) if drafts else None
+
+
+@contextmanager
+def searching(way: str) -> Iterator[None]:
+    """Search for drafts as one of `WAYS` does."""
+    chosen = search.IN_NUMPY if way == WITHOUT else search.fastest_search()
+    with ExitStack() as patches:
+        for user in (by_model, rejected):
+            patches.enter_context(patch.object(user, "fastest_search", lambda: chosen))
+        yield
 
 
 @contextmanager
@@ -403,8 +410,9 @@ def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: in
         computed: dict[str, list[Any]] = {}
         decodes = []
         for _ in range(1 + repeats):
-            drafter = drafter_of(large, graph, settings, way, drafts)  # has learned nothing yet
-            decodes.append(on_host(large, settings, prompt, drafter, forwards, computed))
+            with searching(way):
+                drafter = drafter_of(large, graph, settings, way, drafts)  # learned nothing yet
+                decodes.append(on_host(large, settings, prompt, drafter, forwards, computed))
         turns = list(zip(*decodes[1:], strict=True))  # the first one computes
         steps = mean(same[0].steps for same in turns)
         draft = mean(median(turn.draft for turn in same) for same in turns)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numba
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 
-from spiffy.runtime.draft import by_model, compiled
+from spiffy.runtime.draft import compiled, search
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
 from spiffy.runtime.draft.compiled import layout, loops
 from spiffy.runtime.draft.compiled.arrays import Root
 from spiffy.runtime.draft.expand import expand
 from spiffy.runtime.draft.ngrams import Bigrams
-from spiffy.runtime.draft.outlook import Outlook, Rejected
+from spiffy.runtime.draft.outlook import Outlook, Rejected, asked
 
 MASK, EOS, VOCAB = 29, 28, 30
 
@@ -105,6 +105,28 @@ def test_the_root_is_laid_out_as_by_numpy(
     assert root.text.tolist() == at.in_text.keys.tolist()
 
 
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 3), st.integers(1, 12))
+def test_the_drafts_asked_are_those_of_numpy(
+    seed: int, block: int, ranks: int, states: int
+) -> None:
+    """Drafts like those of a walk: what the root holds, or likely tokens, or neither."""
+    rng = np.random.default_rng(seed)
+    tokens = np.stack([rng.permutation(4)[:ranks] for _ in range(block)])
+    ids = np.where(rng.random(block) < 0.7, MASK, 5)
+    ids[rng.integers(block)] = MASK
+    parent = np.where(rng.random(block) < 0.3, MASK, ids)
+    drafted = np.where(rng.random((states, block)) < 0.1, 7, tokens[:, 0])
+    drafted = np.where(ids == MASK, drafted, ids)
+    held = np.where(rng.random((states, block)) < 0.5, drafted, MASK)
+    held = np.where(rng.random((states, block)) < 0.9, np.where(parent == MASK, held, parent), held)
+    held = np.concatenate((parent[None], held))
+    positions = rng.permutation(np.flatnonzero(ids == MASK))
+    told = (positions, tokens[positions], np.log(rng.random((len(positions), ranks))), MASK)
+    expected = asked(held, ids, 0, *told)
+    assert compiled.asked(held, ids, 0, *told).tolist() == expected.tolist()
+    event(f"{min(len(expected), 3)} asked")
+
+
 @pytest.mark.parametrize("sets", [False, True])
 def test_blocks_of_a_hundred_positions(sets: bool) -> None:
     both = drawn_root(3, 128, 4, 2, everywhere=True)
@@ -119,16 +141,17 @@ def test_nothing_is_compiled_twice() -> None:
             _, root = drawn_root(1, 6, 3, rejected)
             compiled.expand(drawn_weights(1, sets), root, 4, 4)
     assert len(layout.lay_out.signatures) == len(loops.expand.signatures) == 1
+    assert len(layout.asked.signatures) == 1
 
 
 def test_numpy_searches_where_numba_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_model, "find_spec", lambda name: None)
-    assert by_model.fastest_search.__wrapped__() is by_model.IN_NUMPY
+    monkeypatch.setattr(search, "find_spec", lambda name: None)
+    assert search.fastest_search.__wrapped__() is search.IN_NUMPY
 
 
 def test_numpy_searches_where_numba_may_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    assert by_model.fastest_search.__wrapped__() is by_model.IN_NUMPY
+    assert search.fastest_search.__wrapped__() is search.IN_NUMPY
 
 
 def test_numpy_searches_and_a_warning_says_so_where_numba_fails(
@@ -139,8 +162,8 @@ def test_numpy_searches_and_a_warning_says_so_where_numba_fails(
 
     monkeypatch.setattr(compiled, "warm_up", fails)
     with pytest.warns(UserWarning, match="NumPy: cannot cache function: no locator available"):
-        assert by_model.fastest_search.__wrapped__() is by_model.IN_NUMPY
+        assert search.fastest_search.__wrapped__() is search.IN_NUMPY
 
 
 def test_drafters_use_it() -> None:
-    assert by_model.fastest_search() == (compiled.lay_out, compiled.expand)
+    assert search.fastest_search() == (compiled.asked, compiled.lay_out, compiled.expand)

@@ -3,7 +3,7 @@
 `candidates` names what a drafter is told and what it is; `by_graph` drafts a static graph,
 `by_model` what the acceptance model finds most probable at the root at hand: `outlook` lays out
 what is known there, `features` and `acceptance` are the model, `expand` searches with it,
-`compiled` does the same where numba is installed.
+`compiled` does the same where numba is installed (`search`).
 `rejected` asks what the last forward's rejected drafts say. `best_of` leaves every forward to the
 way that would have done best lately; `artifact` makes such a drafter of a draft graph. Nothing here
 can change a token.
@@ -12,7 +12,7 @@ can change a token.
 from spiffy.runtime.draft.artifact import graph_drafter, lasting_drafter, way_of
 from spiffy.runtime.draft.best_of import BestOfDrafter
 from spiffy.runtime.draft.by_graph import GeometricMeanDrafter, GraphDrafter, confidence_chain
-from spiffy.runtime.draft.by_model import AcceptanceDrafter, Vocabulary, fastest_search
+from spiffy.runtime.draft.by_model import AcceptanceDrafter, Vocabulary
 from spiffy.runtime.draft.candidates import (
     Candidates,
     Chooser,
@@ -21,6 +21,7 @@ from spiffy.runtime.draft.candidates import (
     Walk,
     rank_candidates,
 )
+from spiffy.runtime.draft.search import fastest_search
 
 __all__ = [
     "AcceptanceDrafter",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,46 +11,10 @@ from torch import Tensor
 
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS, AcceptanceWeights
 from spiffy.runtime.draft.candidates import Candidates
-from spiffy.runtime.draft.expand import expand
-from spiffy.runtime.draft.ngrams import Floats, Ints
+from spiffy.runtime.draft.ngrams import Floats
 from spiffy.runtime.draft.outlook import Outlook
+from spiffy.runtime.draft.search import fastest_search
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.schemas.errors import said
-
-
-class Search(NamedTuple):
-    """How a root is laid out, by `Outlook.at`, and searched, by `expand`, or as these do it."""
-
-    lay_out: Callable[..., Any]
-    expand: Callable[[AcceptanceWeights, Any, int, int], tuple[Ints, Floats]]
-
-
-IN_NUMPY = Search(Outlook.at, expand)
-
-
-@cache
-def fastest_search() -> Search:
-    """The search for drafts, compiled where numba is installed (extra `fast`).
-
-    The first call on a machine compiles, which takes some 20 s; numba keeps the result. Where numba
-    does not work, a warning says why, and NumPy does the same. `NUMBA_DISABLE_JIT=1` is respected:
-    NumPy is faster than loops that nobody compiles.
-    """
-    if find_spec("numba") is None:
-        return IN_NUMPY
-    try:
-        from spiffy.runtime.draft import compiled
-
-        if not compiled.allowed():
-            return IN_NUMPY
-        compiled.warm_up()
-    except Exception as error:  # of the compiler, or of where it keeps its work
-        warnings.warn(
-            f"numba does not work here, drafts are searched by NumPy: {said(error, 300)}",
-            stacklevel=2,
-        )
-        return IN_NUMPY
-    return Search(compiled.lay_out, compiled.expand)
 
 
 class Vocabulary(Protocol):

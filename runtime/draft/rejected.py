@@ -9,11 +9,11 @@ from torch import Tensor
 
 from spiffy.runtime.draft.candidates import Candidates
 from spiffy.runtime.draft.ngrams import Floats
-from spiffy.runtime.draft.outlook import Rejected
+from spiffy.runtime.draft.outlook import LIKELY, Rejected
+from spiffy.runtime.draft.search import fastest_search
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.step.canvas import Cursor
 
-_LIKELY = np.log(0.05)  # least log-probability of what an asked draft holds more
 _MOST_ASKED = 16  # rejected drafts
 _MOST_HEARD = 1 << 13  # positions of all of them: 64 MB of hidden states of 4,096 bfloat16
 _SURE = 1 - 1e-12
@@ -47,34 +47,30 @@ def with_rejected(
         Positions of the root's block.
     """
     log_p = candidates.log_p.numpy()
-    if len(states) == 1 or log_p.max(initial=-np.inf) <= _LIKELY:
+    if len(states) == 1 or log_p.max(initial=-np.inf) <= LIKELY:
         return candidates
     block = slice(span.start, span.stop)
     ids, held = root.ids[block].numpy(), states[:, block].numpy()
     tokens = candidates.tokens.numpy()
     positions = candidates.positions.numpy() - span.start
     fresh = candidates.fresh.numpy() - span.start
-    masked = held == mask_token_id
-    # In this block they hold all that the candidates' source does, and nothing else than the root.
-    may = ((held == held[seen]) | masked[seen]).all(1)
-    may &= ((held == ids) | masked | (ids == mask_token_id)).all(1)
-    filled = ~masked[:, positions]
-    same = tokens == held[:, positions, None]
-    may &= (same.any(-1) | ~filled).all(1) & filled.any(1) & ~filled.all(1)
-    may &= np.where(same, log_p, 0.0).sum((1, 2)) > _LIKELY
-    heard = [state for state in may.nonzero()[0] if evaluation.windows[state].covers(span)]
+    likely = fastest_search().asked(held, ids, seen, positions, tokens, log_p, mask_token_id)
+    heard = [state for state in likely.tolist() if evaluation.windows[state].covers(span)]
     asked = np.array(heard[: min(_MOST_ASKED, max(1, _MOST_HEARD // len(positions)))])
     if not len(asked):
         return candidates
     said = evaluation.quoted(seen, asked.tolist(), candidates.positions, candidates.tokens, log_p)
     if said is None:
         return candidates
+    there = held[asked]
+    filled, same = there[:, positions] != mask_token_id, tokens == there[:, positions, None]
     quoted = _log_p_of(*said, log_p)
-    quoted = np.where(filled[asked][:, :, None], log_p, quoted)  # nobody asks of those
+    quoted = np.where(filled[:, :, None], log_p, quoted)  # nobody asks of those
     numbers = np.isfinite(quoted).all((1, 2))  # a draft may overflow where the truth does not
-    asked, quoted = asked[numbers], quoted[numbers]
-    choice = np.where(filled[asked], same[asked].argmax(-1), -1)
-    return replace(candidates, rejected=Rejected(choice, quoted, masked[asked][:, fresh]))
+    choice = np.where(filled, same.argmax(-1), -1)
+    unseen = there[:, fresh] == mask_token_id
+    rejected = Rejected(choice[numbers], quoted[numbers], unseen[numbers])
+    return replace(candidates, rejected=rejected)
 
 
 def _log_p_of(log_total: Floats, logits: Floats, known: Floats) -> Floats:

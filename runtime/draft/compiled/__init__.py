@@ -15,7 +15,22 @@ from spiffy.runtime.draft.compiled import layout, loops
 from spiffy.runtime.draft.compiled.arrays import Facts, Model, Root
 from spiffy.runtime.draft.expand import DEPTH, most_states
 from spiffy.runtime.draft.ngrams import Floats, Ints
-from spiffy.runtime.draft.outlook import Rejected, ngrams_before
+from spiffy.runtime.draft.outlook import LIKELY, Rejected, ngrams_before
+
+
+def asked(
+    held: Ints,
+    ids: Ints,
+    seen: int,
+    positions: Ints,
+    tokens: Ints,
+    log_p: Floats,
+    mask_token_id: int,
+) -> Ints:
+    """As `outlook.asked`, which says what it takes and returns."""
+    held, ids = np.ascontiguousarray(held), np.ascontiguousarray(ids)
+    numbers: Ints = layout.asked(held, ids, seen, positions, tokens, log_p, mask_token_id, LIKELY)
+    return numbers
 
 
 def lay_out(
@@ -73,3 +88,4 @@ def warm_up() -> None:
         vocab=2,
     )
     expand(nothing, root, budget=1, room=1)
+    asked(ids[None], ids, 0, ids[1:], np.zeros((2, 1), dtype=np.int64), np.full((2, 1), -1.0), 1)

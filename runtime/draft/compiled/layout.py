@@ -1,4 +1,4 @@
-"""What `Outlook.at` does, in loops that numba compiles: see `loops` for how."""
+"""What `outlook` does, in loops that numba compiles: see `loops` for how."""
 
 from __future__ import annotations
 
@@ -151,3 +151,38 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any) -> Any:
         echo,
         text,
     )
+
+
+@_compiled
+def asked(
+    held: Any,
+    ids: Any,
+    seen: Any,
+    positions: Any,
+    tokens: Any,
+    log_p: Any,
+    mask_token_id: Any,
+    likely: Any,
+) -> Any:
+    """`outlook.asked`; `likely` is its least log-probability."""
+    asked, found = np.empty(len(held), np.int64), 0
+    for n in range(len(held)):
+        may = True
+        for b in range(held.shape[1]):
+            token, parents = held[n, b], held[seen, b]
+            may &= token == parents or parents == mask_token_id
+            may &= token == ids[b] or token == mask_token_id or ids[b] == mask_token_id
+        filled, total = 0, 0.0
+        for m in range(len(positions)):
+            token = held[n, positions[m]]
+            if may and token != mask_token_id:
+                filled += 1
+                may = False
+                for j in range(tokens.shape[1]):
+                    if tokens[m, j] == token:
+                        may = True
+                        total += log_p[m, j]
+        if may and 0 < filled < len(positions) and total > likely:
+            asked[found] = n
+            found += 1
+    return asked[:found]

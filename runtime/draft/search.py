@@ -1,0 +1,57 @@
+"""Searching a root for drafts: by NumPy, or by what numba compiled where that is installed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from spiffy.runtime.draft.acceptance import AcceptanceWeights
+from spiffy.runtime.draft.expand import expand
+from spiffy.runtime.draft.ngrams import Floats, Ints
+from spiffy.runtime.draft.outlook import Outlook, asked
+from spiffy.schemas.errors import said
+
+
+class Search(NamedTuple):
+    """What the host does for an acceptance model's drafts, of one root after the other.
+
+    Attributes
+    ----------
+    asked, lay_out, expand
+        `outlook.asked`, `Outlook.at` and `expand.expand`, or what does the same.
+    """
+
+    asked: Callable[..., Ints]
+    lay_out: Callable[..., Any]
+    expand: Callable[[AcceptanceWeights, Any, int, int], tuple[Ints, Floats]]
+
+
+IN_NUMPY = Search(asked, Outlook.at, expand)
+
+
+@cache
+def fastest_search() -> Search:
+    """The search for drafts, compiled where numba is installed (extra `fast`).
+
+    The first call on a machine compiles, which takes some 20 s; numba keeps the result. Where numba
+    does not work, a warning says why, and NumPy does the same. `NUMBA_DISABLE_JIT=1` is respected:
+    NumPy is faster than loops that nobody compiles.
+    """
+    if find_spec("numba") is None:
+        return IN_NUMPY
+    try:
+        from spiffy.runtime.draft import compiled
+
+        if not compiled.allowed():
+            return IN_NUMPY
+        compiled.warm_up()
+    except Exception as error:  # of the compiler, or of where it keeps its work
+        warnings.warn(
+            f"numba does not work here, drafts are searched by NumPy: {said(error, 300)}",
+            stacklevel=2,
+        )
+        return IN_NUMPY
+    return Search(compiled.asked, compiled.lay_out, compiled.expand)
