@@ -20,7 +20,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("report", "large", "adapters", "quantize")
+EXTRAS = ("fast", "report", "large", "adapters", "quantize")
 # Come with torch, and would bring another one along.
 WITH_TORCH = ("torch", "accelerate", "peft")
 
@@ -32,6 +32,7 @@ HUB = "tests/test_hub.py::test_"
 FAST = (
     "tests/test_warnings.py",
     "tests/test_load.py",
+    "tests/test_compiled_drafts.py",
     "tests/test_parity.py::test_logits_equal_the_official_models",
     "tests/test_parity.py::test_trajectory_equals_the_official_loop",
     f"{LOSSLESS}any_drafts_leave_every_state_as_it_was",
@@ -105,6 +106,7 @@ def try_versions(which: str, with_torch: bool) -> int:
     with tempfile.TemporaryDirectory(prefix=f"{which}-") as folder:
         began = time.monotonic()
         python, variables = sys.executable, {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+        variables["NUMBA_CACHE_DIR"] = folder  # what another numba compiled is not to be replaced
         wanted = requirements(which, with_torch)
         if with_torch:
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
