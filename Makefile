@@ -2,7 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.installed
-# Compiling all of torch and its like takes longer than installing it; Python compiles what it imports.
+# Compiling all of torch and its like takes longer than installing it; Python compiles what it imports. The last
+# line of setting up has numba compile what searches for drafts, so that nothing that is tried first waits for that.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: help demo bench results test lint types links imports tour docs package versions oldest newest clean
@@ -24,6 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(INSTALL) torch
 	$(INSTALL) -e '.[dev]'
+	$(BIN)/python -W ignore -c 'from spiffy.runtime.draft import fastest_search; fastest_search()' 2> /dev/null
 	touch $@
 
 demo: $(READY)
