@@ -12,7 +12,7 @@ import typer
 
 from spiffy.calib.ranks import Ranks
 from spiffy.cli.calibration_tables import predict, shape_like, summarise
-from spiffy.cli.common import log, note_skipped, progress_bar, resumable, run_app
+from spiffy.cli.common import compile_search, log, note_skipped, progress_bar, resumable, run_app
 from spiffy.cli.options import (
     Adapter,
     Compile,
@@ -273,6 +273,8 @@ def calibrate(
         traces = _recorded(recording, lm, drawn, tasks, ranks)
         if traces is None:
             return
+        with log.status("fitting") as status:
+            compile_search(status)
         command = ("spiffy-calibrate", *sys.argv[1:])
         graph = build_graph(
             lm,

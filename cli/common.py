@@ -116,13 +116,18 @@ def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> Non
         )
 
 
-def ready_to_draft(artifact: DraftGraph, status: Status) -> None:
+def compile_search(status: Status) -> None:
     """Compile what searches for drafts while `status` says so, not amid the first prompt."""
     from spiffy.runtime.draft import fastest_search
 
+    status.update("compiling the search for drafts: half a minute, the first time")
+    fastest_search()
+
+
+def ready_to_draft(artifact: DraftGraph, status: Status) -> None:
+    """`compile_search` for an artifact that needs it."""
     if artifact.acceptance is not None:
-        status.update("compiling the search for drafts: half a minute, the first time")
-        fastest_search()
+        compile_search(status)
 
 
 @contextmanager

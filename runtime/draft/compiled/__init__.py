@@ -1,8 +1,9 @@
-"""The search of `expand`, compiled by numba (extra `fast`): the same drafts, some ten times sooner.
+"""The search of `expand`, compiled by numba (extra `fast`): the same drafts, sooner.
 
 The host chooses drafts while the device waits. In NumPy that takes milliseconds, nearly all of them
 for calling some thousand functions on small arrays. What is computed, and why, is said by
-`features` and `expand`, which are used where numba is not installed; tests hold `loops` to them.
+`features` and `expand`, which are used where numba is not installed; tests hold `loops` and
+`layout` to them.
 """
 
 from __future__ import annotations
