@@ -36,9 +36,9 @@ IN_NUMPY = Search(asked, Outlook.at, expand)
 def fastest_search() -> Search:
     """The search for drafts, compiled where numba is installed (extra `fast`).
 
-    The first call on a machine compiles, for half a minute; numba keeps the result. Where numba does
-    not work, a warning says why, and NumPy does the same. `NUMBA_DISABLE_JIT=1` is respected: NumPy
-    is faster than loops that nobody compiles.
+    The first call on a machine compiles, for half a minute; numba keeps the result. Where numba
+    does not work, a warning says why, and NumPy does the same. `NUMBA_DISABLE_JIT=1` is respected:
+    NumPy is faster than loops that nobody compiles.
     """
     if find_spec("numba") is None:
         return IN_NUMPY
