@@ -4,8 +4,9 @@ A closed loop: every client asks, waits for its answer, and asks again. Answers 
 lengths, else plain decoding's sequences would go in step, which no clients do; one that is under
 way at the end counts with the share of it that its time before the end is. Servers of one model,
 without drafts, with as many as pay, and with eight for every answer whoever else asks, run beside
-each other and are measured in turns, so that what else the machine does hits all alike; only one of
-them is asked at a time. Temperature 0, generated problems that neither training nor calibration
+each other and are measured in turns, each as often first as last, so that what else the machine
+does hits all alike; only one of them is asked at a time. Ratios have their 95% bootstrap interval,
+turns resampled. Temperature 0, generated problems that neither training nor calibration
 saw. The first line is `generate` in Python, one question after the other: what servers should gain
 with a single client. An answer differs if it is not the first one that plain decoding gave, which
 is a near-tie of floating point at most (docs/losslessness.md).
@@ -36,9 +37,12 @@ wait_passively()  # as servers do, before torch is imported
 
 # ruff: noqa: E402
 import httpx
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pages import add_into, fill
 from rich.console import Console
+from scipy.stats import bootstrap
 from serving import Server, calibrated, percentile, questions, serving
 
 from spiffy.bench.grow import grow
@@ -47,29 +51,36 @@ from spiffy.runtime.generate import Budget
 from spiffy.schemas import DraftGraph
 
 WAYS: dict[str, Budget | None] = {"none": None, "auto": "auto", "8 each": 8}
+Floats = NDArray[np.float64]
 ALONE = 0  # clients: no server at all
+_FEW = 6  # turns that make no interval
 log = Console(stderr=True, highlight=False, markup=False)
 
 
 @dataclass
 class Measured:
-    """What one server gave to a number of clients."""
+    """What one server gave to a number of clients; `tokens` and `seconds` turn by turn."""
 
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
-    tokens: float = 0.0
+    tokens: list[float] = field(default_factory=list)
     differing: int = 0
+
+    def begin(self, seconds: float) -> None:
+        """Begin a turn."""
+        self.seconds.append(seconds)
+        self.tokens.append(0.0)
 
     def add(self, began: float, ended: float, end: float, tokens: int) -> None:
         """Count an answer; of one that was under way at the `end`, the share until then."""
         took = ended - began
         self.latencies.append(took)
-        self.tokens += tokens * (min(ended, end) - began) / took
+        self.tokens[-1] += tokens * (min(ended, end) - began) / took
 
     @property
     def rate(self) -> float:
         """Tokens per second, of all clients."""
-        return self.tokens / self.seconds
+        return sum(self.tokens) / sum(self.seconds)
 
 
 async def ask(
@@ -83,6 +94,8 @@ async def ask(
 ) -> None:
     """Let clients ask for some seconds; what is under way then is waited for."""
     numbers = count()
+    if into is not None:
+        into.begin(seconds)
     end = perf_counter() + seconds
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=server.address, timeout=600, limits=limits) as http:
@@ -108,8 +121,6 @@ async def ask(
                 into.differing += text != known.setdefault((prompt, length), text)
 
         await asyncio.gather(*(client() for _ in range(clients)))
-        if into is not None:
-            into.seconds += seconds
 
 
 @dataclass
@@ -132,6 +143,8 @@ class Alone:
         options = self.graph.decoding.model_dump(exclude={"gen_length"})
         if budget is not None:
             options.update(graph=self.graph, budget=budget, any_model=True)
+        if into is not None:
+            into.begin(seconds)
         end = perf_counter() + seconds
         for prompt, length in zip(cycle(prompts), cycle(lengths), strict=False):
             began = perf_counter()
@@ -142,8 +155,6 @@ class Alone:
             if into is not None:
                 into.add(began, perf_counter(), end, len(answer.token_ids))
                 into.differing += answer.text != known.setdefault((prompt, length), answer.text)
-        if into is not None:
-            into.seconds += seconds
 
 
 def alone(name: str, shape: str | None, graph: DraftGraph) -> Alone:
@@ -172,7 +183,8 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
         for clients in (ALONE, *args.clients):
             found[clients] = {way: Measured() for way in WAYS}
             for turn in range(-1, args.turns):  # the first one warms up, and lets auto learn
-                for way, server in servers.items():
+                for way in rotated(list(servers), turn):
+                    server = servers[way]
                     seconds = args.warm_up if turn < 0 else args.seconds / args.turns
                     into = None if turn < 0 else found[clients][way]
                     what = (seconds, prompts, args.lengths, known, into)
@@ -186,6 +198,28 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
     return found
 
 
+def rotated(ways: Sequence[str], turn: int) -> Sequence[str]:
+    """The order of a turn."""
+    first = turn % len(ways)
+    return [*ways[first:], *ways[:first]]
+
+
+def ratio(ours: Measured, plain: Measured) -> str:
+    """Throughput over another's with its interval, turns resampled."""
+
+    def over(a: Floats, b: Floats, axis: int = -1) -> Floats:
+        total: Floats = a.sum(axis) / b.sum(axis)
+        return total
+
+    pair = (ours.tokens, plain.tokens)
+    told = f"{over(*map(np.array, pair)):.2f}x"
+    if len(ours.tokens) < _FEW:
+        return told
+    found = bootstrap(pair, over, paired=True, vectorized=True, method="percentile", rng=0)
+    low, high = found.confidence_interval
+    return f"{told}, {low:.2f} to {high:.2f}"
+
+
 def table(found: dict[int, dict[str, Measured]]) -> str:
     """Markdown: throughput against the server without drafts, and latencies."""
     heads = " | ".join(f"{way}: tokens/s | p50, p95 (s)" for way in WAYS)
@@ -193,10 +227,10 @@ def table(found: dict[int, dict[str, Measured]]) -> str:
     for clients, ways in found.items():
         plain, cells = ways["none"], []
         for way, measured in ways.items():
-            ratio = "" if way == "none" else f" ({measured.rate / plain.rate:.2f}x)"
+            over = "" if way == "none" else f" ({ratio(measured, plain)})"
             middle, late = (percentile(measured.latencies, share) for share in (0.5, 0.95))
             rate = f"{measured.rate:.0f}" if plain.rate >= 30 else f"{measured.rate:.1f}"
-            cells += [f"{rate}{ratio}", f"{middle:.2f}, {late:.2f}"]
+            cells += [f"{rate}{over}", f"{middle:.2f}, {late:.2f}"]
         wrong = sum(measured.differing for measured in ways.values())
         total = sum(len(measured.latencies) for measured in ways.values())
         lines.append(f"| {clients or 'no server'} | {' | '.join(cells)} | {wrong} of {total} |")
