@@ -262,6 +262,8 @@ def _check(model: DiffusionLM, small: Shape, shape: Shape) -> None:
             raise SpiffyError(f"{model.name} cannot be grown: no rule for its parameter {name}")
     if any(weight.is_meta for weight in model.module.parameters()):
         raise SpiffyError(f"{model.name} cannot be grown: its weights are offloaded")
+    if model.is_prepacked:
+        raise SpiffyError(f"{model.name} is prepacked: grow it before")
 
     def refuse(reason: str) -> SpiffyError:
         return SpiffyError(f"{model.name} does not fit into shape {shape.name}: {reason}")

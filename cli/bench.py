@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,19 +89,24 @@ class _Shape:
             shape_named(self.shape)
 
     def grown(
-        self, model: DiffusionLM, graphs: Sequence[DraftGraph | None], any_model: bool
+        self, options: ModelOfGraph, model: DiffusionLM, graphs: Sequence[DraftGraph | None]
     ) -> tuple[DiffusionLM, list[DraftGraph | None]]:
         """Model and graphs, grown if that is asked for."""
         from spiffy.bench.grow import grow, grow_graph
         from spiffy.runtime.models.compiled import compile_transformer
+        from spiffy.runtime.models.prepack import prepack, prepack_if_faster
 
         if self.shape is None:
             return model, [*graphs]
         large = grow(model, self.shape)
+        if options.prepack is None:
+            prepack_if_faster(large)
+        elif options.prepack:
+            prepack(large)
         if model.compiled is not None:
             compile_transformer(large)
         return large, [
-            None if graph is None else grow_graph(graph, model, large, any_model)
+            None if graph is None else grow_graph(graph, model, large, options.any_model)
             for graph in graphs
         ]
 
@@ -335,8 +340,9 @@ def _prepared(
     drawn = prompts.draw(decoding.seed)
     rival = None if methods.paper is None else DraftGraph.find(methods.paper)
     network = None if methods.order is None else load_order(methods.order)
-    lm = model.load(artifact, place)
-    lm, (ours, rival) = shape.grown(lm, (artifact, rival), model.any_model)
+    asked = model if shape.shape is None else replace(model, prepack=False)  # grown, then prepacked
+    lm = asked.load(artifact, place)
+    lm, (ours, rival) = shape.grown(model, lm, (artifact, rival))
     artifact = ours or artifact
     settings, edges = decoding.settings(lm, artifact, model.any_model), decoding.block_edges()
     set_threads(lm, settings, threads)

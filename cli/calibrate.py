@@ -23,6 +23,7 @@ from spiffy.cli.options import (
     Encoding,
     Field,
     Growth,
+    Prepack,
     Quantize,
     SkipBad,
     Threads,
@@ -76,6 +77,7 @@ class _Model:
     adapter: Adapter = None
     quantize: Quantize = None
     compile: Compile = False
+    prepack: Prepack = None
     threads: Threads = "auto"
     device_map: Annotated[
         str | None,
@@ -103,6 +105,7 @@ class _Model:
             adapter=self.adapter,
             quantize=self.quantize,
             compile=self.compile,
+            prepack="auto" if self.prepack is None else self.prepack,
         )
 
 

@@ -101,6 +101,15 @@ Compile = Annotated[
         "compiler, on a GPU Triton).",
     ),
 ]
+Prepack = Annotated[
+    bool | None,
+    model_option(
+        "--prepack/--no-prepack",
+        help="Keep weights as a CPU's oneDNN computes with them. Default: if the model is large "
+        "and a try shows that it is faster.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[
     str,
     model_option(
@@ -140,6 +149,7 @@ class ModelOfGraph:
     adapter: Adapter = None
     quantize: Quantize = None
     compile: Compile = False
+    prepack: Prepack = None
     threads: Threads = "auto"
     any_model: Annotated[
         bool,
@@ -170,6 +180,7 @@ class ModelOfGraph:
             adapter=self.adapter,
             quantize=self.quantize,
             compile=self.compile,
+            prepack="auto" if self.prepack is None else self.prepack,
         )
         if self.model is not None:
             return load(self.model)

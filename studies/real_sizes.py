@@ -48,6 +48,7 @@ from spiffy.runtime.budget.auto import expected_steps, plan_of
 from spiffy.runtime.budget.cost import device_name, measure_cost
 from spiffy.runtime.decode import make_task
 from spiffy.runtime.draft import Selection, graph_drafter
+from spiffy.runtime.models.prepack import prepack_if_faster
 from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName, SpiffyError
 from spiffy.schemas.bench import MethodKind, Result
 
@@ -76,6 +77,8 @@ class Line:
     ----------
     where
         The machine's part that ran it.
+    arithmetic
+        See `DiffusionLM.arithmetic`.
     of_tiny
         Answers that are not the tiny model's.
     predicted
@@ -85,6 +88,7 @@ class Line:
 
     case: Case
     where: str
+    arithmetic: str
     cache: str
     parameters: int
     prompts: int
@@ -151,6 +155,8 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
     grown = grow(tiny, case.shape)
     if case.weights == "disk":  # costs are remembered by fingerprint: not those in memory
         grown.fingerprint += " streamed"
+    elif not args.no_prepack:  # as the commands do
+        prepack_if_faster(grown)
     parameters = sum(weight.numel() for weight in grown.module.parameters())
     artifact = grow_graph(graph, tiny, grown)
     settings = decoding_settings(grown, artifact)
@@ -171,6 +177,7 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
         Line(
             case,
             where(grown),
+            grown.arithmetic,
             settings.cache,
             parameters,
             len(questions),
@@ -250,7 +257,7 @@ def _heading(line: Line) -> str:
     lie = {"memory": "in memory", "disk": "streamed from disk"}[case.weights]
     return (
         f"**{case.model} in the shape {case.shape}** ({line.parameters / 1e6:,.0f}M parameters, "
-        f"{case.dtype}, {lie}): block {case.block}, cache {line.cache}, {case.policy}; {line.where}"
+        f"{line.arithmetic}, {lie}): block {case.block}, cache {line.cache}, {case.policy}; {line.where}"
     )
 
 
@@ -316,6 +323,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
+    parser.add_argument("--no-prepack", action="store_true", help="leave weights as torch has them")
     parser.add_argument("--offload", type=Path, help="folder on the disk to stream from")
     parser.add_argument("--key", default="real-sizes", help="markers that the table goes between")
     add_into(parser)

@@ -24,6 +24,7 @@ from spiffy.bench.grow import grow
 from spiffy.calib.synthetic import problems
 from spiffy.cli import serve
 from spiffy.runtime import DiffusionLM
+from spiffy.runtime.models.prepack import prepack_if_faster
 
 _START_SECONDS = 300
 
@@ -104,7 +105,9 @@ def _serve_grown(shape: str) -> None:
     load = spiffy.runtime.load_model
 
     def load_grown(*args: Any, **options: Any) -> DiffusionLM:
-        return grow(load(*args, **options), shape)
+        grown = grow(load(*args, **options), shape)
+        prepack_if_faster(grown)  # as the command does with a large model
+        return grown
 
     spiffy.runtime.load_model = load_grown
     serve.main()

@@ -293,6 +293,18 @@ def test_a_measurement_is_kept_across_processes_and_for_similar_prompts(
     assert counted == [8, 8]
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("fpu avx512f amx_bf16 amx_tile", "Some Xeon with AMX"), ("fpu avx512f", "Some Xeon")],
+)
+def test_processors_of_one_name_are_told_apart_by_what_they_multiply(
+    flags: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"processor\t: 0\nmodel name\t: Some Xeon\nflags\t\t: {flags}\nbugs\t\t:\n\n"
+    monkeypatch.setattr(cost.Path, "read_text", lambda *_, **__: said * 2)
+    assert cost.device_name(torch.device("cpu")) == name
+
+
 def test_other_conditions_are_measured_on_their_own(
     counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -297,7 +297,7 @@ def conditions(task: Task) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU or CPU model by its own name."""
+    """The GPU or CPU model by its own name, and whether the CPU multiplies bfloat16 tiles (AMX)."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -306,8 +306,10 @@ def device_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine() or "cpu"
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = said.get("model name") or platform.processor() or platform.machine() or "cpu"
+    # Virtual machines go by one name with and without.
+    return f"{name} with AMX" if "amx_bf16" in said.get("flags", "").split() else name
 
 
 def _key(conditions: Mapping[str, Any]) -> str:

@@ -155,12 +155,13 @@ class DiffusionLM:
         Raises
         ------
         SpiffyError
-            If a device map has spread the model, or it is compiled: what moves its parts about, and
-            compiled code, cannot be pickled.
+            If a device map has spread the model, or it is compiled or prepacked: what moves its
+            parts about, compiled code, and weights in oneDNN's layout cannot be pickled.
         """
         spread = any(hasattr(part, "_hf_hook") for part in self.module.modules())
-        if spread or self.compiled is not None:
-            how = "spread by device_map" if spread else "compiled"
+        if spread or self.compiled is not None or self.is_prepacked:
+            how = "prepacked" if self.is_prepacked else "compiled"
+            how = "spread by device_map" if spread else how
             raise SpiffyError(
                 f"{self.name}: {how}, a model cannot be pickled or copied: load it in the process "
                 "that uses it"
@@ -192,16 +193,23 @@ class DiffusionLM:
     def arithmetic(self) -> str:
         """The dtype, and what computes that is not torch's or transformers' own.
 
-        Such as "float32", or "bfloat16, torchao.Int8Tensor", and whether torch compiled it; costs
-        are remembered by it.
+        Such as "float32", or "bfloat16, torchao.Int8Tensor", and whether it is prepacked and
+        whether torch compiled it; costs are remembered by it.
         """
         layers = {type(part) for part in self.module.modules()}
         weights = {type(value) for value in self.module.parameters()} - {nn.Parameter, Tensor}
         foreign = weights | {kind for kind in layers if _package(kind) not in _OWN}
         names = sorted(f"{_package(kind)}.{kind.__name__}" for kind in foreign)
         attention = [] if self._attention == "sdpa" else [self._attention]
+        prepacked = ["prepacked"] * self.is_prepacked
         compiled = [] if self.compiled is None else ["compiled"]
-        return ", ".join([str(self.dtype).removeprefix("torch."), *attention, *names, *compiled])
+        words = [str(self.dtype).removeprefix("torch."), *attention, *names, *prepacked, *compiled]
+        return ", ".join(words)
+
+    @property
+    def is_prepacked(self) -> bool:
+        """Whether linear layers keep their weights as oneDNN computes with them."""
+        return any(weight.is_mkldnn for weight in self.module.parameters())
 
     @property
     def default_block_length(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,8 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.compiled import compile_transformer
 from spiffy.runtime.models.families import family_of
 from spiffy.runtime.models.identity import fingerprint
+from spiffy.runtime.models.prepack import check_prepack, prepack_if_faster
+from spiffy.runtime.models.prepack import prepack as prepack_layers
 from spiffy.runtime.models.quantise import check_quantise, quantise
 from spiffy.runtime.models.quiet import loading, quiet_transformers
 from spiffy.runtime.models.source import Source, read_json
@@ -47,6 +49,7 @@ def load_model(
     adapter: str | None = None,
     quantize: str | None = None,
     compile: bool = False,
+    prepack: bool | Literal["auto"] = False,
 ) -> DiffusionLM:
     """Load a diffusion language model.
 
@@ -77,6 +80,11 @@ def load_model(
         Let torch compile the transformer, which takes up to a minute and a C++ compiler (on a GPU
         Triton), and less the next time. Forwards of any size take the same code. On a GPU also
         CUDA graphs and FlexAttention are tried, and used if they are right and faster.
+    prepack
+        Keep the weights of linear layers as oneDNN computes with them on a CPU, which takes no more
+        memory and makes forwards of large models faster. The module is then for inference alone:
+        it can be neither trained, saved, copied nor pickled. "auto": if it is large, and a try
+        on this machine shows that it is faster.
 
     Raises
     ------
@@ -87,6 +95,8 @@ def load_model(
     """
     if not isinstance(compile, bool):  # such as "no", which would be taken for True
         raise SpiffyError(f"compile {compile!r}: give True or False")
+    if prepack not in (True, False, "auto"):
+        raise SpiffyError(f"prepack {prepack!r}: give True, False or 'auto'")
     if device_map is not None and find_spec("accelerate") is None:
         raise SpiffyError("device_map needs accelerate: pip install 'spiffy-dllm[large]'")
     source = Source.of(name, revision)
@@ -100,6 +110,9 @@ def load_model(
     dtype = _dtype(dtype, device)
     if quantize is not None:
         check_quantise(name, quantize, facts, config, dtype)
+    others = quantize is not None or device_map is not None
+    if prepack is True:
+        check_prepack(name, device, dtype, others)
     lora = None if adapter is None else read_adapter(adapter)
     with quiet_transformers():
         tokenizer = read_tokenizer(source)
@@ -135,6 +148,10 @@ def load_model(
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
     )
+    if prepack is True:
+        prepack_layers(model)
+    elif prepack == "auto" and not others:
+        prepack_if_faster(model)
     if compile:
         compile_transformer(model)
     return model

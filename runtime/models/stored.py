@@ -72,7 +72,7 @@ def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
     """The plain tensors that a parameter consists of: itself, or what a quantised one holds."""
     parts: Any = parameter
     if not is_traceable_wrapper_subclass(parts):
-        yield parameter
+        yield parameter.to_dense() if parameter.is_mkldnn else parameter
         return
     for name in parts.__tensor_flatten__()[0]:
         yield from stored_tensors(getattr(parts, name))

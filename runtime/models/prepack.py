@@ -1,0 +1,179 @@
+"""Weights of linear layers in the layout that oneDNN, torch's library for CPUs, computes with.
+
+Without it a layer's weights are laid out anew in every call. A forward of a denoising step has few
+positions, for which that takes as long as the arithmetic. The layout is kept in place of the
+weights, so it takes no memory of its own; the output head, whose rows are looked up too, and the
+embedding stay as they are.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from time import perf_counter
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import option
+from spiffy.schemas.notes import note
+
+#: What oneDNN computes in.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_POSITIONS = 16  # that the layout is chosen for; it holds for any number
+_WORTH = 50_000_000  # parameters of linear layers, below which calls take longer than they save
+_TRIED = (8, 32)  # positions
+_FASTER = 0.95  # of the time without, at most
+_TIMED = 5  # repetitions, of which the fastest counts
+
+_numbers = count()
+_layers: WeakValueDictionary[int, PrepackedLinear] = WeakValueDictionary()
+
+
+class PrepackedLinear(nn.Module):
+    """`torch.nn.Linear` for inference on a CPU, its weight laid out for oneDNN.
+
+    `weight.to_dense()` is the weight as it was, [out_features, in_features].
+
+    Parameters
+    ----------
+    layer
+        Of one of `DTYPES`, on the CPU.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        own = layer.weight.detach().contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(own, _POSITIONS)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = layer.bias
+        self._number = next(_numbers)
+        _layers[self._number] = self
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        if torch.compiler.is_compiling():
+            out: Tensor = _opaque(hidden, self._number, self.out_features)
+            return out
+        return self.compute(hidden)
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """As `forward`."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            hidden, self.weight, self.bias, "none", [], ""
+        )
+        return out
+
+
+@torch.library.custom_op("spiffy::prepacked_linear", mutates_args=())
+def _opaque(hidden: Tensor, number: int, width: int) -> Tensor:
+    """A layer as compiled code calls it, which cannot hold weights in this layout."""
+    layer: PrepackedLinear = _layers[number]
+    return layer.compute(hidden)
+
+
+@_opaque.register_fake
+def _(hidden: Tensor, number: int, width: int) -> Tensor:
+    return hidden.new_empty(*hidden.shape[:-1], width)
+
+
+def check_prepack(name: str, device: torch.device, dtype: torch.dtype, others: bool) -> None:
+    """Refuse what cannot be prepacked, before anything is loaded.
+
+    Parameters
+    ----------
+    others
+        Whether the weights are to be quantised, or spread by a device map.
+
+    Raises
+    ------
+    SpiffyError
+        If the weights are not whole ones on a CPU, or this torch has no oneDNN.
+    """
+    if device.type != "cpu" or others:
+        raise SpiffyError(
+            f"{name}: weights are prepacked for a CPU, and neither quantised nor spread by a "
+            f"device map: drop {option('prepack')}"
+        )
+    if dtype not in DTYPES:
+        kind = str(dtype).removeprefix("torch.")
+        raise SpiffyError(f"{name}: {kind} cannot be prepacked: drop {option('prepack')}")
+    if not _has_onednn():
+        raise SpiffyError(f"{name}: this torch has no oneDNN: drop {option('prepack')}")
+
+
+def prepack(model: DiffusionLM) -> None:
+    """Prepack the linear layers of a model's transformer, in place.
+
+    Raises
+    ------
+    SpiffyError
+        See `check_prepack`.
+    """
+    check_prepack(model.name, model.device, model.dtype, others=False)
+    transformer: Any = model.module.model
+    for part in transformer.modules():
+        for name, layer in part.named_children():
+            if type(layer) is nn.Linear:
+                setattr(part, name, PrepackedLinear(layer))
+
+
+def prepack_if_faster(model: DiffusionLM) -> None:
+    """Prepack what is large enough and can be, if a try on this machine is right and faster."""
+    share = _share(model)
+    if share is not None and share <= _FASTER:
+        prepack(model)
+        note(f"weights prepacked for the CPU: a layer takes {share:.2f} of the time")
+
+
+def _share(model: DiffusionLM) -> float | None:
+    """What the largest layer takes prepacked, of what it takes now; None: it is not to be."""
+    transformer: Any = model.module.model
+    layers = [layer for layer in transformer.modules() if type(layer) is nn.Linear]
+    able = model.device.type == "cpu" and model.dtype in DTYPES and _has_onednn()
+    if not able or sum(layer.weight.numel() for layer in layers) < _WORTH:
+        return None
+    largest = max(layers, key=lambda layer: layer.weight.numel())
+    try:
+        ours = PrepackedLinear(largest)
+        return _seconds(ours) / _seconds(largest) if _agree(largest, ours) else None
+    except RuntimeError:  # a dtype that this processor's oneDNN does not know
+        return None
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def _hidden(layer: nn.Linear | PrepackedLinear, positions: int) -> Tensor:
+    """Numbers of a layer's input, [1, positions, in_features]."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, positions, layer.in_features, generator=generator)
+    return hidden.to(layer.weight.dtype)
+
+
+@torch.inference_mode()
+def _agree(usual: nn.Linear, ours: PrepackedLinear) -> bool:
+    hidden = _hidden(usual, _TRIED[0])
+    want, found = usual(hidden).float(), ours(hidden).float()
+    near = torch.finfo(usual.weight.dtype).eps ** 0.5 * want.abs().max()
+    return bool((want - found).abs().max() <= near)
+
+
+@torch.inference_mode()
+def _seconds(layer: nn.Linear | PrepackedLinear) -> float:
+    """Of calls with few and with some positions."""
+    total = 0.0
+    for positions in _TRIED:
+        hidden, took = _hidden(layer, positions), []
+        for _ in range(1 + _TIMED):
+            started = perf_counter()
+            layer(hidden)
+            took.append(perf_counter() - started)
+        total += min(took[1:])
+    return total
