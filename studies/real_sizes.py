@@ -323,7 +323,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
-    parser.add_argument("--no-prepack", action="store_true", help="leave weights as torch has them")
+    parser.add_argument("--no-prepack", action="store_true", help="of weights")
     parser.add_argument("--offload", type=Path, help="folder on the disk to stream from")
     parser.add_argument("--key", default="real-sizes", help="markers that the table goes between")
     add_into(parser)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import decode, parity_model, random_prompt, states
 from hypothesis import given
 from hypothesis import strategies as st
@@ -301,7 +302,7 @@ def test_processors_of_one_name_are_told_apart_by_what_they_multiply(
     flags: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = f"processor\t: 0\nmodel name\t: Some Xeon\nflags\t\t: {flags}\nbugs\t\t:\n\n"
-    monkeypatch.setattr(cost.Path, "read_text", lambda *_, **__: said * 2)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: said * 2)
     assert cost.device_name(torch.device("cpu")) == name
 
 
