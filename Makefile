@@ -47,7 +47,9 @@ results: $(READY)
 	$(BIN)/python studies/overhead.py --into docs/results-time.md
 	$(BIN)/python studies/regret.py --into docs/what-pays.md
 	$(BIN)/python studies/threads.py --into docs/what-pays.md
-	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --into docs/results-time.md
+	$(BIN)/python studies/prepack.py --into docs/what-pays.md
+	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar \
+		--into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --prompts 1 --budgets 2,4 \
 		--key real-sizes-1.7b --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-llada,tiny-dream --prompts 1 --budgets 1,2,4 \
@@ -55,9 +57,9 @@ results: $(READY)
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-0.6b,qwen3-1.7b --models tiny-llada,tiny-dream --prompts 1 \
 		--budgets 1,2,4 --key real-sizes-block-32-larger --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --blocks 8 --dtypes bfloat16 \
-		--budgets 2,4 --key real-sizes-bfloat16 --into docs/results-time.md
-	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --blocks 8 --dtypes bfloat16 \
-		--prompts 1 --budgets 2,4 --key real-sizes-bfloat16-1.7b --into docs/results-time.md
+		--prompts 3 --key real-sizes-bfloat16 --into docs/results-time.md
+	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --dtypes bfloat16 --prompts 2 \
+		--key real-sizes-bfloat16-1.7b --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-sdar --blocks 8 --weights disk --prompts 1 \
 		--budgets 2,8 --key real-sizes-disk --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md

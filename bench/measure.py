@@ -303,7 +303,7 @@ def machine(model: DiffusionLM, load_before: float | None) -> Machine:
     made_by = provenance()
     return Machine(
         device=device_name(model.device),
-        dtype=model.arithmetic,
+        dtype=model.kernels,
         threads=torch.get_num_threads() if kind == "cpu" else None,
         system=f"{platform.system()} {platform.machine()}",
         load=None if load_before is None or after is None else (load_before, after),

@@ -77,8 +77,8 @@ class Line:
     ----------
     where
         The machine's part that ran it.
-    arithmetic
-        See `DiffusionLM.arithmetic`.
+    kernels
+        See `DiffusionLM.kernels`.
     of_tiny
         Answers that are not the tiny model's.
     predicted
@@ -88,7 +88,7 @@ class Line:
 
     case: Case
     where: str
-    arithmetic: str
+    kernels: str
     cache: str
     parameters: int
     prompts: int
@@ -177,7 +177,7 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
         Line(
             case,
             where(grown),
-            grown.arithmetic,
+            grown.kernels,
             settings.cache,
             parameters,
             len(questions),
@@ -257,7 +257,8 @@ def _heading(line: Line) -> str:
     lie = {"memory": "in memory", "disk": "streamed from disk"}[case.weights]
     return (
         f"**{case.model} in the shape {case.shape}** ({line.parameters / 1e6:,.0f}M parameters, "
-        f"{line.arithmetic}, {lie}): block {case.block}, cache {line.cache}, {case.policy}; {line.where}"
+        f"{line.kernels}, {lie}): block {case.block}, cache {line.cache}, {case.policy}; "
+        f"{line.where}"
     )
 
 

@@ -237,7 +237,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         content: dict[str, Any] = {
             "version": version("spiffy-dllm"),
             "model": loaded.model.name,
-            "dtype": loaded.model.arithmetic,
+            "dtype": loaded.model.kernels,
             "graph": None if loaded.graph is None else loaded.graph.digest(),
             "budget": None if loaded.graph is None else loaded.budget,
             "decoding": loaded.settings.model_dump(mode="json"),

@@ -284,7 +284,7 @@ def conditions(task: Task) -> dict[str, Any]:
         outside = canvas.first
     return {
         "device": device_name(model.device),
-        "dtype": model.arithmetic,
+        "dtype": model.kernels,
         "threads": torch.get_num_threads() if kind == "cpu" else None,
         "torch": torch.__version__ + (", numba" if find_spec("numba") else ""),
         "model": model.fingerprint,

@@ -193,18 +193,21 @@ class DiffusionLM:
     def arithmetic(self) -> str:
         """The dtype, and what computes that is not torch's or transformers' own.
 
-        Such as "float32", or "bfloat16, torchao.Int8Tensor", and whether it is prepacked and
-        whether torch compiled it; costs are remembered by it.
+        Such as "float32", or "bfloat16, torchao.Int8Tensor", and whether torch compiled it;
+        recorded decodes go on with the same.
         """
         layers = {type(part) for part in self.module.modules()}
         weights = {type(value) for value in self.module.parameters()} - {nn.Parameter, Tensor}
         foreign = weights | {kind for kind in layers if _package(kind) not in _OWN}
         names = sorted(f"{_package(kind)}.{kind.__name__}" for kind in foreign)
         attention = [] if self._attention == "sdpa" else [self._attention]
-        prepacked = ["prepacked"] * self.is_prepacked
         compiled = [] if self.compiled is None else ["compiled"]
-        words = [str(self.dtype).removeprefix("torch."), *attention, *names, *prepacked, *compiled]
-        return ", ".join(words)
+        return ", ".join([str(self.dtype).removeprefix("torch."), *attention, *names, *compiled])
+
+    @property
+    def kernels(self) -> str:
+        """The arithmetic, and whether weights are prepacked for it: costs are remembered by it."""
+        return f"{self.arithmetic}, prepacked" if self.is_prepacked else self.arithmetic
 
     @property
     def is_prepacked(self) -> bool:
