@@ -34,7 +34,9 @@ def seconds(model: DiffusionLM, positions: int) -> float:
     return perf_counter() - started
 
 
-def measure(shape: str, dtype: str, sizes: Sequence[int], repeats: int) -> list[tuple[float, float]]:
+def measure(
+    shape: str, dtype: str, sizes: Sequence[int], repeats: int
+) -> list[tuple[float, float]]:
     """Medians without and with, by number of positions."""
     tiny = load_model("tiny-sdar", device="cpu", dtype=dtype)
     usual, ours = grow(tiny, shape), grow(tiny, shape)

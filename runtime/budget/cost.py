@@ -297,19 +297,28 @@ def conditions(task: Task) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU or CPU model by its own name, and whether the CPU multiplies bfloat16 tiles (AMX)."""
+    """The GPU or CPU model by its own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
+    name = _cpuinfo().get("model name") or platform.processor() or platform.machine() or "cpu"
+    # Virtual machines go by one name with and without.
+    return f"{name} with AMX" if has_amx() else name
+
+
+def has_amx() -> bool:
+    """Whether the CPU multiplies tiles of bfloat16, beside which float32 is slow (Linux)."""
+    return "amx_bf16" in _cpuinfo().get("flags", "").split()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of a processor; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        lines = []
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = said.get("model name") or platform.processor() or platform.machine() or "cpu"
-    # Virtual machines go by one name with and without.
-    return f"{name} with AMX" if "amx_bf16" in said.get("flags", "").split() else name
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def _key(conditions: Mapping[str, Any]) -> str:
