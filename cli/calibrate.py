@@ -34,6 +34,7 @@ from spiffy.cli.options import (
     prompt_option,
     recording_option,
     spread,
+    tell_of_bfloat16,
 )
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import SpiffyError
@@ -97,7 +98,7 @@ class _Model:
         """Load it, on this rank's device if there are several."""
         from spiffy.runtime import load_model
 
-        return load_model(
+        model = load_model(
             self.model,
             device=ranks.device(self.device),
             dtype=self.dtype,
@@ -107,6 +108,8 @@ class _Model:
             compile=self.compile,
             prepack="auto" if self.prepack is None else self.prepack,
         )
+        tell_of_bfloat16(model, self.dtype)
+        return model
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from spiffy.bench import grow as growing
 from spiffy.bench.grow import Shape, grow
 from spiffy.calib import workdir
-from spiffy.cli import bench
+from spiffy.cli import bench, options
 from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
-from spiffy.runtime.budget import roofline
+from spiffy.runtime.budget import cost, roofline
 from spiffy.runtime.models import prepack
 from spiffy.runtime.models.prepack import PrepackedLinear, prepack_if_faster
 from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas.notes import note
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -133,12 +134,12 @@ def test_by_default_commands_prepack_what_is_large_if_it_is_faster(
         return 1.0 if faster == isinstance(layer, PrepackedLinear) else 2.0
 
     monkeypatch.setattr(prepack, "_seconds", seconds)
-    options = {"device": "cpu", "prepack": "auto"}
-    small = load_model(str(PARITY / "sdar-a"), **options)  # type: ignore[arg-type]
+    auto = {"device": "cpu", "prepack": "auto"}
+    small = load_model(str(PARITY / "sdar-a"), **auto)  # type: ignore[arg-type]
     assert not small.is_prepacked
     monkeypatch.setattr(prepack, "_WORTH", 1000)
-    assert load_model(str(PARITY / "sdar-a"), **options).is_prepacked == faster  # type: ignore[arg-type]
-    exact = load_model(str(PARITY / "sdar-a"), dtype="float64", **options)  # type: ignore[arg-type]
+    assert load_model(str(PARITY / "sdar-a"), **auto).is_prepacked == faster  # type: ignore[arg-type]
+    exact = load_model(str(PARITY / "sdar-a"), dtype="float64", **auto)  # type: ignore[arg-type]
     assert not exact.is_prepacked
 
 
@@ -191,8 +192,34 @@ def test_the_benchmark_prepacks_what_it_has_grown(
     graph = tmp_path / "graph.json"
     a_graph_of(load_model("tiny-sdar", device="cpu", dtype="float32")).save(graph)
     words = ["--graph", graph, "--shape", "small", option, "--samples", 1, "--repeats", 1]
+    words += ["--methods", "graph", "--budgets", 1]
     done = CliRunner().invoke(bench.app, [*map(str, words), "--out", str(tmp_path / "out")])
     assert (done.exit_code, seen) == (0, [option == "--prepack"]), done.output
+
+
+@pytest.mark.parametrize(
+    ("amx", "large", "dtype", "said"),
+    [
+        (True, True, "auto", True),
+        (True, True, "float32", False),
+        (True, False, "auto", False),
+        (False, True, "auto", False),
+    ],
+)
+def test_commands_say_that_a_large_model_is_faster_in_bfloat16(
+    amx: bool,
+    large: bool,
+    dtype: str,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(cost, "has_amx", lambda: amx)
+    if large:
+        monkeypatch.setattr(options, "_LARGE", 1000)
+    note.cache_clear()
+    options.ModelOfGraph(model="tiny-sdar", device="cpu", dtype=dtype).load(None, None)
+    assert ("try --dtype bfloat16" in caplog.text) == said
 
 
 def test_recording_goes_on_with_and_without() -> None:
