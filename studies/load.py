@@ -59,16 +59,16 @@ log = Console(stderr=True, highlight=False, markup=False)
 
 @dataclass
 class Measured:
-    """What one server gave to a number of clients; `tokens` and `seconds` turn by turn."""
+    """What one server gave to a number of clients; `tokens` turn by turn."""
 
-    seconds: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
     differing: int = 0
 
     def begin(self, seconds: float) -> None:
         """Begin a turn."""
-        self.seconds.append(seconds)
+        self.seconds += seconds
         self.tokens.append(0.0)
 
     def add(self, began: float, ended: float, end: float, tokens: int) -> None:
@@ -80,7 +80,7 @@ class Measured:
     @property
     def rate(self) -> float:
         """Tokens per second, of all clients."""
-        return sum(self.tokens) / sum(self.seconds)
+        return sum(self.tokens) / self.seconds
 
 
 async def ask(

@@ -1,15 +1,15 @@
-"""Weights of linear layers in the layout that oneDNN, torch's library for CPUs, computes with.
+"""Weights of linear layers in the layout that oneDNN, a library of torch's for CPUs, computes with.
 
-Without it a layer's weights are laid out anew in every call. A forward of a denoising step has few
-positions, for which that takes as long as the arithmetic. The layout is kept in place of the
-weights, so it takes no memory of its own; the output head, whose rows are looked up too, and the
-embedding stay as they are.
+Otherwise torch's libraries lay them out in every call, which counts beside the few positions of a
+denoising step's forward (docs/what-pays.md). The layout is kept in place of the weights, so it
+takes no memory of its own; the output head, whose rows are looked up too, and the embedding stay as
+they are.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
-from time import perf_counter
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.device import median_seconds
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import option
 from spiffy.schemas.notes import note
@@ -28,7 +29,7 @@ _POSITIONS = 16  # that the layout is chosen for; it holds for any number
 _WORTH = 50_000_000  # parameters of linear layers, below which calls take longer than they save
 _TRIED = (8, 32)  # positions
 _FASTER = 0.95  # of the time without, at most
-_TIMED = 5  # repetitions, of which the fastest counts
+_TIMED = 9  # repetitions
 
 _numbers = count()
 _layers: WeakValueDictionary[int, PrepackedLinear] = WeakValueDictionary()
@@ -167,13 +168,10 @@ def _agree(usual: nn.Linear, ours: PrepackedLinear) -> bool:
 
 @torch.inference_mode()
 def _seconds(layer: nn.Linear | PrepackedLinear) -> float:
-    """Of calls with few and with some positions."""
+    """Of calls with few and with some positions, the first ones not counted."""
     total = 0.0
     for positions in _TRIED:
-        hidden, took = _hidden(layer, positions), []
-        for _ in range(1 + _TIMED):
-            started = perf_counter()
-            layer(hidden)
-            took.append(perf_counter() - started)
-        total += min(took[1:])
+        hidden = _hidden(layer, positions)
+        layer(hidden)
+        total += median_seconds(partial(layer, hidden), hidden.device, _TIMED)
     return total
