@@ -207,9 +207,7 @@ class _Output:
 
     def path_for(self, model: str) -> Path:
         """Where the artifact goes; fails before hours of work where nothing can be written."""
-        folder, alias = Path(model), model.rsplit("/", 1)[-1].lower()
-        beside = folder / "draft_graph.json" if folder.is_dir() else Path(f"{alias}.json")
-        path = self.out or beside
+        path = self.out or _beside(model)
         check_writable(path)
         if self.report is not None:
             _check_report(self.report, path)
@@ -293,6 +291,8 @@ def calibrate(
             edges,
             command,
         )
+        output.write(graph, None, path)  # hours of decoding must not hang on what comes now
+        log.print(f"wrote {path}, to be written again with what is measured now", soft_wrap=True)
         graph = _measured(graph, tasks, traces)
         task, measured = _timed(tasks, graph)
         output.write(graph, measured, path)
@@ -301,6 +301,15 @@ def calibrate(
             predict(graph, measured, task, output.predict_for)
         log.print(f"wrote {path}", soft_wrap=True)
         output.write_report(graph, measured)
+
+
+def _beside(model: str) -> Path:
+    """Where the artifact goes by default: into the model's folder, if it is one, else here."""
+    from spiffy.runtime.models import ALIASES
+
+    if Path(model).is_dir() and model not in ALIASES:
+        return Path(model) / "draft_graph.json"
+    return Path(f"{model.rsplit('/', 1)[-1].lower()}.json")
 
 
 def _note_left_out(drawn: PromptSet, tasks: Sequence[Task], settings: DecodingSettings) -> None:

@@ -40,6 +40,7 @@ from rich.console import Console
 from spiffy.bench.grow import grow, grow_graph
 from spiffy.bench.measure import measure, results
 from spiffy.bench.methods import Method, methods
+from spiffy.calib.measure import measure_steps
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import problems
@@ -101,14 +102,15 @@ class Line:
 def calibrated(
     name: str, block: int, policy: PolicyName, prompts: int, gen_length: int
 ) -> DraftGraph:
-    """A draft graph of a tiny model."""
+    """A draft graph of a tiny model, measured on held-out prompts as `spiffy-calibrate` does."""
     model = load_model(name, device="cpu", dtype="float32")
     drawn = load_prompts("synthetic", prompts)
     settings = decoding_settings(
         model, gen_length=gen_length, block_length=block, cache=CACHE[name], policy=policy
     )
-    traces = record(model, prepare(model, drawn, settings))
-    return build_graph(model, drawn, settings, traces, NODES)
+    tasks = prepare(model, drawn, settings)
+    traces = record(model, tasks)
+    return measure_steps(build_graph(model, drawn, settings, traces, NODES), tasks, traces)
 
 
 def ways(

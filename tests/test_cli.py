@@ -14,7 +14,7 @@ from helpers import PARITY
 
 from spiffy.calib import pipeline
 from spiffy.cli import calibrate, calibration_tables, decode, graph
-from spiffy.schemas import DraftGraph
+from spiffy.schemas import DraftGraph, SpiffyError
 
 COMMANDS = {"calibrate": calibrate, "decode": decode, "graph": graph}
 TINY = "tiny-llada"
@@ -91,6 +91,30 @@ def test_a_local_checkpoint_gets_its_artifact_beside_it(call: Call, tmp_path: Pa
         (folder / file.name).write_bytes(file.read_bytes())
     assert call("calibrate", "--model", folder, *QUICK)[0] == 0
     assert (folder / "draft_graph.json").is_file()
+
+
+def test_an_alias_is_no_folder_that_is_called_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / TINY).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert calibrate._beside(TINY) == Path(f"{TINY}.json")
+    assert calibrate._beside(f"./{TINY}") == Path(TINY, "draft_graph.json")
+
+
+def test_what_took_hours_is_written_before_it_is_measured(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise SpiffyError("drafts changed a token")
+
+    monkeypatch.setattr("spiffy.calib.measure.measure_steps", fails)
+    out = tmp_path / "graph.json"
+    code, _, log = call("calibrate", "--model", TINY, *QUICK, "--out", out)
+    assert code == 2
+    assert f"wrote {out}, to be written again" in log
+    assert "drafts changed a token" in log
+    assert DraftGraph.load(out).measured_steps == {}
 
 
 def test_decode_prints_the_answer_and_counts(call: Call, artifact: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from spiffy.calib import measure
 from spiffy.calib.measure import decodes, measure_steps
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
@@ -69,6 +71,25 @@ def test_a_token_that_drafts_change_is_an_error(calibrated: Calibrated) -> None:
     wrong = [traces.prompts[other - 1] if k == other else t for k, t in enumerate(traces.prompts)]
     with pytest.raises(SpiffyError, match="drafts changed a token of prompt"):
         measure_steps(graph, tasks, Traces(tuple(wrong), traces.nfe, traces.positions_computed))
+
+
+def test_in_a_less_exact_dtype_such_a_decode_is_left_out(
+    calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks, traces, graph = calibrated
+    monkeypatch.setattr(measure, "_EXACT", (torch.float64,))
+    first, *others = traces.held_out_indices()
+    wrong = [traces.prompts[first - 1] if k == first else t for k, t in enumerate(traces.prompts)]
+    found = measure_steps(graph, tasks, Traces(tuple(wrong), traces.nfe, traces.positions_computed))
+    assert "decodes with drafts of held-out prompts differ from those recorded" in caplog.text
+    outputs = [
+        generate(tasks[k].model, tasks[k].prompt, graph=graph, budget=8, selection="graph")
+        for k in others
+    ]
+    steps = sum(output.stats.steps for output in outputs)
+    accepted = sum(output.stats.accepted for output in outputs)
+    (point,) = (p for p in found.measured_steps["graph"] if p.drafts == 8)
+    assert point.steps == pytest.approx(steps / (steps - accepted), abs=1e-6)
 
 
 def test_one_prompt_has_nothing_held_out_to_measure(calibrated: Calibrated) -> None:
