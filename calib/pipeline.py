@@ -28,6 +28,7 @@ from spiffy.runtime.draft import AcceptanceDrafter, Vocabulary
 from spiffy.runtime.draft.acceptance import acceptance_weights
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.published import ALIASES
 from spiffy.schemas import (
     AcceptanceModel,
     CalibrationRecord,
@@ -351,8 +352,14 @@ def build_from_facts(
 
 
 def _portable_id(name: str) -> str:
-    """A local folder's own name: where it lies on this machine is nobody else's business."""
-    return printable(Path(name).resolve().name) if Path(name).is_dir() else name
+    """A local folder's own name: where it lies on this machine is nobody else's business.
+
+    It is no alias, whatever it is called.
+    """
+    if name in ALIASES or not Path(name).is_dir():
+        return name
+    own = printable(Path(name).resolve().name)
+    return f"./{own}" if own in ALIASES else own
 
 
 def nodes_of(fills: Sequence[Fill], counts: ChainCounts) -> tuple[Node, ...]:

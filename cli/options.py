@@ -18,7 +18,6 @@ import typer
 from spiffy.cli.common import log
 from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.hub import checkpoint_beside, recorded_revision
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import MAX_NODES
 
@@ -188,16 +187,15 @@ class ModelOfGraph:
             If neither is given, or the model cannot be loaded.
         """
         from spiffy.runtime import load_model
+        from spiffy.runtime.models.source import model_of_graph
 
         revision = None
         if self.model is not None:
             name = self.model
         elif artifact is None or place is None:
             raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
-        elif (beside := checkpoint_beside(place)) is not None:
-            name = beside
         else:
-            name, revision = artifact.model.id, recorded_revision(artifact.model)
+            name, revision = model_of_graph(artifact, place)
         model = load_model(
             name,
             revision=revision,

@@ -77,11 +77,6 @@ def refuse_revision(name: str, folder: Path, revision: str | None) -> None:
         )
 
 
-def recorded_revision(model: ModelRecord) -> str | None:
-    """At which revision a graph's model is to be loaded; of a folder's there is none."""
-    return None if Path(model.id).is_dir() else model.revision
-
-
 def graph_file(place: str) -> Path:
     """The file of a graph that is given as a file, a folder or a repository.
 
@@ -129,12 +124,24 @@ def holds_weights(repo: str) -> bool:
 
 
 def checkpoint_beside(place: str) -> str | None:
-    """The checkpoint in the folder or the repository where a graph was found, if there is one."""
+    """The checkpoint in the folder or the repository where a graph was found, if there is one.
+
+    Many programs have a config.json: beside a graph by another name than `GRAPH_FILE` it is a
+    checkpoint's only if weights lie there too.
+    """
     path = Path(place)
-    if path.exists():
-        folder = path if path.is_dir() else path.parent
-        return str(folder) if (folder / "config.json").is_file() else None
-    return place if holds_weights(place) else None
+    if not path.exists():
+        return place if holds_weights(place) else None
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        return None
+    shipped = path.is_dir() or path.name == GRAPH_FILE
+    return as_folder(folder) if shipped or any(folder.glob("*.safetensors")) else None
+
+
+def as_folder(folder: Path) -> str:
+    """A folder's path, by which it cannot be taken for an alias."""
+    return str(folder) if folder.is_absolute() or len(folder.parts) != 1 else f"./{folder}"
 
 
 def download(repo: str, revision: str | None) -> Path:

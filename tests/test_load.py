@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import PARITY, parity_model
+from helpers import PARITY, a_graph_of, parity_model
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
+from spiffy.calib.pipeline import model_facts
 from spiffy.runtime import ALIASES, DiffusionLM, load_model
 from spiffy.runtime.models.llada import LLADA
+from spiffy.runtime.models.source import model_of_graph
 from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.notes import note
 
 IDS = torch.tensor([[5, 9, 311, 311, 7, 42]])
 Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
@@ -52,6 +55,64 @@ def refusal(load: Callable[[], object]) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+# ---------------------------------------------------------------- which model a graph means
+
+
+def of(name: str) -> DraftGraph:
+    graph = a_graph_of(parity_model("sdar-a"))
+    record = graph.model.model_copy(update={"id": name, "revision": "abc"})
+    return graph.model_copy(update={"model": record})
+
+
+def test_a_graph_names_an_alias_a_repository_or_a_folder_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert model_of_graph(of("sdar-8b"), "drafts.json") == ("sdar-8b", "abc")
+    assert model_of_graph(of("some/model"), "drafts.json") == ("some/model", "abc")
+    message = refusal(lambda: model_of_graph(of("my-finetune"), "drafts.json"))
+    assert "drafts.json: the model that it was calibrated with is only known to be" in message
+    assert "give --model (model= in Python)" in message
+    for name in ("sdar-8b", "some/model", "my-finetune"):
+        Path(name).mkdir(parents=True)
+    assert model_of_graph(of("sdar-8b"), "drafts.json") == ("sdar-8b", "abc")
+    assert model_of_graph(of("some/model"), "drafts.json") == ("some/model", None)
+    assert model_of_graph(of("my-finetune"), "drafts.json") == ("my-finetune", None)
+
+
+def test_a_checkpoint_beside_a_graph_is_the_one_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph = of("some/model")
+    for folder in (Path(), Path("sdar-8b")):
+        folder.mkdir(exist_ok=True)
+        graph.save(folder / "llada.json")
+        graph.save(folder / "draft_graph.json")
+        (folder / "config.json").write_text("{}")
+    named = ("some/model", "abc")
+    assert model_of_graph(graph, "llada.json") == named  # many programs have a config.json
+    assert model_of_graph(graph, "draft_graph.json") == (".", None)
+    for place in ("sdar-8b", "sdar-8b/draft_graph.json"):
+        assert model_of_graph(graph, place) == ("./sdar-8b", None)  # no alias
+    Path("model-00001-of-00002.safetensors").touch()
+    assert model_of_graph(graph, "llada.json") == (".", None)
+    assert model_of_graph(graph, str(tmp_path / "sdar-8b/llada.json")) == named
+
+
+def test_a_folder_is_recorded_as_one_even_if_it_is_called_like_an_alias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    note.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ALIASES["tiny-llada"], "tiny-llada")
+    shutil.copytree(ALIASES["tiny-llada"], "mine")
+    names = {"tiny-llada": "tiny-llada", "./tiny-llada": "./tiny-llada", "./mine": "mine"}
+    for name, recorded in names.items():
+        assert model_facts(load_model(name, device="cpu")).id == recorded
+    assert caplog.text.count("./tiny-llada is the folder") == 1
 
 
 # ---------------------------------------------------------------- what cannot be loaded

@@ -14,9 +14,9 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from spiffy.runtime.models.published import ALIASES
-from spiffy.schemas import SpiffyError
+from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.errors import option
-from spiffy.schemas.hub import answered, is_hub_id, refuse_revision
+from spiffy.schemas.hub import answered, checkpoint_beside, is_hub_id, refuse_revision
 from spiffy.schemas.notes import note
 
 _MAX_BYTES = 64 * 1024 * 1024  # indices of shards have a line per parameter
@@ -61,6 +61,8 @@ class Source:
             If it is none of them, or is a directory, which has no other revision than its own.
         """
         place = ALIASES.get(name, name)
+        if place != name and (Path(name) / "config.json").is_file():
+            note(f"{name} is a published checkpoint's name, which is taken; ./{name} is the folder")
         found = cls._at(place, revision)
         if found is None:
             known = ", ".join(ALIASES)
@@ -265,6 +267,31 @@ class Source:
             f"where there is network, or pass the directory of a local copy, such as ./{folder}, "
             "instead of the name"
         )
+
+
+def model_of_graph(graph: DraftGraph, place: str) -> tuple[str, str | None]:
+    """Name and revision of the model that a graph belongs to, which was found at `place`.
+
+    That is the checkpoint beside it, in a folder or a repository, or else the one that it names.
+
+    Raises
+    ------
+    SpiffyError
+        If it names neither an alias nor a hub id, nor a folder that is here: of a folder it knows
+        the name, not where it is.
+    """
+    if (beside := checkpoint_beside(place)) is not None:
+        return beside, None
+    named = graph.model.id
+    if named in ALIASES:
+        return named, graph.model.revision
+    is_here = Path(named).is_dir()
+    if not is_here and not is_hub_id(named):
+        raise SpiffyError(
+            f"{place}: the model that it was calibrated with is only known to be called {named!r}, "
+            f"and no such folder is here: give {option('model')}"
+        )
+    return named, None if is_here else graph.model.revision
 
 
 def _readable(path: Path) -> Path | None:
