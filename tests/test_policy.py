@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spiffy.runtime.draft import rank_candidates
+from spiffy.runtime.step import reading
+from spiffy.runtime.step.noise import Noise
 from spiffy.runtime.step.policy import Distribution, choose, select, step_quota
 from spiffy.runtime.step.reading import Reading, Rules
 from spiffy.schemas import DecodingSettings, SpiffyError
@@ -36,7 +38,7 @@ def of_probabilities(rows: list[list[float]]) -> Distribution:
 def read(distribution: Distribution, mask_token_id: int) -> Reading:
     """The reading at positions 0, 1, ..."""
     positions = torch.arange(len(distribution.log_p))
-    return Reading.of(distribution, positions, Rules(STATIC, mask_token_id, ranks=0))
+    return Reading.of(distribution.logits, positions, Rules(STATIC, mask_token_id, ranks=0))
 
 
 # ---------------------------------------------------------------- how many tokens a step commits
@@ -245,6 +247,30 @@ def test_candidates_never_offer_the_mask_token() -> None:
 
 
 # ---------------------------------------------------------------- the likeliest tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_rows_at_a_time_are_read_to_the_same_bits(
+    temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = (4 * torch.randn(7, 640, generator=generator)).to(dtype)
+    positions = torch.arange(10, 17)
+    settings = DecodingSettings.parse(policy="static", temperature=temperature)
+    keys = Noise(5, 0).keys(torch.tensor(0), 0, positions) if temperature else None
+    rules = Rules(settings, mask_token_id=3, ranks=4)
+    whole = Reading.of(logits, positions, rules, keys)
+    monkeypatch.setattr(reading, "_ON_HOST", 3 * 640)
+    parts = Reading.of(logits, positions, rules, keys)
+    assert torch.equal(parts.tokens, whole.tokens)
+    assert torch.equal(parts.score, whole.score)
+    (log_p, ids), (expected, same) = parts.top(5), whole.top(5)
+    torch.testing.assert_close(log_p, expected)
+    assert torch.equal(ids, same)
+    assert parts.is_number
+    logits[5, 9] = torch.nan
+    assert not Reading.of(logits, positions, rules, keys).is_number
 
 
 @pytest.mark.parametrize("vocab", [5, 640, 2560, 2561, 4096, 5003])

@@ -27,7 +27,9 @@ from spiffy.runtime.step.policy import replaced, select, step_quota
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import SpiffyError
 
-_FORESEEN = 32  # rows that pass through a dear output head at once
+# Rows that pass through a dear output head at once, times the bytes of a number: more of them take
+# longer than what they may save.
+_FORESEEN = 128
 
 Decoding = Generator[list[Row], list[RowOutput], None]
 
@@ -136,13 +138,13 @@ def _likely(
     extends &= (blocks == mask).any(1)
     extends[here] = False
     found = {here: looked_at(task, cursor)}
-    rows = len(found[here])
+    rows, most = len(found[here]), _FORESEEN // task.model.dtype.itemsize
     for number in extends.nonzero()[:, 0].tolist():
         if not evaluation.windows[number].covers(span):
             continue
         positions = looked_at(task, Cursor(states[number], cursor.block))
         rows += len(positions)
-        if rows > _FORESEEN:
+        if rows > most:
             break
         found[number] = positions
     return found

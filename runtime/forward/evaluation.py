@@ -14,7 +14,6 @@ from torch import Tensor
 from spiffy.runtime.forward.asked import on_device
 from spiffy.runtime.forward.question import Answers, Reader
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.runtime.step.policy import Distribution
 from spiffy.runtime.step.reading import Reading, Rules, likeliest, reading_of
 
 Floats = NDArray[np.float64]
@@ -76,8 +75,7 @@ class Evaluation:
             wanted = None if keys is None else keys.numpy()
             table = self.answers.of(state, positions.numpy(), wanted)
         if table is None and self.reader.on_host:
-            distribution = Distribution.of(self.logits(state, positions).cpu())
-            return Reading.of(distribution, positions, rules, keys)
+            return Reading.of(self.logits(state, positions).cpu(), positions, rules, keys)
         if table is None:
             table = self._table(rules, state, positions, keys)
 

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 _EPS = 1e-3  # Dream's smallest timestep
-_GROUP = 64  # tokens of the vocabulary that `Distribution.top` compares at once
+_GROUP = 64  # tokens of the vocabulary that `likeliest_ids` compares at once
 _FEW = 1 << 18  # logits that are sorted sooner than grouped
 
 
@@ -55,22 +55,29 @@ class Distribution:
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` most likely tokens: log-probabilities float64 and ids int64, [M, <= count].
 
-        Equals come in any order. Many logits are looked at in groups: the best tokens lie in the
-        groups with the best maxima, and only those are sorted.
+        Equals come in any order.
         """
-        rows, vocab = self.logits.shape
-        groups = vocab // _GROUP
-        if groups <= 8 * count or self.logits.numel() <= _FEW:
-            ids = self.logits.topk(min(count, vocab), dim=-1).indices
-            return self.log_p.gather(1, ids), ids
-        grouped = self.logits[:, : groups * _GROUP].reshape(rows, groups, _GROUP)
-        best = grouped.amax(-1).topk(count, dim=-1).indices
-        ids = (best[:, :, None] * _GROUP + torch.arange(_GROUP, device=best.device)).flatten(1)
-        if vocab % _GROUP:
-            rest = torch.arange(groups * _GROUP, vocab, device=best.device).expand(rows, -1)
-            ids = torch.cat((ids, rest), 1)
-        ids = ids.gather(1, self.logits.gather(1, ids).topk(count, dim=-1).indices)
+        ids = likeliest_ids(self.logits, count)
         return self.log_p.gather(1, ids), ids
+
+
+def likeliest_ids(logits: Tensor, count: int) -> Tensor:
+    """Ids of the `count` largest logits of each row ([M, vocab]): int64 [M, <= count].
+
+    Equals come in any order. Many logits are looked at in groups: the best tokens lie in the groups
+    with the best maxima, and only those are sorted.
+    """
+    rows, vocab = logits.shape
+    groups = vocab // _GROUP
+    if groups <= 8 * count or logits.numel() <= _FEW:
+        return logits.topk(min(count, vocab), dim=-1).indices
+    grouped = logits[:, : groups * _GROUP].reshape(rows, groups, _GROUP)
+    best = grouped.amax(-1).topk(count, dim=-1).indices
+    ids = (best[:, :, None] * _GROUP + torch.arange(_GROUP, device=best.device)).flatten(1)
+    if vocab % _GROUP:
+        rest = torch.arange(groups * _GROUP, vocab, device=best.device).expand(rows, -1)
+        ids = torch.cat((ids, rest), 1)
+    return ids.gather(1, logits.gather(1, ids).topk(count, dim=-1).indices)
 
 
 def choose(

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spiffy.runtime.step.policy import Distribution, choose
+from spiffy.runtime.step.policy import Distribution, choose, likeliest_ids
 from spiffy.schemas import DecodingSettings
 
 _AT_ONCE = 1 << 25  # log-probabilities that a table is worked out from: 256 MB
+_ON_HOST = 1 << 19  # and on the host: 4 MB, which its caches hold
 _FIRST = 4  # columns before those of the likeliest tokens
 
 
@@ -53,10 +54,9 @@ class Rules:
     def _table(self, logits: Tensor, keys: Tensor | None) -> Tensor:
         distribution = Distribution.of(logits)
         tokens, score = choose(distribution, self.settings, self.mask_token_id, keys)
-        chosen = tokens[:, None]
-        total = logits.gather(1, chosen).double() - distribution.log_p.gather(1, chosen)
         broken = distribution.no_number[:, None]
-        columns = [chosen, _bits(score[:, None]), _bits(total), broken.long()]
+        columns = [tokens[:, None], _bits(score[:, None])]
+        columns += [_bits(_log_total(distribution, tokens)), broken.long()]
         if self.ranks:
             log_p, ids = distribution.top(self.ranks)
             columns += [ids, _bits(log_p)]
@@ -87,16 +87,40 @@ class Reading:
 
     @classmethod
     def of(
-        cls,
-        distribution: Distribution,
-        positions: Tensor,
-        rules: Rules,
-        keys: Tensor | None = None,
+        cls, logits: Tensor, positions: Tensor, rules: Rules, keys: Tensor | None = None
     ) -> Reading:
-        """Read a distribution of these positions (int64 [M]) that lies on the host."""
-        tokens, score = choose(distribution, rules.settings, rules.mask_token_id, keys)
-        is_number = not bool(distribution.no_number.any())
-        return cls(positions, tokens, score, is_number, distribution.top)
+        """Read logits [M, vocab] of these positions (int64 [M]) that lie on the host.
+
+        Log-probabilities of a block and a large vocabulary are more than the caches hold: they are
+        worked out a few rows at a time, and kept where they are few.
+        """
+        rows = max(1, _ON_HOST // logits.shape[1])
+        parts = torch.split(logits, rows)
+        own = [None] * len(parts) if keys is None else torch.split(keys, rows)
+        chosen, totals, is_number = [], [], True
+        for part, mine in zip(parts, own, strict=True):
+            distribution = Distribution.of(part)
+            chosen.append(choose(distribution, rules.settings, rules.mask_token_id, mine))
+            is_number &= not bool(distribution.no_number.any())
+            if len(parts) > 1:
+                totals.append(_log_total(distribution, chosen[-1][0]))
+        if len(parts) == 1:
+            return cls(positions, *chosen[0], is_number, distribution.top)
+        log_total = torch.cat(totals)
+
+        def top(count: int) -> tuple[Tensor, Tensor]:
+            ids = likeliest_ids(logits, count)
+            return logits.gather(1, ids).double() - log_total, ids
+
+        tokens, score = map(torch.cat, zip(*chosen, strict=True))
+        return cls(positions, tokens, score, is_number, top)
+
+
+def _log_total(distribution: Distribution, tokens: Tensor) -> Tensor:
+    """The logarithm of all tokens' weights, float64 [M, 1]; by one of them (int64 [M])."""
+    chosen = tokens[:, None]
+    logits = distribution.logits.gather(1, chosen).double()
+    return logits - distribution.log_p.gather(1, chosen)
 
 
 def _bits(numbers: Tensor) -> Tensor:
