@@ -13,9 +13,9 @@ from spiffy.runtime.decode import Task, make_task
 from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.generate import Budget, check_seed
 from spiffy.runtime.models import DiffusionLM
+from spiffy.runtime.models.source import model_of_graph
 from spiffy.runtime.models.text import Prompt
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-from spiffy.schemas.hub import checkpoint_beside, recorded_revision
 
 _LOADING = tuple(signature(load_model).parameters)[1:]  # without the name
 
@@ -102,11 +102,14 @@ class Loaded:
 def _load(
     model: str | None, graph: DraftGraph | None, place: str | Path | None, loading: dict[str, Any]
 ) -> DiffusionLM:
-    """The model that is named, else that beside the graph, else the one that the graph names."""
+    """The model that is named, else that beside the graph, else the one that the graph names.
+
+    It is for inference alone, so a large one is prepacked where that makes it faster.
+    """
+    loading = {"prepack": "auto", **loading}
     if model is not None:
         return load_model(model, **loading)
     if graph is None or place is None:
         raise SpiffyError("name a model, or give a graph, which names its own")
-    if (beside := checkpoint_beside(str(place))) is not None:
-        return load_model(beside, **loading)
-    return load_model(graph.model.id, **{"revision": recorded_revision(graph.model), **loading})
+    name, revision = model_of_graph(graph, str(place))
+    return load_model(name, **{"revision": revision, **loading})

@@ -18,6 +18,7 @@ from spiffy.bench import grow as growing
 from spiffy.bench.grow import Shape, grow
 from spiffy.calib import workdir
 from spiffy.cli import bench, options
+from spiffy.integrations import loaded
 from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
 from spiffy.runtime.budget import cost, roofline
 from spiffy.runtime.models import prepack
@@ -56,6 +57,12 @@ def test_it_computes_what_it_did_with_the_weights_that_it_had(checkpoint: str) -
     assert (ours.dtype, ours.device) == (torch.float32, torch.device("cpu"))
     assert (ours.kernels, plain.kernels) == ("float32, prepacked", "float32")
     assert roofline.Shape.of(ours) == roofline.Shape.of(plain)
+    assert isinstance(ours.packed_head, PrepackedLinear)
+    hidden = torch.randn(5, plain.module.config.hidden_size)
+    for model in (ours, DiffusionLM.of(ours.module)):
+        assert model is not None
+        assert model.packed_head is ours.packed_head
+        torch.testing.assert_close(model.head(hidden), plain.head(hidden), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -119,6 +126,7 @@ def test_it_cannot_be_copied_pickled_or_grown() -> None:
         ({"dtype": "float64"}, "float64 cannot be prepacked: drop --prepack"),
         ({"device_map": "cpu"}, "neither quantised nor spread by a device map: drop --prepack"),
         ({"prepack": "yes"}, "prepack 'yes': give True, False or 'auto'"),
+        ({"prepack": 1}, "prepack 1: give True, False or 'auto'"),
     ],
 )
 def test_what_cannot_be_prepacked_is_refused(options: dict[str, Any], reason: str) -> None:
@@ -171,9 +179,25 @@ def test_what_this_machine_computes_wrongly_or_not_at_all_is_left(
     with monkeypatch.context() as patch:
         patch.setattr(PrepackedLinear, "compute", compute)
         prepack_if_faster(model)
+        with pytest.raises(SpiffyError, match="cannot compute with prepacked float32: drop --prep"):
+            prepack.prepack(model)
     assert not model.is_prepacked
     prepack_if_faster(model)
     assert model.is_prepacked
+
+
+def test_doors_that_only_decode_prepack_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load(name: str, **options: Any) -> DiffusionLM:
+        asked.append(options["prepack"])
+        return load_model(name, **options)
+
+    monkeypatch.setattr(loaded, "load_model", load)
+    name = str(PARITY / "sdar-a")
+    for given in ({}, {"prepack": False}):
+        loaded.Loaded(name, None, device="cpu", **given)  # type: ignore[arg-type]
+    assert asked == ["auto", False]
 
 
 @pytest.mark.parametrize("option", ["--prepack", "--no-prepack"])

@@ -61,6 +61,8 @@ class DiffusionLM:
         The checkpoint's tokenizer, or None if it ships none.
     compiled
         What torch compiled of it (`compile_transformer`), or None.
+    packed_head
+        The output head as oneDNN computes with it (`prepack`), or None.
     mask_token_id, eos_token_ids, vocab_size, max_length
         Token ids, number of logits per position, and positions that training and RoPE reach.
     """
@@ -80,6 +82,7 @@ class DiffusionLM:
         tokenizer: Any = None,
         eos_token_ids: frozenset[int] = frozenset(),
         compiled: Compiled | None = None,
+        packed_head: nn.Module | None = None,
     ) -> None:
         self.module = module.eval()
         self.family = family
@@ -90,6 +93,7 @@ class DiffusionLM:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.compiled = compiled
+        self.packed_head = packed_head
         self.mask_token_id = int(config["mask_token_id"])
         head: Any = module.lm_head  # whose weight, if quantised, may have any shape
         self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
@@ -129,6 +133,7 @@ class DiffusionLM:
             "tokenizer": self.tokenizer,
             "eos_token_ids": self.eos_token_ids,
             "compiled": self.compiled,
+            "packed_head": self.packed_head,
         }
 
     @property
@@ -298,7 +303,8 @@ class DiffusionLM:
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., hidden], in the model's dtype."""
-        return self.module.lm_head(hidden)  # type: ignore[operator, no-any-return]
+        head = self.module.lm_head if self.packed_head is None else self.packed_head
+        return head(hidden)  # type: ignore[operator, no-any-return]
 
     @torch.inference_mode()
     def head_of(self, hidden: Tensor, tokens: Tensor) -> Tensor | None:

@@ -95,7 +95,7 @@ def load_model(
     """
     if not isinstance(compile, bool):  # such as "no", which would be taken for True
         raise SpiffyError(f"compile {compile!r}: give True or False")
-    if prepack not in (True, False, "auto"):
+    if not (isinstance(prepack, bool) or prepack == "auto"):
         raise SpiffyError(f"prepack {prepack!r}: give True, False or 'auto'")
     if device_map is not None and find_spec("accelerate") is None:
         raise SpiffyError("device_map needs accelerate: pip install 'spiffy-dllm[large]'")

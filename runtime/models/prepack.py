@@ -2,8 +2,8 @@
 
 Otherwise torch's libraries lay them out in every call, which counts beside the few positions of a
 denoising step's forward (docs/what-pays.md). The layout is kept in place of the weights, so it
-takes no memory of its own; the output head, whose rows are looked up too, and the embedding stay as
-they are.
+takes no memory of its own; but for the output head, whose rows are looked up too, and which is held
+both ways.
 """
 
 from __future__ import annotations
@@ -109,19 +109,30 @@ def check_prepack(name: str, device: torch.device, dtype: torch.dtype, others: b
 
 
 def prepack(model: DiffusionLM) -> None:
-    """Prepack the linear layers of a model's transformer, in place.
+    """Prepack the linear layers of a model's transformer, in place, and its output head beside it.
 
     Raises
     ------
     SpiffyError
-        See `check_prepack`.
+        See `check_prepack`; or if this processor cannot compute with the layout.
     """
     check_prepack(model.name, model.device, model.dtype, others=False)
     transformer: Any = model.module.model
+    smallest = min(_linear_layers(model), key=lambda layer: layer.weight.numel(), default=None)
+    if smallest is not None and _able(smallest) is None:
+        kind = str(model.dtype).removeprefix("torch.")
+        raise SpiffyError(
+            f"{model.name}: this processor cannot compute with prepacked {kind}: drop "
+            f"{option('prepack')}"
+        )
     for part in transformer.modules():
         for name, layer in part.named_children():
             if type(layer) is nn.Linear:
                 setattr(part, name, PrepackedLinear(layer))
+    head: Any = model.module.lm_head
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+        model.packed_head = PrepackedLinear(head)
+        model.remember()
 
 
 def prepack_if_faster(model: DiffusionLM) -> None:
@@ -134,15 +145,26 @@ def prepack_if_faster(model: DiffusionLM) -> None:
 
 def _share(model: DiffusionLM) -> float | None:
     """What the largest layer takes prepacked, of what it takes now; None: it is not to be."""
-    transformer: Any = model.module.model
-    layers = [layer for layer in transformer.modules() if type(layer) is nn.Linear]
+    layers = _linear_layers(model)
     able = model.device.type == "cpu" and model.dtype in DTYPES and _has_onednn()
     if not able or sum(layer.weight.numel() for layer in layers) < _WORTH:
         return None
     largest = max(layers, key=lambda layer: layer.weight.numel())
+    ours = _able(largest)
+    return None if ours is None else _seconds(ours) / _seconds(largest)
+
+
+def _linear_layers(model: DiffusionLM) -> list[nn.Linear]:
+    """Those of the transformer."""
+    transformer: Any = model.module.model
+    return [layer for layer in transformer.modules() if type(layer) is nn.Linear]
+
+
+def _able(layer: nn.Linear) -> PrepackedLinear | None:
+    """A layer prepacked, if it computes the same so."""
     try:
-        ours = PrepackedLinear(largest)
-        return _seconds(ours) / _seconds(largest) if _agree(largest, ours) else None
+        ours = PrepackedLinear(layer)
+        return ours if _agree(layer, ours) else None
     except RuntimeError:  # a dtype that this processor's oneDNN does not know
         return None
 
