@@ -18,6 +18,7 @@ from spiffy.cli.common import (
     decodable,
     log,
     note_if_inexact,
+    note_skipped,
     progress_bar,
     ready_to_draft,
     run_app,
@@ -29,6 +30,7 @@ from spiffy.cli.options import (
     Encoding,
     Field,
     ModelOfGraph,
+    SkipBad,
     VersionOption,
     drafting_option,
     draw,
@@ -41,6 +43,7 @@ from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
+from spiffy.schemas.errors import printable
 from spiffy.schemas.io import check_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -117,6 +120,7 @@ class _Prompts:
 
     dataset: Dataset = "synthetic"
     samples: Annotated[int, prompt_option(help="Prompts to decode.")] = 12
+    skip_bad: SkipBad = False
     field: Field = None
     allow_calibrated: Annotated[
         bool,
@@ -127,7 +131,16 @@ class _Prompts:
 
     def draw(self, seed: int) -> PromptSet:
         """Draw them."""
-        return draw(self.dataset, self.samples, seed, test=True, field=self.field)
+        found = draw(
+            self.dataset,
+            self.samples,
+            seed,
+            test=True,
+            skip_bad=self.skip_bad,
+            field=self.field,
+        )
+        note_skipped(found.skipped, found.dataset)
+        return found
 
     def known(self, texts: Sequence[Text], artifact: DraftGraph) -> int:
         """How many of them the graph was calibrated on; refused unless allowed."""
@@ -410,7 +423,7 @@ def _summary(run: _Run, found: Measurements, machine: Machine) -> Bench:
     artifact, edges = run.artifact, run.edges
     shown = _to_step_through(run.methods)
     return Bench(
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join([Path(sys.argv[0]).name, *map(printable, sys.argv[1:])]),
         machine=machine,
         model=artifact.model,
         decoding=run.settings,

@@ -84,8 +84,14 @@ class _Serving:
 
     def check(self) -> None:
         """Refuse a key that no request could bring."""
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise SpiffyError("--api-key: give a key of ASCII characters")
+        key = self.api_key
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+            raise SpiffyError(
+                "--api-key (SPIFFY_API_KEY): give a key of printable ASCII characters, without a "
+                "line's end"
+            )
+        if key is not None and key != key.strip():  # which headers lose
+            raise SpiffyError("--api-key (SPIFFY_API_KEY): drop the spaces around the key")
 
     def limits(self) -> Limits:
         from spiffy.integrations.serve.engine import Limits

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from spiffy.schemas.errors import SpiffyError
@@ -92,24 +94,23 @@ def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None
     SpiffyError
         If the folder is missing or not writable.
     """
-    temporary = None
+    temporary = path.parent / f".{path.name}.{token_hex(4)}"
     try:
-        with tempfile.NamedTemporaryFile(
-            "wb", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
+        # As any new file, so that the umask says who may read it; one that is replaced has said so.
+        with temporary.open("xb") as file:
             text = content.encode() if isinstance(content, str) else content
             file.writelines([text] if isinstance(text, bytes) else text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # NamedTemporaryFile makes them private
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
-    except (OSError, SpiffyError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, SpiffyError):
-            raise
-        raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
+    except BaseException as error:  # whoever interrupts it wants no half of it either
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
 
 
 def check_writable(path: Path) -> None:

@@ -100,6 +100,13 @@ def threads(number: int) -> str:
     return f"{number} thread" + "s" * (number != 1)
 
 
+def machines(benches: Sequence[Bench]) -> str:
+    """What the runs ran on, in a few words."""
+    ran = [bench.machine for bench in benches]
+    facts = ([m.device for m in ran], [threads(m.threads) for m in ran], [m.dtype for m in ran])
+    return ", ".join(" or ".join(dict.fromkeys(found)) for found in facts)
+
+
 def describe(bench: Bench) -> str:
     """Which run a table is of."""
     data, machine = bench.data, bench.machine
@@ -169,10 +176,9 @@ def main() -> None:
     command = "`make bench`" if not args.gsm8k else "`make bench GSM8K=FILE`"
     tables = "\n\n".join(f"{describe(b)}\n\n{markdown(shown(b))}" for b in benches)
     synthetic = [bench for bench in benches if bench.data.dataset == "synthetic"]
-    machine = benches[0].machine
     note = (
         f"{command}: generated word problems that neither training nor calibration saw; "
-        f"{machine.device}, {threads(machine.threads)}, {machine.dtype}"
+        f"{machines(synthetic)}"
     )
     blocks = {"bench": f"{command}\n\n{tables}", "headline": f"{note}\n\n{headline(synthetic)}"}
     for key, block in blocks.items():

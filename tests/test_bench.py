@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -267,7 +268,10 @@ def artifact(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_writes_a_run_that_can_be_read_back(artifact: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_run_that_can_be_read_back(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["spiffy-bench", "--out", "r\udce9sultats"])  # not UTF-8
     out = tmp_path / "new" / "run"
     code, text, _ = invoke(
         "--graph", artifact, "--out", out, "--samples", "1", "--repeats", "1", "--budgets", "1,4",
@@ -275,6 +279,7 @@ def test_the_command_writes_a_run_that_can_be_read_back(artifact: Path, tmp_path
     )  # fmt: skip
     assert code == 0
     summary = Bench.load(out / "bench.json")
+    assert summary.command == r"spiffy-bench --out 'r\udce9sultats'"
     names = [result.name for result in summary.results]
     assert names == ["plain static", "graph 1", "graph 4", "model 1", "model 4", "auto"]
     assert summary.walkthrough is not None
@@ -293,10 +298,10 @@ def test_prompts_that_were_calibrated_on_are_refused(artifact: Path, tmp_path: P
     seen = load_prompts("synthetic", 10).texts
     data = tmp_path / "data.jsonl"
     lines = [json.dumps({"question": text}) + "\n" for text in seen[:2]]
-    data.write_text("".join(lines), encoding="utf-8")
+    data.write_text("".join([*lines, "{broken\n"]), encoding="utf-8")
     options = (
         "--graph", artifact, "--out", tmp_path / "run", "--dataset", data, "--samples", "2",
-        "--repeats", "1", "--budgets", "1", "--methods", "graph", "--device", "cpu",
+        "--skip-bad", "--repeats", "1", "--budgets", "1", "--methods", "graph", "--device", "cpu",
     )  # fmt: skip
     code, _, error = invoke(*options)
     assert code == 2

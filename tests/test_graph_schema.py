@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from spiffy.schemas import (
     Node,
     SpiffyError,
 )
+from spiffy.schemas.io import write_atomically
 
 NODES = (
     Node(fill=((0, 0),), parents=(0,), count=60),
@@ -436,6 +437,33 @@ def test_a_write_that_fails_late_keeps_the_old_file(
 def test_a_folder_without_permission_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert_nothing_written(tmp_path, tmp_path / "locked" / "graph.json")
+
+
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"half"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "answers.jsonl", pieces())
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_umask_says_who_may_read_a_new_file_and_an_old_one_says_it_itself(
+    tmp_path: Path,
+) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.write_text("private")
+    old.chmod(0o640)
+    before = os.umask(0o027)
+    try:
+        write_atomically(new, "text")
+        os.umask(0o002)
+        write_atomically(old, "text")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (new, old)] == [0o640, 0o640]
+    assert old.read_text() == "text"
 
 
 def test_saving_replaces_an_older_file(tmp_path: Path) -> None:

@@ -227,11 +227,13 @@ def test_text_that_cannot_be_told_is_the_end_of_that_answer(
         assert isinstance(submit(engine)[1](), Done)
 
 
-def test_a_folder_is_served_by_its_name(tmp_path: Path) -> None:
+def test_a_folder_is_served_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "my-model"
     shutil.copytree(ALIASES["tiny-sdar"], folder)
     lm = load_model(str(folder), device="cpu")
     assert Engine(lm, settings()).name == "my-model"
+    monkeypatch.chdir(folder)
+    assert Engine(load_model(".", device="cpu"), settings()).name == "my-model"
     assert Engine(model(), settings()).name == "tiny-sdar"
 
 
@@ -808,6 +810,8 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             (): "--model NAME",
             ("--model", "tiny-sdar", "--budget", "8"): "give --graph",
             ("--model", "tiny-sdar", "--api-key", ""): "--api-key",
+            ("--model", "tiny-sdar", "--api-key", "sesame\n"): "without a line's end",
+            ("--model", "tiny-sdar", "--api-key", " sesame"): "drop the spaces around the key",
         }
         for arguments, expected in cases.items():
             assert call(*arguments) == 2

@@ -26,6 +26,7 @@ from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.generate import answer, collect
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.source import Source
 from spiffy.runtime.models.text import Prompt, given_ids
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 
@@ -207,8 +208,8 @@ class Engine:
     ) -> None:
         self.model, self.settings, self.graph = model, settings, graph
         self.edges, self.limits = edges, limits
-        #: What the model is called: of a folder, its last part.
-        self.name = Path(model.name).name if Path(model.name).is_dir() else model.name
+        #: What the model is called: of a folder, its own name.
+        self.name = Source(model.name).own_name if Path(model.name).is_dir() else model.name
         self.metrics = Metrics() if metrics is None else metrics
         self.max_length = model.max_length or _LONGEST
         self.is_auto = graph is not None and budget == "auto"
