@@ -24,6 +24,8 @@ import threading
 import time
 from pathlib import Path
 
+from spiffy.schemas import DraftGraph
+
 _SETTINGS = "--model tiny-sdar --gen-length 16 --samples 6 --batch-size 2 --budget 4 --device cpu"
 
 
@@ -92,7 +94,7 @@ def trials(kills: int, seed: int, folder: Path) -> tuple[int, int]:
     plain, log = folder / "plain.json", folder / "log"
     code, _ = run(plain, None, log)
     assert code == 0, log.read_text()
-    expected = plain.read_bytes()
+    expected, digest = plain.read_bytes(), DraftGraph.load(plain).digest()
     code, whole = run(folder / "first.json", folder / "first", log)
     assert code == 0, log.read_text()
     assert (folder / "first.json").read_bytes() == expected
@@ -100,14 +102,15 @@ def trials(kills: int, seed: int, folder: Path) -> tuple[int, int]:
     while killed < kills:
         trial += 1
         out, workdir = folder / f"{trial}.json", folder / f"work-{trial}"
-        # 1 manifest, 6 records, 3 groups and the artifact: 6 + (1 + 3 + 1) + 2 operations
+        # 1 manifest, 6 records, 3 groups, and the artifact without and with what is measured of it:
+        # 6 + (1 + 3 + 1) + 2 + 2 operations
         if trial % 2:
-            when = {"operation": draw.randint(1, 13)}
+            when = {"operation": draw.randint(1, 15)}
         else:
             when = {"seconds": draw.uniform(0, whole)}
         code, _ = run(out, workdir, log, **when)
         killed += code == -signal.SIGKILL
-        early = out.exists() and out.read_bytes() != expected
+        early = out.exists() and DraftGraph.load(out).digest() != digest
         again, seconds = run(out, workdir, log)
         right = again == 0 and not early and out.read_bytes() == expected
         survived += right and code == -signal.SIGKILL
