@@ -191,10 +191,11 @@ class CostProfile(Record):
     Attributes
     ----------
     points
-        Seconds of a forward over the root and that many drafts, from 0 drafts up.
+        Seconds of a forward over the root and that many drafts, from 0 drafts up. A large output
+        head, which several states pass at once, is part of it.
     step_seconds
-        What one denoising step costs besides the forward: output head, softmax, unmasking policy.
-        The same number of steps is made with and without drafts.
+        What one denoising step costs besides the forward: softmax, unmasking policy, and the output
+        head if it is small. The same number of steps is made with and without drafts.
     drafting
         Seconds spent on choosing at most that many drafts, by who chooses them.
     turns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from spiffy.runtime.budget.roofline import Accelerator, Shape, layout, predicted
 from spiffy.runtime.budget.roofline import forward_seconds as roofline_seconds
 from spiffy.runtime.decode import Task, make_task
 from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter, way_of
+from spiffy.runtime.models import base
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import (
     AcceptanceModel,
@@ -254,6 +256,37 @@ def test_measuring_covers_what_was_asked_for(name: str, kind: str, length: int) 
     assert task.stats.nfe == 0
 
 
+def test_a_large_head_is_part_of_the_forward_as_several_states_pass_it_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = parity_model("sdar-a")
+    settings = decoding_settings(model, gen_length=16, block_length=8, cache="block")
+    task = make_task(model, random_prompt(model, 16), settings)
+    passed: dict[str, list[int]] = {"forward": [], "step": []}
+    doing = ["forward"]
+    head, step = model.head, cost._Stage.step
+
+    def counting(hidden: torch.Tensor) -> torch.Tensor:
+        passed[doing[-1]].append(len(hidden))
+        return head(hidden)
+
+    def stepping(*arguments: Any) -> None:
+        doing.append("step")
+        step(*arguments)
+        doing.pop()
+
+    monkeypatch.setattr(model, "head", counting)
+    monkeypatch.setattr(cost._Stage, "step", stepping)
+    cost.measure_cost(task, 2, limit=0.2)
+    assert passed["step"]
+    monkeypatch.setattr(base, "_DEAR", 0)
+    for found in passed.values():
+        found.clear()
+    cost.measure_cost(task, 2, limit=0.2)
+    assert not passed["step"]
+    assert max(passed["forward"]) > 8  # of a block
+
+
 def test_a_machine_too_slow_for_the_limit_still_tries_one_draft() -> None:
     model = parity_model("llada-a")
     task = make_task(model, random_prompt(model, 4), decoding_settings(model, gen_length=32))
@@ -416,6 +449,16 @@ def test_compute_bound_forwards_pay_for_every_position() -> None:
     # Without a cache, four sequences of 104 positions that see themselves only.
     flops = 2 * 1_000_000 * 416 + 2 * (2 + 2) * 64 * 416 * 104
     assert roofline_seconds(SHAPE, SLOW_COMPUTE, CANVAS, "none", 3) == pytest.approx(flops / 1e6)
+
+
+def test_all_states_of_a_forward_read_the_output_head_once() -> None:
+    shape = Shape(0, 0, 1.0, 0, 0, 0, head=5_000_000)
+    points = predicted_profile(shape, SLOW_MEMORY, CANVAS, "dual", (0, 1, 8)).points
+    assert [p.seconds for p in points] == pytest.approx([2 * 5_000_000 / 1e6] * 3)
+    points = predicted_profile(shape, SLOW_COMPUTE, CANVAS, "dual", (0, 1)).points
+    rows = CANVAS.block_length // 2  # masked on average
+    flops = 2 * 5_000_000 * rows
+    assert [p.seconds for p in points] == pytest.approx([flops / 1e6, 2 * flops / 1e6])
 
 
 def test_few_positions_leave_experts_unread() -> None:

@@ -17,6 +17,7 @@ from test_losslessness import (
 )
 from torch import Tensor
 
+from spiffy.runtime.decode import loop
 from spiffy.runtime.draft import GraphDrafter
 from spiffy.runtime.forward import question
 from spiffy.runtime.forward.evaluation import Evaluation, Window
@@ -93,7 +94,14 @@ def test_a_walk_along_its_likely_states_passes_the_head_once(
     ours = decode(model, random_prompt(model, LENGTH), setting, Oracle(plainly, 3))
     assert_lossless(ours, plainly)
     assert len(passed) < ours.stats.steps
-    assert max(passed) <= 32
+    assert setting.block_length < max(passed) <= 128 // model.dtype.itemsize
+    fewer = len(passed)
+    passed.clear()
+    monkeypatch.setattr(loop, "_FORESEEN", setting.block_length * model.dtype.itemsize)
+    ours = decode(model, random_prompt(model, LENGTH), setting, Oracle(plainly, 3))
+    assert_lossless(ours, plainly)
+    assert len(passed) > fewer
+    assert max(passed) <= setting.block_length
 
 
 def test_what_was_foreseen_is_what_the_head_says() -> None:

@@ -21,8 +21,10 @@ from spiffy.runtime.decode import (
     Task,
     denoising_step,
     find,
+    is_dear,
     is_out_of_memory,
     keys_of,
+    likely_states,
     looked_at,
     may_complete,
 )
@@ -139,8 +141,11 @@ class _Stage:
         return torch.cat((root.ids[None], drafts))
 
     def forward(self, site: _Site, states: Tensor) -> Evaluation:
-        """One forward over root and drafts."""
-        return _run(self.task, self.cache.evaluate(site.root, states, len(states) > 1))
+        """One forward over root and drafts, and what it passes through a dear output head."""
+        evaluation = _run(self.task, self.cache.evaluate(site.root, states, len(states) > 1))
+        if is_dear(self.task):
+            evaluation.foresee(likely_states(self.task, site.root, states, evaluation, 0))
+        return evaluation
 
     def step(self, site: _Site, states: Tensor, evaluation: Evaluation) -> None:
         """One denoising step of the walk."""

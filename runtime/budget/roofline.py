@@ -166,13 +166,15 @@ def predicted_profile(
         Seconds of choosing drafts, which is a matter of the host and taken as it is.
     """
     masked = -(-canvas.block_length // 2)  # on average
+
+    def whole(drafts: int) -> float:
+        rows = masked * (1 + drafts)  # which pass through the output head together
+        head = seconds(accelerator, _BYTES * shape.head, 2 * shape.head * rows)
+        return forward_seconds(shape, accelerator, canvas, cache, drafts) + head
+
     return CostProfile(
         device=accelerator.name,
         dtype="bfloat16",
-        points=tuple(
-            CostPoint(drafts=n, seconds=forward_seconds(shape, accelerator, canvas, cache, n))
-            for n in budgets
-        ),
-        step_seconds=seconds(accelerator, _BYTES * shape.head, 2 * shape.head * masked),
+        points=tuple(CostPoint(drafts=n, seconds=whole(n)) for n in budgets),
         drafting=drafting or {},
     )

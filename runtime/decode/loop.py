@@ -70,7 +70,7 @@ def denoise(task: Task) -> Decoding:
             first_only = cache.first_only(cursor)
             positions = looked_at(task, cursor, first_only)
             if len(states) > 1 and dear and not first_only and here not in evaluation.foreseen:
-                evaluation.foresee(_likely(task, cursor, states, evaluation, here))
+                evaluation.foresee(likely_states(task, cursor, states, evaluation, here))
             reading = evaluation.reading(here, positions, keys_of(task, cursor, positions))
             before, cursor = cursor, denoising_step(task, cursor, reading, first_only)
             task.path.append(cursor)
@@ -125,7 +125,7 @@ def is_dear(task: Task) -> bool:
     return task.model.head_is_dear and reads_on_host(task.model)
 
 
-def _likely(
+def likely_states(
     task: Task, cursor: Cursor, states: Tensor, evaluation: Evaluation, here: int
 ) -> dict[int, Tensor]:
     """The state of the cursor, and states that the walk may come to in its block, by number.
