@@ -56,19 +56,21 @@ results: $(READY)
 		--key real-sizes-block-32 --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-0.6b,qwen3-1.7b --models tiny-llada,tiny-dream --prompts 1 \
 		--budgets 1,2,4 --key real-sizes-block-32-larger --into docs/results-time.md
-	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --blocks 8 --dtypes bfloat16 \
+	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --dtypes bfloat16 \
 		--prompts 3 --key real-sizes-bfloat16 --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --dtypes bfloat16 --prompts 2 \
 		--key real-sizes-bfloat16-1.7b --into docs/results-time.md
+	$(BIN)/python studies/real_sizes.py --models tiny-llada,tiny-dream --dtypes bfloat16 --prompts 1 \
+		--budgets 1,2,4,8 --key real-sizes-bfloat16-block-32 --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-sdar --blocks 8 --weights disk --prompts 1 \
 		--budgets 2,8 --key real-sizes-disk --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md
-	$(BIN)/python studies/load.py --model tiny-sdar --cache block --seconds 48 --turns 12 --warm-up 10 \
+	$(BIN)/python studies/load.py --model tiny-sdar --cache block --seconds 96 --turns 24 --warm-up 10 \
 		--into docs/serving.md
 	$(BIN)/python studies/load.py --model tiny-llada --cache dual --clients 1 4 16 --lengths 64 32 96 \
 		--seconds 24 --turns 6 --warm-up 10 --into docs/serving.md
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 16 --lengths 32 16 24 \
-		--seconds 48 --turns 3 --warm-up 16 --into docs/serving.md
+		--seconds 48 --turns 6 --warm-up 16 --into docs/serving.md
 	$(BIN)/python studies/soak.py --into docs/serving.md
 	$(BIN)/python studies/harness.py --into docs/integrations.md
 

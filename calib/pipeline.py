@@ -354,12 +354,13 @@ def build_from_facts(
 def _portable_id(name: str) -> str:
     """A local folder's own name: where it lies on this machine is nobody else's business.
 
-    It is no alias, whatever it is called.
+    It is no alias, whatever it is called, but for the folders that ship with the package.
     """
     if name in ALIASES or not Path(name).is_dir():
         return name
-    own = printable(Path(name).resolve().name)
-    return f"./{own}" if own in ALIASES else own
+    folder = Path(name).resolve()
+    own = printable(folder.name)
+    return f"./{own}" if own in ALIASES and folder != Path(ALIASES[own]).resolve() else own
 
 
 def nodes_of(fills: Sequence[Fill], counts: ChainCounts) -> tuple[Node, ...]:

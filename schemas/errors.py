@@ -6,7 +6,7 @@ MAX_MESSAGE = 1000
 class SpiffyError(ValueError):
     """Bad input: says in one line what was wrong, where, and what to do.
 
-    The commands print its message and exit with code 2; nothing has been written. Messages quote
+    The commands print its message and exit with code 2; nothing is half-written. Messages quote
     what others wrote (names, keys, paths), so control characters are escaped, for the line to stay
     one line and a terminal to stay as it is, and what is far too long is cut in the middle.
     """

@@ -4,9 +4,10 @@ A closed loop: every client asks, waits for its answer, and asks again. Answers 
 lengths, else plain decoding's sequences would go in step, which no clients do; one that is under
 way at the end counts with the share of it that its time before the end is. Servers of one model,
 without drafts, with as many as pay, and with eight for every answer whoever else asks, run beside
-each other and are measured in turns, each as often first as last, so that what else the machine
-does hits all alike; only one of them is asked at a time. Ratios have their 95% bootstrap interval,
-turns resampled. Temperature 0, generated problems that neither training nor calibration
+each other and are measured in turns, each as often first as last and behind each other (where
+turns are a multiple of six), so that what else the machine does, and what the last one left of its
+caches, hits all alike; only one of them is asked at a time. Ratios have their 95% bootstrap
+interval, turns resampled. Temperature 0, generated problems that neither training nor calibration
 saw. The first line is `generate` in Python, one question after the other: what servers should gain
 with a single client. An answer differs if it is not the first one that plain decoding gave, which
 is a near-tie of floating point at most (docs/losslessness.md).
@@ -183,7 +184,7 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
         for clients in (ALONE, *args.clients):
             found[clients] = {way: Measured() for way in WAYS}
             for turn in range(-1, args.turns):  # the first one warms up, and lets auto learn
-                for way in rotated(list(servers), turn):
+                for way in order(list(servers), turn):
                     server = servers[way]
                     seconds = args.warm_up if turn < 0 else args.seconds / args.turns
                     into = None if turn < 0 else found[clients][way]
@@ -198,10 +199,11 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
     return found
 
 
-def rotated(ways: Sequence[str], turn: int) -> Sequence[str]:
-    """The order of a turn."""
+def order(ways: Sequence[str], turn: int) -> Sequence[str]:
+    """The order of a turn: every other round backwards, so that each way follows each other."""
     first = turn % len(ways)
-    return [*ways[first:], *ways[:first]]
+    found = [*ways[first:], *ways[:first]]
+    return found[::-1] if turn // len(ways) % 2 else found
 
 
 def ratio(ours: Measured, plain: Measured) -> str:
@@ -246,7 +248,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=30, help="per way and number of clients")
-    parser.add_argument("--turns", type=int, default=3, help="that these are split into")
+    parser.add_argument("--turns", type=int, default=6, help="that these are split into")
     parser.add_argument("--warm-up", type=float, default=5, help="seconds before, not counted")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 40, 56, 32, 48])

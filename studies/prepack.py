@@ -1,7 +1,8 @@
-"""What prepacked weights save: milliseconds of a forward by its positions (docs/what-pays.md).
+"""What prepacked weights save: milliseconds by the number of positions (docs/what-pays.md).
 
-A tiny model grown into real shapes, its layers' weights as torch has them and as oneDNN computes
-with them on this CPU (`spiffy.runtime.models.prepack`), in turns.
+A tiny model grown into real shapes, its weights as torch has them and as oneDNN computes with them
+on this CPU (`spiffy.runtime.models.prepack`), in turns: a forward of the layers, and the output
+head over as many positions.
 
     python studies/prepack.py --shapes 0.3b,qwen3-0.6b,qwen3-1.7b
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from pages import add_into, fill
@@ -26,30 +28,43 @@ from spiffy.runtime.models.attention import Group
 from spiffy.runtime.models.prepack import prepack
 
 
-def seconds(model: DiffusionLM, positions: int) -> float:
-    """Of one forward of a sequence."""
+def layers(model: DiffusionLM, positions: int) -> None:
+    """One forward of a sequence, without the output head."""
     ids = torch.arange(positions) % model.vocab_size
-    started = perf_counter()
     model.hidden_states(ids, ids, [Group(1, positions, whole=positions)])
-    return perf_counter() - started
 
 
-def measure(
-    shape: str, dtype: str, sizes: Sequence[int], repeats: int
-) -> list[tuple[float, float]]:
-    """Medians without and with, by number of positions."""
+def head(model: DiffusionLM, positions: int) -> None:
+    """The output head."""
+    config: Any = model.module.config
+    model.head(torch.ones(positions, config.hidden_size, dtype=model.dtype))
+
+
+def medians(
+    part: Callable[[DiffusionLM, int], None],
+    models: tuple[DiffusionLM, DiffusionLM],
+    positions: int,
+    repeats: int,
+) -> list[float]:
+    """Seconds of both models, in turns."""
+    took: dict[DiffusionLM, list[float]] = {model: [] for model in models}
+    for k in range(1 + repeats):
+        for model in models[:: 1 - 2 * (k % 2)]:
+            started = perf_counter()
+            part(model, positions)
+            took[model].append(perf_counter() - started)
+    return [median(seconds[1:]) for seconds in took.values()]
+
+
+def rows(shape: str, dtype: str, sizes: Sequence[int], repeats: int) -> Iterator[str]:
+    """Markdown, without and with."""
     tiny = load_model("tiny-sdar", device="cpu", dtype=dtype)
     usual, ours = grow(tiny, shape), grow(tiny, shape)
     prepack(ours)
-    found = []
-    for size in sizes:
-        took: list[tuple[float, float]] = []
-        for k in range(1 + repeats):
-            pair = [(m, seconds(m, size)) for m in ((usual, ours), (ours, usual))[k % 2]]
-            took.append((dict(pair)[usual], dict(pair)[ours]))
-        without, with_ = zip(*took[1:], strict=True)
-        found.append((median(without), median(with_)))
-    return found
+    for what, part in (("layers", layers), ("output head", head)):
+        pairs = (medians(part, (usual, ours), size, repeats) for size in sizes)
+        cells = [f"{1000 * a:.0f} -> {1000 * b:.0f} ({a / b:.2f}x)" for a, b in pairs]
+        yield f"| {shape} | {dtype} | {what} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -62,17 +77,16 @@ def main() -> None:
     add_into(parser)
     args = parser.parse_args()
     heads = " | ".join(map(str, args.positions))
-    lines = [f"| shape | dtype | {heads} |", "| --- | --- |" + " ---: |" * len(args.positions)]
+    lines = [
+        f"| shape | dtype | | {heads} |",
+        "| --- | --- | --- |" + " ---: |" * len(args.positions),
+    ]
     cases = [(shape, dtype) for shape in args.shapes for dtype in args.dtypes]
     for shape, dtype in track(cases, description="timing"):
-        cells = [
-            f"{1000 * a:.0f} -> {1000 * b:.0f} ({a / b:.2f}x)"
-            for a, b in measure(shape, dtype, args.positions, args.repeats)
-        ]
-        lines.append(f"| {shape} | {dtype} | {' | '.join(cells)} |")
+        lines += rows(shape, dtype, args.positions, args.repeats)
     note = (
         f"`python studies/prepack.py --shapes {','.join(args.shapes)} --dtypes "
-        f"{','.join(args.dtypes)}` (tiny-sdar grown, no prefix, output head left out; "
+        f"{','.join(args.dtypes)}` (tiny-sdar grown, no prefix; "
         f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, Python {platform.python_version()})"
     )

@@ -110,6 +110,7 @@ def test_a_folder_is_recorded_as_one_even_if_it_is_called_like_an_alias(
     shutil.copytree(ALIASES["tiny-llada"], "tiny-llada")
     shutil.copytree(ALIASES["tiny-llada"], "mine")
     names = {"tiny-llada": "tiny-llada", "./tiny-llada": "./tiny-llada", "./mine": "mine"}
+    names[ALIASES["tiny-sdar"]] = "tiny-sdar"
     for name, recorded in names.items():
         assert model_facts(load_model(name, device="cpu")).id == recorded
     assert caplog.text.count("./tiny-llada is the folder") == 1

@@ -235,6 +235,11 @@ def test_a_folder_is_served_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(folder)
     assert Engine(load_model(".", device="cpu"), settings()).name == "my-model"
     assert Engine(model(), settings()).name == "tiny-sdar"
+    link, snapshot = tmp_path / "link", tmp_path / "models--some--model" / "snapshots" / "0a1b"
+    link.symlink_to(folder)
+    shutil.copytree(folder, snapshot)
+    for place, name in ((link, "link"), (snapshot, "some/model")):
+        assert Engine(load_model(str(place), device="cpu"), settings()).name == name
 
 
 def test_answers_are_compared_with_plain_decoding_when_idle() -> None:

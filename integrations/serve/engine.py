@@ -165,6 +165,15 @@ def _reason(task: Task) -> Literal["stop", "length"]:
     return "stop" if ended else "length"
 
 
+def _served_name(name: str) -> str:
+    """What clients call a model: in the hub's cache the hub id, of a folder its own name."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    own = folder.name if folder.name not in ("", "..") else folder.resolve().name
+    return Source(name).hub_id or own
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an engine takes on.
@@ -209,7 +218,7 @@ class Engine:
         self.model, self.settings, self.graph = model, settings, graph
         self.edges, self.limits = edges, limits
         #: What the model is called: of a folder, its own name.
-        self.name = Source(model.name).own_name if Path(model.name).is_dir() else model.name
+        self.name = _served_name(model.name)
         self.metrics = Metrics() if metrics is None else metrics
         self.max_length = model.max_length or _LONGEST
         self.is_auto = graph is not None and budget == "auto"

@@ -54,7 +54,7 @@ def load_model(
     """Load a diffusion language model.
 
     Host memory peaks at the size of the weights in `dtype`, plus the largest tensor or, of a
-    mixture, one layer's experts.
+    mixture, one layer's experts; prepacked, the output head is held twice.
 
     Parameters
     ----------
@@ -81,10 +81,11 @@ def load_model(
         Triton), and less the next time. Forwards of any size take the same code. On a GPU also
         CUDA graphs and FlexAttention are tried, and used if they are right and faster.
     prepack
-        Keep the weights of linear layers as oneDNN computes with them on a CPU, which takes no more
-        memory and makes forwards of large models faster. The module is then for inference alone:
-        it can be neither trained, saved, copied nor pickled. "auto": if it is large, and a try
-        on this machine shows that it is faster.
+        Keep the weights of linear layers as oneDNN computes with them on a CPU, which makes
+        forwards of large models faster and takes no more memory, but for the output head, which is
+        held both ways. The module is then for inference alone: it can be neither trained, saved,
+        copied nor pickled. "auto": if it is large, and a try on this machine shows that it is
+        faster.
 
     Raises
     ------

@@ -118,8 +118,7 @@ def prepack(model: DiffusionLM) -> None:
     """
     check_prepack(model.name, model.device, model.dtype, others=False)
     transformer: Any = model.module.model
-    smallest = min(_linear_layers(model), key=lambda layer: layer.weight.numel(), default=None)
-    if smallest is not None and _able(smallest) is None:
+    if not _computes(model.dtype):
         kind = str(model.dtype).removeprefix("torch.")
         raise SpiffyError(
             f"{model.name}: this processor cannot compute with prepacked {kind}: drop "
@@ -145,28 +144,26 @@ def prepack_if_faster(model: DiffusionLM) -> None:
 
 def _share(model: DiffusionLM) -> float | None:
     """What the largest layer takes prepacked, of what it takes now; None: it is not to be."""
-    layers = _linear_layers(model)
+    transformer: Any = model.module.model
+    layers = [layer for layer in transformer.modules() if type(layer) is nn.Linear]
     able = model.device.type == "cpu" and model.dtype in DTYPES and _has_onednn()
     if not able or sum(layer.weight.numel() for layer in layers) < _WORTH:
         return None
-    largest = max(layers, key=lambda layer: layer.weight.numel())
-    ours = _able(largest)
-    return None if ours is None else _seconds(ours) / _seconds(largest)
-
-
-def _linear_layers(model: DiffusionLM) -> list[nn.Linear]:
-    """Those of the transformer."""
-    transformer: Any = model.module.model
-    return [layer for layer in transformer.modules() if type(layer) is nn.Linear]
-
-
-def _able(layer: nn.Linear) -> PrepackedLinear | None:
-    """A layer prepacked, if it computes the same so."""
-    try:
-        ours = PrepackedLinear(layer)
-        return ours if _agree(layer, ours) else None
-    except RuntimeError:  # a dtype that this processor's oneDNN does not know
+    if not _computes(model.dtype):
         return None
+    largest = max(layers, key=lambda layer: layer.weight.numel())
+    return _seconds(PrepackedLinear(largest)) / _seconds(largest)
+
+
+def _computes(dtype: torch.dtype) -> bool:
+    """Whether a prepacked layer computes here what it should."""
+    layer = nn.Linear(256, 320, bias=False, dtype=dtype, device="meta").to_empty(device="cpu")
+    with torch.no_grad():  # numbers of its own: global generators are the user's
+        layer.weight.normal_(generator=torch.Generator().manual_seed(1))
+    try:
+        return _agree(layer, PrepackedLinear(layer))
+    except RuntimeError:  # a dtype that this processor's oneDNN does not know
+        return False
 
 
 def _has_onednn() -> bool:

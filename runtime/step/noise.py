@@ -20,7 +20,6 @@ from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings
 
 _GROUP = 128  # tokens of the vocabulary
-_CACHED = 1 << 19  # numbers that a processor is done with while its cache still holds them
 
 
 def _signed(bits: int) -> int:
@@ -107,12 +106,6 @@ def draw(log_p: Tensor, temperature: float, keys: Tensor) -> Tensor:
     the sum of their tokens', and to the tokens of the chosen group: one law, and a hundredth of the
     numbers. Equals go to the lower token id.
     """
-    at_once = max(1, (_CACHED if log_p.is_cpu else log_p.numel()) // log_p.shape[1])
-    parts = zip(torch.split(log_p, at_once), torch.split(keys, at_once), strict=True)
-    return torch.cat([_draw(part, temperature, own) for part, own in parts])
-
-
-def _draw(log_p: Tensor, temperature: float, keys: Tensor) -> Tensor:
     weights = (log_p - log_p.amax(-1, keepdim=True)).div_(temperature).exp_()
     if weights.shape[1] % _GROUP:
         weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _GROUP))
