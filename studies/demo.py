@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from spiffy.cli.common import console, hush, log, progress_bar
 from spiffy.cli.threads import set_threads, wait_passively
@@ -54,7 +55,7 @@ class Line:
     positions
         Token positions computed with `auto`, over plain decoding's.
     speeds
-        Tokens per second, plain and with `auto`.
+        Tokens per second, plain and with `auto`: of each the median over prompts.
     """
 
     name: str
@@ -92,7 +93,7 @@ def race(
     if count:
         generate(model, texts[0], **options)  # warms up what takes milliseconds
     identical, nfe, positions = True, [0, 0, 0], [0, 0]
-    tokens, seconds = 0, [0.0, 0.0]
+    rates: tuple[list[float], list[float]] = [], []
     with progress_bar() as bar:
         for number, text in enumerate(bar.track(texts, description=f"decoding, {name}")):
             ways = (None, graph) if number % 2 else (graph, None)
@@ -107,16 +108,15 @@ def race(
                 fixed = generate(model, text, graph=graph, budget=DRAFTS, **options)
                 identical &= plain.token_ids == fixed.token_ids
                 nfe[2] += fixed.stats.nfe
-            tokens += len(plain.token_ids)
-            seconds = [seconds[0] + plain.stats.seconds, seconds[1] + ours.stats.seconds]
-    speeds = (tokens / seconds[0], tokens / seconds[1])
+            for way, output in zip(rates, (plain, ours), strict=True):
+                way.append(len(output.token_ids) / output.stats.seconds)
     return Line(
         name,
         settings.cache,
         identical,
         (nfe[0], nfe[1], nfe[2]),
         positions[1] / positions[0],
-        speeds,
+        (median(rates[0]), median(rates[1])),
     )
 
 
