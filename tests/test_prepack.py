@@ -140,8 +140,8 @@ def test_what_cannot_be_prepacked_is_refused(options: dict[str, Any], reason: st
 def test_by_default_commands_prepack_what_is_large_if_it_is_faster(
     faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seconds(layer: nn.Module) -> float:
-        return 1.0 if faster == isinstance(layer, PrepackedLinear) else 2.0
+    def seconds(*layers: nn.Module) -> list[float]:
+        return [1.0 if faster == isinstance(layer, PrepackedLinear) else 2.0 for layer in layers]
 
     monkeypatch.setattr(prepack, "_seconds", seconds)
     auto = {"device": "cpu", "prepack": "auto"}
@@ -159,7 +159,7 @@ def test_a_layer_is_timed_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = prepack._seconds
     monkeypatch.setattr(prepack, "_WORTH", 1000)
     monkeypatch.setattr(
-        prepack, "_seconds", lambda layer: (tried.append(type(layer)), timed(layer))[1]
+        prepack, "_seconds", lambda *layers: (tried.extend(map(type, layers)), timed(*layers))[1]
     )
     model = load_model(str(PARITY / "sdar-a"), device="cpu")
     prepack_if_faster(model)

@@ -8,8 +8,9 @@ both ways.
 
 from __future__ import annotations
 
-from functools import partial
+import math
 from itertools import count
+from time import perf_counter
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.runtime.models.device import median_seconds
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import option
 from spiffy.schemas.notes import note
@@ -29,7 +29,7 @@ _POSITIONS = 16  # that the layout is chosen for; it holds for any number
 _WORTH = 50_000_000  # parameters of linear layers, below which calls take longer than they save
 _TRIED = (8, 32)  # positions
 _FASTER = 0.95  # of the time without, at most
-_TIMED = 9  # repetitions
+_TIMED = 12  # repetitions
 
 _numbers = count()
 _layers: WeakValueDictionary[int, PrepackedLinear] = WeakValueDictionary()
@@ -152,7 +152,8 @@ def _share(model: DiffusionLM) -> float | None:
     if not _computes(model.dtype):
         return None
     largest = max(layers, key=lambda layer: layer.weight.numel())
-    return _seconds(PrepackedLinear(largest)) / _seconds(largest)
+    usual, ours = _seconds(largest, PrepackedLinear(largest))
+    return ours / usual
 
 
 def _computes(dtype: torch.dtype) -> bool:
@@ -186,11 +187,19 @@ def _agree(usual: nn.Linear, ours: PrepackedLinear) -> bool:
 
 
 @torch.inference_mode()
-def _seconds(layer: nn.Linear | PrepackedLinear) -> float:
-    """Of calls with few and with some positions, the first ones not counted."""
-    total = 0.0
+def _seconds(*layers: nn.Linear | PrepackedLinear) -> list[float]:
+    """Of calls with few and with some positions, in turns; the fastest ones.
+
+    What else the machine does makes calls longer, those of one layer as well as those of another.
+    """
+    total = [0.0 for _ in layers]
     for positions in _TRIED:
-        hidden = _hidden(layer, positions)
-        layer(hidden)
-        total += median_seconds(partial(layer, hidden), hidden.device, _TIMED)
+        hidden = _hidden(layers[0], positions)
+        fastest = [math.inf for _ in layers]
+        for _ in range(_TIMED):
+            for k, layer in enumerate(layers):
+                started = perf_counter()
+                layer(hidden)
+                fastest[k] = min(fastest[k], perf_counter() - started)
+        total = [sum(pair) for pair in zip(total, fastest, strict=True)]
     return total
