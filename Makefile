@@ -60,8 +60,8 @@ results: $(READY)
 		--prompts 3 --key real-sizes-bfloat16 --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --dtypes bfloat16 --prompts 2 \
 		--key real-sizes-bfloat16-1.7b --into docs/results-time.md
-	$(BIN)/python studies/real_sizes.py --models tiny-llada,tiny-dream --dtypes bfloat16 --prompts 1 \
-		--budgets 1,2,4,8 --key real-sizes-bfloat16-block-32 --into docs/results-time.md
+	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-llada,tiny-dream --dtypes bfloat16 \
+		--prompts 1 --budgets 1,2,4,8 --key real-sizes-bfloat16-block-32 --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-sdar --blocks 8 --weights disk --prompts 1 \
 		--budgets 2,8 --key real-sizes-disk --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md
