@@ -147,7 +147,7 @@ def tell_of_bfloat16(model: DiffusionLM, dtype: str) -> None:
         return
     if sum(weight.numel() for weight in model.module.parameters()) >= _LARGE:
         note(
-            "this processor computes bfloat16 in about half the time (AMX): try --dtype "
+            "this processor computes bfloat16 in half to two thirds of the time (AMX): try --dtype "
             "bfloat16; near-ties, and so tokens, may be others than in float32"
         )
 
