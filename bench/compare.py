@@ -59,13 +59,21 @@ def _differences(a: Bench, b: Bench) -> dict[str, _Difference]:
         for key in sorted({*before, *after}):
             add(key, before.get(key), after.get(key), spoils)
 
-    add("model", a.model.id, b.model.id, everything)
+    # One model may go by several names, and be at several revisions of its repository.
+    known = a.weights is not None and b.weights is not None
+    same = known and (a.weights, a.model.fingerprint) == (b.weights, b.model.fingerprint)
+    add("model", a.model.id, b.model.id, () if same else everything)
+    add("model revision", a.model.revision, b.model.revision, () if same else everything)
     add("model fingerprint", a.model.fingerprint, b.model.fingerprint, everything)
-    add("model revision", a.model.revision, b.model.revision, everything)
+    if known:
+        add("weights (digest)", a.weights, b.weights, everything)
+    add("adapter", a.adapter, b.adapter, () if same else everything)
     add_fields(a.decoding.model_dump(), b.decoding.model_dump(), everything)
     add("dataset", a.data.dataset, b.data.dataset, everything)
     add("prompts", a.data.samples, b.data.samples, everything)
     add("prompts (digest)", a.data.sha256, b.data.sha256, everything)
+    add("raw prompts", a.data.raw, b.data.raw, everything)
+    add("system message", a.data.system, b.data.system, everything)
     add("seed", a.data.seed, b.data.seed, everything if a.decoding.temperature else ())
     add("block edges", ", ".join(a.edges), ", ".join(b.edges), everything)
     add("dtype", a.machine.dtype, b.machine.dtype, everything)
@@ -78,9 +86,15 @@ def _differences(a: Bench, b: Bench) -> dict[str, _Difference]:
     add_fields(versions_a, versions_b, times)
     # The rest may differ on purpose, or only says how sure the numbers are.
     add("draft graph", a.graph_digest, b.graph_digest, ())
+    add_fields(
+        {f"{kind} (digest)": digest for kind, digest in a.compared_with.items()},
+        {f"{kind} (digest)": digest for kind, digest in b.compared_with.items()},
+        (),
+    )
     add("code revision", a.machine.git_revision, b.machine.git_revision, ())
     add("repeats", a.data.repeats, b.data.repeats, ())
-    add("warm-up", a.data.warm_up, b.data.warm_up, ())
+    # What learns from walks, as "auto" does, has learned from those too.
+    add("warm-up", a.data.warm_up, b.data.warm_up, everything)
     add("baseline", a.baseline, b.baseline, (_RATIOS,))
     return found
 

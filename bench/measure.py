@@ -12,7 +12,7 @@ import platform
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -96,8 +96,64 @@ class Measurements:
     rows: tuple[Row, ...]
     seen: Mapping[tuple[str, int], Seen]
 
+    @property
+    def prompts(self) -> int:
+        """How many prompts were decoded."""
+        return len({row.prompt for row in self.rows})
+
+    @property
+    def repeats(self) -> int:
+        """How often each of them was."""
+        return len({row.repeat for row in self.rows})
+
 
 def measure(
+    model: DiffusionLM,
+    methods: Sequence[Method],
+    prompts: Sequence[Prompt],
+    records: Sequence[Mapping[str, Any]],
+    repeats: int,
+    warm_up: int,
+) -> Measurements:
+    """Decode every prompt by every method, `repeats` times: all `rounds`, gathered."""
+    return gathered([*rounds(model, methods, prompts, records, repeats, warm_up)])
+
+
+def until_stopped(
+    parts: Iterable[Measurements],
+) -> tuple[Measurements, KeyboardInterrupt | Exception | None]:
+    """All `parts` of a run, gathered, or those before it was stopped, and by what.
+
+    Raises
+    ------
+    KeyboardInterrupt, Exception
+        What stopped it, if there is no part.
+    """
+    done: list[Measurements] = []
+    try:
+        for part in parts:
+            done.append(part)
+    except (KeyboardInterrupt, Exception) as problem:
+        if not done:
+            raise
+        return gathered(done), problem
+    return gathered(done), None
+
+
+def gathered(parts: Sequence[Measurements]) -> Measurements:
+    """The first `parts` of a run together, as far as every prompt was decoded equally often.
+
+    A repeat that was cut short is left out, but for the first: of that, the prompts it got to.
+    """
+    prompts = sum(part.rows[0].repeat == 0 for part in parts)
+    whole = parts[: len(parts) // prompts * prompts]
+    return Measurements(
+        tuple(row for part in whole for row in part.rows),
+        {key: look for part in whole for key, look in part.seen.items()},
+    )
+
+
+def rounds(
     model: DiffusionLM,
     methods: Sequence[Method],
     prompts: Sequence[Prompt],
@@ -108,11 +164,12 @@ def measure(
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     execute_code: bool = False,
     on_decode: Callable[[], None] = lambda: None,
-) -> Measurements:
-    """Decode every prompt by every method, `repeats` times; the first method is the baseline.
+) -> Iterator[Measurements]:
+    """Decode a prompt by every method, then the next, all of them `repeats` times.
 
-    Before that each method decodes the first prompt `warm_up` times, uncounted. `on_decode` is
-    called after every decode.
+    Yields what was measured of a prompt once all methods have had it, so that whoever is stopped
+    has lost no more. The first method is the baseline. Before that each method decodes the first
+    prompt `warm_up` times, uncounted. `on_decode` is called after every decode.
     """
     baseline = methods[0]
     plain: dict[int, tuple[list[Cursor], list[int]]] = {}  # path and answer, by prompt
@@ -135,11 +192,11 @@ def measure(
             decode(prepared(method, 0))
             on_decode()
 
-    rows: list[Row] = []
-    seen: dict[tuple[str, int], Seen] = {}
     judged: dict[tuple[int, str], bool | None] = {}  # running code twice tells nothing new
     for repeat in range(repeats):
         for prompt, record in enumerate(records):
+            rows: list[Row] = []
+            seen: dict[tuple[str, int], Seen] = {}
             # A decode right after a heavy one is slower by some percent: nobody always comes then.
             order = random.Random(f"{seed} {repeat} {prompt}").sample(methods, len(methods))
             for method in order:
@@ -168,7 +225,7 @@ def measure(
                     )
                 )
                 on_decode()
-    return Measurements(tuple(rows), seen)
+            yield Measurements(tuple(rows), seen)
 
 
 def results(methods: Sequence[Method], measured: Measurements) -> tuple[Result, ...]:
@@ -221,7 +278,7 @@ def _result(
         seconds=Split(forward=forward, draft=draft, verify=verify, rest=rest),
         peak_bytes=max(peaks, default=None),
         compared=len(compared),
-        differing=sum(row.differs is True for row in compared),
+        differing=len({row.prompt for row in rows if row.differs}),
         scored=len(scored),
         correct=sum(row.correct is True for row in scored),
         acceptance=acceptance((look.canvas, look.forwards) for look in looks),

@@ -243,6 +243,10 @@ def _conditions(bench: Bench) -> Pairs:
     versions = ", ".join(f"{name} {v}" for name, v in sorted(machine.versions.items()))
     model = bench.model
     data_text = f"{_counted(data.samples, 'prompt')} of {data.dataset}, seed {data.seed}"
+    if data.raw:
+        data_text += "; taken as they are, without the chat template"
+    if data.system is not None:
+        data_text += f"; after the system message {data.system!r}"
     if data.left_out:
         data_text += f"; {data.left_out} left out (too long for the model)"
     overlap = (
@@ -250,10 +254,16 @@ def _conditions(bench: Bench) -> Pairs:
         if data.calibrated_on
         else "none of them was calibrated on"
     )
+    adapter = "" if bench.adapter is None else f", with the adapter {bench.adapter}"
+    graph_model = "" if bench.graph_model is None else f", made for {bench.graph_model}"
     return [
         ("Command", bench.command),
-        ("Model", f"{model.id} ({model.family}), revision {model.revision or 'not recorded'}"),
+        (
+            "Model",
+            f"{model.id} ({model.family}), revision {model.revision or 'not recorded'}{adapter}",
+        ),
         ("Model fingerprint", model.fingerprint),
+        ("Weights digest", bench.weights or "not recorded"),
         (
             "Decoding",
             f"{d.policy} by {d.score}, {per_step}; block {d.block_length}, {d.gen_length} "
@@ -261,7 +271,10 @@ def _conditions(bench: Bench) -> Pairs:
             f"{d.temperature:g}",
         ),
         ("Block edges", ", ".join(bench.edges) or "none"),
-        ("Draft graph", f"{len(bench.nodes)} nodes, digest {bench.graph_digest}"),
+        (
+            "Draft graph",
+            f"{len(bench.nodes)} nodes, digest {bench.graph_digest}{graph_model}",
+        ),
         ("Data", f"{data_text}; {overlap}"),
         ("Data digest", data.sha256),
         (

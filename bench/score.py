@@ -59,10 +59,14 @@ def _number(text: str) -> float | str:
 
 def program(text: str, record: Mapping[str, Any]) -> str:
     """A HumanEval program: the answer's code, completed by its prompt if it lacks the function."""
-    fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    code = fenced[1] if fenced else text
     entry = record["entry_point"]
-    if not re.search(rf"^def {re.escape(entry)}\b", code, re.MULTILINE):
+    whole = re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
+    before, fence, behind = text.partition("```")
+    if fence and before.strip() and "```" not in behind and not whole.search(behind):
+        text = before  # a fence that the prompt opened, if anybody did
+    fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    code = fenced[1] if fenced else text
+    if not whole.search(code):
         code = record["prompt"] + code
     elif fenced is None:
         code = code[code.index(f"def {entry}") :]

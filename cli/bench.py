@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.status import Status
 
+from spiffy.cli.bench_run import (
+    FILES,
+    Run,
+    measured,
+    print_table,
+    profile_of,
+    summed_up,
+    write_files,
+)
 from spiffy.cli.common import (
-    console,
+    INTERRUPTED,
     decodable,
     log,
     note_if_inexact,
     note_skipped,
-    progress_bar,
     ready_to_draft,
     run_app,
     warn_of_differences,
@@ -43,20 +49,14 @@ from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
-from spiffy.schemas.errors import printable
-from spiffy.schemas.io import check_writable, write_atomically
+from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from spiffy.bench.measure import Measurements
     from spiffy.bench.methods import Method
     from spiffy.calib.prompt_files import Text
     from spiffy.calib.prompts import PromptSet
-    from spiffy.runtime import BlockEdges
     from spiffy.runtime.models import DiffusionLM
-    from spiffy.schemas import CostProfile, DecodingSettings
-    from spiffy.schemas.bench import Machine, MethodKind
+    from spiffy.schemas.bench import MethodKind
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -197,8 +197,18 @@ class _Methods:
 
     def check(self, artifact: DraftGraph) -> None:
         """Refuse what cannot be measured, before anything is loaded."""
-        self.kinds()
+        kinds = self.kinds()
         self.numbers(artifact)
+        for option, given, users in (
+            ("--paper", self.paper, ("paper", "pruned")),
+            ("--order", self.order, ("order",)),
+        ):
+            asked = [kind for kind in users if kind in kinds]
+            if given is None and asked and self.methods != "all":
+                raise SpiffyError(f"--methods {self.methods!r}: {asked[0]} needs {option} FILE")
+            if given is not None and not asked:
+                needed = " or ".join(users)
+                raise SpiffyError(f"{option} {given}: --methods has no {needed}, which it is for")
         for name, value, least in (("--repeats", self.repeats, 1), ("--warm-up", self.warm_up, 0)):
             if value < least:
                 raise SpiffyError(f"{name} {value}: must be at least {least}")
@@ -219,6 +229,24 @@ class _Methods:
             found.append(kind)
         return found
 
+    def check_all_there(self, found: Sequence[Method], cache: str) -> None:
+        """Refuse to leave out, unsaid, what was asked for by name."""
+        why = {
+            "freedave": f"with the cache {cache} it is what chain is",
+            "model": "the graph has no acceptance model: calibrate again",
+            "pruned": "the graph of --paper has no more nodes than --budgets",
+        }
+        for kind in self.kinds() if self.methods != "all" else ():
+            if all(method.kind != kind for method in found):
+                raise SpiffyError(f"--methods {self.methods!r}: no {kind}: {why[kind]}")
+
+    def digests(self, paper: DraftGraph | None) -> dict[str, str]:
+        """Of what is compared with the graph, by kind."""
+        found = {} if paper is None else {"paper": paper.digest()}
+        if self.order is not None:
+            found["order"] = sha256(self.order.read_bytes()).hexdigest()
+        return found
+
     def numbers(self, artifact: DraftGraph) -> list[int]:
         """Budgets asked for, ascending."""
         if not artifact.budget:
@@ -234,9 +262,6 @@ class _Methods:
                 )
             found.append(int(word))
         return sorted(set(found))
-
-
-_FILES = ("bench.json", "rows.jsonl", "table.md", "report.html")
 
 
 @dataclass(frozen=True)
@@ -265,26 +290,10 @@ class _Output:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SpiffyError(
-                f"--out {self.out}: cannot be written to ({error.strerror})"
-            ) from None
-        for name in _FILES:
+            problem = f"--out {self.out}: cannot be written to ({error.strerror})"
+            raise SpiffyError(problem) from None
+        for name in FILES:
             check_writable(self.out / name)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What is measured, on what."""
-
-    lm: DiffusionLM
-    artifact: DraftGraph
-    settings: DecodingSettings
-    edges: BlockEdges
-    methods: Sequence[Method]
-    texts: Sequence[Text]
-    prompts: Sequence[Tensor]
-    records: Sequence[Any]
-    data: DataRecord
 
 
 @app.command()
@@ -310,6 +319,7 @@ def bench(
 
     Methods take turns prompt by prompt, so that the machine's drift hits all alike. Every answer is
     compared with plain decoding's, token for token; exit code 1 if one differs that must not.
+    Stopped by Ctrl-C or an error, it sums up the prompts that all methods have decoded.
 
     Example: spiffy-bench --graph llada.json --samples 12 --out out/llada
     """
@@ -323,13 +333,19 @@ def bench(
 
         load = load_average()
         run = _prepared(artifact, graph, model, shape, prompts, encoding, decoding, methods, status)
-    found = _measured(run, methods, decoding.seed)
+    found, stopped_by = measured(run, methods.execute_code)
     with log.status("summing up"):
-        summary = _summary(run, found, machine(run.lm, load))
-        written = _write(output.out, summary, [asdict(row) for row in found.rows])
+        profile = None if stopped_by else profile_of(run)  # what stopped it would stop that, too
+        summary = summed_up(run, found, machine(run.lm, load), profile)
+        written = write_files(output.out, summary, found)
     note_if_inexact(run.settings)
-    _print_table(summary)
+    print_table(summary)
     log.print(f"wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
+    if stopped_by is not None:
+        part = f"{found.prompts} of {len(run.prompts)} prompts, {found.repeats} of "
+        part += f"{methods.repeats} repeats"
+        log.print(f"stopped early: summed up are {part}, by all methods", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) if isinstance(stopped_by, KeyboardInterrupt) else stopped_by
     if run.settings.exact and any(result.differing for result in summary.results):
         raise typer.Exit(1)
 
@@ -344,7 +360,7 @@ def _prepared(
     decoding: Decoding,
     methods: _Methods,
     status: Status,
-) -> _Run:
+) -> Run:
     """Load the model, draw the prompts, set up the methods."""
     from spiffy.bench.methods import methods as methods_of
     from spiffy.bench.order import load_order
@@ -371,7 +387,8 @@ def _prepared(
     found = methods_of(
         lm, settings, artifact, kinds, numbers, rival, ids, edges, model.any_model, network
     )
-    return _Run(
+    methods.check_all_there(found, settings.cache)
+    return Run(
         lm=lm,
         artifact=artifact,
         settings=settings,
@@ -389,101 +406,12 @@ def _prepared(
             calibrated_on=known,
             warm_up=methods.warm_up,
             repeats=methods.repeats,
+            raw=encoding.raw,
+            system=encoding.system,
         ),
+        adapter=model.adapter,
+        compared_with=methods.digests(rival),
     )
-
-
-def _measured(run: _Run, methods: _Methods, seed: int) -> Measurements:
-    """Decode, with a progress bar."""
-    from spiffy.bench.measure import measure
-
-    prompts, rivals = len(run.prompts), run.methods[1:]
-    total = prompts + len(run.methods) * methods.repeats * prompts + methods.warm_up * len(rivals)
-    with progress_bar() as bar:
-        line = bar.add_task(f"decoding by {len(run.methods)} methods", total=total)
-        return measure(
-            run.lm,
-            run.methods,
-            run.prompts,
-            run.records,
-            methods.repeats,
-            methods.warm_up,
-            seed,
-            run.edges,
-            methods.execute_code,
-            lambda: bar.advance(line),
-        )
-
-
-def _summary(run: _Run, found: Measurements, machine: Machine) -> Bench:
-    """What is kept of a run."""
-    from spiffy.bench.measure import results, walkthrough
-    from spiffy.calib.prompt_files import question
-
-    artifact, edges = run.artifact, run.edges
-    shown = _to_step_through(run.methods)
-    return Bench(
-        command=shlex.join([Path(sys.argv[0]).name, *map(printable, sys.argv[1:])]),
-        machine=machine,
-        model=artifact.model,
-        decoding=run.settings,
-        edges=tuple(f.name for f in fields(edges) if getattr(edges, f.name)),
-        graph_digest=artifact.digest(),
-        nodes=artifact.nodes,
-        roots=artifact.calibration.roots,
-        data=run.data,
-        baseline=run.methods[0].name,
-        results=results(run.methods, found),
-        profile=_profile(run),
-        walkthrough=walkthrough(run.lm, shown, run.methods[0], [*map(question, run.texts)], found),
-    )
-
-
-def _to_step_through(methods: Sequence[Method]) -> Method:
-    """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at."""
-    order = ["model", "graph", "pruned", "paper", "order", "chain", "freedave", "perfect", "auto"]
-    small = [method for method in methods if method.budget is None or method.budget <= 8]
-    return min(small, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))
-
-
-def _profile(run: _Run) -> CostProfile | None:
-    """What a forward costs here; known already if "auto" was measured."""
-    from spiffy.bench.methods import median_task
-    from spiffy.runtime.budget.auto import auto_profile
-
-    if run.artifact.differences(run.settings):
-        return None
-    task = median_task(run.lm, run.settings, run.prompts, run.edges)
-    return auto_profile(task, run.artifact)
-
-
-def _write(out: Path, summary: Bench, rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """Write all files of a run; returns those that people read."""
-    from spiffy.bench.report import require_matplotlib, write_report
-    from spiffy.bench.tables import markdown
-
-    summary.save(out / "bench.json")
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(out / "rows.jsonl", lines)
-    write_atomically(out / "table.md", markdown(summary) + "\n")
-    written = [out / "table.md"]
-    try:
-        require_matplotlib()
-    except SpiffyError as missing:
-        log.print(f"no report.html: {missing}", soft_wrap=True)
-    else:
-        write_report(summary, out / "report.html")
-        written.append(out / "report.html")
-    return written
-
-
-def _print_table(summary: Bench) -> None:
-    from spiffy.bench.tables import markdown, terminal_table
-
-    if console.is_terminal:
-        console.print(terminal_table(summary))
-    else:
-        write(markdown(summary) + "\n")
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def decoding_settings(
             base["block_length"] = model.default_block_length
     given = {key: value for key, value in options.items() if value is not None}
     if "tokens_per_step" in given:  # the graph's other way of saying the same gives way
-        base["steps_per_block"] = None
+        base |= {"steps_per_block": None, "schedule": "even"}
     settings = DecodingSettings.parse(**{**base, **given})
     if settings.cache not in model.family.caches:
         known = ", ".join(model.family.caches)

@@ -15,7 +15,7 @@ from spiffy.schemas.io import canonical_json, read_json, write_atomically
 from spiffy.schemas.records import CostProfile, ModelRecord, Node
 
 FORMAT = "spiffy.bench"
-VERSION = "1.0"
+VERSION = "1.1"
 
 MethodKind = Literal[
     "plain", "freedave", "chain", "paper", "pruned", "graph", "model", "order", "auto", "perfect"
@@ -315,6 +315,8 @@ class DataRecord(_Record):
         Decodes of each method that are not counted.
     repeats
         Counted decodes of each prompt by each method.
+    raw, system
+        How prompts were encoded, if not by themselves and with the chat template.
     """
 
     dataset: str
@@ -325,6 +327,8 @@ class DataRecord(_Record):
     calibrated_on: int
     warm_up: int
     repeats: int
+    raw: bool = False
+    system: str | None = None
 
 
 class Bench(_Record):
@@ -334,10 +338,17 @@ class Bench(_Record):
     ----------
     command
         The exact command line.
+    model, weights, adapter
+        What decoded: a digest over a sample of the weights tells models of one configuration apart.
+        Runs of version 1.0 state the model that the graph was made for.
     edges
         What decoding allowed at the edges of blocks.
     graph_digest, nodes
         The artifact's.
+    graph_model
+        The model that it was made for, if that is another one.
+    compared_with
+        Digests of the paper's graph and of the order network, where they were given.
     baseline
         Name of the result that the others are compared with: plain decoding by the same policy.
     results
@@ -359,6 +370,10 @@ class Bench(_Record):
     results: tuple[Result, ...] = Field(min_length=1)
     profile: CostProfile | None = None
     walkthrough: Walkthrough | None = None
+    weights: str | None = None
+    adapter: str | None = None
+    graph_model: str | None = None
+    compared_with: dict[str, str] = {}
 
     def _repr_html_(self) -> str:
         """For notebooks: the table of results."""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from spiffy.schemas.decoding import DecodingSettings
 from spiffy.schemas.io import canonical_json
+from spiffy.schemas.records import ModelRecord
 
 
 class _Record(BaseModel):
@@ -25,6 +26,16 @@ class ModelFacts(_Record):
     vocab_size: int = Field(ge=1)
     mask_token_id: int = Field(ge=0)
     eos_token_ids: tuple[int, ...]
+
+    def record(self) -> ModelRecord:
+        """What of it artifacts and benchmarks state."""
+        return ModelRecord(
+            family=self.family,
+            id=self.id,
+            revision=self.revision,
+            fingerprint=self.fingerprint,
+            vocab_size=self.vocab_size,
+        )
 
 
 class RunManifest(_Record):
@@ -71,10 +82,10 @@ class RunManifest(_Record):
 
         `free` names fields that may differ.
         """
-        for name, ours in _flat(self).items():
-            theirs = _flat(other).get(name)
-            if ours != theirs and name not in free:
-                return f"{name} {ours}, not {theirs}"
+        ours, theirs = _flat(self), _flat(other)
+        for name in {**ours, **theirs}:  # what is None may be left out of one of them
+            if ours.get(name) != theirs.get(name) and name not in free:
+                return f"{name} {ours.get(name)}, not {theirs.get(name)}"
         return None
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import decode as decode_with
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import spiffy.bench.measure as bench_measure
+from spiffy.bench import watch
+from spiffy.bench.compare import compare
 from spiffy.bench.measure import Measurements, Row, measure, results, speedup, walkthrough
 from spiffy.bench.methods import KINDS, Method, PerfectDrafter, methods
 from spiffy.bench.score import passes, program, same_number, score, stated_answer
@@ -21,7 +28,8 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.cli.bench import app
-from spiffy.runtime import DiffusionLM, decoding_settings, load_model
+from spiffy.runtime import ALIASES, DiffusionLM, decoding_settings, load_model
+from spiffy.runtime.decode import Task
 from spiffy.runtime.draft import confidence_chain
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, Result
@@ -227,6 +235,11 @@ HUMANEVAL = {
         ("    return 2 * x\n", True),
         ("```python\ndef double(x):\n    return x + x\n```\nThat doubles.", True),
         ("def double(x):\n    return x + x\n", True),
+        ("```python3\ndef double(x):\n    return x + x\n```", True),
+        ("```Python\ndef double(x):\n    return x + x\n```\nThat doubles.", True),
+        ("It doubles:\n```py\ndef double(x):\n    return x + x", True),
+        ("    return 2 * x\n```\nThat doubles.", True),
+        ("def double(x):\n    return x + x\n```", True),
         ("    return x\n", False),
         ("That is easy.", False),
         ("    return 2 * x\x00", False),
@@ -294,6 +307,117 @@ def test_the_command_writes_a_run_that_can_be_read_back(
     assert "model 4" in text
 
 
+def test_what_was_measured_before_ctrl_c_or_an_error_is_summed_up(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = 2  # plain and graph
+    once = ways * PROMPTS
+    cases = [
+        (PROMPTS + ways, KeyboardInterrupt(), 130, (1, 1)),  # after the first prompt
+        (PROMPTS + once, SpiffyError("it broke"), 2, (PROMPTS, 1)),
+        (PROMPTS + once + ways, KeyboardInterrupt(), 130, (PROMPTS, 1)),  # amid the second repeat
+    ]
+    for decodes, problem, expected, kept in cases:
+        left = iter(range(decodes))
+
+        def decode(task: Task, left: Iterator[int] = left, problem: Any = problem) -> Any:
+            if next(left, None) is None:
+                raise problem
+            return watch.decode(task)
+
+        monkeypatch.setattr(bench_measure, "decode", decode)
+        out = tmp_path / f"run-{decodes}"
+        code, _, error = invoke(
+            "--graph", artifact, "--out", out, "--samples", str(PROMPTS), "--repeats", "2",
+            "--budgets", "1", "--methods", "graph", "--device", "cpu", "--warm-up", "0",
+        )  # fmt: skip
+        assert code == expected
+        summary = Bench.load(out / "bench.json")
+        assert (summary.data.samples, summary.data.repeats) == kept
+        rows = [json.loads(line) for line in (out / "rows.jsonl").read_text("utf-8").splitlines()]
+        assert len(rows) == ways * kept[0] * kept[1]
+        assert {row["prompt"] for row in rows} == set(range(kept[0]))
+        if expected == 130:
+            said = f"{kept[0]} of {PROMPTS} prompts, {kept[1]} of 2 repeats"
+            assert f"stopped early: summed up are {said}" in error
+        else:
+            assert error == "it broke"
+
+
+def test_methods_asked_for_by_name_are_not_left_out_unsaid(artifact: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.json"
+    graph().model_copy(update={"acceptance": None}).save(plain)
+    options = ("--out", tmp_path / "run", "--samples", "1", "--device", "cpu", "--budgets", "1")
+    code, _, error = invoke("--graph", plain, *options, "--methods", "graph,model")
+    assert (code, "no model: the graph has no acceptance model" in error) == (2, True)
+    options = (*options, "--paper", artifact)  # it has 8 nodes, and 8 of them are all
+    code, _, error = invoke(
+        "--graph", artifact, *options[:-3], "8", *options[-2:], "--methods", "pruned"
+    )
+    assert (code, "no pruned: the graph of --paper has no more" in error) == (2, True)
+
+
+def test_a_run_states_what_decoded_and_not_what_the_graph_is_of(
+    artifact: Path, tmp_path: Path
+) -> None:
+    """Weights are not in a model's fingerprint: a fine-tuned model's are its own."""
+    tuned = shutil.copytree(ALIASES["tiny-sdar"], tmp_path / "tuned")
+    (file,) = tuned.glob("*.safetensors")
+    weights = load_file(file)
+    save_file({name: weight * 1.05 for name, weight in weights.items()}, file, {"format": "pt"})
+    benches = []
+    for name, model in (("a", "tiny-sdar"), ("b", tuned)):
+        code, _, _ = invoke(
+            "--graph", artifact, "--out", tmp_path / name, "--samples", "1", "--repeats", "1",
+            "--budgets", "1", "--methods", "graph", "--device", "cpu", "--warm-up", "0",
+            "--model", model,
+        )  # fmt: skip
+        assert code == 0
+        benches.append(Bench.load(tmp_path / name / "bench.json"))
+    ours, theirs = benches
+    assert (ours.model.id, ours.graph_model) == ("tiny-sdar", None)
+    assert (theirs.model.id, theirs.graph_model) == ("tuned", "tiny-sdar")
+    assert ours.model.fingerprint == theirs.model.fingerprint
+    assert "counts (NFE, positions, steps) and accuracy cannot be compared: different model" in (
+        text := compare(ours, theirs)
+    )
+    assert "weights (digest)" in text
+    named = ours.model_copy(
+        update={"model": ours.model.model_copy(update={"id": "copy", "revision": "0" * 40})}
+    )
+    text = compare(ours, named)  # the same weights by another name
+    assert "| model |" in text
+    assert "cannot be compared" not in text
+
+
+def test_a_token_that_differs_in_any_repeat_counts() -> None:
+    found, measured, _ = run()
+    name = found[-1].name
+    rows = tuple(
+        replace(row, differs=True) if (row.method, row.prompt, row.repeat) == (name, 1, 1) else row
+        for row in measured.rows
+    )
+    assert (
+        next(r for r in results(found, replace(measured, rows=rows)) if r.name == name).differing
+        == 1
+    )
+
+
+def test_a_run_that_measured_nothing_writes_nothing(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(task: Task) -> Any:
+        raise SpiffyError("it broke")
+
+    monkeypatch.setattr(bench_measure, "decode", decode)
+    code, _, error = invoke(
+        "--graph", artifact, "--out", tmp_path / "run", "--samples", "1", "--budgets", "1",
+        "--methods", "graph", "--device", "cpu",
+    )  # fmt: skip
+    assert (code, error) == (2, "it broke")
+    assert not [*(tmp_path / "run").iterdir()]
+
+
 def test_prompts_that_were_calibrated_on_are_refused(artifact: Path, tmp_path: Path) -> None:
     seen = load_prompts("synthetic", 10).texts
     data = tmp_path / "data.jsonl"
@@ -319,6 +443,9 @@ def test_prompts_that_were_calibrated_on_are_refused(artifact: Path, tmp_path: P
         (["--budgets", "x"], "'x'"),
         (["--repeats", "0"], "--repeats 0"),
         (["--warm-up", "-1"], "--warm-up -1"),
+        (["--methods", "paper,model"], "paper needs --paper FILE"),
+        (["--methods", "order"], "order needs --order FILE"),
+        (["--methods", "model", "--paper", "p.json"], "--methods has no paper or pruned"),
     ],
 )
 def test_bad_options_are_refused(

@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import a_graph_of, parity_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spiffy.runtime import decoding_settings
 from spiffy.runtime.draft import rank_candidates
 from spiffy.runtime.step import reading
 from spiffy.runtime.step.noise import Noise
@@ -287,3 +289,11 @@ def test_the_top_of_a_distribution_is_that_of_a_sort(vocab: int, ties: bool) -> 
     assert torch.equal(log_p, distribution.log_p.sort(descending=True).values[:, :5])
     assert torch.equal(distribution.log_p.gather(1, ids), log_p)
     assert all(len(set(row)) == len(row) for row in ids.tolist())
+
+
+def test_tokens_per_step_replace_the_schedule_of_a_graph() -> None:
+    model = parity_model("dream-a")
+    graph = a_graph_of(model, schedule="timestep", steps_per_block=4)
+    assert decoding_settings(model, graph).schedule == "timestep"
+    ours = decoding_settings(model, graph, tokens_per_step=2)
+    assert (ours.schedule, ours.steps_per_block, ours.tokens_per_step) == ("even", None, 2)

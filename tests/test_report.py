@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from spiffy.bench import report, tables
 from spiffy.bench.compare import compare
+from spiffy.bench.plots.style import COLOURS
 from spiffy.bench.report import write_calibration_report, write_report
 from spiffy.cli.graph import app as graph_app
 from spiffy.graphs.diff import differences
@@ -359,6 +360,20 @@ def test_comparisons_say_which_numbers_mean_nothing() -> None:
     text = compare(a, b.model_copy(update={"data": data}))
     assert "counts (NFE, positions, steps) and accuracy cannot be compared" in text
     assert "(2.00x)" not in text
+
+
+@pytest.mark.parametrize("changed", [{"raw": True}, {"system": "Be brief."}, {"warm_up": 1}])
+def test_other_ids_or_what_was_learned_before_spoil_counts(changed: dict[str, Any]) -> None:
+    a = example_bench()
+    text = compare(a, a.model_copy(update={"data": a.data.model_copy(update=changed)}))
+    assert "counts (NFE, positions, steps) and accuracy cannot be compared" in text
+
+
+def test_every_way_of_drafting_has_a_colour(html: str) -> None:
+    dots = re.findall(r'class="dot" style="background: var\(--([a-z-]+)\)', html)
+    assert len(dots) == len(example_bench().results)
+    assert {result.kind for result in example_bench().results} >= {"freedave", "paper", "auto"}
+    assert set(dots) <= COLOURS.keys()
 
 
 # -- draft graphs ---------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ WHO: dict[MethodKind, str] = {
     "paper": "paper's graph",
     "pruned": "paper's, pruned",
     "graph": "our graph",
-    "model": "acceptance model",
+    "model": "chosen at run time",
     "order": "order network",
     "auto": "auto",
     "perfect": "perfect drafts",

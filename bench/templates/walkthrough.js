@@ -41,7 +41,7 @@
 
   const drawAnswer = (known) => {
     const current = turns[Math.max(0, now - 1)];
-    const length = current.span[1] - current.span[0];
+    const length = Math.max(...turns.map((turn) => turn.span[1] - turn.span[0])); // the last may be cut
     const boxes = [];
     for (let start = data.first; start < data.last; start += length) {
       const box = make("div", "blockbox" + (start === current.span[0] ? " now" : ""));

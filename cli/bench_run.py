@@ -1,0 +1,162 @@
+"""A run of `spiffy-bench`: what is measured, summed up and written."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spiffy.cli.common import console, log, progress_bar
+from spiffy.cli.streams import write
+from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.bench import Bench, DataRecord
+from spiffy.schemas.errors import printable
+from spiffy.schemas.io import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spiffy.bench.measure import Measurements
+    from spiffy.bench.methods import Method
+    from spiffy.calib.prompt_files import Text
+    from spiffy.runtime import BlockEdges
+    from spiffy.runtime.models import DiffusionLM
+    from spiffy.schemas import CostProfile, DecodingSettings
+    from spiffy.schemas.bench import Machine
+
+FILES = ("bench.json", "rows.jsonl", "table.md", "report.html")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured, on what.
+
+    Attributes
+    ----------
+    texts, prompts, records
+        Of every prompt: as it was read, as token ids, and what its dataset says besides.
+    data
+        As it is if nothing stops the run.
+    compared_with
+        Digests of what rivals draft by, by kind of method.
+    """
+
+    lm: DiffusionLM
+    artifact: DraftGraph
+    settings: DecodingSettings
+    edges: BlockEdges
+    methods: Sequence[Method]
+    texts: Sequence[Text]
+    prompts: Sequence[Tensor]
+    records: Sequence[Any]
+    data: DataRecord
+    adapter: str | None
+    compared_with: Mapping[str, str]
+
+
+def measured(
+    run: Run, execute_code: bool
+) -> tuple[Measurements, KeyboardInterrupt | Exception | None]:
+    """Decode, with a progress bar; also what stopped it early, if it has a prompt to show."""
+    from spiffy.bench.measure import rounds, until_stopped
+
+    ways, prompts, data = len(run.methods), len(run.prompts), run.data
+    total = prompts + ways * data.repeats * prompts + (ways - 1) * data.warm_up
+    what = run.lm, run.methods, run.prompts, run.records
+    counts = data.repeats, data.warm_up, data.seed
+    with progress_bar() as bar:
+        line = bar.add_task(f"decoding by {ways} methods", total=total)
+        return until_stopped(
+            rounds(*what, *counts, run.edges, execute_code, lambda: bar.advance(line))
+        )
+
+
+def summed_up(
+    run: Run, found: Measurements, machine: Machine, profile: CostProfile | None
+) -> Bench:
+    """What is kept of a run."""
+    from spiffy.bench.measure import overlap, results, walkthrough
+    from spiffy.calib.pipeline import model_facts
+    from spiffy.calib.prompt_files import question
+    from spiffy.calib.prompts import prompt_digest
+    from spiffy.calib.workdir import weights_digest
+
+    artifact, edges, ours = run.artifact, run.edges, model_facts(run.lm).record()
+    digests = map(prompt_digest, run.texts[: found.prompts])
+    done = {
+        "samples": found.prompts,
+        "repeats": found.repeats,
+        "calibrated_on": overlap(digests, artifact.calibration.prompt_digests or ()),
+    }
+    shown = _to_step_through(run.methods)
+    return Bench(
+        command=shlex.join([Path(sys.argv[0]).name, *map(printable, sys.argv[1:])]),
+        machine=machine,
+        model=ours,
+        weights=weights_digest(run.lm),
+        adapter=run.adapter,
+        decoding=run.settings,
+        edges=tuple(f.name for f in fields(edges) if getattr(edges, f.name)),
+        graph_digest=artifact.digest(),
+        graph_model=None if artifact.model == ours else artifact.model.id,
+        compared_with=dict(run.compared_with),
+        nodes=artifact.nodes,
+        roots=artifact.calibration.roots,
+        data=run.data.model_copy(update=done),
+        baseline=run.methods[0].name,
+        results=results(run.methods, found),
+        profile=profile,
+        walkthrough=walkthrough(run.lm, shown, run.methods[0], [*map(question, run.texts)], found),
+    )
+
+
+def _to_step_through(methods: Sequence[Method]) -> Method:
+    """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at."""
+    order = ["model", "graph", "pruned", "paper", "order", "chain", "freedave", "perfect", "auto"]
+    small = [method for method in methods if method.budget is None or method.budget <= 8]
+    return min(small, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))
+
+
+def profile_of(run: Run) -> CostProfile | None:
+    """What a forward costs here; known already if "auto" was measured."""
+    from spiffy.bench.methods import median_task
+    from spiffy.runtime.budget.auto import auto_profile
+
+    if run.artifact.differences(run.settings):
+        return None
+    task = median_task(run.lm, run.settings, run.prompts, run.edges)
+    return auto_profile(task, run.artifact)
+
+
+def write_files(out: Path, summary: Bench, found: Measurements) -> list[Path]:
+    """Write all files of a run; returns those that people read."""
+    from spiffy.bench.report import require_matplotlib, write_report
+    from spiffy.bench.tables import markdown
+
+    summary.save(out / "bench.json")
+    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in found.rows)
+    write_atomically(out / "rows.jsonl", lines)
+    write_atomically(out / "table.md", markdown(summary) + "\n")
+    written = [out / "table.md"]
+    try:
+        require_matplotlib()
+    except SpiffyError as missing:
+        log.print(f"no report.html: {missing}", soft_wrap=True)
+    else:
+        write_report(summary, out / "report.html")
+        written.append(out / "report.html")
+    return written
+
+
+def print_table(summary: Bench) -> None:
+    """For people in a terminal, else as Markdown."""
+    from spiffy.bench.tables import markdown, terminal_table
+
+    if console.is_terminal:
+        console.print(terminal_table(summary))
+    else:
+        write(markdown(summary) + "\n")
