@@ -81,8 +81,8 @@ class Answers(RecordFolder[AnswersManifest, About]):
 
     def __init__(self, out: Path, manifest: AnswersManifest, rank: int = 0) -> None:
         self.out = out
-        self._run = manifest.digest().encode()
         super().__init__(parts_of(out), manifest, rank)
+        self._run = self.manifest.digest().encode()
 
     @staticmethod
     def scan(path: Path) -> Scan[About]:

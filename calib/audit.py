@@ -39,6 +39,7 @@ def audit(
     stated_digest: str | None,
     dataset: str | None = None,
     model: DiffusionLM | None = None,
+    field: str | None = None,
 ) -> Audit:
     """Recompute what can be.
 
@@ -50,6 +51,8 @@ def audit(
         Where the prompts can be drawn from again (default: nowhere, unless they are synthetic).
     model
         The model that it should belong to.
+    field
+        Of the dataset's records, what holds the prompt; None: whichever is known.
     """
     found = Audit()
     if stated_digest is None:
@@ -60,7 +63,7 @@ def audit(
     found.note("closure of the graph", [])  # the loader refuses anything else
     found.note("counts", _counts(graph))
     found.note("expected steps", _expected_steps(graph))
-    _data(found, graph, dataset)
+    _data(found, graph, dataset, field)
     if model is None:
         found.unchecked.append("fingerprint: give --model")
     else:
@@ -108,7 +111,7 @@ def _expected_steps(graph: DraftGraph) -> list[str]:
     return problems
 
 
-def _data(found: Audit, graph: DraftGraph, dataset: str | None) -> None:
+def _data(found: Audit, graph: DraftGraph, dataset: str | None, field: str | None) -> None:
     record = graph.calibration
     if record.dataset.startswith(MERGED):
         found.unchecked.append("data: joined from several sets of prompts")
@@ -124,15 +127,17 @@ def _data(found: Audit, graph: DraftGraph, dataset: str | None) -> None:
         found.unchecked.append(f"data: {drawn} prompts are too many to draw again unasked")
         return
     try:
-        digest = load_prompts(dataset or record.dataset, drawn, record.seed, skip_bad=True).sha256
+        prompts = load_prompts(
+            dataset or record.dataset, drawn, record.seed, skip_bad=True, field=field
+        )
     except SpiffyError as problem:
         found.unchecked.append(f"data: {problem}")
         return
     what = f"{drawn} prompts of {dataset or record.dataset} drawn with seed {record.seed}"
-    same = digest == record.dataset_sha256
-    found.note(
-        "data", [] if same else [f"data: {what} have digest {digest}, not {record.dataset_sha256}"]
-    )
+    # In Python all prompts of a file may have been taken, in the file's order.
+    same = prompts.sha256 == record.dataset_sha256 or prompts.digests == record.prompt_digests
+    told = f"data: {what} have digest {prompts.sha256}, not {record.dataset_sha256}"
+    found.note("data", [] if same else [told if field else f"{told} (another --field?)"])
 
 
 def _fit(graph: DraftGraph, model: DiffusionLM) -> list[str]:

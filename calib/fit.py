@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
+from math import gcd
 
 import numpy as np
 from scipy.optimize import minimize
@@ -90,7 +91,9 @@ def fit_acceptance(
     states = sum(len(example.choice) for example in _examples(traces, layout))
     if states < _FEW:
         return None
-    stride = -(-states // _MAX_STATES)
+    # Blocks that take a denoising step per position have so many roots.
+    roots = settings.block_length - (settings.cache == "dual")
+    stride = _out_of_step(-(-states // _MAX_STATES), roots)
     examples = list(islice(_examples(traces, layout), 0, None, stride))
     pairs: list[Pairs] = [Counter() for _ in range(FOLDS)]
     for prompt, trace in enumerate(traces):
@@ -111,6 +114,11 @@ def fit_acceptance(
         token=dict(zip(TOKEN_FEATURES, _rounded(token), strict=True)),
         bigrams=_most_common(pairs),
     )
+
+
+def _out_of_step(least: int, period: int) -> int:
+    """The first stride from `least` on that comes to every part of a period, if it goes on."""
+    return next(stride for stride in count(least) if gcd(stride, max(period, 1)) == 1)
 
 
 def _rounded(coefficients: Floats) -> list[float]:

@@ -18,6 +18,8 @@ from spiffy.schemas.io import canonical_json, read_json, write_atomically
 from spiffy.schemas.workdir import RunManifest
 
 MANIFEST = "manifest.json"
+#: May differ: a repository moves on, and weights and fingerprint tell whether the model did.
+PROVENANCE = frozenset({"model.revision"})
 
 
 class Numbered(Protocol):
@@ -44,7 +46,7 @@ class RecordFolder(Generic[Run, About]):
     Parameters
     ----------
     manifest
-        What is recorded; only rank 0 writes it, into a new folder.
+        What is recorded; only rank 0 writes it, into a new folder. The one that is there stays.
     rank
         Of several processes that share the folder, each has its own file.
 
@@ -73,7 +75,9 @@ class RecordFolder(Generic[Run, About]):
             if rank == 0 and not (folder / MANIFEST).exists():
                 text = canonical_json(manifest.content())
                 write_atomically(folder / MANIFEST, text + "\n")
-            check_same(folder, read_manifest(folder, type(manifest)), manifest)
+            begun = read_manifest(folder, type(manifest))
+            check_same(folder, begun, manifest, PROVENANCE)
+            self.manifest = begun
             if self._file.dropped:
                 self.notes.append(
                     f"{self._file.path}: dropped an unfinished record at the end "
@@ -81,7 +85,7 @@ class RecordFolder(Generic[Run, About]):
                 )
             if self._file.damaged:
                 self.notes.append(f"{self._file.path}: damaged records are recorded again")
-            self.places = self.recorded(folder, manifest)
+            self.places = self.recorded(folder, self.manifest)
         except BaseException:
             self._file.close()
             raise
@@ -112,7 +116,8 @@ class RecordFolder(Generic[Run, About]):
             for place in cls.scan(path).places:
                 if place.about.run != run:
                     raise SpiffyError(
-                        f"{path}: recorded with other settings than {folder}: remove it"
+                        f"{path}: recorded with other settings than {folder / MANIFEST} states: "
+                        f"give another {cls.file.option}"
                     )
                 places.setdefault(place.about.number, place)
         return places

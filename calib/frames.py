@@ -8,13 +8,12 @@ was being written is cut off when it is opened again, and a record damaged elsew
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import BinaryIO, ClassVar, Generic, TypeVar
 
 from spiffy.schemas import SpiffyError
 
@@ -22,6 +21,7 @@ About = TypeVar("About")
 
 _MAGIC = b"\x93SPTRACE"
 _HEADER = len(_MAGIC) + 8 + 32
+_SEARCHED = 1 << 20  # bytes at once, where a record is damaged
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,14 @@ def scan_records(path: Path, about: Callable[[bytes], About]) -> Scan[About]:
     places: list[Place[About]] = []
     end = position = damaged = 0
     try:
-        if not path.stat().st_size:
-            return Scan((), 0, 0)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            while (at := data.find(_MAGIC, position)) >= 0:
-                header = data[at + len(_MAGIC) : at + _HEADER]
+        # Read, not mapped: its owner may cut off its end meanwhile.
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while (at := _next_magic(file, position)) >= 0:
+                file.seek(at + len(_MAGIC))
+                header = file.read(_HEADER - len(_MAGIC))
                 length = int.from_bytes(header[:8], "little")
-                payload = data[at + _HEADER : at + _HEADER + length]
+                payload = file.read(min(length, max(0, size - at - _HEADER)))
                 whole = len(header) == _HEADER - len(_MAGIC) and len(payload) == length
                 if not whole or hashlib.sha256(header[:8] + payload).digest() != header[8:]:
                     position = at + 1
@@ -76,6 +77,22 @@ def scan_records(path: Path, about: Callable[[bytes], About]) -> Scan[About]:
     except OSError as error:
         raise SpiffyError(f"{path}: cannot be read ({error.strerror})") from None
     return Scan(tuple(places), end, damaged)
+
+
+def _next_magic(file: BinaryIO, position: int) -> int:
+    """Where the next magic word stands, from `position` on; -1 if there is none."""
+    file.seek(position)
+    if file.read(len(_MAGIC)) == _MAGIC:  # as behind every good record
+        return position
+    file.seek(position)
+    before = b""
+    while piece := file.read(_SEARCHED):
+        found = (before + piece).find(_MAGIC)
+        if found >= 0:
+            return position - len(before) + found
+        position += len(piece)
+        before = (before + piece)[1 - len(_MAGIC) :]
+    return -1
 
 
 def read_record(place: Place[About]) -> bytes:

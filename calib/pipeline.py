@@ -35,7 +35,6 @@ from spiffy.schemas import (
     DecodingSettings,
     DraftGraph,
     ExpectedSteps,
-    ModelRecord,
     Node,
     Objective,
     SpiffyError,
@@ -144,10 +143,12 @@ def prepare(
     settings: DecodingSettings,
     seed: int = 0,
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+    left_out: list[str] | None = None,
 ) -> list[Task]:
-    """Set up the recorded decode of every prompt that leaves room for an answer.
+    """Set up the recorded decode of every prompt that can be decoded.
 
-    `edges` says what decoding with the graph will allow: chains hold no draft beyond it.
+    `edges` says what decoding with the graph will allow: chains hold no draft beyond it. `left_out`
+    takes what is wrong with the other prompts.
 
     Raises
     ------
@@ -156,16 +157,16 @@ def prepare(
     """
     _check_number(prompts.dataset, len(prompts.texts))  # now rather than after hours
     tasks: list[Task] = []
-    last_problem: SpiffyError | None = None
+    problems: list[str] = [] if left_out is None else left_out
     for text in prompts.texts:
         recorder = Recorder()
         try:
             ids = model.encode(text, raw=prompts.raw, system=prompts.system)
             tasks.append(make_task(model, ids, settings, recorder, seed, len(tasks), edges))
         except SpiffyError as problem:
-            last_problem = problem
+            problems.append(str(problem))
     if not tasks:
-        raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {last_problem}")
+        raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {problems[-1]}")
     return tasks
 
 
@@ -322,13 +323,7 @@ def build_from_facts(
         steps = expected_steps(model, measured, acceptance, budget)
         acceptance = acceptance.model_copy(update={"expected_steps": steps})
     return DraftGraph(
-        model=ModelRecord(
-            family=model.family,
-            id=model.id,
-            revision=model.revision,
-            fingerprint=model.fingerprint,
-            vocab_size=model.vocab_size,
-        ),
+        model=model.record(),
         decoding=settings,
         exact=settings.exact,
         calibration=CalibrationRecord(

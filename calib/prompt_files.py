@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
@@ -38,7 +39,9 @@ FIELDS = (
 _AMENDED_BY = ("input", "context")  # what an instruction may be about
 _TABLES = {".csv": ",\t;", ".tsv": "\t,;"}  # separators, the likeliest first
 _LINES = (".jsonl", ".ndjson", ".json")
-_SUFFIXES = (*_LINES, *_TABLES, ".parquet", ".txt", ".gz", ".bz2", ".xz")
+_PACKED = (".gz", ".bz2", ".xz")
+_SUFFIXES = (*_LINES, *_TABLES, ".parquet", ".txt", *_PACKED)
+_AS_PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value)'\s*:")
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # beside role and content
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -77,7 +80,8 @@ def read_prompts(name: str, field: str | None = None, skipped: list[str] | None 
     Raises
     ------
     SpiffyError
-        If the file cannot be read, or a line is broken: it is named by number.
+        If the file cannot be read, or a line is broken: it is named by number. Also with `skipped`,
+        where nothing tells where the next one begins.
     """
     content, suffix = _unpacked(name)
     for mark, what in _NO_PROMPTS.items():
@@ -101,7 +105,9 @@ def _unpacked(name: str) -> tuple[bytes, str]:
         content = path.read_bytes()
         for mark, decompress in _COMPRESSED.items():
             if content.startswith(mark):
-                return decompress(content), path.with_suffix("").suffix.lower()
+                packed = path.suffix.lower() in _PACKED
+                inner = path.with_suffix("") if packed else path
+                return decompress(content), inner.suffix.lower()
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise SpiffyError(f"{name}: cannot be read ({error})") from None
     return content, path.suffix.lower()
@@ -137,7 +143,7 @@ def prompts_of(name: str, records: _Records, field: str | None, skipped: list[st
             kept = record if isinstance(record, Mapping) else {}
             found.append((prompt_of(record, field), kept))
         except SpiffyError as problem:
-            if skipped is None:
+            if skipped is None or isinstance(problem, _LostError):
                 raise SpiffyError(f"{name}, {where}: {problem}") from None
             skipped.append(f"{where}: {problem}")
     return found
@@ -157,6 +163,8 @@ def prompt_of(record: Any, field: str | None = None) -> Text:
         value = record
     else:
         raise SpiffyError(f"is no object with a field {field!r}")
+    if isinstance(value, str):
+        value = _spelled_out(value)
     if _is_messages(value):
         return _question(value)
     if not isinstance(value, str) or not value.strip():
@@ -184,6 +192,19 @@ def _value(record: Mapping[str, Any], field: str | None) -> Any:
         about = [known.get(other) for other in _AMENDED_BY]
         return "\n\n".join([value, *(a for a in about if isinstance(a, str) and a.strip())])
     return value
+
+
+def _spelled_out(text: str) -> Any:
+    """The conversation that a text is in JSON, as tables hold one; else the text itself."""
+    if not text.lstrip().startswith("["):
+        return text
+    if _AS_PYTHON.match(text):
+        raise SpiffyError("holds a conversation as Python writes it: save it as JSON")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if _is_messages(value) else text
 
 
 def _is_messages(value: Any) -> bool:
@@ -254,7 +275,7 @@ def _json(content: bytes) -> _Records:
         blank = content.count(b"\n", 0, len(content) - len(text))
         whole = _parsed(content)
         listed = isinstance(whole, list) and bool(whole)
-        if listed and isinstance(whole[0], Mapping | str) and not _is_messages(whole):
+        if listed and not _is_messages(whole):
             return [(f"record {number}", record) for number, record in enumerate(whole, start=1)]
         if isinstance(whole, Mapping) or _is_messages(whole):
             return [(f"line {blank + 1}", whole)]
@@ -267,6 +288,10 @@ def _json(content: bytes) -> _Records:
         for number, line in enumerate(lines, start=1)
         if line.removeprefix(codecs.BOM_UTF8).strip()
     )
+
+
+class _LostError(SpiffyError):
+    """What leaves unknown where the next record begins."""
 
 
 class _NotJsonError(SpiffyError):
@@ -334,7 +359,7 @@ def _rows(text: str, separator: str) -> Iterator[tuple[str, list[str] | SpiffyEr
                 yield f"line {start}", cells
             start = reader.line_num + 1
     except csv.Error as error:
-        yield f"line {start}", SpiffyError(f"not valid CSV ({error})")
+        yield f"line {start}", _LostError(f"not valid CSV ({error})")
 
 
 def _by_name(names: list[str], cells: list[str] | SpiffyError) -> Any:

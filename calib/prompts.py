@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import islice
@@ -179,5 +179,15 @@ def _from_hub(name: str, source: HubDataset, field: str | None, skipped: list[st
         raise SpiffyError(
             f"dataset {name!r} ({where}) could not be loaded: {reason}; pass a file"
         ) from None
-    records = ((f"record {number}", row) for number, row in enumerate(rows, start=1))
-    return prompts_of(name, records, field or source.field, skipped)
+    return prompts_of(name, _decoded(name, rows), field or source.field, skipped)
+
+
+def _decoded(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Numbered records; pictures and sounds among them are decoded only now."""
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"record {number}", row
+    except Exception as error:  # of the libraries that decode them, or missing
+        raise SpiffyError(
+            f"dataset {name!r} could not be read: {said(error)}; pass a file of its prompts"
+        ) from None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from spiffy.calib.folder import RecordFolder, check_same, read_manifest
+from spiffy.calib.folder import PROVENANCE, RecordFolder, check_same, read_manifest
 from spiffy.calib.frames import Place, Scan
 from spiffy.calib.pipeline import Origin, Traces, groups, model_facts, traces_of
 from spiffy.calib.prompts import DATASETS, MERGED, PromptSet
@@ -189,7 +189,7 @@ class Joined:
 
 
 _DATA = frozenset({"dataset", "dataset_sha256", "prompts", "drawn", "prompt_digests"})
-_MAY_DIFFER = _DATA | {"batch_size"}
+_MAY_DIFFER = _DATA | PROVENANCE | {"batch_size"}
 
 
 def join(folders: Sequence[Path]) -> Joined:

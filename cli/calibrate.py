@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from spiffy.calib.workdir import WorkDir
     from spiffy.runtime.decode import Task
     from spiffy.runtime.models.base import DiffusionLM
-    from spiffy.schemas import CostProfile, DecodingSettings, DraftGraph
+    from spiffy.schemas import CostProfile, DraftGraph
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 merge_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -271,9 +271,10 @@ def calibrate(
             lm = model.load(ranks)
             settings, edges = decoding.settings(lm), decoding.block_edges()
             set_threads(lm, settings, threads)
-            tasks = prepare(lm, drawn, settings, decoding.seed, edges)
+            left_out: list[str] = []
+            tasks = prepare(lm, drawn, settings, decoding.seed, edges, left_out)
         encoding.note_spelled(lm, drawn.texts)
-        _note_left_out(drawn, tasks, settings)
+        _note_left_out(drawn, left_out)
         traces = _recorded(recording, lm, drawn, tasks, ranks)
         if traces is None:
             return
@@ -312,14 +313,14 @@ def _beside(model: str) -> Path:
     return Path(f"{model.rsplit('/', 1)[-1].lower()}.json")
 
 
-def _note_left_out(drawn: PromptSet, tasks: Sequence[Task], settings: DecodingSettings) -> None:
+def _note_left_out(drawn: PromptSet, problems: Sequence[str]) -> None:
     """Say how many prompts are not recorded, and why."""
     note_skipped(drawn.skipped, drawn.dataset)
-    if len(tasks) < len(drawn.texts):
+    if problems:
         log.print(
-            f"{len(drawn.texts) - len(tasks)} of {len(drawn.texts)} prompts cannot be "
-            f"decoded and are left out: most likely too long for {settings.gen_length} more "
-            "positions"
+            f"{len(problems)} of {len(drawn.texts)} prompts cannot be decoded and are left out; "
+            f"what is wrong with the first: {problems[0]}",
+            soft_wrap=True,
         )
 
 

@@ -56,7 +56,7 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
     for drafts in sorted({*(b for b in _SHOWN_BUDGETS if b < graph.budget), graph.budget}):
         table.add_row(
             str(drafts),
-            *([f"{chosen[drafts]:.2f}"] if chosen else []),
+            *([_cell(chosen.get(drafts))] if chosen else []),
             f"{graph.expected_steps[drafts]:.2f}",
             *(f"{steps[min(drafts, len(steps) - 1)]:.2f}" for steps in columns.values()),
         )
@@ -73,6 +73,11 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
         f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "
         f"{traces.nfe} forwards, {traces.positions_computed} positions"
     )
+
+
+def _cell(steps: float | None) -> str:
+    """Empty where that number of drafts was not replayed, as where a graph has all nodes it can."""
+    return "" if steps is None else f"{steps:.2f}"
 
 
 def predict(graph: DraftGraph, measured: CostProfile, task: Task, like: str | None) -> None:

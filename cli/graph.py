@@ -191,6 +191,9 @@ def validate(
     dataset: Annotated[
         str | None, typer.Option(help="With --strict: where its prompts can be drawn from.")
     ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="With --dataset: field or column that holds the prompt.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="With --strict: model that it should belong to.")
     ] = None,
@@ -199,12 +202,16 @@ def validate(
     graph = DraftGraph.find(file)
     if (dataset is not None or model is not None) and not strict:
         raise SpiffyError("--dataset and --model are compared by --strict: give that too")
+    if field is not None and dataset is None:
+        raise SpiffyError(f"--field {field} is one of --dataset: give that too")
     if strict:
-        _audit(file, graph, dataset, model)
+        _audit(file, graph, dataset, model, field)
     console.print(f"{file}: valid, {graph.budget} drafts, digest {graph.digest()}", soft_wrap=True)
 
 
-def _audit(file: str, graph: DraftGraph, dataset: str | None, model: str | None) -> None:
+def _audit(
+    file: str, graph: DraftGraph, dataset: str | None, model: str | None, field: str | None
+) -> None:
     from spiffy.calib.audit import audit
 
     lm = None
@@ -212,7 +219,7 @@ def _audit(file: str, graph: DraftGraph, dataset: str | None, model: str | None)
         from spiffy.runtime import load_model
 
         lm = load_model(model, device="cpu")
-    found = audit(graph, read_json(graph_file(file)).get("digest"), dataset, lm)
+    found = audit(graph, read_json(graph_file(file)).get("digest"), dataset, lm, field)
     if found.wrong:
         more = f" (and {len(found.wrong) - 1} more)" if found.wrong[1:] else ""
         raise SpiffyError(f"{file}: {found.wrong[0]}{more}")

@@ -159,7 +159,7 @@ def test_prompts_come_from_question_and_prompt_fields(tmp_path: Path) -> None:
         ('{"prompt": "a"}\n{"prompt":', "line 2: not valid JSON"),
         ('{"answer": "a"}', "line 1: needs a non-empty text field"),
         ('{"prompt": "  "}', "line 1: needs a non-empty text field"),
-        ("[1]", "line 1: needs a non-empty text field"),
+        ("[1]", "record 1: needs a non-empty text field"),
     ],
 )
 def test_broken_prompt_files_are_refused(tmp_path: Path, content: str, message: str) -> None:

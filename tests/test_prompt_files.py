@@ -6,7 +6,9 @@ import bz2
 import gzip
 import json
 import lzma
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +52,14 @@ ENCODINGS: dict[str, tuple[str, bytes]] = {
     "xz": ("p.json.xz", lzma.compress(ARRAY.encode())),
     "csv without suffix": ("p", TABLE.encode()),
     "csv with gzip": ("p.csv.gz", gzip.compress(TABLE.encode())),
+    "quoted csv with gzip by another name": (
+        "p.csv",
+        gzip.compress(TABLE.replace("id,prompt", '"id","prompt"').encode()),
+    ),
+    "array of conversations": (
+        "p.json",
+        json.dumps([[{"role": "user", "content": text}] for text in (ONE, TWO)], indent=1).encode(),
+    ),
 }
 
 
@@ -140,6 +150,12 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         "line 2: needs a non-empty text field.*it has 'a', 'b'",
     ),
     "csv quotes": ("p.csv", b'prompt\na\n"b\n', "line 3: not valid CSV"),
+    "array of nothing": ("p.json", b"[null]", "record 1: needs a non-empty"),
+    "python's conversation": (
+        "p.csv",
+        b"messages\n\"[{'role': 'user', 'content': 'a'}]\"\n",
+        "line 2: holds a conversation as Python writes it",
+    ),
     "parquet": ("p.parquet", b"PAR1....", "not a Parquet file that can be read"),
     "gzip": ("p.jsonl.gz", b"\x1f\x8b....", "cannot be read"),
     "broken xz": ("p.jsonl.xz", lzma.compress(b"{}")[:9], "cannot be read"),
@@ -165,6 +181,27 @@ def test_a_broken_first_line_can_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "half\n' + LINES)
     found = load_prompts(str(tmp_path / "p.jsonl"), skip_bad=True)
     assert (found.texts, found.skipped) == ((ONE, TWO), 1)
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl"])
+def test_a_conversation_may_be_json_in_a_cell(tmp_path: Path, name: str) -> None:
+    turns = [{"role": "user", "content": ONE}, {"role": "assistant", "content": "3"}]
+    quoted = json.dumps(turns).replace('"', '""')
+    table = f'id,messages\n1,"{quoted}"\n'
+    lines = json.dumps({"messages": json.dumps(turns)})
+    (tmp_path / name).write_text(table if name == "p.csv" else lines)
+    assert load_prompts(str(tmp_path / name)).texts == (ONE,)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "[1, 2] are the numbers of what?"}))
+    assert load_prompts(str(tmp_path / "q.jsonl")).texts == ("[1, 2] are the numbers of what?",)
+
+
+def test_rows_behind_a_broken_quote_are_not_left_out_unsaid(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text('id,prompt\n1,a\n2,"He said "hi" to me"\n3,b\n4,c\n')
+    with pytest.raises(SpiffyError, match="line 3: not valid CSV"):
+        load_prompts(str(tmp_path / "p.csv"), skip_bad=True)
+    (tmp_path / "p.csv").write_text("id,prompt\n1,a\n2,b,c\n3,d\n")  # it ends where its line does
+    found = load_prompts(str(tmp_path / "p.csv"), skip_bad=True)
+    assert (found.texts, found.skipped) == (("a", "d"), 1)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
@@ -197,6 +234,18 @@ def test_datasets_of_the_hub_are_named_as_there(monkeypatch: pytest.MonkeyPatch)
     ]
     with pytest.raises(SpiffyError, match="no such file"):
         load_prompts("folder/p.jsonl")
+
+
+def test_a_dataset_whose_pictures_cannot_be_decoded_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rows(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"question": ONE}
+        raise ImportError("To support decoding images, please install 'Pillow'.")
+
+    monkeypatch.setattr(prompts, "import_module", lambda name: SimpleNamespace(load_dataset=rows))
+    with pytest.raises(SpiffyError, match=r"could not be read: .*Pillow"):
+        load_prompts("owner/set")
 
 
 @pytest.mark.parametrize("value", ["[1e400]", "[NaN]", '"\\ud800"'])

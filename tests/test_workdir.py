@@ -32,7 +32,7 @@ from spiffy.calib.record import Recorder, Trace
 from spiffy.calib.store import About, Stored, TraceFile, scan
 from spiffy.calib.workdir import WorkDir, join, manifest_of
 from spiffy.cli import calibrate
-from spiffy.runtime import decoding_settings
+from spiffy.runtime import decoding_settings, load_model
 from spiffy.runtime.budget import auto
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DraftGraph, SpiffyError
@@ -324,6 +324,16 @@ def test_other_settings_are_refused_by_name(run: Calibrate, tmp_path: Path) -> N
     assert (tmp_path / "work" / "traces-0000.bin").read_bytes() == before
 
 
+@pytest.mark.parametrize("budget", [20, 130])  # more than there are nodes, and than a row is for
+def test_a_graph_of_any_size_is_summed_up(run: Calibrate, tmp_path: Path, budget: int) -> None:
+    data = ("--dataset", prompts_file(tmp_path / "p.jsonl", range(2)))
+    settings = ("--model", "tiny-sdar", "--gen-length", 8, "--device", "cpu")
+    out = tmp_path / "graph.json"
+    code, log = run(*settings, *data, "--budget", budget, "--out", out)
+    assert (code, out.is_file()) == (0, True)
+    assert f"{DraftGraph.load(out).budget} nodes from" in log
+
+
 def test_other_weights_of_the_same_configuration_are_told_apart() -> None:
     model = parity_model("llada-a", "float64")
     prompts = PromptSet("x", ("-",))
@@ -339,6 +349,11 @@ def test_other_weights_of_the_same_configuration_are_told_apart() -> None:
         assert difference in str(ours.difference(theirs))
         assert ours.digest() != theirs.digest()
         assert Manifest.model_validate_json(json.dumps(theirs.content())) == theirs
+    # What is None may be left out of what is written: it differs from either side.
+    sub = settings.model_copy(update={"sub_block_length": 4})
+    theirs = manifest_of(model, prompts, sub, 1, 1)
+    assert ours.difference(theirs) == "decoding.sub_block_length None, not 4"
+    assert theirs.difference(ours) == "decoding.sub_block_length 4, not None"
     weight = next(model.module.parameters())
     kept = weight.detach().clone()
     with torch.no_grad():
@@ -481,6 +496,28 @@ def test_joining_does_not_depend_on_how_prompts_were_split(run: Calibrate, tmp_p
     found = audit(DraftGraph.load(tmp_path / "joined.json"), None, str(tmp_path / "a0.jsonl"))
     assert not found.wrong
     assert "data: joined from several sets of prompts" in found.unchecked
+
+
+def test_a_repository_may_move_on_meanwhile(tmp_path: Path) -> None:
+    model = load_model("tiny-sdar", device="cpu")
+    settings = decoding_settings(model, gen_length=8, block_length=8)
+    prompts = PromptSet("x", ("abc", "abd"))
+    tasks = prepare(model, prompts, settings)
+    begun = manifest_of(model, prompts, settings, 1, len(tasks))
+    moved_on = begun.model_copy(
+        update={"model": begun.model.model_copy(update={"revision": "0" * 40})}
+    )
+    for folder, manifest, part in (
+        ("a", begun, tasks[:1]),
+        ("a", moved_on, tasks[1:]),
+        ("b", moved_on, prepare(model, prompts, settings)),
+    ):
+        with WorkDir(tmp_path / folder, manifest) as workdir:
+            workdir.record(model, groups(part, 1))
+    with WorkDir(tmp_path / "a", moved_on) as workdir:
+        assert workdir.manifest == begun  # as it was recorded first
+        assert not workdir.missing(tasks)
+    assert join([tmp_path / "a", tmp_path / "b"]).repeated == 2
 
 
 def test_directories_of_other_settings_are_not_joined(tmp_path: Path) -> None:
