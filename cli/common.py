@@ -24,6 +24,7 @@ from rich.status import Status
 from spiffy.cli.streams import OutputError, guarded_streams
 from spiffy.cli.threads import wait_passively
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,9 +186,7 @@ def _run(app: Callable[[], None]) -> None:
         _complain(str(SpiffyError(str(error))))
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        # torch's, which is not imported here; its allocator on CPUs has no error of its own
-        named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
-        if not named and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         _complain("out of memory: lower --budget, or use a cache (--cache dual)")
         sys.exit(2)

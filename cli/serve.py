@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -85,6 +86,8 @@ class _Serving:
     def check(self) -> None:
         """Refuse a key that no request could bring."""
         key = self.api_key
+        if key is None and os.environ.get("SPIFFY_API_KEY") == "":  # meant to have one
+            raise SpiffyError("SPIFFY_API_KEY is set but empty: give it a key, or unset it")
         if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
             raise SpiffyError(
                 "--api-key (SPIFFY_API_KEY): give a key of printable ASCII characters, without a "
@@ -175,7 +178,8 @@ def serve(
         apart(lambda: warm_up(engine, _QUESTION))
     server = build(engine, serving.access(), decoding.seed)
     address = address_of(sock)
-    listen(server, sock, serving.sockets(), lambda: write(_greeting(engine.name, address, serving)))
+    greeting = _greeting(engine.name, address, serving)
+    listen(server, engine, sock, serving.sockets(), lambda: write(greeting))
 
 
 def _greeting(model: str, address: str, serving: _Serving) -> str:

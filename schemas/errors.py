@@ -1,6 +1,8 @@
 """The one exception that users see."""
 
 MAX_MESSAGE = 1000
+# The allocator of CPUs; CUDA and Triton, which load kernels when they are first called; cuBLAS.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
 class SpiffyError(ValueError):
@@ -30,6 +32,12 @@ def printable(text: str) -> str:
 def said(error: BaseException, most: int | None = None) -> str:
     """What an error of another library says, in one line, of at most so many characters."""
     return " ".join(str(error).split())[:most]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: torch says so by errors of several types, or by words alone."""
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _shortened(text: str) -> str:

@@ -34,6 +34,7 @@ from serving import Server, calibrated, questions, serving
 from spiffy.runtime import decoding_settings, generate, load_model
 
 _STUCK_SECONDS = 120
+_COMPARED_SECONDS = 3  # comparing one answer takes less
 _GROWTH = 0.05  # of memory
 _QUESTIONS = 12
 _GEN_LENGTH = 64
@@ -140,11 +141,13 @@ async def _vanishing(http: httpx.AsyncClient, case: Case, draw: random.Random, t
     stay = draw.randrange(5)
     request = {**case.request, "stream": True}
     async with http.stream("POST", "/v1/chat/completions", json=request) as response:
-        lines = 0
-        async for _ in response.aiter_lines():
-            lines += 1
-            if lines > stay:
-                break
+        if await _told_to_wait(response, to):
+            return
+        lines = response.aiter_lines()
+        for _ in range(stay):
+            if await anext(lines, None) is None:
+                to.counts["streams that ended before"] += 1
+                return
     to.counts["clients vanished"] += 1
 
 
@@ -195,6 +198,20 @@ async def soak(server: Server, cases: list[Case], args: argparse.Namespace, to: 
         )
 
 
+def verified(server: Server) -> dict[str, int]:
+    """How answers compared with plain decoding's, once none is left to compare."""
+    before: dict[str, int] = {}
+    while True:
+        now = {
+            result: int(server.sample("spiffy_verified_total", result=result))
+            for result in ("same", "different", "failed", "skipped")
+        }
+        if now == before:
+            return now
+        before = now
+        time.sleep(_COMPARED_SECONDS)
+
+
 def idle(server: Server) -> bool:
     """Whether nothing is decoded any more, shortly after the last client has gone."""
     for _ in range(100):
@@ -229,10 +246,11 @@ def main() -> None:
             names = ("forwards", "nfe", "cancelled", "accepted")
             for name in names:
                 report.counts[f"spiffy_{name}_total"] = int(server.sample(f"spiffy_{name}_total"))
-            for result in ("same", "different", "failed"):
-                report.counts[f"verified {result}"] = int(
-                    server.sample("spiffy_verified_total", result=result)
-                )
+            compared = verified(server)
+            for result, number in compared.items():
+                report.counts[f"verified {result}"] = number
+            if compared["different"] or compared["failed"] or not compared["same"]:
+                report.wrong.append(f"compared with plain decoding: {compared}")
     began = report.memory[0][0]
     settled = [b for at, b in report.memory if at - began > 12 * args.minutes]
     fifth = max(1, len(settled) // 4)

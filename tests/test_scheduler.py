@@ -133,6 +133,8 @@ def test_decodes_that_do_not_fit_wait_and_are_begun_anew(
     for ours, theirs in zip(tasks, plainly, strict=True):
         assert ours.error is None
         assert states(ours) == states(theirs)
+        assert ours.stats.steps == theirs.stats.steps  # not also those that were given up
+        assert ours.plain_nfe == theirs.stats.nfe
 
 
 def test_what_is_begun_anew_is_watched_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +154,10 @@ def test_what_is_begun_anew_is_watched_from_its_start(monkeypatch: pytest.Monkey
         if second.stats.nfe > len(seen):
             seen += watch.forward().reached
     assert [cursor.ids.tolist() for cursor in seen] == states(plainly[1])[:3] + states(plainly[1])
+    assert second.given_up == 3
+    assert second.stats.nfe == 3 + plainly[1].stats.nfe  # every one counts,
+    assert second.stats.steps == plainly[1].stats.steps  # and no step twice
+    assert second.plain_nfe == plainly[1].stats.nfe
 
 
 def test_more_is_tried_again_after_many_forwards_that_fitted(

@@ -223,17 +223,27 @@ def _given(
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    """The first problem, with the field it is in."""
-    problem = error.errors(include_url=False, include_context=False)[0]
-    # Where one of several types would do, pydantic names the type last.
-    place = [str(part) for part in problem["loc"] if str(part) in _names or isinstance(part, int)]
-    param = printable(".".join(place))[:200]
+    """The first problem, with the field it is in.
+
+    Where one of several types would do, pydantic tells what is wrong by each of them, and names the
+    type among the places: what is wrong further in, or with a value, is by the type that was meant.
+    """
+    problem = max(
+        error.errors(include_url=False, include_context=False),
+        key=lambda one: (len(one["loc"]), one["type"] not in _OTHER_TYPE),
+    )
+    *within, last = problem["loc"]
+    place = [str(part) for part in within if str(part) in _names or isinstance(part, int)]
     if problem["type"] == "extra_forbidden":
-        name = printable(".".join(map(str, problem["loc"])))[:200]
+        name = printable(".".join([*place, str(last)]))[:200]
         return ApiError(400, f"unknown field: {name}", param=name, code="unknown_parameter")
+    if str(last) in _names or isinstance(last, int):
+        place.append(str(last))
+    param = printable(".".join(place))[:200]
     return ApiError(400, f"{param}: {problem['msg']}", param=param, code="invalid_value")
 
 
+_OTHER_TYPE = frozenset({"string_type", "int_type", "list_type"})
 _names = {
     name
     for kind in (ChatRequest, CompletionRequest, WatchRequest, Message, Part, StreamOptions)

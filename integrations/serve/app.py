@@ -14,7 +14,6 @@ from functools import partial
 from time import monotonic, time
 from typing import Any
 
-import torch
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -47,11 +46,12 @@ from spiffy.integrations.serve.page import page
 from spiffy.integrations.serve.watching import beginning
 from spiffy.runtime.decode import Task
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import is_out_of_memory
 
 _LOG = logging.getLogger("spiffy")
 
 _BODY_SECONDS = 30.0
-_DISCARDED = 64 << 20  # bytes of a body that is too large, before the connection is cut
+_DISCARDED = 64 << 20  # bytes of a body that is too large, before it is refused unread
 _QUIET_SECONDS = 15.0  # after which a stream says that it is still there
 _GONE = 499  # the status, as nginx counts it, of a response that nobody waits for
 
@@ -429,7 +429,7 @@ def _failure(error: Exception) -> ApiError:
     """Of an answer that was begun. What only the log should know stays there."""
     if isinstance(error, SpiffyError):  # the model computed NaN
         return ApiError(500, str(error), kind="server_error", code="decoding_failed")
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return ApiError(500, "out of memory", kind="server_error", code="out_of_memory")
     if isinstance(error, StoppedError):
         return ApiError(503, str(error), kind="server_error")
@@ -479,6 +479,9 @@ class _Counted:
 
         try:
             await self.app(scope, receive, noting)
+        except Exception:  # answered further out
+            status = 500 if status == _GONE else status
+            raise
         finally:
             # Paths that are no route would make as many labels as somebody cares to send.
             path = getattr(scope.get("route"), "path", "other")

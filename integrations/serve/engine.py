@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any, Literal, NamedTuple
 
 from spiffy.bench.watch import Watch, Watched, WatchedAdviser
+from spiffy.integrations.serve.checking import Answer, compared
 from spiffy.integrations.serve.metrics import Metrics
 from spiffy.integrations.serve.watching import forward_event
 from spiffy.runtime.budget.auto import auto_budget
@@ -120,7 +121,8 @@ class Job:
             elif task.drafter is not None:
                 task.drafter = Watched(task.drafter)
             self._watch = Watch(task)
-        self.since = monotonic()
+        #: When its first forward began.
+        self.joined: float | None = None
 
     def follow(self) -> None:
         """Tell what the last forward brought; called after each."""
@@ -229,17 +231,17 @@ class Engine:
         self._arrived: list[Job] = []
         self._left: list[Job] = []
         self._count = 0  # jobs submitted that have not ended
-        self._seconds = 1.0  # that a job took of late
+        self._seconds = 1.0  # that a job took of late, once it had joined
         self._stopping = False
         # Of the engine's thread alone:
         self._jobs: dict[int, Job] = {}  # by id of their tasks
         self._scheduler = Scheduler(model, limits.batch)
         self._checker = Scheduler(model, 1)
-        self._unchecked: deque[tuple[Task, Done]] = deque()
-        self._checked: Done | None = None  # the answer that `_checker` decodes plainly
+        self._unchecked: deque[tuple[Task, Answer]] = deque()
+        self._checked: Answer | None = None  # the one that `_checker` decodes plainly
         self._draw = random.Random(0)
-        self.metrics.running.set_function(lambda: min(self._count, limits.batch))
-        self.metrics.waiting.set_function(lambda: max(0, self._count - limits.batch))
+        self.metrics.running.set_function(self._together)
+        self.metrics.waiting.set_function(lambda: max(0, self._count - self._together()))
         self._thread = threading.Thread(target=self._run, name="spiffy-engine", daemon=True)
 
     # ------------------------------------------------------------ from any thread
@@ -328,6 +330,10 @@ class Engine:
             self._left += jobs
             self._changed.notify()
 
+    def _together(self) -> int:
+        """Jobs that share a forward."""
+        return min(self._count, self._scheduler.most_decodes)
+
     def _room(self, prompt_length: int) -> int:
         """Tokens of an answer that none were asked for."""
         settings, block = self.settings, self.settings.block_length
@@ -404,7 +410,7 @@ class Engine:
         return going_on
 
     def _forward(self) -> None:
-        before = self._scheduler.forwards
+        before, began = self._scheduler.forwards, monotonic()
         try:
             finished = self._scheduler.step()
         except Exception as error:  # of the forward itself: whose fault it is, nobody knows
@@ -416,7 +422,9 @@ class Engine:
             together = [*self._scheduler.running, *finished]
             self.metrics.forward(len(together))
             for task in together:
-                self._follow(self._jobs[id(task)])
+                job = self._jobs[id(task)]
+                job.joined = began if job.joined is None else job.joined
+                self._follow(job)
         for task in finished:
             if id(task) in self._jobs:
                 self._end(self._jobs[id(task)])
@@ -447,24 +455,24 @@ class Engine:
             return
         task = replace(done.job.task, path=[], roots=[], stats=Stats())
         task.drafter = task.adviser = None
-        self._unchecked.append((task, done))
+        self._unchecked.append((task, Answer(done.ids, done.text)))
 
     def _forget(self, job: Job, *, ended: bool = False) -> None:
         with self._changed:
             self._count -= 1
-            if ended:
-                took = monotonic() - job.since
+            if ended and job.joined is not None:
+                took = monotonic() - job.joined
                 self._seconds = _RECENT * self._seconds + (1 - _RECENT) * took
 
     def _check(self) -> None:
         """Go on comparing an answer with plain decoding, by one forward."""
-        done = self._checked
-        if done is None:
+        answer = self._checked
+        if answer is None:
             if not self._unchecked:
                 return
-            task, done = self._unchecked.popleft()
+            task, answer = self._unchecked.popleft()
             self._checker.add(task)
-            self._checked = done
+            self._checked = answer
         try:
             finished = self._checker.step()
         except Exception as error:  # of the forward itself
@@ -473,20 +481,5 @@ class Engine:
                 task.error = error
                 self._checker.remove(task)
         for task in finished:
-            self.metrics.verified.labels(_compared(done, task)).inc()
+            self.metrics.verified.labels(compared(answer, task)).inc()
             self._checked = None
-
-
-def _compared(done: Done, plain: Task) -> Literal["same", "different", "failed"]:
-    """What became of comparing an answer with plain decoding's."""
-    if plain.error is not None:
-        _LOG.warning("an answer could not be compared with plain decoding: %s", plain.error)
-        return "failed"
-    output = collect(plain)
-    if (output.token_ids, output.text) == (done.ids, done.text):
-        return "same"
-    pairs = enumerate(zip(done.ids, output.token_ids, strict=False))
-    shorter = min(len(done.ids), len(output.token_ids))
-    at = next((k for k, (ours, theirs) in pairs if ours != theirs), shorter)
-    _LOG.warning("an answer is not plain decoding's: they part at token %d", at)
-    return "different"

@@ -125,7 +125,7 @@ def ending(done: Done) -> dict[str, Any]:
         "tokens": len(done.ids),
         "finish_reason": done.reason,
         **counts([done]),
-        "plain": stats.nfe + stats.accepted,
+        "plain": done.job.task.plain_nfe,
         "positions": stats.positions_computed,
         "seconds": stats.seconds,
         "why": stats.why,

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import h11
@@ -18,17 +19,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from spiffy.integrations.serve.api import ApiError
+from spiffy.integrations.serve.engine import Engine
+from spiffy.integrations.serve.metrics import Metrics
 from spiffy.schemas import SpiffyError
 
 _HEAD_BYTES = 32 * 1024
 _HEAD_SECONDS = 10.0
 _IDLE_SECONDS = 30  # between two requests of a connection
+_FAREWELL_SECONDS = 5  # for responses to say that the server has stopped
 #: Asked by whoever decides whether the server is well: many clients are no sign that it is not.
 _CHECKS = frozenset({"/health", "/metrics"})
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections whose request head does not come in time."""
+    """HTTP/1.1 that closes connections on which what has begun does not come in time.
+
+    That is the head of a request, and what is left of a body that was refused by its head.
+    """
 
     head_seconds = _HEAD_SECONDS
     _timer: asyncio.TimerHandle | None = None
@@ -41,13 +48,29 @@ class BoundedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         super().data_received(data)
-        begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
-        self._wait_for_head(begun)
+        self._limit()
+
+    def on_response_complete(self) -> None:
+        """See `H11Protocol`."""
+        super().on_response_complete()
+        self._limit()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._wait_for_head(False)
         super().connection_lost(exc)
+
+    def _limit(self) -> None:
+        """Set the time that this connection has from here on, while no answer is made for it."""
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        begun = theirs is h11.IDLE and bool(self.conn.trailing_data[0])
+        refused = theirs is h11.SEND_BODY and ours is h11.DONE
+        self._wait_for_head(begun or refused)
+        # Where the last of a refused body came, uvicorn has let go of its own timer.
+        if theirs is h11.IDLE and not begun and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _wait_for_head(self, waiting: bool) -> None:
         if not waiting and self._timer is not None:
@@ -76,8 +99,8 @@ class Sockets:
 class _Bounded:
     """Refuses requests of connections beyond a number, and closes those."""
 
-    def __init__(self, app: ASGIApp, most: int, count: Callable[[], int]) -> None:
-        self.app, self.most, self.count = app, most, count
+    def __init__(self, app: ASGIApp, most: int, count: Callable[[], int], metrics: Metrics) -> None:
+        self.app, self.most, self.count, self.metrics = app, most, count, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_and_close(message: Message) -> None:
@@ -93,15 +116,27 @@ class _Bounded:
             busy = ApiError(
                 503, f"more connections than {self.most}: try again", kind="server_error"
             )
+            self.metrics.requests.labels("other", busy.status).inc()
             await JSONResponse(busy.body, busy.status)(scope, receive, send_and_close)
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's, that says when it listens."""
+    """Uvicorn's, that says when it listens, and ends with the engine.
 
-    def __init__(self, app: FastAPI, sockets: Sockets, announce: Callable[[], None]) -> None:
+    Attributes
+    ----------
+    failed
+        Whether it ended because the engine did.
+    """
+
+    def __init__(
+        self, app: FastAPI, engine: Engine, sockets: Sockets, announce: Callable[[], None]
+    ) -> None:
+        def connections() -> int:
+            return len(self.server_state.connections)
+
         config = uvicorn.Config(
-            _Bounded(app, sockets.connections, lambda: len(self.server_state.connections)),
+            _Bounded(app, sockets.connections, connections, engine.metrics),
             http=BoundedProtocol,
             ws="none",
             loop="asyncio",
@@ -111,17 +146,30 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=sockets.drain_seconds,
+            timeout_graceful_shutdown=sockets.drain_seconds + _FAREWELL_SECONDS,
             h11_max_incomplete_event_size=_HEAD_BYTES,
         )
         super().__init__(config)
-        self._announce = announce
+        self._engine, self._drain_seconds, self._announce = engine, sockets.drain_seconds, announce
+        self.failed = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end; asked ten times a second."""
+        self.failed = not self._engine.alive
+        return await super().on_tick(counter) or self.failed
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what is begun end; what is left when the time is over is told so."""
+        giving_up = Thread(target=self._engine.stop, daemon=True)
+        timer = asyncio.get_running_loop().call_later(self._drain_seconds, giving_up.start)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -138,14 +186,14 @@ def bind(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         sock = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # else it would let two servers share a port
+        if os.name == "posix":  # which elsewhere lets two servers listen at one port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(address)
         except OSError:
             sock.close()
             raise
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: of an impossible name
         reason = getattr(error, "strerror", None) or error
         raise SpiffyError(f"cannot listen at {host}, port {port}: {reason}") from None
     return sock
@@ -159,15 +207,30 @@ def address_of(sock: socket.socket) -> str:
 
 
 def serve(
-    app: FastAPI, sock: socket.socket, sockets: Sockets, announce: Callable[[], None]
+    app: FastAPI,
+    engine: Engine,
+    sock: socket.socket,
+    sockets: Sockets,
+    announce: Callable[[], None],
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then no more connections, and what is begun is ended."""
+    """Serve until SIGTERM or SIGINT; then no more connections, and what is begun is ended.
+
+    Raises
+    ------
+    SpiffyError
+        If another server listens there by now, or the engine fails.
+    """
+    server, address = Server(app, engine, sockets, announce), address_of(sock)
     handlers: dict[signal.Signals, Any] = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn drains, and then raises the signal again for whoever handled it before.
         handlers[number] = signal.signal(number, lambda *_: None)
     try:
-        Server(app, sockets, announce).run(sockets=[sock])
+        server.run(sockets=[sock])
+    except OSError as error:
+        raise SpiffyError(f"cannot listen at {address}: {error.strerror}") from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if server.failed:
+        raise SpiffyError("the engine failed, see the log: start the server again")

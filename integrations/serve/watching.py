@@ -47,7 +47,7 @@ def forward_event(task: Task, forward: Forward) -> dict[str, Any]:
         "steps": told["steps"],
         "drafts": told["drafts"],
         "nfe": stats.nfe,
-        "plain": stats.nfe + stats.accepted,
+        "plain": task.plain_nfe,
         "positions": stats.positions_computed,
         "seconds": stats.seconds,
     }

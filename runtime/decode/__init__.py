@@ -4,7 +4,7 @@
 `driver` runs one or many at a time.
 """
 
-from spiffy.runtime.decode.driver import Scheduler, is_out_of_memory, run
+from spiffy.runtime.decode.driver import Scheduler, run
 from spiffy.runtime.decode.loop import (
     denoise,
     denoising_step,
@@ -28,7 +28,6 @@ __all__ = [
     "denoising_step",
     "find",
     "is_dear",
-    "is_out_of_memory",
     "keys_of",
     "likely_states",
     "looked_at",

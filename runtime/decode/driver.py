@@ -13,6 +13,7 @@ from spiffy.runtime.decode.task import Task
 from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.device import synchronize
+from spiffy.schemas.errors import is_out_of_memory
 from spiffy.schemas.records import MAX_NODES
 
 _Running = tuple[Task, Decoding, list[Row]]
@@ -75,6 +76,11 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether there is anything to decode."""
         return len(self) > 0
+
+    @property
+    def most_decodes(self) -> int:
+        """How many may share a forward, by the batch size and what fitted into memory."""
+        return self._most_decodes
 
     @property
     def running(self) -> list[Task]:
@@ -175,8 +181,7 @@ class Scheduler:
         self._most_decodes = len(tasks) // 2
         self._running = self._running[: self._most_decodes]
         for task in reversed(tasks[self._most_decodes :]):
-            task.path.clear()
-            task.roots.clear()
+            task.begin_anew()
             self._waiting.appendleft(task)
         return None
 
@@ -197,8 +202,3 @@ def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput]
         if not is_out_of_memory(error):
             raise
     return None  # outside of the handler, which keeps the failed forward's tensors alive
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator failed; that of CPUs has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -127,6 +127,8 @@ class Task:
         What ended it before its time.
     ready
         When its rows for the next forward were there (`perf_counter`).
+    given_up
+        Forwards made before it was begun anew, for want of memory.
     """
 
     model: DiffusionLM
@@ -146,6 +148,19 @@ class Task:
     adviser: Adviser | None = None
     error: Exception | None = None
     ready: float = 0.0
+    given_up: int = 0
+
+    def begin_anew(self) -> None:
+        """Forget the states so far, and the steps to them; what they took stays counted."""
+        self.path.clear()
+        self.roots.clear()
+        self.stats.steps = self.stats.drafted = self.stats.accepted = 0
+        self.given_up = self.stats.nfe
+
+    @property
+    def plain_nfe(self) -> int:
+        """Forwards that plain decoding needs to come as far."""
+        return self.stats.nfe - self.given_up + self.stats.accepted
 
     @property
     def noise(self) -> Noise | None:
