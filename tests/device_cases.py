@@ -244,6 +244,29 @@ def likelihood(device: str) -> Outcome:
     return Outcome(round(found, 6), forwards=3)
 
 
+def head_elsewhere(device: str) -> Outcome:
+    """The output head (and ids) on another device than the layers, as a device map may have it."""
+    lm = load_model(str(PARITY / "sdar-a"), device=device, dtype="float64")
+    module: Any = lm.module
+    module.lm_head.to("cpu")
+
+    def there(_: Any, inputs: Any, options: dict[str, Any]) -> Any:
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        return inputs, moved
+
+    module.model.register_forward_pre_hook(there, with_kwargs=True)  # as accelerate's
+    return outcome(lm, tasks_of(lm, 2, "model"))
+
+
+def by_default(device: str) -> Outcome:
+    """Where tensors are made on the device unless another one is named."""
+    with torch.device(device):
+        found = [decoded("sdar-a", way, 2, {"temperature": 0.7}, device) for way in WAYS]
+        found.append(decoded("dream-a", "graph", 1, {"cache": "dual"}, device))
+        found.append(redrawn(device))
+    return Outcome([one.values for one in found])
+
+
 def broken(device: str) -> Outcome:
     """What is said of a model that computes NaN."""
     lm = load_model(str(PARITY / "sdar-a"), device=device, dtype="float64")
@@ -268,6 +291,7 @@ def cases() -> Iterator[tuple[str, Callable[[str], Outcome]]]:
     yield from (("recorded", recorded), ("measured", measured), ("advised", advised))
     yield from (("redrawn", redrawn), ("halved", halved), ("broken", broken))
     yield "generated", generated
+    yield from (("head elsewhere", head_elsewhere), ("device by default", by_default))
     yield "no float64", without_float64
 
 

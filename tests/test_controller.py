@@ -351,6 +351,16 @@ def test_what_was_learned_outlives_a_slow_moment(slope: float) -> None:
         assert len(near) > 0.85 * len(ours)
 
 
+def test_how_ways_compare_is_not_remembered_for_ever() -> None:
+    worth = ForwardSteps(regret.EXPECTED)
+    better = {"graph": 1.5, "model": 3.0}
+    for forwards, seen in ((100_000, better), (8_000, {"graph": 3.0, "model": 1.5})):
+        for _ in range(forwards):
+            for way, steps in seen.items():
+                worth.observe(Choice(way, 8), steps)
+    assert worth.expected(Choice("graph", 8)) > 1.5 * worth.expected(Choice("model", 8))
+
+
 def test_acceptance_seen_at_one_number_of_drafts_moves_all() -> None:
     worth = ForwardSteps(regret.EXPECTED)
     for _ in range(200):

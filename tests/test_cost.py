@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -214,12 +215,23 @@ def test_settings_for_which_expected_steps_do_not_hold_are_named(
     assert {choice.way for choice in budget.controller._choices} == {None, "graph"}
 
 
+def _given(graph: DraftGraph) -> dict[str, Any]:
+    """The graph's settings, as options."""
+    return {key: value for key, value in graph.decoding.model_dump().items() if value is not None}
+
+
 def test_auto_needs_no_expected_steps(calibrated: tuple[Task, DraftGraph]) -> None:
     plain, graph = calibrated
     bare = graph.model_copy(update={"acceptance": None, "expected_steps": ()})
     out = generate(plain.model, plain.prompt, graph=bare, trace=True)
     assert out.states == states(plain)
     assert sum(out.stats.budgets.values()) > 0
+    # Those of the acceptance model alone, which do not hold for other settings.
+    half = graph.model_copy(update={"expected_steps": ()})
+    other = {"policy": "threshold", "threshold": 0.2}
+    by_hand = generate(plain.model, plain.prompt, **{**_given(graph), **other}, trace=True)
+    out = generate(plain.model, plain.prompt, graph=half, **other, trace=True)
+    assert out.states == by_hand.states
     empty = bare.model_copy(update={"nodes": ()})
     assert auto_budget(plain, empty) is None
     assert generate(plain.model, plain.prompt, graph=empty, trace=True).states == states(plain)
@@ -285,6 +297,28 @@ def test_a_large_head_is_part_of_the_forward_as_several_states_pass_it_at_once(
     cost.measure_cost(task, 2, limit=0.2)
     assert not passed["step"]
     assert max(passed["forward"]) > 8  # of a block
+
+
+def test_what_is_slow_once_is_not_taken_for_what_drafts_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first forward of a size may load kernels, or compile them."""
+    model = parity_model("sdar-a")
+    settings = decoding_settings(model, gen_length=16, block_length=8, cache="block")
+    task = make_task(model, random_prompt(model, 16), settings)
+    forward, seen = cost._Stage.forward, set()
+
+    def first_slow(stage: Any, site: Any, states: torch.Tensor) -> Any:
+        if len(states) == 2 and not seen:
+            seen.add(2)
+            sleep(1.5)
+        return forward(stage, site, states)
+
+    monkeypatch.setattr(cost._Stage, "forward", first_slow)
+    measured = cost.measure_cost(task, 4, limit=1.0)
+    assert seen
+    assert [point.drafts for point in measured.points] == [0, 1, 2, 3, 4]
+    assert measured.points[1].seconds < 1.0
 
 
 def test_a_machine_too_slow_for_the_limit_still_tries_one_draft() -> None:

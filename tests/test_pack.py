@@ -141,6 +141,35 @@ def test_keys_and_values_stay_when_room_behind_them_grows(checkpoint: str) -> No
             assert torch.equal(a, b)
 
 
+def test_nothing_grows_for_drafts_that_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that fails in some layer is made again with fewer drafts, which need less."""
+    model = parity_model("sdar-a", "float64")
+    kept = held_of(model, random_prompt(model, 6))
+    first, *others = layers_of(model)
+    before = [held_at(kept, layer, range(6)) for layer in layers_of(model)]
+    put = KeyValues.put
+
+    def full(self: KeyValues, layer: int, *rest: Any) -> Any:
+        if layer != first:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return put(self, layer, *rest)
+
+    def behind(count: int) -> Row:
+        ids = random_prompt(model, count, 1)
+        return Row(ids, torch.arange(count), None, kept, (range(6, 6 + count),), 6 + count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyValues, "put", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            forward(model, [behind(90)])
+    forward(model, [behind(2)])
+    places = {layer: buffers[0].shape[2] for layer, buffers in kept._buffers.items()}
+    assert places == {first: 6 + 128} | dict.fromkeys(others, 6 + 2)
+    for layer, pair in zip(layers_of(model), before, strict=True):
+        for a, b in zip(held_at(kept, layer, range(6)), pair, strict=True):
+            assert torch.equal(a, b)
+
+
 def drafts_of(model: DiffusionLM, cursor: Cursor, span: range, count: int) -> Tensor:
     """The root and `count` states that fill random positions of the block."""
     drafts = cursor.ids.repeat(count + 1, 1)

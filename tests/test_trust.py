@@ -330,6 +330,8 @@ class Memory:
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
 ]
 SMALL = {
     "llada-none": ("llada-a", "none", 27 * 4),
@@ -338,7 +340,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "cublas", "triton"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", SMALL)
 def test_drafts_that_do_not_fit_are_halved_and_no_token_changes(
@@ -488,5 +490,14 @@ def test_data_of_a_file_is_compared_with_the_file(calibrated: Path, tmp_path: Pa
     graph = graph.model_copy(update={"calibration": record})
     assert any(line.startswith("data: give --dataset") for line in audit(graph, None).unchecked)
     assert not audit(graph, None, str(data)).wrong
+    record = record.model_copy(update={"dataset_sha256": load_prompts(str(data)).sha256})
+    shuffled = record.model_copy(update={"prompt_digests": load_prompts(str(data), 5, 7).digests})
+    assert audit(graph.model_copy(update={"calibration": record}), None, str(data)).wrong
+    assert not audit(graph.model_copy(update={"calibration": shuffled}), None, str(data)).wrong
+    named = tmp_path / "named.jsonl"
+    named.write_text(data.read_text().replace('"prompt"', '"text": "no", "goal"'))
+    problems = audit(graph, None, str(named)).wrong
+    assert any("another --field?" in line for line in problems)
+    assert not audit(graph, None, str(named), field="goal").wrong
     data.write_text(data.read_text().replace("question", "another"))
     assert any(line.startswith("data: ") for line in audit(graph, None, str(data)).wrong)

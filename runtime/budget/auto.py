@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -214,9 +215,10 @@ class AutoBudget:
     ) -> None:
         self.graph, self.settings = graph, settings
         self._module = ref(model.module)  # whose `AutoBudget` lives no longer than it
-        steps = expected_steps(graph) or {"graph": _UNSTATED}
+        steps = expected_steps(graph)
         if selection == "graph" or not same_steps(graph, settings):
             steps.pop("model", None)
+        steps = steps or {"graph": _UNSTATED}
         if "model" in steps:
             fastest_search()  # compiles, which must not happen amid forwards that are timed
         points = {who: [(p.drafts, p.steps) for p in curve] for who, curve in steps.items()}
@@ -224,6 +226,7 @@ class AutoBudget:
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
         self.rests = False
         self._drafters: dict[Choice, Drafter] = {}
+        self._lock = RLock()  # threads that decode with one model share it
 
     @property
     def controller(self) -> Controller:
@@ -234,32 +237,37 @@ class AutoBudget:
         """See `Adviser`: where forwards compute all the answer, a longer one makes them longer."""
         first = canvas.span(0)
         anew = {"none": range(canvas.length), "prefix": range(first.start, canvas.length)}
-        self.shared.crowds[1].start(len(anew.get(self.settings.plain_cache, first)))
+        with self._lock:
+            self.shared.crowds[1].start(len(anew.get(self.settings.plain_cache, first)))
 
     def turn(self, sequences: int, seconds: float) -> None:
         """See `Adviser`."""
-        self.shared.turn(sequences, seconds)
-        self.rests = self.shared.rests
+        with self._lock:
+            self.shared.turn(sequences, seconds)
+            self.rests = self.shared.rests
 
     def advise(self) -> Advice:
         """See `Adviser`."""
-        choice = self.shared.choose()
-        if choice.way is None:
-            return _NO_DRAFTS
-        drafter = self._drafters.get(choice)
-        if drafter is None:
-            drafter = self._drafters[choice] = self._drafter(choice.way, choice.drafts)
-        if isinstance(drafter, AcceptanceDrafter):
-            drafter.pays = self._pays(choice)
-        return Advice(drafter, choice)
+        with self._lock:
+            choice = self.shared.choose()
+            if choice.way is None:
+                return _NO_DRAFTS
+            drafter = self._drafters.get(choice)
+            if drafter is None:
+                drafter = self._drafters[choice] = self._drafter(choice.way, choice.drafts)
+            if isinstance(drafter, AcceptanceDrafter):
+                drafter.pays = self._pays(choice)
+            return Advice(drafter, choice)
 
     def learn(self, advice: Advice, steps: int, seconds: float) -> None:
         """See `Adviser`."""
-        self.shared.learn(advice.choice, steps, seconds)
+        with self._lock:
+            self.shared.learn(advice.choice, steps, seconds)
 
     def why(self) -> str:
         """See `Adviser`."""
-        return self.controller.why()
+        with self._lock:
+            return self.controller.why()
 
     def _drafter(self, way: Selection, drafts: int) -> Drafter:
         """Drafters by the acceptance model share their weights."""

@@ -22,7 +22,6 @@ from spiffy.runtime.decode import (
     denoising_step,
     find,
     is_dear,
-    is_out_of_memory,
     keys_of,
     likely_states,
     looked_at,
@@ -38,6 +37,7 @@ from spiffy.runtime.models.device import synchronize
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import CostPoint, CostProfile, SpiffyError
+from spiffy.schemas.errors import is_out_of_memory
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
 _BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -235,20 +235,31 @@ def measure_cost(
         timings.time("step", 0, at, partial(stage.step, site, states, evaluation))
 
     middle = stage.sites[len(stage.sites) // 2]
+
+    def turns(n: int, warm: bool) -> float:
+        began = perf_counter()
+        plain_turn(n, middle, warm)
+        for who in made if n else ():
+            turn(who, n, middle, warm)
+        return perf_counter() - began
+
+    def hopeless(n: int) -> bool:
+        return timings.of("forward", n) > _HOPELESS * timings.of("forward", 0)
+
     timed, promising = [], []
     for n in budgets:  # warms up, and finds out how far to go
         if n > 1 and late():
             break
         try:
-            plain_turn(n, middle, warm=False)
-            for who in made if n else ():
-                turn(who, n, middle, warm=False)
+            took = turns(n, warm=False)
+            if hopeless(n):  # or the first of its size, which compiles something or loads kernels
+                started += max(0.0, took - turns(n, warm=True))
         except RuntimeError as error:
             if not is_out_of_memory(error) or not n:
                 raise
             break
         timed.append(n)
-        if timings.of("forward", n) > _HOPELESS * timings.of("forward", 0):
+        if hopeless(n):
             break
         promising.append(n)
     for _ in range(_ROUNDS):

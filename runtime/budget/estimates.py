@@ -20,7 +20,8 @@ _USUAL = 1.15  # if they differ from what is known by more than this factor
 _LASTING = 12  # plain forwards in a row of another pace make it the usual one
 _SURE = 3  # forwards by which one of its kind is judged
 _CHANGED = 1.5  # times slower or faster: an odd forward, or another machine
-_MEMORY = 0.985  # per forward: accepted drafts are forgotten by half in 46
+_MEMORY = 0.985  # per forward: accepted drafts are forgotten by half in 46,
+_LONG_MEMORY = 0.9995  # and how one choice's compare with another's in 1,400 of its own
 # The number of accepted drafts varies by more than its mean from forward to forward, so it takes
 # hundreds to tell two choices apart: until then the artifact's curve decides between them.
 _BELIEF = 2.0  # accepted drafts' worth of belief that all is as the artifact says,
@@ -246,7 +247,7 @@ class ForwardSteps:
     def __init__(self, prior: Mapping[Selection, Points]) -> None:
         self._prior = prior
         self._all = _Gain()
-        self._by_way: dict[Selection, _Gain] = {way: _Gain(memory=1.0) for way in prior}
+        self._by_way: dict[Selection, _Gain] = {way: _Gain(_LONG_MEMORY) for way in prior}
         self._by_choice: dict[Choice, _Gain] = {}
 
     def observe(self, choice: Choice, steps: float, sequences: int = 1) -> None:
@@ -254,7 +255,7 @@ class ForwardSteps:
         if choice.way is None:
             return
         accepted, expected = sequences * (steps - 1), sequences * self._artifact(choice)
-        self._by_choice.setdefault(choice, _Gain(memory=1.0)).observe(
+        self._by_choice.setdefault(choice, _Gain(_LONG_MEMORY)).observe(
             accepted, expected * self._ratio(choice.way)
         )
         self._by_way[choice.way].observe(accepted, expected * self._all.ratio(_BELIEF, 1.0))

@@ -264,7 +264,7 @@ def keys_of(task: Task, cursor: Cursor, positions: Tensor) -> Tensor | None:
     if noise is None:
         return None
     left = len(canvas.masked(cursor, task.model.mask_token_id))
-    committed = torch.tensor(len(canvas.answer(cursor.block)) - left)
+    committed = torch.tensor(len(canvas.answer(cursor.block)) - left, device="cpu")
     return noise.keys(committed, redraw(task.settings, cursor), positions)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from threading import Lock
 
 from torch import Tensor
 
@@ -89,6 +90,7 @@ class BestOfDrafter:
         self.token_ranks = min(own or [max(way.token_ranks for way in self.ways)])
         self.asks_rejected = any(way.asks_rejected for way in self.ways)
         self.standing = Standing([0.0 for _ in self.ways])
+        self._lock = Lock()  # threads that decode with one model share it
 
     @property
     def leader(self) -> Drafter:
@@ -102,9 +104,10 @@ class BestOfDrafter:
     def learn(self, walk: Walk) -> None:
         """See `Chooser`."""
         fills = fills_of(walk)
-        self.standing.observe(
-            [self._accepted(number, walk, fills) for number in range(len(self.ways))]
-        )
+        with self._lock:
+            self.standing.observe(
+                [self._accepted(number, walk, fills) for number in range(len(self.ways))]
+            )
 
     def _accepted(self, number: int, walk: Walk, fills: Sequence[FillSet]) -> int | None:
         """How many drafts of a way the walk would have come to; None if that is too dear to say."""

@@ -118,14 +118,15 @@ class GeometricMeanDrafter(GraphDrafter):
             for parent in node.parents
             if children != "ignored" and parent > 0
         ]
-        self.parent, self.child = torch.tensor(steps, dtype=torch.long).reshape(-1, 2).unbind(-1)
+        pairs = torch.tensor(steps, dtype=torch.long, device="cpu").reshape(-1, 2)
+        self.parent, self.child = pairs.unbind(-1)
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """See `Drafter`."""
         nodes = self._active(candidates, room)
         active, sizes = torch.from_numpy(nodes), torch.from_numpy(self.sizes[nodes])
         i, j = map(torch.from_numpy, (self.position_ranks[nodes], self.ranks_of_tokens[nodes]))
-        own = torch.arange(i.shape[1]) < sizes[:, None]  # not padding
+        own = torch.arange(i.shape[1], device="cpu") < sizes[:, None]  # not padding
         log_p = candidates.log_p[i, j].where(own, 0.0).sum(-1) / sizes
         score = log_p.new_zeros(len(self.sizes)).index_copy(0, active, log_p.exp())
         exists = log_p.new_zeros(len(self.sizes)).index_fill(0, active, 1.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.reading import Rules, likeliest
 
-_NOTHING = torch.empty(0, dtype=torch.int64)
+_NOTHING = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class NoCache:
     def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
         """See `Cache`."""
         length = states.shape[1]
-        positions = torch.arange(length)
+        positions = torch.arange(length, device="cpu")
         rows = [Row(ids, positions) for ids in states]
         places = [Place(k, 0, 0, length) for k in range(len(rows))]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
@@ -186,7 +186,8 @@ class DualCache:
     def _refresh(self, cursor: Cursor) -> Forwards:
         length = self.canvas.length
         everything = (range(length),)
-        rows = [Row(cursor.ids, torch.arange(length), None, self.kept, everything, length)]
+        positions = torch.arange(length, device="cpu")
+        rows = [Row(cursor.ids, positions, None, self.kept, everything, length)]
         evaluation = yield from _evaluated(
             self.model, self.reader, cursor, cursor.ids[None], rows, [Place(0, 0, 0, length)]
         )

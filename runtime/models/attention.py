@@ -29,7 +29,8 @@ class KeyValues:
     """Keys and values of one sequence, each position's in its place, for every layer.
 
     There are places for the sequence's positions, and behind them room for what drafts compute,
-    which grows to the next power of two where there is not enough.
+    which grows to the next power of two where a forward needs more. One that did not fit into
+    memory is made again with fewer drafts: nothing grows for those that it had.
 
     Parameters
     ----------
@@ -43,10 +44,9 @@ class KeyValues:
         self._places = 0
 
     def reserve(self, places: int) -> None:
-        """Make room for as many places; what the sequence's own hold is kept."""
-        if places > self._places:
-            more = max(places - self.length, 0)
-            self._places = self.length + (1 << (more - 1).bit_length() if more else 0)
+        """Let the next forward have as many places; what the sequence's own hold is kept."""
+        more = max(places - self.length, 0)
+        self._places = self.length + (1 << (more - 1).bit_length() if more else 0)
 
     def put(
         self, layer: int, fresh: Sequence[Tensor], places: Sequence[range], end: int
@@ -61,7 +61,7 @@ class KeyValues:
             Where they go, run by run.
         """
         buffers = self._buffers.get(layer)
-        if buffers is None or buffers[0].shape[2] < self._places:
+        if buffers is None or buffers[0].shape[2] < end:
             buffers = [self._grown(k, part, buffers) for k, part in enumerate(fresh)]
             self._buffers[layer] = buffers
         for buffer, part in zip(buffers, fresh, strict=True):

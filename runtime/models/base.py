@@ -292,7 +292,8 @@ class DiffusionLM:
                 "from transformers' register while a forward ran: drafts need all to, and that "
                 "nobody sets another attention meanwhile"
             )
-        return hidden[0]  # type: ignore[no-any-return]
+        # A device map may put the last layers elsewhere than a head that is tied to the embedding.
+        return hidden[0].to(self.device)  # type: ignore[no-any-return]
 
     @property
     def head_is_dear(self) -> bool:
@@ -421,7 +422,7 @@ class DiffusionLM:
             has no tokenizer or a chat template that fails.
         """
         if is_text(prompt):
-            return torch.tensor(self.codec.encode(prompt, raw=raw, system=system))
+            return torch.tensor(self.codec.encode(prompt, raw=raw, system=system), device="cpu")
         if system is not None:
             raise SpiffyError("a system message goes with text: this prompt is token ids already")
         return given_ids(prompt, self.vocab_size)

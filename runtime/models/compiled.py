@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -37,6 +38,9 @@ _TRIED = (64, 8)  # positions: the first is compiled, which has to do for the se
 _LONG = 2.0  # seconds
 _REPLAYS = 3  # warming up, capturing, replaying
 _TIMED = 20  # repetitions
+# Threads share the graphs, and the memory that these compute in: between two parts of one forward,
+# attention reads it.
+_REPLAYING = Lock()
 
 
 def compile_transformer(model: DiffusionLM) -> None:
@@ -102,12 +106,13 @@ class Captured:
         if size is None:
             return self.usual(input_ids=input_ids, position_ids=position_ids, **others)
         padding = (0, size - positions)
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        found = self.replayed(
-            input_ids=pad(input_ids, padding), position_ids=pad(position_ids, padding), **others
-        )
-        # Of its own: the next forward of this size is written over what this one gave.
-        return BaseModelOutput(found.last_hidden_state[:, :positions].clone())
+        with _REPLAYING:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            found = self.replayed(
+                input_ids=pad(input_ids, padding), position_ids=pad(position_ids, padding), **others
+            )
+            # Of its own: the next forward of this size is written over what this one gave.
+            return BaseModelOutput(found.last_hidden_state[:, :positions].clone())
 
 
 def _captured(model: DiffusionLM) -> Callable[..., Any]:
@@ -116,7 +121,7 @@ def _captured(model: DiffusionLM) -> Callable[..., Any]:
     usual = model.compiled.transformer
     captured = Captured(usual, _whole(model.module, capture=True))
     try:
-        with ThreadPoolExecutor(1) as other:  # servers decode in another thread: graphs of its own
+        with ThreadPoolExecutor(1) as other:  # servers decode in another thread
             wrong = _difference(model, captured)
             wrong = wrong or other.submit(_difference, model, captured).result()
     except Exception as error:

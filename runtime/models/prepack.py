@@ -174,7 +174,7 @@ def _has_onednn() -> bool:
 def _hidden(layer: nn.Linear | PrepackedLinear, positions: int) -> Tensor:
     """Numbers of a layer's input, [1, positions, in_features]."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, positions, layer.in_features, generator=generator)
+    hidden = torch.randn(1, positions, layer.in_features, generator=generator, device="cpu")
     return hidden.to(layer.weight.dtype)
 
 

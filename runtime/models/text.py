@@ -404,7 +404,7 @@ def _one_row(values: Any) -> Tensor:
 
 def _tensor(values: Any) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise SpiffyError(
             f"a prompt is text, a list of messages, or token ids, not {type(values).__name__}"

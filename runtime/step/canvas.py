@@ -89,7 +89,7 @@ class Canvas:
     def answered(self, cursor: Cursor) -> Tensor:
         """All positions of the cursor's block that are the answer's, int64 [M]."""
         answer = self.answer(cursor.block)
-        return torch.arange(answer.start, answer.stop)
+        return torch.arange(answer.start, answer.stop, device="cpu")
 
     def sub_block(self, block: int, position: int, length: int) -> range:
         """The sub-block of a block, `length` positions from its start on, that holds a position."""

@@ -56,7 +56,7 @@ class Noise:
     @cached_property
     def _root(self) -> Tensor:
         digest = hashlib.sha256(f"{self.seed} {self.sequence}".encode()).digest()
-        return torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.tensor(int.from_bytes(digest[:8], "little", signed=True), device="cpu")
 
     def keys(self, committed: Tensor, redraw: int, positions: Tensor) -> Tensor:
         """Keys of what a step draws, int64 [M]: `draw` makes tokens of them.
@@ -71,7 +71,7 @@ class Noise:
         positions
             int64 [M], of the sequence.
         """
-        step = numbers(numbers(self._root, committed), torch.tensor(redraw))
+        step = numbers(numbers(self._root, committed), torch.tensor(redraw, device="cpu"))
         return numbers(step, positions)
 
 

@@ -186,8 +186,9 @@ def step_quota(
     if settings.schedule == "even":
         base, remainder = divmod(shared, steps)
         return min(base + (block_step < remainder), masked)
-    times = torch.linspace(1, _EPS, steps + 1)
-    return int(torch.tensor(float(masked)) * (1 - times[block_step + 1] / times[block_step]))
+    times = torch.linspace(1, _EPS, steps + 1, device="cpu")
+    share = 1 - times[block_step + 1] / times[block_step]
+    return int(torch.tensor(float(masked), device="cpu") * share)
 
 
 @cache
@@ -196,7 +197,8 @@ def _rounded_shares(tokens: int, steps: int) -> tuple[int, ...]:
 
     With dllm's float32 of its timesteps, which decides what lies halfway between two numbers.
     """
-    masked = 1 - (1 - torch.arange(steps, -1, -1).double().div(steps).float())
+    left = torch.arange(steps, -1, -1, device="cpu")
+    masked = 1 - (1 - left.double().div(steps).float())
     shares = []
     for part in (1 - masked[1:] / masked[:-1]).tolist():
         shares.append(round(tokens * part))
