@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,7 +34,7 @@ def decode_into(
         If answers on their way to the file are to other prompts or of other settings, or another
         process writes them, or they cannot be written.
     KeyboardInterrupt
-        If asked to stop, after an answer.
+        If asked to stop, after the prompts in hand.
     """
     from spiffy.calib.answers import Answers, answers_manifest
 
@@ -70,10 +71,12 @@ def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int)
     mine = todo[ranks.rank :: ranks.world]
     of = f" (rank {ranks.rank} of {ranks.world})" if ranks.world > 1 else ""
     with progress_bar() as bar, until_interrupted(log.print) as stopped:
-        finished = runs.together(mine, runs.shown, batch_size)
+        # What is in hand then is finished; nothing joins it.
+        going_on = takewhile(lambda _: not stopped(), mine)
+        finished = runs.together(going_on, runs.shown, batch_size)
         for index, output in bar.track(
             finished, total=len(mine), description=f"decoding prompts{of}"
         ):
             answers.append(as_json(index, output))
-            if stopped():
-                raise KeyboardInterrupt
+        if stopped():
+            raise KeyboardInterrupt

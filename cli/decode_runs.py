@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ class Runs:
         self.outputs.setdefault(name, []).append(collect(task))
 
     def together(
-        self, prompts: Sequence[tuple[int, Tensor]], name: str, batch_size: int
+        self, prompts: Iterable[tuple[int, Tensor]], name: str, batch_size: int
     ) -> Iterator[tuple[int, Output]]:
         """Decode prompts, up to `batch_size` sharing forwards; yields answers as they finish.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from spiffy.cli.common import console, log, run_app
+from spiffy.cli.common import INTERRUPTED, console, log, run_app
 from spiffy.cli.streams import write
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import check_folder
@@ -47,7 +47,13 @@ def _evaluate() -> None:
 
     sys.argv[1:] = arguments
     with launched(share) as models:
-        unsaved = run_harness()
+        try:
+            unsaved = run_harness()
+        except KeyboardInterrupt:
+            for model in models:
+                _show(model)
+            log.print("interrupted: with --use_cache the same command goes on", soft_wrap=True)
+            sys.exit(INTERRUPTED)
     if share and not models:
         raise SpiffyError(f"{_OPTION} compares answers of --model spiffy: give that")
     for model in models:

@@ -233,6 +233,24 @@ def test_ctrl_c_keeps_the_answer_in_hand(
     assert (code, "1 of 5 answers are there" in log) == (0, True)
 
 
+def test_ctrl_c_keeps_all_answers_that_share_forwards(
+    run: Run, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, append, asked = tmp_path / "answers.jsonl", Answers.append, []
+
+    def interrupted(self: Answers, line: dict[str, Any]) -> None:
+        if not asked:  # a second time would stop at once
+            asked.append(line)
+            os.kill(os.getpid(), signal.SIGINT)
+        append(self, line)
+
+    monkeypatch.setattr(Answers, "append", interrupted)
+    assert run(*arguments, "--out", out, "--batch-size", "3")[0] == 130
+    monkeypatch.undo()
+    code, log = run(*arguments, "--out", out)
+    assert (code, "3 of 5 answers are there" in log) == (0, True)
+
+
 def test_another_input_or_setting_is_refused_and_what_is_there_stays(
     run: Run, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

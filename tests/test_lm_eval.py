@@ -378,6 +378,17 @@ def test_faults_of_our_own_code_keep_their_kind(monkeypatch: pytest.MonkeyPatch)
         run_harness()
 
 
+def test_an_interruption_is_no_traceback(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spiffy.integrations.lm_eval.run_harness", interrupted)
+    code, _, log = evaluate("--model", "dummy", "--tasks", "none")
+    assert (code, log) == (130, "interrupted: with --use_cache the same command goes on\n")
+
+
 @pytest.mark.parametrize("way", ["--output_path=", "-o", "--output_path", "--config"])
 @pytest.mark.parametrize("name", ["x", "x/results.json"])
 def test_a_place_that_results_cannot_be_saved_to_is_refused_before_anything_is_loaded(
