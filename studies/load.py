@@ -7,15 +7,19 @@ without drafts, with as many as pay, and with eight for every answer whoever els
 each other and are measured in turns, each as often first as last and behind each other (where
 turns are a multiple of six), so that what else the machine does, and what the last one left of its
 caches, hits all alike; only one of them is asked at a time. Ratios have their 95% bootstrap
-interval, turns resampled. Temperature 0, generated problems that neither training nor calibration
-saw. The first line is `generate` in Python, one question after the other: what servers should gain
-with a single client. An answer differs if it is not the first one that plain decoding gave, which
-is a near-tie of floating point at most (docs/losslessness.md).
+interval, turns resampled. One process of the same kind is up to some percent faster than another as
+long as both live, which no number of turns shows: with `--servers` there are several of each, for
+so many turns one after the other, and the interval resamples those. Temperature 0, generated
+problems that neither training nor calibration saw. The first line is `generate` in Python, one
+question after the other: what servers should gain with a single client. An answer differs if it is
+not the first one that plain decoding gave, which is a near-tie of floating point at most
+(docs/losslessness.md).
 
     python studies/load.py --model tiny-sdar --cache block
     python studies/load.py --model tiny-llada --cache dual --lengths 64 32 96
     python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 --seconds 60 \
         --lengths 32 16 24
+    python studies/load.py --clients 16 32 --ways none auto --servers 6 --turns 24 --seconds 96
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ log = Console(stderr=True, highlight=False, markup=False)
 
 @dataclass
 class Measured:
-    """What one server gave to a number of clients; `tokens` turn by turn."""
+    """What servers of a kind gave to a number of clients; `tokens` turn by turn."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -71,6 +75,11 @@ class Measured:
         """Begin a turn."""
         self.seconds += seconds
         self.tokens.append(0.0)
+
+    def by_server(self, servers: int) -> Floats:
+        """Tokens by what is resampled: of every server if there are several, else of every turn."""
+        each = len(self.tokens) // servers if servers > 1 else 1
+        return np.array(self.tokens).reshape(-1, each).sum(1)
 
     def add(self, began: float, ended: float, end: float, tokens: int) -> None:
         """Count an answer; of one that was under way at the `end`, the share until then."""
@@ -173,19 +182,22 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
     decoding = ("--cache", args.cache, "--gen-length", str(max(args.lengths)))
     room = ("--max-batch", str(args.max_batch), "--max-waiting", str(max(args.clients)))
     found: dict[int, dict[str, Measured]] = {}
+    each = args.turns // args.servers
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         graph = calibrated(args.model, args.graphs or Path(temporary), *decoding)
         by_itself = alone(args.model, args.shape, DraftGraph.load(graph))
-        servers = {}
-        for way, budget in WAYS.items():
+        servers: dict[str, list[Server]] = {way: [] for way in args.ways}
+        for way in args.servers * args.ways:
+            budget = WAYS[way]
             drafts = () if budget is None else ("--graph", graph, "--budget", str(budget))
             options = ("--model", args.model, *decoding, *room, *drafts)
-            servers[way] = stack.enter_context(serving(*options, shape=args.shape))
+            servers[way].append(stack.enter_context(serving(*options, shape=args.shape)))
         for clients in (ALONE, *args.clients):
-            found[clients] = {way: Measured() for way in WAYS}
-            for turn in range(-1, args.turns):  # the first one warms up, and lets auto learn
-                for way in order(list(servers), turn):
-                    server = servers[way]
+            found[clients] = {way: Measured() for way in args.ways}
+            # The first ones warm up, and let auto learn.
+            for turn in range(-args.servers, args.turns):
+                for way in order(args.ways, turn):
+                    server = servers[way][turn // each if turn >= 0 else turn]
                     seconds = args.warm_up if turn < 0 else args.seconds / args.turns
                     into = None if turn < 0 else found[clients][way]
                     what = (seconds, prompts, args.lengths, known, into)
@@ -206,35 +218,35 @@ def order(ways: Sequence[str], turn: int) -> Sequence[str]:
     return found[::-1] if turn // len(ways) % 2 else found
 
 
-def ratio(ours: Measured, plain: Measured) -> str:
-    """Throughput over another's with its interval, turns resampled."""
+def ratio(ours: Measured, plain: Measured, servers: int) -> str:
+    """Throughput over another's with its interval, turns or servers resampled."""
 
     def over(a: Floats, b: Floats, axis: int = -1) -> Floats:
         total: Floats = a.sum(axis) / b.sum(axis)
         return total
 
-    pair = (ours.tokens, plain.tokens)
-    told = f"{over(*map(np.array, pair)):.2f}x"
-    if len(ours.tokens) < _FEW:
+    pair = (ours.by_server(servers), plain.by_server(servers))
+    told = f"{over(*pair):.2f}x"
+    if len(pair[0]) < _FEW:
         return told
     found = bootstrap(pair, over, paired=True, vectorized=True, method="percentile", rng=0)
     low, high = found.confidence_interval
     return f"{told}, {low:.2f} to {high:.2f}"
 
 
-def table(found: dict[int, dict[str, Measured]]) -> str:
+def table(found: dict[int, dict[str, Measured]], ways: Sequence[str], servers: int) -> str:
     """Markdown: throughput against the server without drafts, and latencies."""
-    heads = " | ".join(f"{way}: tokens/s | p50, p95 (s)" for way in WAYS)
-    lines = [f"| clients | {heads} | differing |", "| ---: |" + " ---: |" * (2 * len(WAYS) + 1)]
-    for clients, ways in found.items():
-        plain, cells = ways["none"], []
-        for way, measured in ways.items():
-            over = "" if way == "none" else f" ({ratio(measured, plain)})"
+    heads = " | ".join(f"{way}: tokens/s | p50, p95 (s)" for way in ways)
+    lines = [f"| clients | {heads} | differing |", "| ---: |" + " ---: |" * (2 * len(ways) + 1)]
+    for clients, by_way in found.items():
+        plain, cells = by_way["none"], []
+        for way, measured in by_way.items():
+            over = "" if way == "none" else f" ({ratio(measured, plain, servers)})"
             middle, late = (percentile(measured.latencies, share) for share in (0.5, 0.95))
             rate = f"{measured.rate:.0f}" if plain.rate >= 30 else f"{measured.rate:.1f}"
             cells += [f"{rate}{over}", f"{middle:.2f}, {late:.2f}"]
-        wrong = sum(measured.differing for measured in ways.values())
-        total = sum(len(measured.latencies) for measured in ways.values())
+        wrong = sum(measured.differing for measured in by_way.values())
+        total = sum(len(measured.latencies) for measured in by_way.values())
         lines.append(f"| {clients or 'no server'} | {' | '.join(cells)} | {wrong} of {total} |")
     return "\n".join(lines)
 
@@ -249,24 +261,30 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=30, help="per way and number of clients")
     parser.add_argument("--turns", type=int, default=6, help="that these are split into")
+    parser.add_argument("--servers", type=int, default=1, help="of each kind; they share the turns")
+    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS], help="with none")
     parser.add_argument("--warm-up", type=float, default=5, help="seconds before, not counted")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 40, 56, 32, 48])
     parser.add_argument("--graphs", type=Path, help="folder of calibrated graphs, to use again")
     add_into(parser)
     args = parser.parse_args()
+    if args.turns % args.servers or "none" not in args.ways:
+        parser.error("--turns has to be a multiple of --servers, and none one of --ways")
     found = measure(args)
     shape = f" --shape {args.shape}" if args.shape else ""
+    several = f" --servers {args.servers}" if args.servers > 1 else ""
+    ways = "" if args.ways == [*WAYS] else f" --ways {' '.join(args.ways)}"
     block = (
         f"`python studies/load.py --model {args.model} --cache {args.cache}{shape} --clients "
-        f"{' '.join(map(str, args.clients))} --max-batch {args.max_batch} --seconds "
+        f"{' '.join(map(str, args.clients))}{ways}{several} --max-batch {args.max_batch} --seconds "
         f"{args.seconds:g} --turns {args.turns} --warm-up {args.warm_up:g} --lengths "
         f"{' '.join(map(str, args.lengths))}` (torch {torch.__version__}, {os.cpu_count()} CPUs, "
-        f"{platform.machine()})\n\n{table(found)}"
+        f"{platform.machine()})\n\n{table(found, args.ways, args.servers)}"
     )
     print(f"\n{block}")
     for path in args.into:
-        fill(path, f"load {args.model}{shape}", block)
+        fill(path, f"load {args.model}{shape}{several}", block)
 
 
 if __name__ == "__main__":
