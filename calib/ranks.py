@@ -87,8 +87,9 @@ class Ranks:
         try:
             dist.monitored_barrier(timeout=_PATIENCE)
         except RuntimeError as error:
-            found = re.search(r"Rank (\d+) failed", str(error))  # only rank 0 is told
-            who = f"rank {found[1]}" if found else "another rank"
+            found = re.search(r"Rank (\d+) failed", str(error))  # only rank 0 is told, mostly
+            others = [found[1]] if found else [*{*range(self.world)} - {self.rank}]
+            who = f"rank {others[0]}" if len(others) == 1 else "another rank"
             raise SpiffyError(
                 f"rank {self.rank}: {who} has ended; what is recorded is safe, run the same "
                 "command again"

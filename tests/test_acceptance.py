@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from spiffy.calib.fit import _fit_sets, _fit_softmax, can_fit
+from spiffy.calib.fit import _fit_sets, _fit_softmax, _out_of_step, can_fit
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
 from spiffy.runtime.draft.expand import expand
 from spiffy.runtime.draft.features import States, position_features, token_features
@@ -480,3 +480,11 @@ def test_the_law_of_sets_is_found_from_what_it_drew(spread: float) -> None:
 )
 def test_only_policies_with_a_model_get_one(options: dict[str, object], fits: bool) -> None:
     assert can_fit(DecodingSettings.parse(**options)) is fits
+
+
+@pytest.mark.parametrize("period", [1, 4, 31, 32])
+@pytest.mark.parametrize("least", [1, 2, 3, 31, 32])
+def test_what_is_fitted_to_comes_from_every_step_of_a_block(least: int, period: int) -> None:
+    stride = _out_of_step(least, period)
+    assert least <= stride <= least + 2
+    assert {k * stride % period for k in range(period)} == set(range(period))
