@@ -47,6 +47,7 @@ def write_report(bench: Bench, path: Path) -> None:
     """
     require_matplotlib()
     from spiffy.bench import plots
+    from spiffy.bench.plots.style import COLOUR_NAMES
 
     walkthrough = bench.walkthrough
     page = _render(
@@ -58,6 +59,7 @@ def write_report(bench: Bench, path: Path) -> None:
         pictures=plots.pictures_of(bench),
         steps=None if walkthrough is None else walkthrough_data(walkthrough),
         conditions=_conditions(bench),
+        colours=COLOUR_NAMES,
     )
     write_atomically(path, page)
 

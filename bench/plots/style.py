@@ -212,9 +212,11 @@ WHO: dict[MethodKind, str] = {
     "auto": "auto",
     "perfect": "perfect drafts",
 }
-COLOUR_OF: dict[MethodKind, str] = {
-    kind: COLOURS[{"paper": "paper-graph", "freedave": "chain"}.get(kind, kind)] for kind in WHO
+#: Their colours, by the names that pages know them by.
+COLOUR_NAMES: dict[MethodKind, str] = {
+    kind: {"paper": "paper-graph", "freedave": "chain"}.get(kind, kind) for kind in WHO
 }
+COLOUR_OF: dict[MethodKind, str] = {kind: COLOURS[name] for kind, name in COLOUR_NAMES.items()}
 MARKER_OF: dict[MethodKind, str] = {
     "plain": "",
     "freedave": "P",
