@@ -47,6 +47,20 @@ def test_after_fifty_forwards_it_is_close_to_the_best_fixed_choice(name: str, sh
     assert fmean(late) < 1.045
 
 
+def test_what_gains_much_is_believed_at_once_in_a_first_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(regret.CURVES["flat"], 1.0)
+
+    def first() -> float:
+        answers = (regret.decode(world, regret.FIRST, seed)[1] for seed in range(20))
+        return fmean(regret.regret(world, answer, 0) for answer in answers) - 1
+
+    ours = first()
+    monkeypatch.setattr("spiffy.runtime.budget.controller._EARLY", 0)
+    assert ours < 0.8 * first()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", regret.CURVES)
 def test_a_decode_takes_no_longer_than_plain_decoding(name: str, share: float) -> None:

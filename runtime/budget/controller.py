@@ -44,6 +44,8 @@ _LEARN_SECONDS = 0.02  # as many as this takes for each of its sequences,
 _LEARN_SELDOM = 8  # but no more
 _TRY = 2  # forwards of a try,
 _DEAR = 0.3  # but a single one where it is known to lose this much of a plain forward,
+_EARLY = 40  # forwards up to which one try is enough
+_MUCH = 0.25  # where it saves this share of a step's time;
 _PLAIN_LOOK = 3  # and of plain ones, by which all others are measured,
 _FAR_BEHIND = 0.7  # but one less where others take less than this share of their time
 _LOOK_AGAIN = 32  # forwards between two looks at what was not tried for long,
@@ -301,7 +303,7 @@ class Controller:
             self._account(tried)
         best = self._best()
         if tried is not None:
-            if best == self._now != PLAIN and not self._own(best).surely_knows(best.drafts):
+            if best == self._now != PLAIN and self._is_in_doubt(best, tried.otherwise):
                 self._look_at(best, best)  # look again before believing it
                 return
             self._count(self._now, in_vain=best != self._now)
@@ -357,6 +359,12 @@ class Controller:
     def _most(self, choice: Choice) -> float:
         """Seconds that a forward may take, and its drafting; longer ones were interrupted."""
         return (1 + choice.drafts) * self._plain.expected(0) + self._drafting_seconds(choice)
+
+    def _is_in_doubt(self, best: Choice, otherwise: float) -> bool:
+        """Whether too little is known of what was found best; a first answer is short, though."""
+        saves_much = self.seconds_per_step(best) < (1 - _MUCH) * otherwise
+        early = saves_much and self.forwards <= _EARLY
+        return not early and not self._own(best).surely_knows(best.drafts)
 
     def _hardly_believes(self, tried: Try) -> bool:
         """Whether too few plain forwards say that all has changed."""
