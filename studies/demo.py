@@ -43,7 +43,7 @@ CASES: tuple[tuple[str, CacheName], ...] = (
 )
 SHAPE = "qwen3-0.6b"
 DRAFTS = 8  # of the count that says what a device that waits for memory would gain
-_SLOW = 100.0  # seconds: beyond, one prompt at a real size is enough
+SLOW = 100.0  # seconds: beyond, one prompt at a real size is enough
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def main() -> int:
         soft_wrap=True,
     )
     if not args.small:
-        few = texts[: 1 if perf_counter() - began > _SLOW else 2]
+        few = texts[: 1 if perf_counter() - began > SLOW else 2]
         with log.status(f"growing tiny-sdar into the shape of {SHAPE}"):
             dtype = "bfloat16" if has_amx() else "float32"  # what a real model had better run in
             tiny = load_model("tiny-sdar", device="cpu", dtype=dtype)
@@ -178,7 +178,7 @@ def main() -> int:
             prepack_if_faster(large)  # as the commands do
         line = race(f"{SHAPE} shape", large, grow_graph(graph, tiny, large), few, count=False)
         console.print(
-            f"At the size of {SHAPE} (tiny-sdar grown, {dtype}, {len(few)} prompts): "
+            f"At the size of {SHAPE} (tiny-sdar grown, {dtype}, prompts: {len(few)}): "
             f"{line.speeds[0]:.2f} -> {line.speeds[1]:.2f} tokens/s ({line.ratio:.2f}x), "
             f"NFE {line.nfe[0]} -> {line.nfe[1]} over {line.positions:.2f}x the positions, "
             f"tokens identical: {'yes' if line.identical else 'NO'}",

@@ -361,7 +361,7 @@ class Controller:
         return (1 + choice.drafts) * self._plain.expected(0) + self._drafting_seconds(choice)
 
     def _is_in_doubt(self, best: Choice, otherwise: float) -> bool:
-        """Whether too little is known of what was found best; a first answer is short, though."""
+        """Whether to look again: where much is saved, a first answer would be over by then."""
         saves_much = self.seconds_per_step(best) < (1 - _MUCH) * otherwise
         early = saves_much and self.forwards <= _EARLY
         return not early and not self._own(best).surely_knows(best.drafts)
