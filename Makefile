@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.installed
 # Compiling all of torch and its like takes longer than installing it; Python compiles what it imports, and keeps
-# that (where it must not, every start takes twice as long). The last line of setting up has numba compile
+# that (else every start would compile all of it once more). The last line of setting up has numba compile
 # what searches for drafts, so that nothing that is tried first waits for that.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
