@@ -70,6 +70,7 @@ class AcceptanceDrafter:
         self.eos_token_ids = np.array(sorted(model.eos_token_ids), dtype=np.int64)
         self.vocab_size = model.vocab_size
         self._search = fastest_search()
+        self._prepared = self._search.prepare(weights)
 
     def outlook(self, root: Cursor, candidates: Candidates) -> Outlook:
         """Lay out the root for the acceptance model."""
@@ -94,7 +95,7 @@ class AcceptanceDrafter:
         if not len(candidates.positions) or room < 1:
             return root.ids.new_empty((0, len(root.ids)))
         known = self._laid_out(self._search.lay_out, root, candidates)
-        choice, p = self._search.expand(self.weights, known, self.budget, room)
+        choice, p = self._search.expand(self._prepared, known, self.budget, room)
         choice = choice[: self.pays(p)]
         states = np.repeat(root.ids.numpy()[None], len(choice), 0)
         at, m = (choice >= 0).nonzero()

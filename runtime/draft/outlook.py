@@ -15,7 +15,7 @@ from spiffy.runtime.draft.ngrams import Bools, Counts, Floats, Ints, counted
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-_TEXT = 1024  # tokens of the text so far that n-grams are taken from
+TEXT = 1024  # tokens of the text so far that n-grams are taken from
 NEVER = -1e9  # score of what cannot be
 _FAR = 1 << 30  # positions
 LIKELY = float(np.log(0.05))  # least log-probability of what an asked draft holds more
@@ -241,7 +241,7 @@ def asked(
 def ngrams_before(ids: Ints, last: int, mask_token_id: int, vocab: int) -> Counts:
     """Bigrams and trigrams of the text up to the token behind position `last`."""
     end = last + 2
-    text = ids[max(0, end - _TEXT) : end]
+    text = ids[max(0, end - TEXT) : end]
     return counted(np.where(text == mask_token_id, -1, text), vocab)
 
 

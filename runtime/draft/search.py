@@ -22,14 +22,21 @@ class Search(NamedTuple):
     ----------
     asked, lay_out, expand
         `outlook.asked`, `Outlook.at` and `expand.expand`, or what does the same.
+    prepare
+        From an acceptance model to what `expand` takes.
     """
 
     asked: Callable[..., Ints]
     lay_out: Callable[..., Any]
-    expand: Callable[[AcceptanceWeights, Any, int, int], tuple[Ints, Floats]]
+    prepare: Callable[[AcceptanceWeights], Any]
+    expand: Callable[[Any, Any, int, int], tuple[Ints, Floats]]
 
 
-IN_NUMPY = Search(asked, Outlook.at, expand)
+def _as_it_is(weights: AcceptanceWeights) -> AcceptanceWeights:
+    return weights
+
+
+IN_NUMPY = Search(asked, Outlook.at, _as_it_is, expand)
 
 
 @cache
@@ -54,4 +61,4 @@ def fastest_search() -> Search:
             stacklevel=2,
         )
         return IN_NUMPY
-    return Search(compiled.asked, compiled.lay_out, compiled.expand)
+    return Search(compiled.asked, compiled.lay_out, compiled.prepare, compiled.expand)

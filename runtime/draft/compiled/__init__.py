@@ -16,7 +16,7 @@ from spiffy.runtime.draft.compiled import layout, loops
 from spiffy.runtime.draft.compiled.arrays import Facts, Model, Root
 from spiffy.runtime.draft.expand import DEPTH, most_states
 from spiffy.runtime.draft.ngrams import Floats, Ints
-from spiffy.runtime.draft.outlook import LIKELY, Rejected, ngrams_before
+from spiffy.runtime.draft.outlook import LIKELY, TEXT, Rejected
 
 
 def asked(
@@ -51,21 +51,26 @@ def lay_out(
     if heard is None:
         nothing, no_number = np.empty((0, count), np.int64), np.empty((0, count, ranks))
         heard = Rejected(nothing, no_number, np.empty((0, len(fresh)), np.bool_))
-    text = ngrams_before(ids, positions.max(), mask_token_id, vocab).keys
-    told = (ids, positions, tokens, log_p, fresh, heard.choice, heard.log_p, heard.unseen, text)
+    told = (ids, positions, tokens, log_p, fresh, heard.choice, heard.log_p, heard.unseen)
     # Arrays of another layout would be of another type, for which all is compiled once more.
     facts = Facts._make(map(np.ascontiguousarray, told))
-    root: Root = layout.lay_out(facts, mask_token_id, eos_token_ids)
+    root: Root = layout.lay_out(facts, mask_token_id, eos_token_ids, TEXT, vocab)
     return root
 
 
-def expand(weights: AcceptanceWeights, root: Root, budget: int, room: int) -> tuple[Ints, Floats]:
-    """As `expand.expand`, which says what it takes and returns.
+def prepare(weights: AcceptanceWeights) -> Model:
+    """An acceptance model as `expand` takes it."""
+    pairs = weights.bigrams.pairs
+    return Model.of(weights, layout.tabled(pairs.keys, np.diff(pairs.below)))
+
+
+def expand(model: Model, root: Root, budget: int, room: int) -> tuple[Ints, Floats]:
+    """As `expand.expand`, which says what it takes and returns, of what `prepare` made.
 
     Equal but for rounding; where that decides, the last of the drafts may be another one.
     """
     budget = min(budget, most_states(len(root.positions)))
-    choice, p = loops.expand(Model.of(weights), root, budget, room, min(DEPTH, room))
+    choice, p = loops.expand(model, root, budget, room, min(DEPTH, room))
     return choice, p
 
 
@@ -76,7 +81,7 @@ def allowed() -> bool:
 
 def warm_up() -> None:
     """Compile, or load what was compiled before."""
-    nothing = AcceptanceWeights.of({}, None, {}, (), vocab=2)
+    nothing = prepare(AcceptanceWeights.of({}, None, {}, (), vocab=2))
     ids = np.array([0, 1, 1])
     root = lay_out(
         ids,

@@ -30,6 +30,13 @@ class Limits(NamedTuple):
     forced: int
 
 
+class Table(NamedTuple):
+    """How often keys occurred: they are where they are looked for, and -1 where there is none."""
+
+    keys: Ints
+    counts: Floats
+
+
 class Model(NamedTuple):
     """An `AcceptanceWeights`, and tables of `expand`.
 
@@ -41,8 +48,7 @@ class Model(NamedTuple):
     commit: Floats
     offsets: Floats
     token: Floats
-    pairs: Ints
-    pairs_below: Floats
+    pairs: Table
     prior: Floats
     log_total: Floats
     vocab: int
@@ -51,8 +57,8 @@ class Model(NamedTuple):
     limits: Limits
 
     @classmethod
-    def of(cls, weights: AcceptanceWeights) -> Model:
-        """The weights as arrays."""
+    def of(cls, weights: AcceptanceWeights, pairs: Table) -> Model:
+        """The weights as arrays, with the table of what their bigrams count."""
         sets, bigrams = weights.commit is not None, weights.bigrams
         offsets = OFFSETS if weights.spread else ((0.0, 1.0),)
         return cls(
@@ -60,8 +66,7 @@ class Model(NamedTuple):
             np.empty(0) if weights.commit is None else weights.commit,
             np.array([(offset * weights.spread, np.log(share)) for offset, share in offsets]),
             weights.token,
-            bigrams.pairs.keys,
-            bigrams.pairs.below,
+            pairs,
             bigrams.prior,
             bigrams.log_total,
             bigrams.vocab,
@@ -72,7 +77,7 @@ class Model(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What `Outlook.at` is told of a root and rejected drafts; `text` as in `Root`."""
+    """What `Outlook.at` is told of a root and rejected drafts."""
 
     ids: Ints
     positions: Ints
@@ -82,11 +87,10 @@ class Facts(NamedTuple):
     choice: Ints
     said: Floats
     unseen: Bools
-    text: Ints
 
 
 class Root(NamedTuple):
-    """An `Outlook`; `text` are the keys of what it counts, ascending."""
+    """An `Outlook`; `share` are probabilities, `ngrams` is what it counts."""
 
     positions: Ints
     tokens: Ints
@@ -103,16 +107,22 @@ class Root(NamedTuple):
     behind: Ints
     constant: Floats
     echo: Bools
-    text: Ints
+    share: Floats
+    ngrams: Table
 
 
 class Level(NamedTuple):
-    """`features.States`, and their probabilities."""
+    """`features.States`, and their probabilities `p`.
+
+    `share` [n, M, J] are the probabilities of `log_p`, `logit` [n, M] the log-odds of the largest.
+    """
 
     choice: Ints
     source: Ints
     unseen: Bools
     log_p: Floats
+    share: Floats
+    logit: Floats
     depth: Ints
     p: Floats
 
@@ -123,3 +133,22 @@ class Children(NamedTuple):
     parent: Ints
     choice: Ints
     p: Floats
+
+
+class Work(NamedTuple):
+    """Where features are worked out, of one position after the other.
+
+    `told` [F] are those of positions; `behind` [M] as in `features._nearness`, `alike` and `is_new`
+    by kind of token; `logs` are those of 1, 2, ...; the others are by neighbour.
+    """
+
+    told: Floats
+    behind: Ints
+    alike: Ints
+    is_new: Bools
+    logs: Floats
+    masked: Floats
+    drafted: Floats
+    theirs: Floats
+    beside: Ints
+    new: Bools

@@ -8,12 +8,52 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import njit
 
-from spiffy.runtime.draft.compiled.arrays import Root
+from spiffy.runtime.draft.compiled.arrays import Root, Table
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _compiled: Callable[[_Function], _Function] = njit(cache=True, nogil=True, error_model="numpy")
 _FAR = 1 << 30  # positions
+_SCATTER = -7046029254386353131  # 2**64 over the golden ratio, in two's complement
 _LEAST = -30.0  # log-probability
+
+
+@_compiled
+def _slot(keys: Any, key: Any) -> Any:
+    """Where a key is among those of a table, or would be: -1 stands where there is none."""
+    last = len(keys) - 1
+    at = (key * _SCATTER >> 32) & last  # may overflow
+    while keys[at] >= 0 and keys[at] != key:
+        at = (at + 1) & last
+    return at
+
+
+@_compiled
+def tabled(keys: Any, counts: Any) -> Any:
+    """A table of how often keys (int64 [n], >= 0) occurred; counts (float64 [n]) add up."""
+    size = 2
+    while size < 2 * len(keys):
+        size *= 2
+    table = Table(np.full(size, -1), np.zeros(size))
+    for k in range(len(keys)):
+        at = _slot(table.keys, keys[k])
+        table.keys[at] = keys[k]
+        table.counts[at] += counts[k]
+    return table
+
+
+@_compiled
+def _ngrams(text: Any, vocab: Any) -> Any:
+    """Bigrams and trigrams of a text (-1 where unknown): `ngrams.counted`."""
+    keys, found = np.empty(2 * len(text), np.int64), 0
+    for k in range(1, len(text)):
+        if text[k - 1] >= 0 and text[k] >= 0:
+            pair = text[k - 1] * vocab + text[k]
+            keys[found] = pair
+            found += 1
+            if k > 1 and text[k - 2] >= 0:
+                keys[found] = (text[k - 2] + 1) * vocab**2 + pair
+                found += 1
+    return tabled(keys[:found], np.ones(found))
 
 
 @_compiled
@@ -79,14 +119,14 @@ def _logit(log_p: Any) -> Any:
 
 
 @_compiled
-def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any) -> Any:
-    """`Outlook.at`."""
-    ids, positions, tokens, log_p, fresh, choice, said, unseen_by, text = facts
+def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any, most: Any, vocab: Any) -> Any:
+    """`Outlook.at`; `most` tokens of the text so far count."""
+    ids, positions, tokens, log_p, fresh, choice, said, unseen_by = facts
     (count, width), sources = tokens.shape, 1 + len(choice)
     order = np.argsort(positions)
     where, by_place = np.empty(count, np.int64), np.empty((count, width), np.int64)
     seen, lead = np.full((sources, count), -1), np.zeros(sources, np.int64)
-    law = np.empty((sources, count, width))
+    law, share = np.empty((sources, count, width)), np.empty((sources, count, width))
     best, log_mass = np.empty((sources, count), np.int64), np.empty((sources, count))
     is_fresh = np.zeros((2, sources, count), np.bool_)
     before, behind = np.full((sources, count), -_FAR), np.full((sources, count), _FAR)
@@ -111,7 +151,8 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any) -> Any:
             for j in range(width):
                 value = max(law[s, m, j], _LEAST)
                 law[s, m, j] = value
-                mass += np.exp(value)
+                share[s, m, j] = np.exp(value)
+                mass += share[s, m, j]
                 if value > top:
                     best[s, m], top, second = j, value, top
                 else:
@@ -133,6 +174,11 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any) -> Any:
             constant[2, s, m] = min(top - second, 12.0)
             constant[3, s, m] = _is_one_of(likely, eos_token_ids)
     neighbours, known = _neighbours(where, ids, mask_token_id)
+    end = where[-1] + 2
+    text = ids[max(0, end - most) : end].copy()
+    for k in range(len(text)):
+        if text[k] == mask_token_id:
+            text[k] = -1
     return Root(
         where,
         by_place,
@@ -149,7 +195,8 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any) -> Any:
         behind,
         constant,
         echo,
-        text,
+        share,
+        _ngrams(text, vocab),
     )
 
 

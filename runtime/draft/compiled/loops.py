@@ -13,70 +13,80 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import njit
 
-from spiffy.runtime.draft.compiled.arrays import Children, Level
+from spiffy.runtime.draft.compiled.arrays import Children, Level, Work
 
 _FAR = 1 << 30  # positions
+_SCATTER = -7046029254386353131  # 2**64 over the golden ratio, in two's complement
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _compiled: Callable[[_Function], _Function] = njit(cache=True, nogil=True, error_model="numpy")
+# Of several numbers at once, so in another order.
+_sums: Callable[[_Function], _Function] = njit(
+    cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"}
+)
 
 
 @_compiled
-def _before(keys: Any, key: Any) -> Any:
-    """How many of the ascending keys are below `key`."""
-    low, high = 0, len(keys)
-    while low < high:
-        middle = (low + high) // 2
-        if keys[middle] < key:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def _slot(keys: Any, key: Any) -> Any:
+    """Where a key is in a table, or would be: `layout._slot`."""
+    last = len(keys) - 1
+    at = (key * _SCATTER >> 32) & last  # may overflow
+    while keys[at] >= 0 and keys[at] != key:
+        at = (at + 1) & last
+    return at
 
 
 @_compiled
-def _times(keys: Any, key: Any) -> Any:
+def _times(table: Any, key: Any) -> Any:
     """How often a key occurred: `ngrams.Counts`."""
-    return _before(keys, key + 1) - _before(keys, key)
+    return table.counts[_slot(table.keys, key)]
 
 
 @_compiled
-def _rerank(model: Any, root: Any, level: Any, n: Any, m: Any) -> None:
+def _rerank(model: Any, root: Any, level: Any, n: Any, m: Any, work: Any) -> None:
     """Re-rank the tokens of one position of a state, in place: `features.token_features`."""
-    tokens, source, weights = root.tokens[m], level.source[n], model.token
-    known, new = np.empty(3, np.int64), np.zeros(3, np.bool_)
+    source, ranks, vocab, tokens = level.source[n], root.tokens.shape[1], model.vocab, root.tokens
+    beside, new, weights, pairs, prior = (
+        work.beside,
+        work.new,
+        model.token,
+        model.pairs,
+        model.prior,
+    )
+    law, score, share, most, mass = root.log_p, level.log_p, level.share, -np.inf, 0.0
+    best, ngrams = root.best[source, m], root.ngrams
     for side in range(3):
         at = root.neighbours[side, m]
         rank = level.choice[n, at] if at >= 0 else -1
-        known[side] = root.tokens[at, rank] if rank >= 0 else root.neighbour_tokens[side, m]
+        beside[side] = tokens[at, rank] if rank >= 0 else root.neighbour_tokens[side, m]
         if side < 2:
             new[side] = root.fresh[side, source, m] or (at >= 0 and level.unseen[n, at])
-    log_p, score, most = root.log_p[source, m], np.empty(len(tokens)), -np.inf
-    for j in range(len(tokens)):
-        token = tokens[j]
-        total = weights[0] * log_p[j] + weights[1] * (root.best[source, m] == j)
+    for j in range(ranks):
+        token, log_p = tokens[m, j], law[source, m, j]
+        total = weights[0] * log_p + weights[1] * (best == j)
         for side in range(2):
             if not new[side]:
                 continue
-            beside = known[side]
-            left, right = (beside, token) if side == 0 else (token, beside)
-            pair = left * model.vocab + right
-            first, last = _before(model.pairs, pair), _before(model.pairs, pair + 1)
-            seen = model.pairs_below[last] - model.pairs_below[first] + model.prior[side, token]
-            total += weights[2 + side] * (np.log(seen) - model.log_total[side, beside])
-            total += weights[4 + side] * (token == beside) + weights[6 + side] * log_p[j]
-            total += weights[8 + side] * np.log1p(_times(root.text, pair))
-            if side == 0 and known[2] >= 0:
-                triple = (known[2] + 1) * model.vocab**2 + pair
-                total += weights[10] * np.log1p(_times(root.text, triple))
+            known = beside[side]
+            pair = known * vocab + token if side == 0 else token * vocab + known
+            seen = _times(pairs, pair) + prior[side, token]
+            total += weights[2 + side] * (np.log(seen) - model.log_total[side, known])
+            total += weights[4 + side] * (token == known) + weights[6 + side] * log_p
+            total += weights[8 + side] * np.log1p(_times(ngrams, pair))
+            if side == 0 and beside[2] >= 0:
+                triple = (beside[2] + 1) * vocab**2 + pair
+                total += weights[10] * np.log1p(_times(ngrams, triple))
         if new[0] and new[1]:
-            total += weights[11] * log_p[j]
-        score[j], most = total, max(most, total)
-    mass = 0.0
-    for j in range(len(tokens)):
-        mass += np.exp(score[j] - most)
+            total += weights[11] * log_p
+        score[n, m, j], most = total, max(most, total)
+    for j in range(ranks):
+        share[n, m, j] = np.exp(score[n, m, j] - most)
+        mass += share[n, m, j]
     change = root.log_mass[source, m] - most - np.log(mass)
-    for j in range(len(tokens)):
-        level.log_p[n, m, j] = score[j] + change
+    largest = np.exp(most + change)
+    for j in range(ranks):
+        score[n, m, j] += change
+        share[n, m, j] *= largest
+    level.logit[n, m] = _logit(most + change)
 
 
 @_compiled
@@ -87,120 +97,94 @@ def _logit(log_p: Any) -> Any:
 
 
 @_compiled
-def _two_best(log_p: Any) -> Any:
-    """The two largest; of one, that twice."""
-    top, second = log_p[0], -np.inf
-    for j in range(1, len(log_p)):
-        if log_p[j] > top:
-            top, second = log_p[j], top
-        else:
-            second = max(second, log_p[j])
-    return top, second if len(log_p) > 1 else top
+def _work(root: Any, features: Any) -> Any:
+    """Room for what `_scores` and `_rerank` work out."""
+    count, kinds = len(root.positions), root.kinds.max() + 1
+    logs = np.empty(max(root.positions[-1] - root.positions[0] + 1, count))
+    for k in range(len(logs)):
+        logs[k] = np.log1p(k)
+    told, behind = np.empty(features), np.empty(count, np.int64)
+    alike, is_new = np.zeros(kinds, np.int64), np.zeros(kinds, np.bool_)
+    beside, new = np.empty(3, np.int64), np.empty(2, np.bool_)
+    sides = np.empty(4), np.empty(4), np.empty(4)
+    return Work(told, behind, alike, is_new, logs, *sides, beside, new)
 
 
 @_compiled
-def _scores(model: Any, root: Any, level: Any, n: Any, score: Any, odds: Any) -> None:
+def _scores(model: Any, root: Any, level: Any, n: Any, work: Any, score: Any, odds: Any) -> None:
     """What the regressions say of the masked positions of a state: `features.position_features`.
 
     Into `score` [M], and `odds` [M] where there are coefficients of it. The features stand in the
     order of `acceptance.POSITION_FEATURES`.
     """
-    count, source, choice, where = len(score), level.source[n], level.choice[n], root.positions
-    logit, best, first = np.full(count, -np.inf), -np.inf, -1
-    kinds = root.kinds.max() + 1
-    is_new, alike = np.zeros(kinds, np.bool_), np.zeros(kinds, np.int64)
+    source, choice, where = level.source[n], level.choice[n], root.positions
+    unseen, logit, log_p, share = level.unseen[n], level.logit[n], level.log_p[n], level.share[n]
+    constant, neighbours, kinds, likely = root.constant, root.neighbours, root.kinds, root.best
+    told, masked, drafted, theirs = work.told, work.masked, work.drafted, work.theirs
+    is_new, alike, behind, logs = work.is_new, work.alike, work.behind, work.logs
+    (count, ranks), depth, best, first = root.tokens.shape, level.depth[n], -np.inf, -1
+    is_new[:], alike[:] = False, 0
     for m in range(count):
         if choice[m] < 0:
-            first = m if first < 0 else first
-            logit[m] = _logit(_two_best(level.log_p[n, m])[0])
-            best = max(best, logit[m])
-            alike[root.kinds[m, root.best[source, m]]] += 1
-        elif level.unseen[n, m]:
-            is_new[root.kinds[m, choice[m]]] = True
-    rank, order = np.empty(count), np.argsort(-logit, kind="mergesort")
-    for r in range(count):
-        rank[order[r]] = np.log1p(r)
-    behind, nearest = np.empty(count, np.int64), np.int64(_FAR)
+            first, best = (m if first < 0 else first), max(best, logit[m])
+            alike[kinds[m, likely[source, m]]] += 1
+        elif unseen[m]:
+            is_new[kinds[m, choice[m]]] = True
+    nearest = np.int64(_FAR)
     for m in range(count - 1, -1, -1):
-        nearest = min(nearest, where[m] if level.unseen[n, m] else root.behind[source, m])
+        nearest = min(nearest, where[m] if unseen[m] else root.behind[source, m])
         behind[m] = nearest
     nearest = np.int64(-_FAR)
-    masked, drafted, theirs = np.zeros(4), np.zeros(4), np.zeros(4)
     for m in range(count):
-        nearest = max(nearest, where[m] if level.unseen[n, m] else root.before[source, m])
+        nearest = max(nearest, where[m] if unseen[m] else root.before[source, m])
         if choice[m] >= 0:
             continue
         for side in range(4):
-            at = root.neighbours[side, m]
+            at = neighbours[side, m]
             masked[side] = at >= 0 and choice[at] < 0
-            drafted[side] = at >= 0 and level.unseen[n, at]
+            drafted[side] = at >= 0 and unseen[at]
             theirs[side] = logit[at] if masked[side] else 0.0
-        kind, odd, depth = root.kinds[m, root.best[source, m]], logit[m], float(level.depth[n])
-        top, second = _two_best(level.log_p[n, m])
-        known = root.constant[:, source, m]
-        origin_rank, origin, eos, left, right = known[0], known[1], known[3], known[4], known[5]
+        kind, odd, ahead = kinds[m, likely[source, m]], logit[m], 0
+        top, second, confidence = -np.inf, -np.inf, 0.0
+        for k in range(count):
+            ahead += choice[k] < 0 and (logit[k] > odd or (logit[k] == odd and k < m))
+        for j in range(ranks):
+            top, second = max(top, log_p[m, j]), max(second, min(top, log_p[m, j]))
+            confidence = max(confidence, share[m, j])
+        gap = min(top - second, 12.0) if ranks > 1 else 0.0
         nearness = 1.0 / (1.0 + min(where[m] - nearest, behind[m] - where[m]))
         echo = 1.0 if is_new[kind] or root.echo[source, m] else 0.0
-        distance, both = np.log1p(max(where[m] - where[first], 0)), masked[0] * masked[1]
-        above, is_first = max(odd - 7.0, 0.0), 1.0 if rank[m] == 0 else 0.0
-        features = (
-            origin_rank,
-            origin,
-            known[2],
-            eos,
-            left,
-            right,
-            depth,
-            drafted[0],
-            drafted[1],
-            drafted[2] * masked[0],
-            drafted[3] * masked[1],
-            masked[0],
-            masked[1],
-            both,
-            nearness,
-            echo,
-            distance,
-            distance * eos,
-            max(theirs[0] - odd, 0.0) * masked[0],
-            max(theirs[1] - odd, 0.0) * masked[1],
-            odd,
-            odd - best,
-            max(odd - 2.0, 0.0),
-            max(odd - 4.0, 0.0),
-            above,
-            min(odd, 0.0),
-            top,
-            min(top - second, 12.0),
-            np.exp(top),
-            rank[m],
-            is_first,
-            odd - origin,
-            float(min(alike[kind] - 1, 2)),
-            left * odd,
-            right * odd,
-            drafted[0] * odd,
-            drafted[1] * odd,
-            nearness * odd,
-            echo * odd,
-            depth * odd,
-            depth * eos,
-            nearness * is_first,
-            origin_rank * above,
-            both * distance * eos,
-            (odd - origin) * (odd - origin),
-        )
-        score[m] = _weighed(model.position, features)
+        distance, both = logs[max(where[m] - where[first], 0)], masked[0] * masked[1]
+        above, is_first = max(odd - 7.0, 0.0), 1.0 if ahead == 0 else 0.0
+        for k in range(6):
+            told[k] = constant[k, source, m]
+        change, eos = odd - told[1], told[3]
+        told[6], told[7], told[8] = depth, drafted[0], drafted[1]
+        told[9], told[10] = drafted[2] * masked[0], drafted[3] * masked[1]
+        told[11], told[12], told[13] = masked[0], masked[1], both
+        told[14], told[15], told[16], told[17] = nearness, echo, distance, distance * eos
+        for side in range(2):
+            told[18 + side] = max(theirs[side] - odd, 0.0) * masked[side]
+        told[20], told[21], told[22] = odd, odd - best, max(odd - 2.0, 0.0)
+        told[23], told[24], told[25] = max(odd - 4.0, 0.0), above, min(odd, 0.0)
+        told[26], told[27], told[28], told[29] = top, gap, confidence, logs[ahead]
+        told[30], told[31], told[32] = is_first, change, min(alike[kind] - 1, 2)
+        told[33], told[34] = told[4] * odd, told[5] * odd
+        told[35], told[36], told[37] = drafted[0] * odd, drafted[1] * odd, nearness * odd
+        told[38], told[39], told[40] = echo * odd, depth * odd, depth * eos
+        told[41], told[42] = nearness * is_first, told[0] * above
+        told[43], told[44] = both * told[17], change * change
+        score[m] = _weighed(model.position, told)
         if len(model.commit):
-            odds[m] = _weighed(model.commit, features) + model.commit[-1]
+            odds[m] = _weighed(model.commit, told) + model.commit[-1]
 
 
-@_compiled
-def _weighed(coefficients: Any, features: Any) -> Any:
+@_sums
+def _weighed(coefficients: Any, told: Any) -> Any:
     """`expand._weighed`."""
     total = 0.0
-    for k in range(len(features)):
-        total += coefficients[k] * features[k]
+    for k in range(len(told)):
+        total += coefficients[k] * told[k]
     return total
 
 
@@ -219,30 +203,31 @@ def _softmax(score: Any, choice: Any) -> Any:
 
 
 @_compiled
-def _one_step(model: Any, root: Any, level: Any, least: Any, most: Any) -> Any:
+def _one_step(model: Any, root: Any, level: Any, work: Any, least: Any, most: Any) -> Any:
     """The `most` most probable children above probability `least`: `expand._one_step`."""
-    count, ranks = root.tokens.shape
-    joint, score = np.zeros(len(level.p) * count * ranks), np.empty(count)
-    k, wanted = 0, 0
-    for n in range(len(level.p)):
-        _scores(model, root, level, n, score, score)
-        where = _softmax(score, level.choice[n])
+    (count, ranks), held, share = root.tokens.shape, level.choice, level.share
+    joint, score = np.zeros((len(held), count, ranks)), np.empty(count)
+    found, wanted = 0, 0
+    for n in range(len(held)):
+        _scores(model, root, level, n, work, score, score)
+        where, before = _softmax(score, held[n]), level.p[n]
         for m in range(count):
             for j in range(ranks):
-                joint[k] = level.p[n] * where[m] * np.exp(level.log_p[n, m, j])
-                wanted += joint[k] > least
-                k += 1
+                p = before * where[m] * share[n, m, j]
+                joint[n, m, j] = p
+                wanted += p > least
     if wanted > most:  # no more than these
-        least = np.sort(joint)[len(joint) - most - 1]
+        least = np.sort(joint.ravel())[joint.size - most - 1]
     parent, choice = np.empty(wanted, np.int64), np.empty((wanted, count), np.int64)
-    p, found = np.empty(wanted), 0
-    for k in range(len(joint)):
-        if joint[k] > least:
-            n, m = k // (count * ranks), k // ranks % count
-            parent[found], p[found], choice[found] = n, joint[k], level.choice[n]
-            choice[found, m] = k % ranks
-            found += 1
-    return Children(parent[:found], choice[:found], p[:found])
+    likely = np.empty(wanted)
+    for n in range(len(held)):
+        for m in range(count):
+            for j in range(ranks):
+                if joint[n, m, j] > least:
+                    parent[found], likely[found], choice[found] = n, joint[n, m, j], held[n]
+                    choice[found, m] = j
+                    found += 1
+    return Children(parent[:found], choice[:found], likely[:found])
 
 
 @_compiled
@@ -275,7 +260,7 @@ def _weakest(chosen: Any, log_p: Any, by_rank: Any, number: Any) -> Any:
 
 
 @_compiled
-def _one_set(model: Any, root: Any, level: Any, wanted: Any, room: Any) -> Any:
+def _one_set(model: Any, root: Any, level: Any, work: Any, wanted: Any, room: Any) -> Any:
     """Children by threshold unmasking above log-probability `wanted`: `expand._one_set`."""
     (count, ranks), limits = root.tokens.shape, model.limits
     states, width = len(level.p), min(limits.uncertain, count)
@@ -286,7 +271,7 @@ def _one_set(model: Any, root: Any, level: Any, wanted: Any, room: Any) -> Any:
     likely, by_rank = np.empty(count, np.bool_), np.empty((states, count, ranks), np.int64)
     for n in range(states):
         choice = level.choice[n]
-        _scores(model, root, level, n, score, odds)
+        _scores(model, root, level, n, work, score, odds)
         by_rank[n] = _tokens_by_rank(level.log_p[n])
         where = _softmax(score, choice)
         filled = 0
@@ -381,71 +366,75 @@ def _taken(children: Any, kept: Any) -> Any:
 @_compiled
 def _merged(children: Any, hashes: Any, budget: Any) -> Any:
     """`expand._merged`."""
-    count = children.choice.shape[1]
-    keys = np.zeros(len(children.p), np.int64)
-    for k in range(len(keys)):
+    choice, p, count = children.choice, children.p, children.choice.shape[1]
+    keys, first = np.zeros(len(p), np.int64), np.empty(len(p), np.int64)
+    for k in range(len(p)):
         for m in range(count):
-            if children.choice[k, m] >= 0:
-                keys[k] += hashes[m % len(hashes), children.choice[k, m]]  # may overflow
-    order = np.argsort(keys, kind="mergesort")
-    first, p, found = np.empty(len(keys), np.int64), np.empty(len(keys)), 0
-    for i in range(len(order)):
+            if choice[k, m] >= 0:
+                keys[k] += hashes[m % len(hashes), choice[k, m]]  # may overflow
+    order, total, found = np.argsort(keys, kind="mergesort"), np.zeros(len(p)), 0
+    for i in range(len(p)):
         if i == 0 or keys[order[i]] != keys[order[i - 1]]:
-            first[found], p[found] = order[i], 0.0
+            first[found] = order[i]
             found += 1
-        p[found - 1] += children.p[order[i]]
-    best = np.argsort(-p[:found], kind="mergesort")[:budget]
-    merged = _taken(children, first[best])
-    for i in range(len(best)):
-        merged.p[i] = p[best[i]]
-    return merged
+        total[first[found - 1]] += p[order[i]]
+    best = first[:found][np.argsort(-total[first[:found]], kind="mergesort")[:budget]]
+    return _taken(Children(children.parent, choice, total), best)
 
 
 @_compiled
 def _together(some: Any, more: Any) -> Any:
     """The children of both, one after the other."""
-    n, count = some.choice.shape
-    total = n + len(more.p)
-    parent, choice = np.empty(total, np.int64), np.empty((total, count), np.int64)
-    p = np.empty(total)
-    parent[:n], p[:n], choice[:n] = some.parent, some.p, some.choice
-    parent[n:], p[n:], choice[n:] = more.parent, more.p, more.choice
-    return Children(parent, choice, p)
+    parent, choice = (some.parent, more.parent), (some.choice, more.choice)
+    p = np.concatenate((some.p, more.p))
+    return Children(np.concatenate(parent), np.concatenate(choice), p)
 
 
 @_compiled
-def _filled(model: Any, root: Any, level: Any, children: Any) -> Any:
+def _filled(model: Any, root: Any, level: Any, children: Any, work: Any) -> Any:
     """The children as states: `features.States.filled`."""
-    states, count = children.choice.shape
-    ranks, parent, choice = root.tokens.shape[1], children.parent, children.choice
+    parent, choice, seen, leads = children.parent, children.choice, root.seen, root.lead
+    (states, count), ranks, neighbours = choice.shape, root.tokens.shape[1], root.neighbours
     source, depth = np.zeros(states, np.int64), np.empty(states, np.int64)
     unseen, new = np.empty((states, count), np.bool_), np.empty((states, count), np.bool_)
-    filled = Level(choice, source, unseen, np.empty((states, count, ranks)), depth, children.p)
+    log_p, share = np.empty((states, count, ranks)), np.empty((states, count, ranks))
+    logit, held, fresh = np.empty((states, count)), level.choice, root.fresh
+    filled = Level(choice, source, unseen, log_p, share, logit, depth, children.p)
     for n in range(states):
-        above, lead = parent[n], root.lead[0]
-        for s in range(1, len(root.lead)):
-            if root.lead[s] > lead:
+        above, best, lead = parent[n], 0, leads[0]
+        for s in range(1, len(leads)):
+            if leads[s] > lead:
                 fits = True
                 for m in range(count):
-                    fits &= root.seen[s, m] < 0 or root.seen[s, m] == choice[n, m]
+                    fits &= seen[s, m] < 0 or seen[s, m] == choice[n, m]
                 if fits:
-                    source[n], lead = s, root.lead[s]
-        moved, drafted = source[n] != level.source[above], 0
+                    best, lead = s, leads[s]
+        moved, drafted, source[n] = best != level.source[above], 0, best
         for m in range(count):
-            unseen[n, m] = choice[n, m] >= 0 and root.seen[source[n], m] < 0
-            new[n, m] = unseen[n, m] and (moved or level.choice[above, m] < 0)
+            unseen[n, m] = choice[n, m] >= 0 and seen[best, m] < 0
+            new[n, m] = unseen[n, m] and (moved or held[above, m] < 0)
             drafted += unseen[n, m]
         depth[n] = level.depth[above] + 1
         if moved:
             depth[n] = min(depth[n], drafted)
-        filled.log_p[n] = root.log_p[source[n]] if moved else level.log_p[above]
+            log_p[n], share[n], logit[n] = (
+                root.log_p[best],
+                root.share[best],
+                root.constant[1, best],
+            )
+        else:
+            log_p[n], share[n], logit[n] = (
+                level.log_p[above],
+                level.share[above],
+                level.logit[above],
+            )
         for m in range(count):
-            left, right = root.neighbours[0, m], root.neighbours[1, m]
+            left, right = neighbours[0, m], neighbours[1, m]
             beside = (left >= 0 and new[n, left]) or (right >= 0 and new[n, right])
             if moved:
-                beside |= root.fresh[0, source[n], m] or root.fresh[1, source[n], m]
+                beside |= fresh[0, best, m] or fresh[1, best, m]
             if beside and choice[n, m] < 0:
-                _rerank(model, root, filled, n, m)
+                _rerank(model, root, filled, n, m, work)
     return filled
 
 
@@ -470,20 +459,22 @@ def expand(model: Any, root: Any, budget: Any, room: Any, deepest: Any) -> Any:
     count, limits = len(root.positions), model.limits
     mass, sets = np.zeros(count), len(model.commit) > 0
     none = (np.full((1, count), -1), np.zeros(1, np.int64), np.zeros((1, count), np.bool_))
-    level = Level(*none, root.log_p[:1].copy(), np.zeros(1, np.int64), np.ones(1))
+    known = (root.log_p[:1].copy(), root.share[:1].copy(), root.constant[1, :1].copy())
+    level = Level(*none, *known, np.zeros(1, np.int64), np.ones(1))
+    work = _work(root, len(model.position))
     for m in range(count):
         for s in range(len(root.lead)):
             mass[m] = max(mass[m], np.exp(root.log_mass[s, m]))
         if root.fresh[0, 0, m] or root.fresh[1, 0, m]:
-            _rerank(model, root, level, 0, m)
+            _rerank(model, root, level, 0, m, work)
     best = Children(np.empty(0, np.int64), np.empty((0, count), np.int64), np.empty(0))
     limit = 0.0
     for depth in range(1, deepest + 1):
         if sets:
             wanted = np.log(max(limit * limits.share, limits.least))
-            children = _one_set(model, root, level, wanted, room)
+            children = _one_set(model, root, level, work, wanted, room)
         else:
-            children = _one_step(model, root, level, limit * limits.share, 4 * budget)
+            children = _one_step(model, root, level, work, limit * limits.share, 4 * budget)
         if not len(children.p):
             break
         children = _merged(children, model.hashes, budget)
@@ -496,5 +487,5 @@ def expand(model: Any, root: Any, budget: Any, room: Any, deepest: Any) -> Any:
         worth = _worth(children, mass, max(limit, limits.rare), limit * limits.share)
         if depth == deepest or not len(worth):
             break
-        level = _filled(model, root, level, _taken(children, worth))
+        level = _filled(model, root, level, _taken(children, worth), work)
     return best.choice, best.p
