@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -10,13 +12,15 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from spiffy.runtime.draft import compiled, search
+from spiffy.runtime.draft import compiled, search, told
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
 from spiffy.runtime.draft.compiled import layout, loops
+from spiffy.runtime.draft.compiled import told as loops_of_told
 from spiffy.runtime.draft.compiled.arrays import Root
 from spiffy.runtime.draft.expand import expand
 from spiffy.runtime.draft.ngrams import Bigrams
-from spiffy.runtime.draft.outlook import Outlook, Rejected, asked
+from spiffy.runtime.draft.outlook import Outlook, Rejected
+from spiffy.runtime.forward.question import quotes_of
 
 MASK, EOS, VOCAB = 29, 28, 30
 
@@ -127,10 +131,67 @@ def test_the_drafts_asked_are_those_of_numpy(
     held = np.where(rng.random((states, block)) < 0.9, np.where(parent == MASK, held, parent), held)
     held = np.concatenate((parent[None], held))
     positions = rng.permutation(np.flatnonzero(ids == MASK))
-    told = (positions, tokens[positions], np.log(rng.random((len(positions), ranks))), MASK)
-    expected = asked(held, ids, 0, *told)
-    assert compiled.asked(held, ids, 0, *told).tolist() == expected.tolist()
+    facts = (positions, tokens[positions], np.log(rng.random((len(positions), ranks))), MASK)
+    expected = told.asked(held, ids, 0, *facts)
+    assert compiled.asked(held, ids, 0, *facts).tolist() == expected.tolist()
     event(f"{min(len(expected), 3)} asked")
+
+
+def assert_same(ours: Sequence[Any], expected: Sequence[Any]) -> None:
+    for found, wanted in zip(ours, expected, strict=True):
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert found == pytest.approx(wanted, rel=1e-9)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(2, 6), st.booleans())
+def test_candidates_are_ranked_as_by_numpy(
+    seed: int, count: int, ranks: int, by_token: bool
+) -> None:
+    """With the mask token among the likeliest, equal scores and equal probabilities."""
+    rng = np.random.default_rng(seed)
+    positions = np.sort(rng.permutation(40)[:count])
+    tokens = np.stack([rng.permutation([*range(8), MASK])[:ranks] for _ in positions])
+    log_p = np.log(rng.integers(1, 4, tokens.shape) / 20)
+    score = rng.integers(1, 4, count) / 4
+    masked = positions[rng.random(count) < 0.7]
+    facts = (positions, tokens, log_p, score, masked, MASK, ranks - 1, by_token)
+    assert_same(compiled.ranked(*facts), told.ranked(*facts))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
+def test_what_drafts_say_is_heard_as_by_numpy(
+    seed: int, count: int, ranks: int, drafts: int
+) -> None:
+    """With numbers that overflowed, and tokens whose probabilities add up to more than 1."""
+    rng = np.random.default_rng(seed)
+    positions, fresh = np.split(rng.permutation(10)[: count + 2], [count])
+    tokens = np.stack([rng.permutation(6)[:ranks] for _ in positions])
+    log_p = np.log(rng.dirichlet(np.full(ranks + 1, 0.1), count)[:, :ranks] + 1e-12)
+    log_p += rng.choice([0.0, 1e-9])
+    there = np.where(rng.random((drafts, 10)) < 0.6, MASK, rng.integers(0, 7, (drafts, 10)))
+    logits = rng.normal(0, 4, (drafts, count, ranks))
+    logits[rng.random(logits.shape) < 0.05] = rng.choice([np.inf, -np.inf, np.nan])
+    facts = (there, positions, fresh, tokens, log_p, rng.normal(0, 2, count), logits, MASK)
+    with np.errstate(invalid="ignore"):
+        expected = told.heard(*facts)
+    assert_same(compiled.heard(*facts), expected)
+    event(f"{len(expected[0])} of {drafts} heard")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 30))
+def test_quotes_are_found_as_by_numpy(seed: int, count: int, ranks: int, pairs: int) -> None:
+    rng = np.random.default_rng(seed)
+    state = np.sort(rng.integers(0, 6, 4 * count))
+    rows = len(state)
+    table = np.stack([rng.permutation(9) for _ in range(rows)])
+    numbers = rng.permutation(rows)[:count]
+    tokens = np.stack([rng.permutation(table[row, 4 : 4 + ranks]) for row in numbers])
+    asked_of = rng.integers(0, rows, (2, pairs))
+    said = rng.normal(size=(pairs, ranks + 1))
+    states = rng.permutation(7)[: rng.integers(1, 5)]
+    facts = (table, 4, numbers, asked_of, state, said, states, tokens)
+    # Where a pair stands there twice, the last one counts; nobody asks for one twice.
+    assert_same([compiled.quotes_of(*facts)], [quotes_of(*facts)])
 
 
 @pytest.mark.parametrize("sets", [False, True])
@@ -147,7 +208,8 @@ def test_nothing_is_compiled_twice() -> None:
             _, root = drawn_root(1, 6, 3, rejected)
             compiled.expand(compiled.prepare(drawn_weights(1, sets)), root, 4, 4)
     assert len(layout.lay_out.signatures) == len(loops.expand.signatures) == 1
-    assert len(layout.asked.signatures) == 1
+    for function in ("ranked", "asked", "quotes_of", "heard"):
+        assert len(getattr(loops_of_told, function).signatures) == 1
 
 
 def test_numpy_searches_where_numba_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,5 +234,4 @@ def test_numpy_searches_and_a_warning_says_so_where_numba_fails(
 
 
 def test_drafters_use_it() -> None:
-    ways = (compiled.asked, compiled.lay_out, compiled.prepare, compiled.expand)
-    assert search.fastest_search() == ways
+    assert search.fastest_search().expand is compiled.expand

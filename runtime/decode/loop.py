@@ -17,6 +17,7 @@ from spiffy.runtime.decode.task import Task, is_stopped
 from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk, rank_candidates
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.draft.rejected import with_rejected
+from spiffy.runtime.draft.search import IN_NUMPY, fastest_search
 from spiffy.runtime.forward.cache import CACHES, Cache
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
@@ -251,7 +252,8 @@ def _candidates(
         return None
     fresh = torch.from_numpy((states.numpy()[seen] != root.ids.numpy()).nonzero()[0])
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
-    candidates = rank_candidates(source, task.settings, mask, ranks, masked, fresh)
+    search = fastest_search() if drafter.asks_rejected else IN_NUMPY
+    candidates = rank_candidates(source, task.settings, mask, ranks, masked, fresh, search)
     if source is reading and drafter.asks_rejected:
         span = task.canvas.span(root.block)
         return with_rejected(candidates, evaluation, root, states, seen, span, mask)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spiffy.runtime.draft.outlook import Rejected
+from spiffy.runtime.draft.search import IN_NUMPY, Search
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import DecodingSettings
@@ -55,31 +55,30 @@ def rank_candidates(
     token_ranks: int,
     masked: Tensor | None = None,
     fresh: Tensor | None = None,
+    search: Search = IN_NUMPY,
 ) -> Candidates:
     """Rank positions by score and tokens by probability; ties to the lower position, lower id.
 
     `masked` (int64 [M], ascending, default: all) are those of the reading's positions that the
     root still masks; `fresh` those whose tokens the distribution has not seen.
     """
-    log_p, tokens = (part.numpy() for part in reading.top(token_ranks + 1))
-    positions, score = reading.positions.numpy(), reading.score.numpy()
-    if masked is not None:
-        left = positions.searchsorted(masked.numpy())
-        log_p, tokens, positions, score = log_p[left], tokens[left], positions[left], score[left]
-    log_p = np.where(tokens == mask_token_id, -np.inf, log_p)  # never drafted
-    if settings.policy in ("static", "threshold", "joint") and settings.score == "confidence":
-        # That of the reading may be a drawn token's.
-        score = torch.from_numpy(log_p.max(1)).exp().numpy()
-    order = (-score).argsort(kind="stable")
-    kept = min(token_ranks, tokens.shape[1] - 1)
-    ranked = np.lexsort((tokens, -log_p))[order, :kept]
-    rows = order[:, None]
-    return Candidates(
-        torch.from_numpy(positions[order]),
-        torch.from_numpy(tokens[rows, ranked]),
-        torch.from_numpy(log_p[rows, ranked]),
-        reading.positions[:0] if fresh is None else fresh,
+    log_p, tokens = reading.top(token_ranks + 1)
+    # The score may be a drawn token's.
+    by_token = (
+        settings.policy in ("static", "threshold", "joint") and settings.score == "confidence"
     )
+    ranked = search.ranked(
+        reading.positions.numpy(),
+        tokens.numpy(),
+        log_p.numpy(),
+        reading.score.numpy(),
+        (reading.positions if masked is None else masked).numpy(),
+        mask_token_id,
+        min(token_ranks, tokens.shape[1] - 1),
+        by_token,
+    )
+    fresh = reading.positions[:0] if fresh is None else fresh
+    return Candidates(*map(torch.from_numpy, ranked), fresh)
 
 
 class Drafter(Protocol):

@@ -18,7 +18,6 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 TEXT = 1024  # tokens of the text so far that n-grams are taken from
 NEVER = -1e9  # score of what cannot be
 _FAR = 1 << 30  # positions
-LIKELY = float(np.log(0.05))  # least log-probability of what an asked draft holds more
 
 #: Left, right, two to the left, two to the right.
 _AROUND = np.array([-1, 1, -2, 2])[:, None]
@@ -196,46 +195,6 @@ class Outlook:
         fits = ((self.seen < 0) | (self.seen == choice[:, None])).all(-1)
         sources: Ints = np.where(fits, self.lead, -1).argmax(1)
         return sources
-
-
-def asked(
-    held: Ints,
-    ids: Ints,
-    seen: int,
-    positions: Ints,
-    tokens: Ints,
-    log_p: Floats,
-    mask_token_id: int,
-) -> Ints:
-    """Which drafts may still turn out true, in part, and tell more than their parent does.
-
-    Those that hold all that the parent does, nothing else than the root, and besides something that
-    is likely there: one of the tokens at some of the root's masked positions, but not at all.
-
-    Parameters
-    ----------
-    held
-        [n, B] tokens of the last forward's states in the root's block.
-    ids
-        [B] the root's.
-    seen
-        The parent, which the root's distribution is of.
-    positions, tokens, log_p
-        [M] in the block, [M, J], [M, J] the root's masked ones, as its distribution has them.
-
-    Returns
-    -------
-    [k] numbers of states, ascending.
-    """
-    masked = held == mask_token_id
-    may = ((held == held[seen]) | masked[seen]).all(1)
-    may &= ((held == ids) | masked | (ids == mask_token_id)).all(1)
-    filled = ~masked[:, positions]
-    same = (tokens == held[:, positions, None]) & filled[:, :, None]
-    may &= (same.any(-1) | ~filled).all(1) & filled.any(1) & ~filled.all(1)
-    may &= np.where(same, log_p, 0.0).sum((1, 2)) > LIKELY
-    numbers: Ints = may.nonzero()[0]
-    return numbers
 
 
 def ngrams_before(ids: Ints, last: int, mask_token_id: int, vocab: int) -> Counts:

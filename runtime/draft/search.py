@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.runtime.draft.expand import expand
-from spiffy.runtime.draft.ngrams import Floats, Ints
-from spiffy.runtime.draft.outlook import Outlook, asked
+from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
+from spiffy.runtime.draft.outlook import Outlook
+from spiffy.runtime.draft.told import asked, heard, ranked
+from spiffy.runtime.forward.question import quotes_of
 from spiffy.schemas.errors import said
 
 
@@ -20,13 +22,17 @@ class Search(NamedTuple):
 
     Attributes
     ----------
-    asked, lay_out, expand
-        `outlook.asked`, `Outlook.at` and `expand.expand`, or what does the same.
+    ranked, asked, quotes_of, heard, lay_out, expand
+        `told.ranked`, `told.asked`, `question.quotes_of`, `told.heard`, `Outlook.at` and
+        `expand.expand`, or what does the same.
     prepare
         From an acceptance model to what `expand` takes.
     """
 
+    ranked: Callable[..., tuple[Ints, Ints, Floats]]
     asked: Callable[..., Ints]
+    quotes_of: Callable[..., Floats]
+    heard: Callable[..., tuple[Ints, Floats, Bools]]
     lay_out: Callable[..., Any]
     prepare: Callable[[AcceptanceWeights], Any]
     expand: Callable[[Any, Any, int, int], tuple[Ints, Floats]]
@@ -36,7 +42,7 @@ def _as_it_is(weights: AcceptanceWeights) -> AcceptanceWeights:
     return weights
 
 
-IN_NUMPY = Search(asked, Outlook.at, _as_it_is, expand)
+IN_NUMPY = Search(ranked, asked, quotes_of, heard, Outlook.at, _as_it_is, expand)
 
 
 @cache
@@ -61,4 +67,4 @@ def fastest_search() -> Search:
             stacklevel=2,
         )
         return IN_NUMPY
-    return Search(compiled.asked, compiled.lay_out, compiled.prepare, compiled.expand)
+    return Search._make(getattr(compiled, name) for name in Search._fields)

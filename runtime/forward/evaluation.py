@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.forward.asked import on_device
-from spiffy.runtime.forward.question import Answers, Reader
+from spiffy.runtime.forward.question import Answers, Ints, Reader, quotes_of
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.reading import Reading, Rules, likeliest, reading_of
 
@@ -113,16 +113,24 @@ class Evaluation:
             self.foreseen[state] = positions, part
 
     def quoted(
-        self, seen: int, states: Sequence[int], positions: Tensor, tokens: Tensor, log_p: Floats
+        self,
+        seen: int,
+        states: Ints,
+        positions: Tensor,
+        tokens: Tensor,
+        log_p: Floats,
+        quotes: Callable[..., Floats] = quotes_of,
     ) -> tuple[Floats, Floats] | None:
         """What other states say about tokens that are likely at state `seen`.
 
         Parameters
         ----------
         states
-            R states that hold all that `seen` does.
+            [R] states that hold all that `seen` does.
         positions, tokens, log_p
             int64 [M], masked at `seen`; int64 [M, J], and their log-probabilities there.
+        quotes
+            `quotes_of`, or what does the same.
 
         Returns
         -------
@@ -131,8 +139,8 @@ class Evaluation:
         short way to them.
         """
         if self.answers is not None:
-            return self.answers.quoted(seen, states, positions.numpy(), tokens.numpy())
-        windows = [self.windows[state] for state in (seen, *states)]
+            return self.answers.quoted(seen, states, positions.numpy(), tokens.numpy(), quotes)
+        windows = [self.windows[state] for state in (seen, *states.tolist())]
         rows = [self.model.rows_of(positions, window.start) for window in windows]
         *at, tokens = on_device((*rows, tokens), self.model.device)
         hidden = [window.hidden[mine] for window, mine in zip(windows, at, strict=True)]

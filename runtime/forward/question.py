@@ -8,7 +8,7 @@ back with the forward (`Answers`). Both give the same `Reading`s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -24,7 +24,7 @@ from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.runtime.step.noise import Noise, redraw
-from spiffy.runtime.step.reading import Rules, likeliest, log_total
+from spiffy.runtime.step.reading import FIRST, Rules, log_total
 from spiffy.schemas import DecodingSettings
 
 Ints = NDArray[np.int64]
@@ -235,25 +235,20 @@ class Answers:
         return torch.from_numpy(self.table.numpy()[numbers])
 
     def quoted(
-        self, seen: int, states: Sequence[int], positions: Ints, tokens: Ints
+        self,
+        seen: int,
+        states: Ints,
+        positions: Ints,
+        tokens: Ints,
+        quotes: Callable[..., Floats],
     ) -> tuple[Floats, Floats] | None:
         """What states say about likely tokens of another; see `Evaluation.quoted`."""
         numbers = self._numbers(seen, positions)
         if numbers is None:
             return None
-        rows = torch.from_numpy(self.table.numpy()[numbers])
-        column = (likeliest(rows)[1].numpy()[:, None] == tokens[:, :, None]).argmax(-1)
-        index = np.full(len(self.question.position), -1)
-        index[numbers] = np.arange(len(numbers))
-        which = np.full(len(self.edges) - 1, -1)
-        which[list(states)] = np.arange(len(states))
-        of, by = self.question.pairs
-        m, r = index[of], which[self.question.state[by]]
-        wanted = (m >= 0) & (r >= 0)
-        m, r = m[wanted], r[wanted]
-        logits = np.full((len(states), *tokens.shape), -np.inf)
-        logits[r, m] = np.take_along_axis(self.quotes[wanted], column[m], 1)
-        return log_total(rows).numpy(), logits
+        table, question = self.table.numpy(), self.question
+        facts = (numbers, question.pairs, question.state, self.quotes, states, tokens)
+        return log_total(self.table).numpy()[numbers], quotes(table, FIRST, *facts)
 
     def _numbers(self, state: int, positions: Ints) -> Ints | None:
         """Where the table speaks of positions of a state; None unless of all of them."""
@@ -263,3 +258,42 @@ class Answers:
             return None
         numbers: Ints = self.edges[state] + at
         return numbers
+
+
+def quotes_of(
+    table: Ints,
+    first: int,
+    numbers: Ints,
+    pairs: Ints,
+    state: Ints,
+    quotes: Floats,
+    states: Ints,
+    tokens: Ints,
+) -> Floats:
+    """Logits [R, M, J] of tokens, as states say them; -infinity where nobody asked.
+
+    Parameters
+    ----------
+    table, first
+        [K, C] and the first of the columns that hold the likeliest tokens: see `Rules.table`.
+    numbers
+        [M] rows of it that speak of the tokens' positions.
+    pairs, state
+        [2, T] and [K], of the question.
+    quotes
+        [T, k], what was quoted of each pair.
+    states
+        [R] who is to be quoted.
+    tokens
+        [M, J], among the likeliest.
+    """
+    likeliest = table[numbers, first : first + quotes.shape[1]]
+    column = (likeliest[:, None] == tokens[:, :, None]).argmax(-1)
+    index, which = np.full(len(state), -1), np.full(max(state.max(), states.max()) + 1, -1)
+    index[numbers], which[states] = np.arange(len(numbers)), np.arange(len(states))
+    m, r = index[pairs[0]], which[state[pairs[1]]]
+    wanted = (m >= 0) & (r >= 0)
+    m, r = m[wanted], r[wanted]
+    logits = np.full((len(states), *tokens.shape), -np.inf)
+    logits[r, m] = np.take_along_axis(quotes[wanted], column[m], 1)
+    return logits

@@ -18,7 +18,7 @@ from spiffy.schemas import DecodingSettings
 
 _AT_ONCE = 1 << 25  # log-probabilities that a table is worked out from: 256 MB
 _ON_HOST = 1 << 19  # and on the host: 4 MB, which its caches hold
-_FIRST = 4  # columns before those of the likeliest tokens
+FIRST = 4  # columns before those of the likeliest tokens
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _numbers(bits: Tensor) -> Tensor:
 
 def likeliest(table: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest tokens that a table (int64 [M, C]) has: log-probabilities and ids [M, J]."""
-    ids, log_p = table[:, _FIRST:].chunk(2, 1)
+    ids, log_p = table[:, FIRST:].chunk(2, 1)
     return _numbers(log_p), ids
 
 

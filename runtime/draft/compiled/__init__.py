@@ -1,22 +1,57 @@
-"""The search of `expand`, compiled by numba (extra `fast`): the same drafts, sooner.
+"""The search for drafts, compiled by numba (extra `fast`): the same drafts, sooner.
 
 The host chooses drafts while the device waits. In NumPy that takes milliseconds, nearly all of them
 for calling some thousand functions on small arrays. What is computed, and why, is said by
-`features` and `expand`, which are used where numba is not installed; tests hold `loops` and
-`layout` to them.
+`told`, `outlook`, `features` and `expand` of `draft`, which are used where numba is not installed;
+tests hold `told`, `layout` and `loops` to them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numba
 import numpy as np
 
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
-from spiffy.runtime.draft.compiled import layout, loops
+from spiffy.runtime.draft.compiled import layout, loops, told
 from spiffy.runtime.draft.compiled.arrays import Facts, Model, Root
 from spiffy.runtime.draft.expand import DEPTH, most_states
-from spiffy.runtime.draft.ngrams import Floats, Ints
-from spiffy.runtime.draft.outlook import LIKELY, TEXT, Rejected
+from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
+from spiffy.runtime.draft.outlook import TEXT, Rejected
+from spiffy.runtime.draft.told import LIKELY, SURE
+
+
+def ranked(
+    positions: Ints,
+    tokens: Ints,
+    log_p: Floats,
+    score: Floats,
+    masked: Ints,
+    mask_token_id: int,
+    kept: int,
+    by_token: bool,
+) -> tuple[Ints, Ints, Floats]:
+    """As `told.ranked`, which says what it takes and returns."""
+    arrays = map(np.ascontiguousarray, (positions, tokens, log_p, score, masked))
+    fields: tuple[Ints, Ints, Floats] = told.ranked(*arrays, mask_token_id, kept, by_token)
+    return fields
+
+
+def quotes_of(
+    table: Ints,
+    first: int,
+    numbers: Ints,
+    pairs: Ints,
+    state: Ints,
+    quotes: Floats,
+    states: Ints,
+    tokens: Ints,
+) -> Floats:
+    """As `question.quotes_of`, which says what it takes and returns."""
+    arrays = map(np.ascontiguousarray, (numbers, pairs, state, quotes, states, tokens))
+    logits: Floats = told.quotes_of(np.ascontiguousarray(table), first, *arrays)
+    return logits
 
 
 def asked(
@@ -28,10 +63,18 @@ def asked(
     log_p: Floats,
     mask_token_id: int,
 ) -> Ints:
-    """As `outlook.asked`, which says what it takes and returns."""
+    """As `told.asked`, which says what it takes and returns."""
     held, ids = np.ascontiguousarray(held), np.ascontiguousarray(ids)
-    numbers: Ints = layout.asked(held, ids, seen, positions, tokens, log_p, mask_token_id, LIKELY)
+    numbers: Ints = told.asked(held, ids, seen, positions, tokens, log_p, mask_token_id, LIKELY)
     return numbers
+
+
+def heard(*facts: Any) -> tuple[Ints, Floats, Bools]:
+    """As `told.heard`, which says what it takes and returns."""
+    *arrays, mask_token_id = facts
+    fields: tuple[Ints, Floats, Bools]
+    fields = told.heard(*map(np.ascontiguousarray, arrays), mask_token_id, SURE)
+    return fields
 
 
 def lay_out(
@@ -47,14 +90,14 @@ def lay_out(
     rejected: Rejected | None = None,
 ) -> Root:
     """As `Outlook.at`, which says what it takes."""
-    (count, ranks), heard = tokens.shape, rejected
-    if heard is None:
+    count, ranks = tokens.shape
+    if rejected is None:
         nothing, no_number = np.empty((0, count), np.int64), np.empty((0, count, ranks))
-        heard = Rejected(nothing, no_number, np.empty((0, len(fresh)), np.bool_))
-    told = (ids, positions, tokens, log_p, fresh, heard.choice, heard.log_p, heard.unseen)
+        rejected = Rejected(nothing, no_number, np.empty((0, len(fresh)), np.bool_))
+    facts = (ids, positions, tokens, log_p, fresh, rejected.choice, rejected.log_p, rejected.unseen)
     # Arrays of another layout would be of another type, for which all is compiled once more.
-    facts = Facts._make(map(np.ascontiguousarray, told))
-    root: Root = layout.lay_out(facts, mask_token_id, eos_token_ids, TEXT, vocab)
+    contiguous = Facts._make(map(np.ascontiguousarray, facts))
+    root: Root = layout.lay_out(contiguous, mask_token_id, eos_token_ids, TEXT, vocab)
     return root
 
 
@@ -94,4 +137,8 @@ def warm_up() -> None:
         vocab=2,
     )
     expand(nothing, root, budget=1, room=1)
-    asked(ids[None], ids, 0, ids[1:], np.zeros((2, 1), dtype=np.int64), np.full((2, 1), -1.0), 1)
+    one, tokens, log_p = ids[1:2], ids[:1, None], np.full((1, 1), -1.0)
+    ranked(one, ids[None, :2], np.full((1, 2), -1.0), log_p[0], one, 1, 1, True)
+    asked(ids[None], ids, 0, one, tokens, log_p, 1)
+    quotes_of(tokens, 0, ids[:1], np.zeros_like(ids[:2, None]), ids[:1], log_p, ids[:1], tokens)
+    heard(ids[None], one, ids[:1], tokens, log_p, log_p[0], log_p[None], 1)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit
 
 from spiffy.runtime.draft.compiled.arrays import Root, Table
+from spiffy.runtime.draft.compiled.jit import compiled
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_compiled: Callable[[_Function], _Function] = njit(cache=True, nogil=True, error_model="numpy")
 _FAR = 1 << 30  # positions
 _SCATTER = -7046029254386353131  # 2**64 over the golden ratio, in two's complement
 _LEAST = -30.0  # log-probability
 
 
-@_compiled
+@compiled
 def _slot(keys: Any, key: Any) -> Any:
     """Where a key is among those of a table, or would be: -1 stands where there is none."""
     last = len(keys) - 1
@@ -27,7 +24,7 @@ def _slot(keys: Any, key: Any) -> Any:
     return at
 
 
-@_compiled
+@compiled
 def tabled(keys: Any, counts: Any) -> Any:
     """A table of how often keys (int64 [n], >= 0) occurred; counts (float64 [n]) add up."""
     size = 2
@@ -41,7 +38,7 @@ def tabled(keys: Any, counts: Any) -> Any:
     return table
 
 
-@_compiled
+@compiled
 def _ngrams(text: Any, vocab: Any) -> Any:
     """Bigrams and trigrams of a text (-1 where unknown): `ngrams.counted`."""
     keys, found = np.empty(2 * len(text), np.int64), 0
@@ -56,7 +53,7 @@ def _ngrams(text: Any, vocab: Any) -> Any:
     return tabled(keys[:found], np.ones(found))
 
 
-@_compiled
+@compiled
 def _neighbours(where: Any, ids: Any, mask_token_id: Any) -> Any:
     """Masked neighbours of positions and tokens of the others, both [4, M]."""
     count = len(where)
@@ -73,7 +70,7 @@ def _neighbours(where: Any, ids: Any, mask_token_id: Any) -> Any:
     return neighbours, known
 
 
-@_compiled
+@compiled
 def _kinds(tokens: Any) -> Any:
     """Number of every token [M, J] among all different ones, in ascending order."""
     flat = np.sort(tokens.ravel())
@@ -88,7 +85,7 @@ def _kinds(tokens: Any) -> Any:
     return kinds
 
 
-@_compiled
+@compiled
 def _ranks(log_p: Any, seen: Any, ranks: Any) -> None:
     """Rank positions that a source (float64 [M, J], int64 [M]) has seen masked, into `ranks` [M].
 
@@ -103,7 +100,7 @@ def _ranks(log_p: Any, seen: Any, ranks: Any) -> None:
         ranks[order[r]] = r
 
 
-@_compiled
+@compiled
 def _is_one_of(number: Any, numbers: Any) -> Any:
     found = False
     for k in range(len(numbers)):
@@ -111,14 +108,14 @@ def _is_one_of(number: Any, numbers: Any) -> Any:
     return found
 
 
-@_compiled
+@compiled
 def _logit(log_p: Any) -> Any:
     """`outlook.logit_of`."""
     log_p = min(log_p, -1e-12)
     return max(log_p - np.log(-np.expm1(log_p)), -12.0)
 
 
-@_compiled
+@compiled
 def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any, most: Any, vocab: Any) -> Any:
     """`Outlook.at`; `most` tokens of the text so far count."""
     ids, positions, tokens, log_p, fresh, choice, said, unseen_by = facts
@@ -198,38 +195,3 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any, most: Any, vocab
         share,
         _ngrams(text, vocab),
     )
-
-
-@_compiled
-def asked(
-    held: Any,
-    ids: Any,
-    seen: Any,
-    positions: Any,
-    tokens: Any,
-    log_p: Any,
-    mask_token_id: Any,
-    likely: Any,
-) -> Any:
-    """`outlook.asked`; `likely` is its least log-probability."""
-    asked, found = np.empty(len(held), np.int64), 0
-    for n in range(len(held)):
-        may = True
-        for b in range(held.shape[1]):
-            token, parents = held[n, b], held[seen, b]
-            may &= token == parents or parents == mask_token_id
-            may &= token == ids[b] or token == mask_token_id or ids[b] == mask_token_id
-        filled, total = 0, 0.0
-        for m in range(len(positions)):
-            token = held[n, positions[m]]
-            if may and token != mask_token_id:
-                filled += 1
-                may = False
-                for j in range(tokens.shape[1]):
-                    if tokens[m, j] == token:
-                        may = True
-                        total += log_p[m, j]
-        if may and 0 < filled < len(positions) and total > likely:
-            asked[found] = n
-            found += 1
-    return asked[:found]

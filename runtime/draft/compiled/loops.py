@@ -7,25 +7,18 @@ and knows nothing of changes in others. So what others define comes in as argume
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit
 
 from spiffy.runtime.draft.compiled.arrays import Children, Level, Work
+from spiffy.runtime.draft.compiled.jit import compiled, compiled_sum
 
 _FAR = 1 << 30  # positions
 _SCATTER = -7046029254386353131  # 2**64 over the golden ratio, in two's complement
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_compiled: Callable[[_Function], _Function] = njit(cache=True, nogil=True, error_model="numpy")
-# Of several numbers at once, so in another order.
-_sums: Callable[[_Function], _Function] = njit(
-    cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"}
-)
 
 
-@_compiled
+@compiled
 def _slot(keys: Any, key: Any) -> Any:
     """Where a key is in a table, or would be: `layout._slot`."""
     last = len(keys) - 1
@@ -35,13 +28,13 @@ def _slot(keys: Any, key: Any) -> Any:
     return at
 
 
-@_compiled
+@compiled
 def _times(table: Any, key: Any) -> Any:
     """How often a key occurred: `ngrams.Counts`."""
     return table.counts[_slot(table.keys, key)]
 
 
-@_compiled
+@compiled
 def _rerank(model: Any, root: Any, level: Any, n: Any, m: Any, work: Any) -> None:
     """Re-rank the tokens of one position of a state, in place: `features.token_features`."""
     source, ranks, vocab, tokens = level.source[n], root.tokens.shape[1], model.vocab, root.tokens
@@ -89,14 +82,14 @@ def _rerank(model: Any, root: Any, level: Any, n: Any, m: Any, work: Any) -> Non
     level.logit[n, m] = _logit(most + change)
 
 
-@_compiled
+@compiled
 def _logit(log_p: Any) -> Any:
     """`outlook.logit_of`."""
     log_p = min(log_p, -1e-12)
     return max(log_p - np.log(-np.expm1(log_p)), -12.0)
 
 
-@_compiled
+@compiled
 def _work(root: Any, features: Any) -> Any:
     """Room for what `_scores` and `_rerank` work out."""
     count, kinds = len(root.positions), root.kinds.max() + 1
@@ -110,7 +103,7 @@ def _work(root: Any, features: Any) -> Any:
     return Work(told, behind, alike, is_new, logs, *sides, beside, new)
 
 
-@_compiled
+@compiled
 def _scores(model: Any, root: Any, level: Any, n: Any, work: Any, score: Any, odds: Any) -> None:
     """What the regressions say of the masked positions of a state: `features.position_features`.
 
@@ -179,7 +172,7 @@ def _scores(model: Any, root: Any, level: Any, n: Any, work: Any, score: Any, od
             odds[m] = _weighed(model.commit, told) + model.commit[-1]
 
 
-@_sums
+@compiled_sum
 def _weighed(coefficients: Any, told: Any) -> Any:
     """`expand._weighed`."""
     total = 0.0
@@ -188,7 +181,7 @@ def _weighed(coefficients: Any, told: Any) -> Any:
     return total
 
 
-@_compiled
+@compiled
 def _softmax(score: Any, choice: Any) -> Any:
     """Over the masked positions [M], 0 elsewhere."""
     most, total, softmax = -np.inf, 0.0, np.zeros(len(score))
@@ -202,7 +195,7 @@ def _softmax(score: Any, choice: Any) -> Any:
     return softmax / total
 
 
-@_compiled
+@compiled
 def _one_step(model: Any, root: Any, level: Any, work: Any, least: Any, most: Any) -> Any:
     """The `most` most probable children above probability `least`: `expand._one_step`."""
     (count, ranks), held, share = root.tokens.shape, level.choice, level.share
@@ -230,7 +223,7 @@ def _one_step(model: Any, root: Any, level: Any, work: Any, least: Any, most: An
     return Children(parent[:found], choice[:found], likely[:found])
 
 
-@_compiled
+@compiled
 def _tokens_by_rank(log_p: Any) -> Any:
     """Tokens [M, J] of every position of a state (float64 [M, J]), the most probable first."""
     by_rank = np.empty(log_p.shape, np.int64)
@@ -244,7 +237,7 @@ def _tokens_by_rank(log_p: Any) -> Any:
     return by_rank
 
 
-@_compiled
+@compiled
 def _weakest(chosen: Any, log_p: Any, by_rank: Any, number: Any) -> Any:
     """The chosen positions of which the second token is most probable beside the first."""
     weakest, found, second = np.empty(number, np.int64), 0, min(1, log_p.shape[1] - 1)
@@ -259,7 +252,7 @@ def _weakest(chosen: Any, log_p: Any, by_rank: Any, number: Any) -> Any:
     return weakest[:found]
 
 
-@_compiled
+@compiled
 def _one_set(model: Any, root: Any, level: Any, work: Any, wanted: Any, room: Any) -> Any:
     """Children by threshold unmasking above log-probability `wanted`: `expand._one_set`."""
     (count, ranks), limits = root.tokens.shape, model.limits
@@ -317,7 +310,7 @@ def _one_set(model: Any, root: Any, level: Any, work: Any, wanted: Any, room: An
     )
 
 
-@_compiled
+@compiled
 def _with_other_tokens(
     others: Any, level: Any, by_rank: Any, parent: Any, log_p: Any, chosen: Any
 ) -> Any:
@@ -351,7 +344,7 @@ def _with_other_tokens(
     return Children(parents[:found], choices[:found], p[:found])
 
 
-@_compiled
+@compiled
 def _taken(children: Any, kept: Any) -> Any:
     """Some of the children, by number."""
     count = children.choice.shape[1]
@@ -363,7 +356,7 @@ def _taken(children: Any, kept: Any) -> Any:
     return Children(parent, choice, p)
 
 
-@_compiled
+@compiled
 def _merged(children: Any, hashes: Any, budget: Any) -> Any:
     """`expand._merged`."""
     choice, p, count = children.choice, children.p, children.choice.shape[1]
@@ -382,7 +375,7 @@ def _merged(children: Any, hashes: Any, budget: Any) -> Any:
     return _taken(Children(children.parent, choice, total), best)
 
 
-@_compiled
+@compiled
 def _together(some: Any, more: Any) -> Any:
     """The children of both, one after the other."""
     parent, choice = (some.parent, more.parent), (some.choice, more.choice)
@@ -390,7 +383,7 @@ def _together(some: Any, more: Any) -> Any:
     return Children(np.concatenate(parent), np.concatenate(choice), p)
 
 
-@_compiled
+@compiled
 def _filled(model: Any, root: Any, level: Any, children: Any, work: Any) -> Any:
     """The children as states: `features.States.filled`."""
     parent, choice, seen, leads = children.parent, children.choice, root.seen, root.lead
@@ -438,7 +431,7 @@ def _filled(model: Any, root: Any, level: Any, children: Any, work: Any) -> Any:
     return filled
 
 
-@_compiled
+@compiled
 def _worth(children: Any, mass: Any, least: Any, share: Any) -> Any:
     """Numbers of those whose own children may be drafts: `expand._reach`."""
     worth, found = np.empty(len(children.p), np.int64), 0
@@ -453,7 +446,7 @@ def _worth(children: Any, mass: Any, least: Any, share: Any) -> Any:
     return worth[:found]
 
 
-@_compiled
+@compiled
 def expand(model: Any, root: Any, budget: Any, room: Any, deepest: Any) -> Any:
     """`expand.expand`."""
     count, limits = len(root.positions), model.limits
