@@ -24,7 +24,7 @@ from spiffy.runtime.draft import (
     graph_drafter,
     lasting_drafter,
 )
-from spiffy.runtime.draft.best_of import Standing, fills_of
+from spiffy.runtime.draft.best_of import Standing, filled_of, fills_of
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import AcceptanceModel, DecodingSettings
 
@@ -83,7 +83,8 @@ def walk(led: Drafts, *reached: Sequence[int], room: int = 2) -> Walk:
 def test_true_states_in_draft_coordinates(
     reached: list[list[int]], room: int, fills: list[set[tuple[int, int]]]
 ) -> None:
-    assert fills_of(walk(Drafts(), *reached, room=room)) == fills
+    walked = walk(Drafts(), *reached, room=room)
+    assert fills_of(walked, filled_of(walked)) == fills
 
 
 def test_every_way_is_told_how_far_the_walk_would_have_come_with_its_drafts() -> None:

@@ -77,6 +77,8 @@ def assert_same_drafts(
     ours, our_p = compiled.expand(compiled.prepare(weights), both[1], budget, room)
     assert (ours.dtype, our_p.dtype) == (choice.dtype, p.dtype)
     assert our_p == pytest.approx(p, rel=1e-6)
+    ids, facts = np.full(200, MASK), (both[0].positions, both[0].tokens, choice)
+    assert compiled.filled(ids, *facts).tolist() == told.filled(ids, *facts).tolist()
     known = dict(zip(map(tuple, choice.tolist()), p, strict=True))
     for state, probability in zip(map(tuple, ours.tolist()), our_p, strict=True):
         assert known.get(state, p[-1]) == pytest.approx(probability, rel=1e-6)
@@ -208,7 +210,7 @@ def test_nothing_is_compiled_twice() -> None:
             _, root = drawn_root(1, 6, 3, rejected)
             compiled.expand(compiled.prepare(drawn_weights(1, sets)), root, 4, 4)
     assert len(layout.lay_out.signatures) == len(loops.expand.signatures) == 1
-    for function in ("ranked", "asked", "quotes_of", "heard"):
+    for function in ("ranked", "asked", "quotes_of", "heard", "filled"):
         assert len(getattr(loops_of_told, function).signatures) == 1
 
 

@@ -27,6 +27,9 @@ _SELDOM = 4  # dear: once in so many walks
 _MOST = 16.0  # accepted drafts that a way can be behind: texts may change, and it come back
 
 
+Filled = list[int]  # tokens [M] at the candidates' positions, by rank
+
+
 @dataclass
 class Standing:
     """Who drafts, by what each way would have had accepted.
@@ -103,13 +106,16 @@ class BestOfDrafter:
 
     def learn(self, walk: Walk) -> None:
         """See `Chooser`."""
-        fills = fills_of(walk)
+        filled = filled_of(walk)
+        fills = fills_of(walk, filled)
         with self._lock:
             self.standing.observe(
-                [self._accepted(number, walk, fills) for number in range(len(self.ways))]
+                [self._accepted(number, walk, filled, fills) for number in range(len(self.ways))]
             )
 
-    def _accepted(self, number: int, walk: Walk, fills: Sequence[FillSet]) -> int | None:
+    def _accepted(
+        self, number: int, walk: Walk, filled: Sequence[Filled], fills: Sequence[FillSet]
+    ) -> int | None:
         """How many drafts of a way the walk would have come to; None if that is too dear to say."""
         way = self.ways[number]
         if type(way) is GraphDrafter:  # not one that chooses among its nodes
@@ -119,29 +125,32 @@ class BestOfDrafter:
             if number != self.standing.leader and not self.standing.is_due(number):
                 return None
             drafts = way(walk.root, walk.candidates, walk.room)
-        known = {state.tobytes() for state in drafts.numpy()}
-        return _leading(state.tobytes() in known for state in walk.reached.numpy())
+        known = drafts.numpy().take(walk.candidates.positions.numpy(), 1).tolist()
+        return _leading(tokens in known for tokens in filled)
 
 
-def fills_of(walk: Walk) -> list[FillSet]:
-    """What the states that came true filled in, in draft coordinates, up to the first without any.
+def filled_of(walk: Walk) -> list[Filled]:
+    """What the states that came true hold at the candidates' positions.
 
-    A state has none if it changes more than the candidates can say.
+    Up to the first one that changes anything else, or more than a draft may.
     """
-    reached, known = walk.reached.numpy(), walk.candidates
+    reached, positions = walk.reached.numpy(), walk.candidates.positions.numpy()
     changed = reached != walk.root.ids.numpy()
-    positions, tokens = known.positions.numpy(), known.tokens.tolist()
-    state, rank = changed.take(positions, 1).nonzero()
-    filled = reached[state, positions[rank]]
-    pairs: list[list[tuple[int, int]]] = [[] for _ in reached]
-    for k, i, token in zip(state.tolist(), rank.tolist(), filled.tolist(), strict=True):
-        if token in tokens[i]:
-            pairs[k].append((i, tokens[i].index(token)))
-    fills = []
-    for fill, size in zip(pairs, changed.sum(1).tolist(), strict=True):
-        if len(fill) != size or size > walk.room:
+    sizes, inside = changed.sum(1), changed.take(positions, 1).sum(1)
+    few = _leading(((inside == sizes) & (sizes <= walk.room)).tolist())
+    filled: list[Filled] = reached[:few].take(positions, 1).tolist()
+    return filled
+
+
+def fills_of(walk: Walk, filled: Sequence[Filled]) -> list[FillSet]:
+    """Those states in draft coordinates, up to the first one with a token that has none."""
+    masked = walk.root.ids.numpy()[walk.candidates.positions.numpy()].tolist()
+    known, fills = walk.candidates.tokens.tolist(), []
+    for state in filled:
+        fill = [(i, token) for i, token in enumerate(state) if token != masked[i]]
+        if any(token not in known[i] for i, token in fill):
             break
-        fills.append(frozenset(fill))
+        fills.append(frozenset((i, known[i].index(token)) for i, token in fill))
     return fills
 
 

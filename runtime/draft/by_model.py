@@ -96,8 +96,5 @@ class AcceptanceDrafter:
             return root.ids.new_empty((0, len(root.ids)))
         known = self._laid_out(self._search.lay_out, root, candidates)
         choice, p = self._search.expand(self._prepared, known, self.budget, room)
-        choice = choice[: self.pays(p)]
-        states = np.repeat(root.ids.numpy()[None], len(choice), 0)
-        at, m = (choice >= 0).nonzero()
-        states[at, known.positions[m]] = known.tokens[m, choice[at, m]]
-        return torch.from_numpy(states)
+        drafts = (known.positions, known.tokens, choice[: self.pays(p)])
+        return torch.from_numpy(self._search.filled(root.ids.numpy(), *drafts))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from torch import Tensor
 
 from spiffy.runtime.draft.candidates import Candidates
 from spiffy.runtime.draft.outlook import Rejected
 from spiffy.runtime.draft.search import fastest_search
-from spiffy.runtime.draft.told import LIKELY
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.step.canvas import Cursor
 
@@ -44,14 +41,13 @@ def with_rejected(
     span
         Positions of the root's block.
     """
-    log_p = candidates.log_p.numpy()
-    if len(states) == 1 or log_p.max(initial=-np.inf) <= LIKELY:
+    if len(states) == 1:
         return candidates
+    known = (candidates.positions, candidates.tokens, candidates.log_p, candidates.fresh)
+    positions, tokens, log_p, fresh = (part.numpy() for part in known)
+    positions, fresh = positions - span.start, fresh - span.start
     search, block = fastest_search(), slice(span.start, span.stop)
-    ids, held = root.ids[block].numpy(), states[:, block].numpy()
-    tokens = candidates.tokens.numpy()
-    positions = candidates.positions.numpy() - span.start
-    fresh = candidates.fresh.numpy() - span.start
+    ids, held = root.ids.numpy()[block], states.numpy()[:, block]
     likely = search.asked(held, ids, seen, positions, tokens, log_p, mask_token_id)
     heard = [state for state in likely.tolist() if evaluation.windows[state].covers(span)]
     asked = np.array(heard[: min(_MOST_ASKED, max(1, _MOST_HEARD // len(positions)))])
@@ -63,4 +59,4 @@ def with_rejected(
     if said is None:
         return candidates
     told = search.heard(held[asked], positions, fresh, tokens, log_p, *said, mask_token_id)
-    return replace(candidates, rejected=Rejected(*told))
+    return Candidates(*known, Rejected(*told))

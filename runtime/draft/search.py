@@ -12,7 +12,7 @@ from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.runtime.draft.expand import expand
 from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
 from spiffy.runtime.draft.outlook import Outlook
-from spiffy.runtime.draft.told import asked, heard, ranked
+from spiffy.runtime.draft.told import asked, filled, heard, ranked
 from spiffy.runtime.forward.question import quotes_of
 from spiffy.schemas.errors import said
 
@@ -22,9 +22,9 @@ class Search(NamedTuple):
 
     Attributes
     ----------
-    ranked, asked, quotes_of, heard, lay_out, expand
-        `told.ranked`, `told.asked`, `question.quotes_of`, `told.heard`, `Outlook.at` and
-        `expand.expand`, or what does the same.
+    ranked, asked, quotes_of, heard, lay_out, expand, filled
+        `told.ranked`, `told.asked`, `question.quotes_of`, `told.heard`, `Outlook.at`,
+        `expand.expand` and `told.filled`, or what does the same.
     prepare
         From an acceptance model to what `expand` takes.
     """
@@ -36,13 +36,14 @@ class Search(NamedTuple):
     lay_out: Callable[..., Any]
     prepare: Callable[[AcceptanceWeights], Any]
     expand: Callable[[Any, Any, int, int], tuple[Ints, Floats]]
+    filled: Callable[[Ints, Ints, Ints, Ints], Ints]
 
 
 def _as_it_is(weights: AcceptanceWeights) -> AcceptanceWeights:
     return weights
 
 
-IN_NUMPY = Search(ranked, asked, quotes_of, heard, Outlook.at, _as_it_is, expand)
+IN_NUMPY = Search(ranked, asked, quotes_of, heard, Outlook.at, _as_it_is, expand, filled)
 
 
 @cache

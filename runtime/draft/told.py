@@ -51,6 +51,17 @@ def ranked(
     return masked[order], tokens[rows, by_rank], log_p[rows, by_rank]
 
 
+def filled(ids: Ints, positions: Ints, tokens: Ints, choice: Ints) -> Ints:
+    """A root's ids [length] with tokens ([M, J] by rank) filled in at positions [M]: [n, length].
+
+    `choice` [n, M] are their ranks, -1 for none.
+    """
+    states = np.repeat(ids[None], len(choice), 0)
+    at, m = (choice >= 0).nonzero()
+    states[at, positions[m]] = tokens[m, choice[at, m]]
+    return states
+
+
 def asked(
     held: Ints,
     ids: Ints,

@@ -38,6 +38,13 @@ def ranked(
     return fields
 
 
+def filled(ids: Ints, positions: Ints, tokens: Ints, choice: Ints) -> Ints:
+    """As `told.filled`, which says what it takes and returns."""
+    arrays = map(np.ascontiguousarray, (ids, positions, tokens, choice))
+    states: Ints = told.filled(*arrays)
+    return states
+
+
 def quotes_of(
     table: Ints,
     first: int,
@@ -136,7 +143,8 @@ def warm_up() -> None:
         eos_token_ids=ids[:0],
         vocab=2,
     )
-    expand(nothing, root, budget=1, room=1)
+    choice, _ = expand(nothing, root, budget=1, room=1)
+    filled(ids, root.positions, root.tokens, choice)
     one, tokens, log_p = ids[1:2], ids[:1, None], np.full((1, 1), -1.0)
     ranked(one, ids[None, :2], np.full((1, 2), -1.0), log_p[0], one, 1, 1, True)
     asked(ids[None], ids, 0, one, tokens, log_p, 1)

@@ -61,6 +61,18 @@ def ranked(
 
 
 @compiled
+def filled(ids: Any, positions: Any, tokens: Any, choice: Any) -> Any:
+    """`told.filled`."""
+    states = np.empty((len(choice), len(ids)), np.int64)
+    for n in range(len(choice)):
+        states[n] = ids
+        for m in range(len(positions)):
+            if choice[n, m] >= 0:
+                states[n, positions[m]] = tokens[m, choice[n, m]]
+    return states
+
+
+@compiled
 def asked(
     held: Any,
     ids: Any,
