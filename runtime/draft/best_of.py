@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from operator import ne
 from threading import Lock
 
 from torch import Tensor
@@ -134,17 +135,22 @@ def filled_of(walk: Walk) -> list[Filled]:
 
     Up to the first one that changes anything else, or more than a draft may.
     """
-    reached, positions = walk.reached.numpy(), walk.candidates.positions.numpy()
-    changed = reached != walk.root.ids.numpy()
-    sizes, inside = changed.sum(1), changed.take(positions, 1).sum(1)
-    few = _leading(((inside == sizes) & (sizes <= walk.room)).tolist())
-    filled: list[Filled] = reached[:few].take(positions, 1).tolist()
-    return filled
+    positions = walk.candidates.positions.numpy()
+    reached, ids = walk.reached.numpy(), walk.root.ids.numpy()
+    others = reached != ids
+    others[:, positions] = False
+    filled: list[Filled] = reached.take(positions, 1).tolist()
+    masked, changed = ids.take(positions).tolist(), others.any(1).tolist()
+    sizes = (sum(map(ne, state, masked)) for state in filled)
+    few = _leading(
+        size <= walk.room and not other for size, other in zip(sizes, changed, strict=True)
+    )
+    return filled[:few]
 
 
 def fills_of(walk: Walk, filled: Sequence[Filled]) -> list[FillSet]:
     """Those states in draft coordinates, up to the first one with a token that has none."""
-    masked = walk.root.ids.numpy()[walk.candidates.positions.numpy()].tolist()
+    masked = walk.root.ids.numpy().take(walk.candidates.positions.numpy()).tolist()
     known, fills = walk.candidates.tokens.tolist(), []
     for state in filled:
         fill = [(i, token) for i, token in enumerate(state) if token != masked[i]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.runtime.step.reading import Rules, likeliest
+from spiffy.runtime.step.reading import Rules, ids_of
 
 _NOTHING = torch.empty(0, dtype=torch.int64, device="cpu")
 
@@ -107,7 +107,7 @@ def read(
         own = logits[mine]
         table = rules.table(own, keys[mine] if rules.settings.temperature > 0 else None)
         of, by = pairs[:, paired : paired + wanted] - first
-        quotes = own[by[:, None], likeliest(table)[1][of]].double()
+        quotes = own[by[:, None], ids_of(table)[of]].double()
         found += [table, quotes.view(torch.int64)]
         first, paired = first + read, paired + wanted
     flat = torch.cat([part.flatten() for part in found]).cpu()

@@ -83,10 +83,7 @@ class Evaluation:
             known = table
             if rules.ranks < min(count, self.model.vocab_size):  # nobody said that so many matter
                 known = self._table(replace(rules, ranks=count), state, positions)
-            log_p, ids = likeliest(known)
-            if ids.shape[1] <= count:
-                return log_p, ids
-            return log_p[:, :count], ids[:, :count]
+            return likeliest(known, count)
 
         return reading_of(table, positions, top)
 

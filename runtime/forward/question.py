@@ -248,7 +248,7 @@ class Answers:
             return None
         table, question = self.table.numpy(), self.question
         facts = (numbers, question.pairs, question.state, self.quotes, states, tokens)
-        return log_total(self.table).numpy()[numbers], quotes(table, FIRST, *facts)
+        return log_total(self.table)[numbers], quotes(table, FIRST, *facts)
 
     def _numbers(self, state: int, positions: Ints) -> Ints | None:
         """Where the table speaks of positions of a state; None unless of all of them."""

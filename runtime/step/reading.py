@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.step.policy import Distribution, choose, likeliest_ids
@@ -127,19 +128,23 @@ def _bits(numbers: Tensor) -> Tensor:
     return numbers.view(torch.int64)
 
 
-def _numbers(bits: Tensor) -> Tensor:
-    return bits.view(torch.float64)
+def ids_of(table: Tensor) -> Tensor:
+    """The likeliest tokens that a table (int64 [M, C]) has, int64 [M, J]."""
+    return table[:, FIRST:].chunk(2, 1)[0]
 
 
-def likeliest(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens that a table (int64 [M, C]) has: log-probabilities and ids [M, J]."""
-    ids, log_p = table[:, FIRST:].chunk(2, 1)
-    return _numbers(log_p), ids
+def likeliest(table: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """At most `count` of them and their log-probabilities, which come first; on the host."""
+    numbers = table.numpy()[:, FIRST:]
+    ranks = numbers.shape[1] // 2
+    ids, bits = numbers[:, : min(count, ranks)], numbers[:, ranks : ranks + count]
+    return torch.from_numpy(bits.view(np.float64)), torch.from_numpy(ids)
 
 
-def log_total(table: Tensor) -> Tensor:
-    """The logarithm of all tokens' weights from a table (int64 [M, C]), float64 [M]."""
-    return _numbers(table[:, 2])
+def log_total(table: Tensor) -> NDArray[np.float64]:
+    """The logarithm of all tokens' weights from a table on the host (int64 [M, C]), [M]."""
+    total: NDArray[np.float64] = table.numpy()[:, 2].view(np.float64)
+    return total
 
 
 def reading_of(
