@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spiffy.runtime import DiffusionLM
 from spiffy.schemas import DraftGraph, SpiffyError
@@ -260,6 +261,8 @@ def _check(model: DiffusionLM, small: Shape, shape: Shape) -> None:
     for name in model.module.state_dict():
         if _kind(name) not in _AXES:
             raise SpiffyError(f"{model.name} cannot be grown: no rule for its parameter {name}")
+    if any(is_traceable_wrapper_subclass(weight) for weight in model.module.parameters()):
+        raise SpiffyError(f"{model.name} cannot be grown: its weights are quantised")
     if any(weight.is_meta for weight in model.module.parameters()):
         raise SpiffyError(f"{model.name} cannot be grown: its weights are offloaded")
     if model.is_prepacked:

@@ -110,6 +110,7 @@ def methods(
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     any_model: bool = False,
     order: OrderNetwork | None = None,
+    order_of: str | None = None,
 ) -> list[Method]:
     """All methods of the given kinds, in the order in which they are shown.
 
@@ -124,6 +125,8 @@ def methods(
         Costs for "auto" are measured behind the one of median length.
     any_model
         Take a paper's graph, or an order network, of another model of the family.
+    order_of
+        Fingerprint of the model that the network has to be trained on (default: this one's).
 
     Raises
     ------
@@ -135,7 +138,8 @@ def methods(
     if paper is not None:
         paper.check_fits(model.family.name, model.fingerprint, model.vocab_size, any_model)
     if order is not None:
-        check_fits(order.shape, settings, None if any_model else model.fingerprint)
+        of = order_of or model.fingerprint
+        check_fits(order.shape, settings, None if any_model else of)
 
     def fixed(drafter: Drafter | None) -> MakeDrafter:
         return lambda path: drafter

@@ -18,6 +18,7 @@ from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, Walkthrough
 from spiffy.schemas.html import presentable, visible
 from spiffy.schemas.io import write_atomically
+from spiffy.schemas.labels import policy_in_words
 
 if TYPE_CHECKING:
     from spiffy.bench.plots.style import Picture
@@ -229,13 +230,8 @@ def _tiles(bench: Bench) -> Pairs:
 def _conditions(bench: Bench) -> Pairs:
     """Everything needed to judge the numbers and to measure them again."""
     machine, data, d = bench.machine, bench.data, bench.decoding
-    per_step = (
-        f"{d.steps_per_block} steps per block ({d.schedule})"
-        if d.steps_per_block
-        else f"threshold {d.threshold:g}"
-        if d.policy == "threshold"
-        else f"{d.tokens_per_step} per step"
-    )
+    by = "" if d.policy == "entropy-bounded" else f", by {d.score}"
+    part = "" if d.sub_block_length is None else f", {d.sub_block_length} positions at a time"
     threads = "" if machine.threads is None else f", {_counted(machine.threads, 'thread')}"
     load = (
         "not available"
@@ -268,7 +264,7 @@ def _conditions(bench: Bench) -> Pairs:
         ("Weights digest", bench.weights or "not recorded"),
         (
             "Decoding",
-            f"{d.policy} by {d.score}, {per_step}; block {d.block_length}, {d.gen_length} "
+            f"{policy_in_words(d)}{by}; block {d.block_length}{part}, {d.gen_length} "
             f"positions; cache {d.cache}{'' if d.exact else ' (near-lossless)'}; temperature "
             f"{d.temperature:g}",
         ),

@@ -21,6 +21,12 @@ resource.setrlimit(resource.RLIMIT_AS, ({_BYTES}, {_BYTES}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 """
+# As a module, so that what is for scripts does not run; one that exits has not come to its tests.
+_RUN = """try:
+    exec({!r}, {{"__name__": "answer"}})
+except SystemExit:
+    raise RuntimeError
+"""
 
 
 def score(text: str, record: Mapping[str, Any], execute_code: bool = False) -> bool | None:
@@ -58,7 +64,10 @@ def _number(text: str) -> float | str:
 
 
 def program(text: str, record: Mapping[str, Any]) -> str:
-    """A HumanEval program: the answer's code, completed by its prompt if it lacks the function."""
+    """A HumanEval program: the answer's code, behind as much of the prompt as it lacks.
+
+    That is all of it, or what stands before the function: imports, and functions that it calls.
+    """
     entry = record["entry_point"]
     whole = re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
     before, fence, behind = text.partition("```")
@@ -66,10 +75,15 @@ def program(text: str, record: Mapping[str, Any]) -> str:
         text = before  # a fence that the prompt opened, if anybody did
     fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     code = fenced[1] if fenced else text
-    if not whole.search(code):
-        code = record["prompt"] + code
-    elif fenced is None:
-        code = code[code.index(f"def {entry}") :]
+    prompt, function = record["prompt"], whole.search(code)
+    if function is None:
+        code = prompt + code
+    else:
+        if fenced is None:  # there may be prose before it
+            imports = re.findall(r"^(?:import|from)\s.*\n", code[: function.start()], re.MULTILINE)
+            code = "".join(imports) + code[function.start() :]
+        given = whole.search(prompt)
+        code = prompt[: given.start() if given else 0] + code
     return f"{code}\n\n{record['test']}\n\ncheck({entry})\n"
 
 
@@ -92,7 +106,7 @@ def passes(source: str, seconds: float = 10) -> bool:
                     sys.executable,
                     "-I",
                     "-c",
-                    f"{_LIMITS}exec({source!r})",
+                    f"{_LIMITS}{_RUN.format(source)}",
                 ],
                 cwd=folder,
                 env={},

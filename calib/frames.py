@@ -7,11 +7,13 @@ was being written is cut off when it is opened again, and a record damaged elsew
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Generic, TypeVar
 
@@ -114,6 +116,27 @@ def read_record(place: Place[About]) -> bytes:
     return framed[_HEADER:]
 
 
+#: Of file systems that have no such locks: whoever works there sees to it.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+def _lock(file: int) -> None:
+    """Lock a file for this process; the kernel lets go when it ends, however it ends.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds it.
+    """
+    import fcntl  # not on Windows, where all but this works
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
 class AppendFile:
     """The file that one process appends to; nobody else can, as long as it lives.
 
@@ -134,20 +157,17 @@ class AppendFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            import fcntl  # not on Windows, where all but this works
-        except ImportError:
+        if find_spec("fcntl") is None:
             raise SpiffyError(
                 f"{path}: work directories need POSIX file locks, which this system lacks: leave "
                 f"out {self.option}"
-            ) from None
+            )
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
         try:
-            # The kernel lets go of it when the process ends, however it ends.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._file)
             found = scan_records(path, len)
             self.end, self.damaged = found.end, found.damaged
             self.dropped = os.fstat(self._file).st_size - found.end

@@ -145,7 +145,9 @@ def prepare(
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     left_out: list[str] | None = None,
 ) -> list[Task]:
-    """Set up the recorded decode of every prompt that can be decoded.
+    """Set up the recorded decode of every prompt that can be decoded, of equal ones once.
+
+    Else a graph would be measured on prompts that it was grown on.
 
     `edges` says what decoding with the graph will allow: chains hold no draft beyond it. `left_out`
     takes what is wrong with the other prompts.
@@ -158,10 +160,13 @@ def prepare(
     _check_number(prompts.dataset, len(prompts.texts))  # now rather than after hours
     tasks: list[Task] = []
     problems: list[str] = [] if left_out is None else left_out
-    for text in prompts.texts:
+    seen: dict[bytes, int] = {}
+    for number, text in enumerate(prompts.texts, start=1):
         recorder = Recorder()
         try:
             ids = model.encode(text, raw=prompts.raw, system=prompts.system)
+            if (first := seen.setdefault(ids.numpy().tobytes(), number)) != number:
+                raise SpiffyError(f"prompt {number} is prompt {first} once more")
             tasks.append(make_task(model, ids, settings, recorder, seed, len(tasks), edges))
         except SpiffyError as problem:
             problems.append(str(problem))

@@ -118,14 +118,15 @@ def _records(content: bytes, suffix: str, field: str | None) -> _Records:
         return _parquet(content)
     content = _utf8(content)
     if suffix in _TABLES:
-        text = _text(content)
+        text = content.decode("utf-8", "surrogateescape")
         return _table(text, _separator(text, field, _TABLES[suffix]) or _TABLES[suffix][0])
     begins = content.lstrip()[:1]
     if suffix in _LINES or begins in (b"", b"{", b"[", b'"'):
         return _json(content)
-    text = _text(content)
+    text = content.decode("utf-8", "surrogateescape")
     separator = _separator(text, field, _TABLES[".csv"])
     if separator is None:
+        _check_utf8(content)
         raise SpiffyError(
             "is neither JSON nor a table with a known column: give plain text to --prompt or to "
             "standard input"
@@ -316,9 +317,9 @@ def _parsed(content: bytes) -> Any:
         return _NotJsonError(f"not valid JSON ({error})")
 
 
-def _text(content: bytes) -> str:
+def _check_utf8(content: bytes) -> None:
     try:
-        return content.decode("utf-8")
+        content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise SpiffyError(f"line {line}: not UTF-8 text") from None
@@ -349,6 +350,9 @@ def _table(text: str, separator: str) -> _Records:
     return ((where, _by_name(_names(first), cells)) for where, cells in rows)
 
 
+csv.field_size_limit(1 << 30)  # what a cell holds is bounded by what the file does
+
+
 def _rows(text: str, separator: str) -> Iterator[tuple[str, list[str] | SpiffyError]]:
     """Rows of a table and the lines on which they start; what is wrong ends it."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -356,10 +360,20 @@ def _rows(text: str, separator: str) -> Iterator[tuple[str, list[str] | SpiffyEr
     try:
         for cells in reader:
             if cells:
-                yield f"line {start}", cells
+                whole = _is_text("".join(cells))
+                yield f"line {start}", cells if whole else SpiffyError("not UTF-8 text")
             start = reader.line_num + 1
     except csv.Error as error:
         yield f"line {start}", _LostError(f"not valid CSV ({error})")
+
+
+def _is_text(decoded: str) -> bool:
+    """Whether what was decoded with surrogate escapes was UTF-8."""
+    try:
+        decoded.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _by_name(names: list[str], cells: list[str] | SpiffyError) -> Any:

@@ -222,7 +222,7 @@ def join(folders: Sequence[Path]) -> Joined:
         _check_complete(same, places, prompts)
         found += [places[k] for k in range(prompts)]
     names = {manifest.dataset for manifest in manifests.values()}
-    manifest = manifests[folders[0]]
+    manifest = min(manifests.values(), key=lambda manifest: manifest.digest())
     if len(sets) == 1:
         origin = Origin(min(names), min(sets), manifest.drawn, manifest.prompt_digests)
         return Joined(manifest, origin, _traces(found), repeated)

@@ -335,7 +335,12 @@ def bench(
         run = _prepared(artifact, graph, model, shape, prompts, encoding, decoding, methods, status)
     found, stopped_by = measured(run, methods.execute_code)
     with log.status("summing up"):
-        profile = None if stopped_by else profile_of(run)  # what stopped it would stop that, too
+        profile = None
+        if stopped_by is None:  # what stopped it would stop that, too
+            try:
+                profile = profile_of(run)
+            except (KeyboardInterrupt, Exception) as problem:  # hours of rows are to be written
+                stopped_by = problem
         summary = summed_up(run, found, machine(run.lm, load), profile)
         written = write_files(output.out, summary, found)
     note_if_inexact(run.settings)
@@ -371,9 +376,12 @@ def _prepared(
     network = None if methods.order is None else load_order(methods.order)
     asked = model if shape.shape is None else replace(model, prepack=False)  # grown, then prepacked
     lm = asked.load(artifact, place)
+    small = lm.fingerprint
     lm, (ours, rival) = shape.grown(model, lm, (artifact, rival))
     artifact = ours or artifact
-    settings, edges = decoding.settings(lm, artifact, model.any_model), decoding.block_edges()
+    compared = ("static", "threshold")  # plain decoding by both
+    settings = decoding.settings(lm, artifact, model.any_model, compared)
+    edges = decoding.block_edges()
     set_threads(lm, settings, threads)
     warn_of_differences(artifact, settings)
     chosen = decodable(lm, settings, drawn.texts, raw=encoding.raw, system=encoding.system)
@@ -385,7 +393,7 @@ def _prepared(
         log.print("--execute-code runs what the model writes, in a process with limits")
     kinds, numbers = methods.kinds(), methods.numbers(artifact)
     found = methods_of(
-        lm, settings, artifact, kinds, numbers, rival, ids, edges, model.any_model, network
+        lm, settings, artifact, kinds, numbers, rival, ids, edges, model.any_model, network, small
     )
     methods.check_all_there(found, settings.cache)
     return Run(

@@ -205,10 +205,14 @@ class _Output:
         ),
     ] = None
 
-    def path_for(self, model: str) -> Path:
-        """Where the artifact goes; fails before hours of work where nothing can be written."""
+    def path_for(self, model: str, writes: bool) -> Path:
+        """Where the artifact goes; fails before hours of work where nothing can be written.
+
+        A shard `writes` none.
+        """
         path = self.out or _beside(model)
-        check_writable(path)
+        if writes or self.out is not None:
+            check_writable(path)
         if self.report is not None:
             _check_report(self.report, path)
         if self.predict_for is not None:
@@ -261,7 +265,7 @@ def calibrate(
         raise SpiffyError(f"--seed {decoding.seed}: must be between -2^53 and 2^53")
     ranks = Ranks.from_environment()
     recording.check(ranks)
-    path = output.path_for(model.model)
+    path = output.path_for(model.model, writes=recording.share() == (0, 1))
     with resumable(recording.workdir, ranks):
         with log.status("loading"):
             drawn = prompts.draw(decoding.seed)  # cheap to refuse, before torch is imported

@@ -70,8 +70,8 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
         )
     note_if_inexact(settings)
     log.print(
-        f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts, "
-        f"{traces.nfe} forwards, {traces.positions_computed} positions"
+        f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts; all "
+        f"{len(traces.prompts)} took {traces.nfe} forwards, {traces.positions_computed} positions"
     )
 
 

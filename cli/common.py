@@ -179,6 +179,8 @@ def _run(app: Callable[[], None]) -> None:
         app()
     except OutputError:
         raise
+    except KeyboardInterrupt:  # typer's own, but for a command that is none of its
+        sys.exit(INTERRUPTED)
     except SpiffyError as error:
         _complain(str(error))
         sys.exit(2)

@@ -210,6 +210,15 @@ class ModelOfGraph:
         return model
 
 
+#: Options that say nothing to other policies.
+_READ_BY = {
+    "threshold": ("threshold", "joint"),
+    "entropy_bound": ("entropy-bounded",),
+    "edit_threshold": ("joint",),
+    "max_post_steps": ("joint",),
+}
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How a sequence is decoded; what is not given is the graph's, else the family's default."""
@@ -293,18 +302,24 @@ class Decoding:
     ] = "all"
 
     def settings(
-        self, model: DiffusionLM, artifact: DraftGraph | None = None, any_model: bool = False
+        self,
+        model: DiffusionLM,
+        artifact: DraftGraph | None = None,
+        any_model: bool = False,
+        compared: Sequence[str] = (),
     ) -> DecodingSettings:
         """Decoding settings of a model, to which the artifact has to belong unless `any_model`.
+
+        `compared` are other unmasking policies that are run beside it.
 
         Raises
         ------
         SpiffyError
-            If an option is invalid, or the family cannot decode that way.
+            If an option is invalid or nothing reads it, or the family cannot decode that way.
         """
         from spiffy.runtime import decoding_settings
 
-        return decoding_settings(
+        found = decoding_settings(
             model,
             artifact,
             any_model=any_model,
@@ -320,6 +335,13 @@ class Decoding:
             cache=self.cache,
             temperature=self.temperature,
         )
+        for name, policies in _READ_BY.items():
+            if getattr(self, name) is not None and not {found.policy, *compared} & {*policies}:
+                raise SpiffyError(
+                    f"--{name.replace('_', '-')} is read by --policy {' or '.join(policies)}, not "
+                    f"by {found.policy}"
+                )
+        return found
 
     def block_edges(self) -> BlockEdges:
         """Read what `--edges` allows.

@@ -9,6 +9,7 @@ from spiffy.schemas import AcceptanceModel, DraftGraph, Node
 from spiffy.schemas.labels import written
 
 _NAMED = 12  # nodes listed one by one
+_SHOWN = 32  # characters of a value
 _BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -28,14 +29,21 @@ def differences(a: DraftGraph, b: DraftGraph) -> list[str]:
 
 
 def _fields(what: str, a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
-    return [f"{what}: {key} {_value(a[key])} -> {_value(b[key])}" for key in a if a[key] != b[key]]
+    # A field that means nothing in one of them is not there.
+    return [
+        f"{what}: {key} {_value(a.get(key))} -> {_value(b.get(key))}"
+        for key in {**a, **b}
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _value(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        return f"({len(value)} of them)"
+        text = ", ".join(map(str, value))
+        return f"({text})" if len(text) <= _SHOWN else f"({len(value)} of them)"
     text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}..."
+    half = _SHOWN // 2 - 1  # names may differ at either end
+    return text if len(text) <= _SHOWN else f"{text[:half]}...{text[-half:]}"
 
 
 def _nodes(a: Sequence[Node], b: Sequence[Node], roots_a: int, roots_b: int) -> list[str]:

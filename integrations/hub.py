@@ -20,9 +20,10 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from spiffy.schemas import CostProfile, DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
 from spiffy.schemas.errors import said
 from spiffy.schemas.hub import GRAPH_FILE, Snapshot, answered, is_hub_id, snapshot
+from spiffy.schemas.labels import policy_in_words
 
 _BEGIN, _END = "<!-- spiffy draft graph -->", "<!-- /spiffy draft graph -->"
 _TAGS = ("draft-graph", "speculative-decoding", "diffusion-language-model", "spiffy")
@@ -70,7 +71,7 @@ def section(graph: DraftGraph, repo: str | None = None, beside: bool = False) ->
     lines += [
         "| made for | |",
         "| --- | --- |",
-        f"| unmasking policy | {_policy(settings)} |",
+        f"| unmasking policy | {policy_in_words(settings)} |",
         f"| block length, cache | {settings.block_length}, {settings.cache} |",
         f"| temperature | {settings.temperature:g} |",
         f"| calibrated on | {_plain(record.dataset)}: {record.samples} prompts, "
@@ -84,19 +85,6 @@ def section(graph: DraftGraph, repo: str | None = None, beside: bool = False) ->
         _END,
     ]
     return "\n".join(lines)
-
-
-def _policy(settings: DecodingSettings) -> str:
-    """The unmasking policy, with what it commits by."""
-    if settings.policy == "threshold":
-        return f"threshold {settings.threshold:g}"
-    if settings.policy == "joint":
-        return f"joint {settings.threshold:g}, edits above {settings.edit_threshold:g}"
-    if settings.policy == "entropy-bounded":
-        return f"entropy-bounded, {settings.entropy_bound:g} nats"
-    if settings.steps_per_block is not None:
-        return f"{settings.policy}, {settings.steps_per_block} steps a block ({settings.schedule})"
-    return f"{settings.policy}, tokens a step: {settings.tokens_per_step}"
 
 
 def _metadata(graph: DraftGraph) -> ModelCardData:

@@ -54,6 +54,7 @@ from spiffy.bench.grow import SHAPES, grow
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
+from spiffy.runtime.budget.cost import device_name
 from spiffy.runtime.decode import Task, loop, make_task
 from spiffy.runtime.draft import (
     AcceptanceDrafter,
@@ -61,6 +62,7 @@ from spiffy.runtime.draft import (
     Drafter,
     GraphDrafter,
     by_model,
+    candidates,
     graph_drafter,
     rejected,
     search,
@@ -239,7 +241,7 @@ def searching(way: str) -> Iterator[None]:
     """Search for drafts as one of `WAYS` does."""
     chosen = search.IN_NUMPY if way == WITHOUT else search.fastest_search()
     with ExitStack() as patches:
-        for user in (by_model, rejected):
+        for user in (candidates, by_model, rejected):
             patches.enter_context(patch.object(user, "fastest_search", lambda: chosen))
         yield
 
@@ -406,14 +408,16 @@ def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: in
     settings = decoding_settings(model, graph)
     prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
     plain = 0.0
-    for (way, drafts), (waits, kernels) in zip(WAYS, counts_of(graph), strict=True):
-        computed: dict[str, list[Any]] = {}
-        decodes = []
-        for _ in range(1 + repeats):
+    computed: list[dict[str, list[Any]]] = [{} for _ in WAYS]
+    decodes: list[list[list[Host]]] = [[] for _ in WAYS]
+    for _ in range(1 + repeats):  # in turns: a machine that slows down does so for all of them
+        for k, (way, drafts) in enumerate(WAYS):
             with searching(way):
                 drafter = drafter_of(large, graph, settings, way, drafts)  # learned nothing yet
-                decodes.append(on_host(large, settings, prompt, drafter, forwards, computed))
-        turns = list(zip(*decodes[1:], strict=True))  # the first one computes
+                given = (large, settings, prompt, drafter, forwards, computed[k])
+                decodes[k].append(on_host(*given))
+    for k, ((way, drafts), (waits, kernels)) in enumerate(zip(WAYS, counts_of(graph), strict=True)):
+        turns = list(zip(*decodes[k][1:], strict=True))  # the first one computes
         steps = mean(same[0].steps for same in turns)
         draft = mean(median(turn.draft for turn in same) for same in turns)
         rest = mean(median(turn.rest for turn in same) for same in turns)
@@ -479,7 +483,10 @@ def main() -> None:
     traces = record(model, prepare(model, prompts, settings))
     graph = build_graph(model, prompts, settings, traces, 32)
     counts = (args.forwards, args.repeats)
-    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32"
+    machine = (
+        f"{device_name(model.device)}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, float32"
+    )
     given = f"--forwards {args.forwards} --repeats {args.repeats} --layers {args.layers}"
     for name in args.tables:
         started = os.getloadavg()[0]

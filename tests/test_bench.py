@@ -249,6 +249,30 @@ def test_code_is_right_if_its_tests_pass(text: str, right: bool) -> None:
     assert score(text, HUMANEVAL, execute_code=True) is right
 
 
+MANY = {
+    "prompt": "from typing import List\n\n\ndef one():\n    return 1\n\n\n"
+    'def many(x: List[int]) -> int:\n    """How many."""\n',
+    "entry_point": "many",
+    "test": "def check(f):\n    assert f([2, 3]) == 2 * one()\n",
+}
+RIGHT = "def many(x: List[int]) -> int:\n    return len(x)\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("    return len(x)\n", True),
+        (f"```python\n{RIGHT}```", True),
+        (f"Here it is.\n{RIGHT}", True),
+        ("import math\n\ndef many(x):\n    return math.floor(len(x))\n", True),
+        (f"```python\n{RIGHT}\nif __name__ == '__main__':\n    print(many(input()))\n```", True),
+        ("```python\ndef many(x):\n    return 5\n\nimport sys\nsys.exit()\n```", False),
+    ],
+)
+def test_code_has_what_its_prompt_brings_along(text: str, right: bool) -> None:
+    assert score(text, MANY, execute_code=True) is right
+
+
 def test_code_is_not_run_unless_that_was_asked_for() -> None:
     assert score("    return 2 * x\n", HUMANEVAL) is None
 
@@ -305,6 +329,22 @@ def test_the_command_writes_a_run_that_can_be_read_back(
     code, text, _ = invoke("--compare", out / "bench.json", out / "bench.json")
     assert code == 0
     assert "model 4" in text
+
+
+def test_what_was_measured_is_kept_if_ctrl_c_comes_amid_summing_up(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(run: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spiffy.cli.bench.profile_of", interrupted)
+    code, _, error = invoke(
+        "--graph", artifact, "--out", tmp_path, "--samples", "1", "--repeats", "1", "--budgets",
+        "1", "--methods", "graph", "--device", "cpu", "--warm-up", "0",
+    )  # fmt: skip
+    assert code == 130
+    assert "stopped early: summed up are 1 of 1 prompts, 1 of 1 repeats" in error
+    assert Bench.load(tmp_path / "bench.json").data.samples == 1
 
 
 def test_what_was_measured_before_ctrl_c_or_an_error_is_summed_up(

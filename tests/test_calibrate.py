@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import decode, parity_model, random_prompt
 
-from spiffy.calib.pipeline import Traces, build_graph, chain_counts
+from spiffy.calib.pipeline import Traces, build_graph, chain_counts, prepare
 from spiffy.calib.prompts import PromptSet, load_prompts
 from spiffy.calib.record import Recorder, Trace
 from spiffy.calib.replay_drafts import replay_drafter
@@ -138,6 +138,16 @@ def test_no_prompt_both_grows_and_measures(prompts: int, held_out: int) -> None:
     assert len(traces.held_out) == held_out
     used = [id(trace) for trace in (*traces.growing, *traces.held_out)]
     assert sorted(used) == sorted(id(trace) for trace in prompts_)
+
+
+def test_equal_prompts_are_decoded_once() -> None:
+    model, problems = parity_model("llada-a"), []
+    one, two = random_prompt(model, 5), random_prompt(model, 6)
+    prompts = PromptSet("p.jsonl", (one, two, one.clone()), ({}, {}, {}))
+    settings = decoding_settings(model, gen_length=8, block_length=8)
+    tasks = prepare(model, prompts, settings, left_out=problems)
+    assert [task.sequence for task in tasks] == [0, 1]
+    assert problems == ["prompt 3 is prompt 1 once more"]
 
 
 def test_prompts_come_from_question_and_prompt_fields(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import json
 import logging
@@ -618,6 +619,17 @@ def test_what_needs_posix_says_so_when_it_is_used(
     message = refusal(lambda: TraceFile(tmp_path / "traces"))
     assert "work directories need POSIX file locks" in message
     assert not (tmp_path / "traces").exists()
+
+
+def test_where_no_locks_can_be_had_it_goes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    TraceFile(tmp_path / "traces").close()
+    assert (tmp_path / "traces").exists()
 
 
 def test_no_module_needs_posix_to_be_imported() -> None:

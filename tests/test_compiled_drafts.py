@@ -202,6 +202,21 @@ def test_blocks_of_a_hundred_positions(sets: bool) -> None:
     assert_same_drafts(drawn_weights(4, sets), both, budget=32, room=128)
 
 
+@pytest.mark.parametrize("sets", [False, True])
+def test_what_overflowed_drafts_nothing(sets: bool) -> None:
+    """A source of NaN: numba writes where it is told to, whatever stands there."""
+    ids = np.array([3, MASK, MASK, MASK])
+    tokens, nothing = np.array([[0, 1], [2, 3], [1, 4]]), np.full((3, 2), np.nan)
+    known = {"mask_token_id": MASK, "eos_token_ids": np.array([EOS]), "vocab": VOCAB}
+    facts = (ids, np.array([1, 2, 3]), tokens, nothing, np.array([0]))
+    weights = drawn_weights(3, sets)
+    root = compiled.lay_out(*facts, **known)
+    assert root.best.tolist() == Outlook.at(*facts, **known).best.tolist() == [[0, 0, 0]]
+    assert not len(compiled.expand(compiled.prepare(weights), root, 4, 3)[1])
+    with np.errstate(invalid="ignore"):
+        assert not len(expand(weights, Outlook.at(*facts, **known), 4, 3)[1])
+
+
 def test_nothing_is_compiled_twice() -> None:
     """What differs from root to root is no type: another one would compile for seconds."""
     compiled.warm_up()

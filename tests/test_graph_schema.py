@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from spiffy.calib.audit import audit
+from spiffy.graphs.diff import differences
 from spiffy.schemas import (
     CalibrationRecord,
     CostPoint,
@@ -154,6 +156,25 @@ def test_the_digest_covers_everything_but_cost_profiles() -> None:
     ]
     digests = {other.digest() for other in [graph, *others]}
     assert len(digests) == 6
+
+
+def test_settings_that_only_one_graph_has_are_a_difference() -> None:
+    plain = a_graph()
+    edits = a_graph(decoding=DecodingSettings.parse(policy="joint", cache="block"))
+    parts = a_graph(decoding=plain.decoding.model_copy(update={"sub_block_length": 8}))
+    assert "decoding: edit_threshold None -> 0.9" in differences(plain, edits)
+    assert "decoding: edit_threshold 0.9 -> None" in differences(edits, plain)
+    assert differences(plain, parts) == ["decoding: sub_block_length None -> 8"]
+    assert differences(parts, plain) == ["decoding: sub_block_length 8 -> None"]
+    assert differences(plain, a_graph()) == []
+
+
+def test_a_digest_of_another_version_is_no_fault() -> None:
+    graph = a_graph()
+    found = audit(graph, "0" * 64)  # the loader has refused those that are wrong
+    assert not any("digest" in problem for problem in found.wrong)
+    assert "digest: of another version of the format" in found.unchecked
+    assert "digest" in " ".join(audit(graph, graph.digest()).checked)
 
 
 def test_cost_profiles_survive_a_round_trip(tmp_path: Path) -> None:

@@ -88,7 +88,10 @@ def test_a_card_names_the_model_and_shows_what_was_measured(call: Call, file: Pa
         ({}, "static, tokens a step: 1"),
         ({"steps_per_block": 2, "schedule": "timestep"}, "static, 2 steps a block (timestep)"),
         ({"policy": "threshold", "threshold": 0.85}, "threshold 0.85"),
-        ({"policy": "joint", "edit_threshold": 0.5}, "joint 0.9, edits above 0.5"),
+        (
+            {"policy": "joint", "edit_threshold": 0.5},
+            "joint 0.9, edits above 0.5, at most 16 steps of a full block",
+        ),
         ({"policy": "entropy-bounded"}, "entropy-bounded, 0.1 nats"),
     ],
 )

@@ -204,6 +204,17 @@ def test_rows_behind_a_broken_quote_are_not_left_out_unsaid(tmp_path: Path) -> N
     assert (found.texts, found.skipped) == (("a", "d"), 1)
 
 
+def test_a_row_that_is_not_utf8_is_left_out_like_a_line(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes(b"prompt\na\ncaf\xe9\n\xc3\xa9t\xc3\xa9\n")
+    found = load_prompts(str(tmp_path / "p.csv"), skip_bad=True)
+    assert (found.texts, found.skipped) == (("a", "\u00e9t\u00e9"), 1)
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(f"context,prompt\n{'x' * 200_000},a\n")
+    assert load_prompts(str(tmp_path / "p.csv")).texts == ("a",)
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpiffyError, match="is a folder"):
         load_prompts(str(tmp_path))

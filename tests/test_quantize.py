@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TorchAoConfig
 from typer.testing import CliRunner
 
+from spiffy.bench.grow import grow
 from spiffy.calib.workdir import weights_digest
 from spiffy.runtime import ALIASES, DiffusionLM, load_model, wrap
 from spiffy.runtime.budget.cost import conditions
@@ -247,3 +248,8 @@ def test_every_command_passes_both_options_on(
     app = import_module(f"spiffy.cli.{command}").app
     done = CliRunner().invoke(app, [*graph, *prompt, *options, *out])
     assert str(done.exception) == "m a q"
+
+
+def test_quantised_weights_cannot_be_grown() -> None:
+    with pytest.raises(SpiffyError, match="cannot be grown: its weights are quantised"):
+        grow(quantised(str(PARITY / "sdar-a")), "0.3b")

@@ -309,7 +309,9 @@ def test_other_settings_are_refused_by_name(run: Calibrate, tmp_path: Path) -> N
     other = prompts_file(tmp_path / "q.jsonl", range(3))
     for setting, *arguments in (
         ("batch_size 8, not 4", *data, "--batch-size", 4),
-        ("decoding.threshold", *data, "--threshold", 0.5),
+        ("decoding.policy", *data, "--policy", "threshold"),
+        ("--threshold is read by --policy threshold or joint", *data, "--threshold", 0.5),
+        ("--max-post-steps is read by --policy joint", *data, "--max-post-steps", 2),
         ("seed 0, not 1", "--dataset", "synthetic", "--seed", 1),
         ("edges.fold True, not False", *data, "--edges", "complete,first"),
         ("dtype float32, not float64", *data, "--dtype", "float64"),

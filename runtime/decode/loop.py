@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.decode.task import Task, is_stopped
-from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk, rank_candidates
+from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk, rank_candidates, search_for
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.draft.rejected import with_rejected
-from spiffy.runtime.draft.search import IN_NUMPY, fastest_search
 from spiffy.runtime.forward.cache import CACHES, Cache
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
@@ -245,15 +244,19 @@ def _candidates(
     elif root.block_step > 0 or task.edges.first:
         span = task.canvas.span(root.block)
         for seen in (here, *range(len(evaluation.windows))):
-            if evaluation.windows[seen].covers(span):
-                source = evaluation.reading(seen, masked)
+            if not evaluation.windows[seen].covers(span):
+                continue
+            source = evaluation.reading(seen, masked)
+            if source.is_number:
                 break
+            source = None  # a draft may overflow where the truth does not
     if source is None:
         return None
     fresh = torch.from_numpy((states.numpy()[seen] != root.ids.numpy()).nonzero()[0])
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
-    search = fastest_search() if drafter.asks_rejected else IN_NUMPY
-    candidates = rank_candidates(source, task.settings, mask, ranks, masked, fresh, search)
+    candidates = rank_candidates(
+        source, task.settings, mask, ranks, masked, fresh, search_for(drafter)
+    )
     if source is reading and drafter.asks_rejected:
         span = task.canvas.span(root.block)
         return with_rejected(candidates, evaluation, root, states, seen, span, mask)

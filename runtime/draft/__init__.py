@@ -3,7 +3,7 @@
 `candidates` names what a drafter is told and what it is; `by_graph` drafts a static graph,
 `by_model` what the acceptance model finds most probable at the root at hand: `outlook` lays out
 what is known there, `features` and `acceptance` are the model, `expand` searches with it,
-`compiled` does the same where numba is installed (`search`).
+`compiled` does the same where numba is installed (`search`). `told` is what a forward says of it.
 `rejected` asks what the last forward's rejected drafts say. `best_of` leaves every forward to the
 way that would have done best lately; `artifact` makes such a drafter of a draft graph. Nothing here
 can change a token.
@@ -20,6 +20,7 @@ from spiffy.runtime.draft.candidates import (
     Selection,
     Walk,
     rank_candidates,
+    search_for,
 )
 from spiffy.runtime.draft.search import fastest_search
 
@@ -39,5 +40,6 @@ __all__ = [
     "graph_drafter",
     "lasting_drafter",
     "rank_candidates",
+    "search_for",
     "way_of",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.draft.outlook import Rejected
-from spiffy.runtime.draft.search import IN_NUMPY, Search
+from spiffy.runtime.draft.search import IN_NUMPY, Search, fastest_search
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import DecodingSettings
@@ -77,8 +77,8 @@ def rank_candidates(
         min(token_ranks, tokens.shape[1] - 1),
         by_token,
     )
-    fresh = reading.positions[:0] if fresh is None else fresh
-    return Candidates(*map(torch.from_numpy, ranked), fresh)
+    where, which, likely = map(torch.from_numpy, ranked)
+    return Candidates(where, which, likely, reading.positions[:0] if fresh is None else fresh)
 
 
 class Drafter(Protocol):
@@ -96,6 +96,11 @@ class Drafter(Protocol):
         draft may fill at most `room` of them.
         """
         ...
+
+
+def search_for(drafter: Drafter) -> Search:
+    """What ranks a drafter's candidates: nothing is compiled for one that does not search."""
+    return fastest_search() if drafter.asks_rejected else IN_NUMPY
 
 
 @dataclass(frozen=True)

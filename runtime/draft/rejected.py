@@ -41,7 +41,7 @@ def with_rejected(
     span
         Positions of the root's block.
     """
-    if len(states) == 1:
+    if len(states) == 1 or not len(candidates.positions):
         return candidates
     known = (candidates.positions, candidates.tokens, candidates.log_p, candidates.fresh)
     positions, tokens, log_p, fresh = (part.numpy() for part in known)

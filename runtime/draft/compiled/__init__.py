@@ -33,7 +33,7 @@ def ranked(
     by_token: bool,
 ) -> tuple[Ints, Ints, Floats]:
     """As `told.ranked`, which says what it takes and returns."""
-    arrays = map(np.ascontiguousarray, (positions, tokens, log_p, score, masked))
+    arrays = tuple(map(np.ascontiguousarray, (positions, tokens, log_p, score, masked)))
     fields: tuple[Ints, Ints, Floats] = told.ranked(*arrays, mask_token_id, kept, by_token)
     return fields
 
@@ -76,11 +76,20 @@ def asked(
     return numbers
 
 
-def heard(*facts: Any) -> tuple[Ints, Floats, Bools]:
+def heard(
+    there: Ints,
+    positions: Ints,
+    fresh: Ints,
+    tokens: Ints,
+    log_p: Floats,
+    log_total: Floats,
+    logits: Floats,
+    mask_token_id: int,
+) -> tuple[Ints, Floats, Bools]:
     """As `told.heard`, which says what it takes and returns."""
-    *arrays, mask_token_id = facts
-    fields: tuple[Ints, Floats, Bools]
-    fields = told.heard(*map(np.ascontiguousarray, arrays), mask_token_id, SURE)
+    arrays: Any = (there, positions, fresh, tokens, log_p, log_total, logits)
+    known = tuple(map(np.ascontiguousarray, arrays))
+    fields: tuple[Ints, Floats, Bools] = told.heard(*known, mask_token_id, SURE)
     return fields
 
 

@@ -138,12 +138,13 @@ class Children(NamedTuple):
 class Work(NamedTuple):
     """Where features are worked out, of one position after the other.
 
-    `told` [F] are those of positions; `behind` [M] as in `features._nearness`, `alike` and `is_new`
-    by kind of token; `logs` are those of 1, 2, ...; the others are by neighbour.
+    `told` [F] are those of positions; `behind` [M] as in `features._nearness`, `ahead` [M] ranks;
+    `alike` and `is_new` by kind of token; `logs` are of 1, 2, ...; the others are by neighbour.
     """
 
     told: Floats
     behind: Ints
+    ahead: Ints
     alike: Ints
     is_new: Bools
     logs: Floats

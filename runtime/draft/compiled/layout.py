@@ -124,7 +124,7 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any, most: Any, vocab
     where, by_place = np.empty(count, np.int64), np.empty((count, width), np.int64)
     seen, lead = np.full((sources, count), -1), np.zeros(sources, np.int64)
     law, share = np.empty((sources, count, width)), np.empty((sources, count, width))
-    best, log_mass = np.empty((sources, count), np.int64), np.empty((sources, count))
+    best, log_mass = np.zeros((sources, count), np.int64), np.empty((sources, count))
     is_fresh = np.zeros((2, sources, count), np.bool_)
     before, behind = np.full((sources, count), -_FAR), np.full((sources, count), _FAR)
     constant, echo = np.zeros((6, sources, count)), np.zeros((sources, count), np.bool_)

@@ -15,6 +15,7 @@ from spiffy.runtime.draft.compiled.arrays import Children, Level, Work
 from spiffy.runtime.draft.compiled.jit import compiled, compiled_sum
 
 _FAR = 1 << 30  # positions
+_FEW = 64  # positions that are sooner compared than sorted
 _SCATTER = -7046029254386353131  # 2**64 over the golden ratio, in two's complement
 
 
@@ -100,7 +101,22 @@ def _work(root: Any, features: Any) -> Any:
     alike, is_new = np.zeros(kinds, np.int64), np.zeros(kinds, np.bool_)
     beside, new = np.empty(3, np.int64), np.empty(2, np.bool_)
     sides = np.empty(4), np.empty(4), np.empty(4)
-    return Work(told, behind, alike, is_new, logs, *sides, beside, new)
+    ahead = np.empty(count, np.int64)
+    return Work(told, behind, ahead, alike, is_new, logs, *sides, beside, new)
+
+
+@compiled
+def _rank(choice: Any, logit: Any, ahead: Any) -> None:
+    """How many masked positions are likelier than each one (of equals, the first), into `ahead`."""
+    if len(choice) > _FEW:
+        shown = np.where(choice < 0, -logit, np.inf)
+        ahead[np.argsort(shown, kind="mergesort")] = np.arange(len(choice))
+        return
+    for m in range(len(choice)):
+        ahead[m] = 0
+        for k in range(len(choice)):
+            first = logit[k] > logit[m] or (logit[k] == logit[m] and k < m)
+            ahead[m] += choice[k] < 0 and first
 
 
 @compiled
@@ -117,6 +133,7 @@ def _scores(model: Any, root: Any, level: Any, n: Any, work: Any, score: Any, od
     is_new, alike, behind, logs = work.is_new, work.alike, work.behind, work.logs
     (count, ranks), depth, best, first = root.tokens.shape, level.depth[n], -np.inf, -1
     is_new[:], alike[:] = False, 0
+    _rank(choice, logit, work.ahead)
     for m in range(count):
         if choice[m] < 0:
             first, best = (m if first < 0 else first), max(best, logit[m])
@@ -137,10 +154,8 @@ def _scores(model: Any, root: Any, level: Any, n: Any, work: Any, score: Any, od
             masked[side] = at >= 0 and choice[at] < 0
             drafted[side] = at >= 0 and unseen[at]
             theirs[side] = logit[at] if masked[side] else 0.0
-        kind, odd, ahead = kinds[m, likely[source, m]], logit[m], 0
+        kind, odd, ahead = kinds[m, likely[source, m]], logit[m], work.ahead[m]
         top, second, confidence = -np.inf, -np.inf, 0.0
-        for k in range(count):
-            ahead += choice[k] < 0 and (logit[k] > odd or (logit[k] == odd and k < m))
         for j in range(ranks):
             top, second = max(top, log_p[m, j]), max(second, min(top, log_p[m, j]))
             confidence = max(confidence, share[m, j])
