@@ -360,20 +360,11 @@ def _rows(text: str, separator: str) -> Iterator[tuple[str, list[str] | SpiffyEr
     try:
         for cells in reader:
             if cells:
-                whole = _is_text("".join(cells))
+                whole = is_unicode("".join(cells))  # bytes that are none stand as surrogates
                 yield f"line {start}", cells if whole else SpiffyError("not UTF-8 text")
             start = reader.line_num + 1
     except csv.Error as error:
         yield f"line {start}", _LostError(f"not valid CSV ({error})")
-
-
-def _is_text(decoded: str) -> bool:
-    """Whether what was decoded with surrogate escapes was UTF-8."""
-    try:
-        decoded.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _by_name(names: list[str], cells: list[str] | SpiffyError) -> Any:
