@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from pages import add_into, fill
+from pages import add_into, command, fill
 
 from graphs import LAYOUTS, Case, cases
 from spiffy.calib.fit import fit_acceptance
@@ -112,9 +112,9 @@ def main() -> None:
     table = [f"| without | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     table += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     note = (
-        f"`python studies/ablations.py --calibrate {args.calibrate} --samples {args.samples} "
-        f"--gen-length {args.gen_length}` (torch {torch.__version__}, float32, CPU; steps per "
-        f"forward at {DRAFTS[0]} and {DRAFTS[1]} drafts on held-out problems, and their change)"
+        f"`{command()}` ({args.calibrate} calibration problems, {args.samples} test problems; "
+        f"torch {torch.__version__}, float32, CPU; steps per forward at {DRAFTS[0]} and "
+        f"{DRAFTS[1]} drafts on held-out problems, and their change)"
     )
     block = "\n".join([note, "", *table])
     print(block)

@@ -30,8 +30,9 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
+from fresh import forgetting_costs
 from losslessness import POLICIES
-from pages import add_into, fill
+from pages import add_into, command, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -93,7 +94,7 @@ def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Name
     ratios: list[list[float]] = [[] for _ in questions]
     chance: list[list[float]] = [[] for _ in questions]
     nfe = [0, 0]
-    differing = 0
+    differing = set[int]()
     for repeat in range(args.repeats):
         for k, question in enumerate(questions):
             turn = (repeat + k) % 3
@@ -104,7 +105,8 @@ def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Name
             nfe[0] += plain.stats.nfe
             nfe[1] += ours.stats.nfe
             used += Counter(ours.stats.budgets)
-            differing += repeat == 0 and plain.token_ids != ours.token_ids
+            if plain.token_ids != ours.token_ids:
+                differing.add(k)
     return Row(
         name,
         cache,
@@ -113,7 +115,7 @@ def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Name
         [median(values) for values in ratios],
         [median(values) for values in chance],
         nfe[0] / nfe[1],
-        differing,
+        len(differing),
     )
 
 
@@ -189,14 +191,16 @@ def main() -> None:
     spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if args.busy else None
     try:
         todo = list(cases(args.models))
-        rows = [measure(*case, args) for case in track(todo, description="racing")]
+        rows = []
+        for case in track(todo, description="racing"):
+            with forgetting_costs():
+                rows.append(measure(*case, args))
     finally:
         if spin is not None:
             spin.kill()
     note = (
-        f"`python studies/auto.py --samples {args.samples} --repeats {args.repeats} --calibrate "
-        f"{args.calibrate} --gen-length {args.gen_length}{' --busy' if args.busy else ''}` "
-        f"({device_name(torch.device('cpu'))}, {usable_cpus()} cores, torch {torch.__version__}, "
+        f"`{command()}` ({args.samples} problems, {args.repeats} races each; "
+        f"{device_name(torch.device('cpu'))}, {usable_cpus()} cores, torch {torch.__version__}, "
         f"Python {platform.python_version()}, float32; load average {load:.1f} at the start, "
         f"{os.getloadavg()[0]:.1f} at the end)"
     )

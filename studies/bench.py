@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fresh import forgetting_costs
 from pages import add_into, fill
 
 from spiffy.bench.tables import markdown
@@ -86,12 +87,13 @@ def measure(case: Case, out: Path, gen_length: int) -> Bench:
             *("--dataset", case.dataset, "--gen-length", str(gen_length)),
             *("--objective", objective, "--out", str(path)),
         )
-    run(
-        "spiffy-bench",
-        *("--graph", str(graphs["expected-steps"]), "--paper", str(graphs["paper"])),
-        *("--dataset", case.dataset, "--samples", str(case.samples)),
-        *("--repeats", str(case.repeats), "--budgets", case.budgets, "--out", str(folder)),
-    )
+    with forgetting_costs():
+        run(
+            "spiffy-bench",
+            *("--graph", str(graphs["expected-steps"]), "--paper", str(graphs["paper"])),
+            *("--dataset", case.dataset, "--samples", str(case.samples)),
+            *("--repeats", str(case.repeats), "--budgets", case.budgets, "--out", str(folder)),
+        )
     return Bench.load(folder / "bench.json")
 
 
@@ -167,6 +169,8 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true", help="take the runs that are there")
     add_into(parser)
     args = parser.parse_args()
+    if args.into and args.only:
+        parser.error("--only: pages hold all cases, leave out --into")
     benches = []
     for case in cases(args.gsm8k):
         if args.only in case.name:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,10 @@ def line(name: str, args: argparse.Namespace, folder: Path) -> str:
     options = {"cache": cache, "gen_length": args.gen_length}
     found: dict[str, list[Output]] = {way: [] for way in ways}
     for number, prompt in enumerate(questions(args.prompts + 1)):
-        for way, (model, artifact) in ways.items():
+        for way in random.Random(number).sample(
+            list(ways), len(ways)
+        ):  # nobody follows a heavy one
+            model, artifact = ways[way]
             out = generate(model, prompt, graph=artifact, **options)
             if number:  # the first one is slow, however it is decoded
                 found[way].append(out)

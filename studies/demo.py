@@ -25,6 +25,7 @@ wait_passively()  # before torch is imported
 hush()
 
 # ruff: noqa: E402
+from fresh import forgetting_costs
 from rich.table import Table
 
 from spiffy.bench.grow import grow, grow_graph
@@ -159,7 +160,8 @@ def main() -> int:
             model = load_model(name, device="cpu", dtype="float32")
             graph = calibrated(model, cache, args.calibrate)
             graph.save(args.out / f"{name}.json")
-        lines.append(race(name, model, graph, texts, count=True))
+        with forgetting_costs():
+            lines.append(race(name, model, graph, texts, count=True))
     console.print(table(lines, len(texts)))
     best = max(lines, key=lambda line: line.nfe[0] / line.nfe[2])
     console.print(
@@ -176,7 +178,9 @@ def main() -> int:
             graph = DraftGraph.load(args.out / "tiny-sdar.json")
             large = grow(tiny, SHAPE)
             prepack_if_faster(large)  # as the commands do
-        line = race(f"{SHAPE} shape", large, grow_graph(graph, tiny, large), few, count=False)
+        grown = grow_graph(graph, tiny, large)
+        with forgetting_costs():
+            line = race(f"{SHAPE} shape", large, grown, few, count=False)
         console.print(
             f"At the size of {SHAPE} (tiny-sdar grown, {dtype}, prompts: {len(few)}): "
             f"{line.speeds[0]:.2f} -> {line.speeds[1]:.2f} tokens/s ({line.ratio:.2f}x), "

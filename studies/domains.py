@@ -18,10 +18,9 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
-from losslessness import ON, decode_all, versions
-from pages import add_into, fill
+from losslessness import ON, decode_all, fitting, versions
+from pages import add_into, command, fill
 
 from spiffy.bench.methods import NO_EDGES
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
@@ -153,9 +152,6 @@ def group(
 def groups(args: argparse.Namespace) -> Iterator[Group]:
     """Everything there is to measure."""
     calibration = load_prompts("synthetic", args.calibrate)
-    datasets = [
-        load_prompts(name, args.samples, split="test") for name in ("synthetic", *args.dataset)
-    ]
     for name, cache in LAYOUTS:
         model = load_model(name, device="cpu", dtype="float32")
         for policy in POLICIES:
@@ -164,7 +160,8 @@ def groups(args: argparse.Namespace) -> Iterator[Group]:
             )
             traces = record(model, prepare(model, calibration, settings))
             graph = build_graph(model, calibration, settings, traces, max(args.drafts))
-            for prompts in datasets:
+            for dataset in ("synthetic", *args.dataset):
+                prompts = fitting(dataset, args.samples, model, settings)
                 yield group(model, settings, graph, prompts, args.drafts)
 
 
@@ -204,9 +201,7 @@ def main() -> None:
         for line in lines(found):
             print(line, flush=True)
             table.append(line)
-    names = " ".join(Path(name).name for name in args.dataset)
-    command = f"python studies/domains.py --dataset {names} --samples {args.samples}"
-    note = f"`{command} --calibrate {args.calibrate} --gen-length {args.gen_length}` ({versions()})"
+    note = f"`{command()}` ({args.samples} prompts of each; {versions()})"
     block = "\n".join([note, "", *table])
     for path in args.into:
         fill(path, "domains", block)

@@ -20,7 +20,7 @@ from math import exp, log
 from pathlib import Path
 
 import torch
-from pages import add_into
+from pages import add_into, command
 from pages import fill as fill_markers
 from rich.progress import track
 
@@ -355,42 +355,47 @@ def gain_table(measured: Sequence[tuple[Case, dict[str, list[float]]]]) -> str:
 def forwards_table(measured: Sequence[tuple[Case, dict[str, list[float]]]]) -> str:
     """Markdown: NFE of the held-out prompts, and how many times fewer than plain static decoding.
 
-    SDAR's official loop spends a forward on storing the prompt and every block, which our plain
-    decoding folds into others; the comparison is with what the official loop spends.
+    SDAR's official loop spends a forward on storing the prompt and every block, too, which our
+    plain decoding folds into others.
     """
     bound = next(reversed(BOUNDS))
     lines = _head(
         "model", "plain static", "static, 8 drafts", "static, 32", "plain threshold",
         "threshold, 8", "threshold, 32", "threshold, perfect 32",
+        "official loop: static, threshold",
     )  # fmt: skip
     for static, threshold in zip(measured[::2], measured[1::2], strict=True):
         (case, steps), (other, other_steps) = static, threshold
-        official = _official(case)
+        plain = _steps(case)
 
-        def cell(nfe: float, over: float = official) -> str:
+        def cell(nfe: float, over: float = plain) -> str:
             return f"{nfe:.0f} ({over / nfe:.2f}x)"
 
         def after(of: Case, rows: Mapping[str, Sequence[float]], name: str, drafts: int) -> str:
-            made = sum(len(trace.roots) for trace in of.held_out)
-            return cell(made / rows[name][DRAFTS.index(drafts)])
+            return cell(_steps(of) / rows[name][DRAFTS.index(drafts)])
 
         cells = (
-            f"{official}",
+            f"{plain}",
             *(after(case, steps, ASKING, n) for n in (8, 32)),
-            cell(_official(other)),
+            cell(_steps(other)),
             *(after(other, other_steps, ASKING, n) for n in (8, 32)),
             after(other, other_steps, bound, 32),
+            f"{_official(case)}, {_official(other)}",
         )
         lines.append(f"| {case.model.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _steps(case: Case) -> int:
+    """Denoising steps of the held-out prompts: a forward each without drafts."""
+    return sum(len(trace.roots) for trace in case.held_out)
+
+
 def _official(case: Case) -> int:
     """Forwards of the official loop on the held-out prompts."""
-    steps = sum(len(trace.roots) for trace in case.held_out)
     # The prompt, and every block that was reached.
     stores = sum(trace.path[-1].block + 1 for trace in case.held_out)
-    return steps + stores * (case.settings.cache == "block")
+    return _steps(case) + stores * (case.settings.cache == "block")
 
 
 def plot(measured: Sequence[tuple[Case, dict[str, list[float]]]], path: Path) -> None:
@@ -478,8 +483,7 @@ def main() -> None:
     recorded = track(cases(args), description="decoding", total=len(args.models) * len(POLICIES))
     measured = [(case, held_out(case)) for case in recorded]
     note = (
-        f"`python studies/graphs.py --calibrate {args.calibrate} --samples {args.samples} "
-        f"--gen-length {args.gen_length}` (torch {torch.__version__}, Python "
+        f"`{command()}` (torch {torch.__version__}, Python "
         f"{platform.python_version()}, float32, CPU; {args.calibrate} generated calibration "
         f"problems, {args.samples} test problems; cache none, tiny-sdar block; graphs look "
         f"{MAX_DEPTH} steps ahead)"

@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count, cycle
+from math import lcm
 from pathlib import Path
 from time import perf_counter
 
@@ -53,6 +54,7 @@ from serving import Server, calibrated, percentile, questions, serving
 from spiffy.bench.grow import grow
 from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
 from spiffy.runtime.generate import Budget
+from spiffy.runtime.models.prepack import prepack_if_faster
 from spiffy.schemas import DraftGraph
 
 WAYS: dict[str, Budget | None] = {"none": None, "auto": "auto", "8 each": 8}
@@ -128,7 +130,7 @@ async def ask(
                     continue
                 text = answer["choices"][0]["message"]["content"]
                 into.add(began, ended, end, answer["usage"]["completion_tokens"])
-                into.differing += text != known.setdefault((prompt, length), text)
+                into.differing += text != known[prompt, length]
 
         await asyncio.gather(*(client() for _ in range(clients)))
 
@@ -164,13 +166,26 @@ class Alone:
             answer = generate(self.model, messages, gen_length=length, **options)
             if into is not None:
                 into.add(began, perf_counter(), end, len(answer.token_ids))
-                into.differing += answer.text != known.setdefault((prompt, length), answer.text)
+                into.differing += answer.text != known[prompt, length]
+
+    def plainly(self, prompts: Sequence[str], lengths: Sequence[int]) -> dict[tuple[str, int], str]:
+        """Plain decoding's answers to all that will be asked."""
+        options = self.graph.decoding.model_dump(exclude={"gen_length"})
+        answers = {}
+        for number in range(lcm(len(prompts), len(lengths))):
+            prompt, length = prompts[number % len(prompts)], lengths[number % len(lengths)]
+            messages = [{"role": "user", "content": prompt}]
+            answer = generate(self.model, messages, gen_length=length, **options)
+            answers[prompt, length] = answer.text
+        return answers
 
 
 def alone(name: str, shape: str | None, graph: DraftGraph) -> Alone:
     """A model loaded as a server loads it."""
     model = load_model(name, device="cpu")
-    model = model if shape is None else grow(model, shape)
+    if shape is not None:
+        model = grow(model, shape)
+        prepack_if_faster(model)
     set_threads(model, decoding_settings(model, graph, any_model=True), None)
     return Alone(model, graph)
 
@@ -178,7 +193,6 @@ def alone(name: str, shape: str | None, graph: DraftGraph) -> Alone:
 def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
     """All numbers of clients, all ways, in turns."""
     prompts = questions(args.prompts)
-    known: dict[tuple[str, int], str] = {}
     decoding = ("--cache", args.cache, "--gen-length", str(max(args.lengths)))
     room = ("--max-batch", str(args.max_batch), "--max-waiting", str(max(args.clients)))
     found: dict[int, dict[str, Measured]] = {}
@@ -186,6 +200,7 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         graph = calibrated(args.model, args.graphs or Path(temporary), *decoding)
         by_itself = alone(args.model, args.shape, DraftGraph.load(graph))
+        known = by_itself.plainly(prompts, args.lengths)
         servers: dict[str, list[Server]] = {way: [] for way in args.ways}
         for way in args.servers * args.ways:
             budget = WAYS[way]

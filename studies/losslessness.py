@@ -27,13 +27,13 @@ from pages import add_into, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
-from spiffy.calib.prompts import load_prompts
+from spiffy.calib.prompts import PromptSet, load_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.generate import Output, Selection, answer_ids, collect
-from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName
+from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName, SpiffyError
 
 OFF = BlockEdges(complete=False, first=False, fold=False)
 ON = BlockEdges()
@@ -92,6 +92,24 @@ def decode_all(
             pass
         outputs.append(collect(task))
     return outputs
+
+
+def fitting(
+    dataset: str, samples: int, model: DiffusionLM, settings: DecodingSettings
+) -> PromptSet:
+    """Test prompts of a data set that the model has room for; the name says how many are left."""
+    drawn = load_prompts(dataset, samples, split="test")
+    kept = []
+    for text in drawn.texts:
+        try:
+            make_task(model, text, settings)
+        except SpiffyError:
+            continue
+        kept.append(text)
+    name = drawn.dataset
+    if len(kept) < len(drawn.texts):
+        name = f"{name} ({len(kept)} of {len(drawn.texts)})"
+    return PromptSet(name, tuple(kept))
 
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:

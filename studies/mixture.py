@@ -19,7 +19,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from pages import add_into, fill
+from pages import add_into, command, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -149,8 +149,8 @@ def main() -> None:
         rows += measure(model, policy, settings, args)
     differing = sum(row.differing for row in rows)
     lines = [
-        f"`python studies/mixture.py --problems {args.problems} --calibrate {args.calibrate}` "
-        f"({torch.get_num_threads()} thread, float32, torch {torch.__version__}); answers that "
+        f"`{command()}` ({args.problems} problems, {args.calibrate} to calibrate on, "
+        f"{torch.get_num_threads()} thread, float32, torch {torch.__version__}); answers that "
         f"differ from plain decoding's: {differing}",
         "",
         *table(rows, args.problems),

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
+from itertools import takewhile
 from pathlib import Path
 
 
 def add_into(parser: argparse.ArgumentParser) -> None:
     """Add the option; a page that cannot be written is refused before hours of measuring."""
     parser.add_argument("--into", type=page, nargs="*", default=[], help="Markdown files to fill")
+
+
+def command() -> str:
+    """The study as it was called, but for the pages that it fills: all that it was given."""
+    words = [f"studies/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    if "--into" in words:
+        at = words.index("--into")
+        pages = 1 + len(list(takewhile(lambda word: not word.startswith("--"), words[at + 1 :])))
+        words = words[:at] + words[at + pages :]
+    return shlex.join(["python", *words])
 
 
 def page(name: str) -> Path:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +32,9 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
+from fresh import forgetting_costs
 from losslessness import decode_all
-from pages import add_into, fill
+from pages import add_into, command, fill
 from rich.console import Console
 
 from spiffy.bench.grow import grow, grow_graph
@@ -202,14 +202,6 @@ def where(model: DiffusionLM) -> str:
 
 
 @contextmanager
-def forgetting_costs() -> Iterator[None]:
-    """Let auto measure afresh: in earlier runs the machine may have had other work to do."""
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ["SPIFFY_CACHE"] = scratch
-        yield
-
-
-@contextmanager
 def streamed(model: DiffusionLM, folder: Path | None) -> Iterator[None]:
     """The layers' weights on disk, read by every forward."""
     module: Any = model.module
@@ -334,7 +326,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Print the table after every case, and put it into Markdown files between their markers.
+    """Print the table after every case, and put the last one into Markdown files.
 
     Returns
     -------
@@ -342,7 +334,6 @@ def main() -> int:
     """
     args = arguments()
     torch.set_num_threads(args.threads)
-    command = shlex.join(["python", "studies/real_sizes.py", *sys.argv[1:]]).split(" --into")[0]
     load = os.getloadavg()[0]
     lines: list[Line] = []
     for case in cases(args):
@@ -353,13 +344,13 @@ def main() -> int:
             log.print(f"left out: {misfit}", soft_wrap=True)
             continue
         note = (
-            f"`{command}` (torch {torch.__version__}, Python {platform.python_version()}; load "
+            f"`{command()}` (torch {torch.__version__}, Python {platform.python_version()}; load "
             f"average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end)"
         )
         block = f"{note}\n\n{table(lines)}"
         print(f"\n{block}", flush=True)
-        for path in args.into:
-            fill(path, args.key, block)
+    for path in args.into if lines else ():  # all cases, or the page would hold some of them
+        fill(path, args.key, block)
     wrong = [line for line in lines if line.case.dtype == "float32"]
     return int(any(line.result.differing or line.of_tiny for line in wrong))
 

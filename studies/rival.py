@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from losslessness import ON, decode_all, versions
-from pages import add_into, fill
+from losslessness import ON, decode_all, fitting, versions
+from pages import add_into, command, fill
 from rich.progress import Progress
 
 from spiffy.bench.methods import Method, methods
@@ -324,16 +324,18 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder to keep networks in, and take them from")
     add_into(parser)
     args = parser.parse_args()
+    if args.into and args.only:
+        parser.error("--only: the page holds all models, leave out --into")
     names = ("synthetic", *args.dataset)
-    datasets, few = (
-        [load_prompts(name, samples, split="test") for name in names]
-        for samples in (args.samples, args.checked)
-    )
     tables, trainings, again = [], [TRAINING_HEAD], [CHECKED_HEAD]
     for name, cache in LAYOUTS:
         if args.only not in name:
             continue
         known = calibrated(name, cache, args)
+        datasets, few = (
+            [fitting(name, samples, known.model, known.settings) for name in names]
+            for samples in (args.samples, args.checked)
+        )
         trainings.append(training_line(name, known.trained))
         print(trainings[-1], flush=True)
         table = [f"#### {name}, {cache}, static\n", HEAD]
@@ -347,13 +349,12 @@ def main() -> None:
                 again.append(checked(known, prompts, n))
                 print(again[-1], flush=True)
         tables.append("\n".join(table))
-    others = " ".join(Path(name).name for name in args.dataset)
-    command = (
-        f"python studies/rival.py --dataset {others} --samples {args.samples} "
-        f"--calibrate {args.calibrate} --gen-length {args.gen_length} --epochs {args.epochs} "
-        f"--seed {args.seed}"
-    )
-    parts = [f"`{command}` ({versions()})", *tables, "\n".join(again), "\n".join(trainings)]
+    parts = [
+        f"`{command()}` ({args.samples} prompts of each; {versions()})",
+        *tables,
+        "\n".join(again),
+        "\n".join(trainings),
+    ]
     for path in args.into:
         fill(path, "rival", "\n\n".join(parts))
 
