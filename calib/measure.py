@@ -63,8 +63,9 @@ def measure_steps(
             if _differs(ours, trace, f"{n} drafts by the {way}"):
                 differing += 1
                 continue
-            steps += ours.stats.steps
-            forwards += ours.stats.steps - ours.stats.accepted
+            # A step that commits nothing needs no forward, with drafts or without.
+            steps += len(ours.roots) + ours.stats.accepted
+            forwards += len(ours.roots)
         if forwards:
             found[way].append(ExpectedSteps(drafts=n, steps=round(max(steps / forwards, 1.0), 6)))
     if differing:

@@ -92,6 +92,11 @@ def decoding_settings(
     if settings.cache not in model.family.caches:
         known = ", ".join(model.family.caches)
         raise SpiffyError(f"{model.family.name} has no cache {settings.cache!r}: choose {known}")
+    if settings.policy == "joint" and model.family.begins_blocks_alone:
+        raise SpiffyError(
+            f"{model.family.name} says nothing of a block's first token once the block has begun: "
+            "policy joint cannot edit it, choose another"
+        )
     return settings
 
 
@@ -193,6 +198,7 @@ def generate(
             task.adviser = auto_budget(task, graph, selection)
         else:
             task.drafter = lasting_drafter(model, graph, settings, budget, selection)
+    task.keeps_path = trace
     for _ in run(model, [task]):
         pass
     return collect(task, trace)

@@ -430,7 +430,7 @@ class Bench(_Record):
         write_atomically(path, canonical_json({**head, **self.model_dump(mode="json")}) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Bench:
+    def load(cls, path: str | Path) -> Bench:
         """Read a summary.
 
         Raises
@@ -438,6 +438,7 @@ class Bench(_Record):
         SpiffyError
             If it is none, or damaged, or of a newer major version.
         """
+        path = Path(path)
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise SpiffyError(f'{path}: not a benchmark summary (no "format": "{FORMAT}")')

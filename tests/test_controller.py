@@ -415,7 +415,7 @@ def under(monkeypatch: pytest.MonkeyPatch, curve: Any) -> None:
     """Let a forward take what an invented machine takes."""
 
     def learn(self: Any, advice: Any, steps: int, _: float) -> None:
-        self.shared._seconds = curve(advice.choice.drafts)
+        self.shared._own.seconds = curve(advice.choice.drafts)
         self.shared.learn(advice.choice, steps, 0.0)
 
     monkeypatch.setattr(auto.AutoBudget, "learn", learn)

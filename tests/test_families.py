@@ -515,6 +515,11 @@ def test_fast_dllm_decodes_by_its_own_sub_blocks_unless_told_otherwise() -> None
     assert decoding_settings(parity_model("sdar-a")).sub_block_length is None
 
 
+def test_joint_does_not_edit_what_the_model_says_nothing_of() -> None:
+    with pytest.raises(SpiffyError, match="policy joint cannot edit it"):
+        decoding_settings(parity_model("fastdllm2-a"), policy="joint")
+
+
 def test_settings_may_be_dumped_in_part() -> None:
     settings = DecodingSettings.parse(threshold=0.8)
     assert settings.model_dump(exclude_defaults=True) == {"threshold": 0.8}

@@ -51,7 +51,8 @@ def test_states_that_are_read_ahead_are_read_the_same(
     plainly = plain(layout, policy, 0.0, LENGTH, 0)
     fills = future_fills(layout, policy, 0.0, LENGTH, 3)[:12]
     monkeypatch.setattr(question, "_HOSTS", {"elsewhere"})
-    monkeypatch.setattr(Evaluation, "logits", lambda *_: pytest.fail("read on demand"))
+    for on_demand in ("logits", "_table"):
+        monkeypatch.setattr(Evaluation, on_demand, lambda *_: pytest.fail("read on demand"))
     drafter = GraphDrafter(fills, model)
     assert_lossless(decode(model, plainly.prompt, setting, drafter, edges=EDGES[layout]), plainly)
 

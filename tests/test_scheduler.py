@@ -10,7 +10,8 @@ from helpers import Oracle, decode, parity_model, random_prompt, states
 from test_trust import Memory
 
 from spiffy.bench.watch import Watch, WatchedAdviser
-from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task
+from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task, run
+from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.schemas import DecodingSettings, SpiffyError
 
 LAYOUTS = {"none": "llada-a", "block": "sdar-a", "dual": "dream-a"}
@@ -196,12 +197,14 @@ def test_one_that_does_not_fit_alone_ends_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 class Adviser:
-    """Counts the forwards that it hears of; never drafts."""
+    """Counts the forwards that it hears of, and what they were worth."""
 
     rests = False
 
-    def __init__(self) -> None:
+    def __init__(self, drafter: Drafter | None = None) -> None:
         self.turns: list[int] = []
+        self.heard: list[int] = []
+        self.drafter = drafter
 
     def begin(self, canvas: Any) -> None:
         pass
@@ -210,10 +213,10 @@ class Adviser:
         self.turns.append(sequences)
 
     def advise(self) -> Advice:
-        return Advice(None, None)
+        return Advice(self.drafter, None)
 
-    def learn(self, *_: Any) -> None:
-        pass
+    def learn(self, advice: Advice, steps: int, seconds: float) -> None:
+        self.heard.append(steps)
 
     def why(self) -> str:
         return ""
@@ -232,3 +235,18 @@ def test_an_adviser_hears_of_a_forward_once_also_if_one_of_its_tasks_is_watched(
     for _ in range(3):
         scheduler.step()
     assert adviser.turns == [5, 5, 5]
+
+
+def test_steps_that_commit_nothing_are_no_gain_of_drafts() -> None:
+    """Dream's timesteps: without drafts they need no forward either."""
+    model = parity_model("dream-a", "float64")
+    setting = DecodingSettings.parse(
+        gen_length=16, block_length=8, cache="dual", schedule="timestep", steps_per_block=12
+    )
+    task = make_task(model, random_prompt(model, 11), setting)
+    task.adviser = adviser = Adviser(GraphDrafter([[(0, 19)]], model))
+    for _ in run(model, [task]):
+        pass
+    stats = task.stats
+    assert stats.steps > stats.nfe + stats.accepted  # some commit nothing
+    assert 0 < len(adviser.heard) <= sum(adviser.heard) <= len(adviser.heard) + stats.accepted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import study
@@ -123,6 +124,20 @@ def test_crowds_of_any_size_learn_what_forwards_take(sequences: int) -> None:
     budget, _ = served(MACHINES["computing"], [sequences] * 8, 5)
     assert budget.now is not budget.crowds[1]
     assert budget.now.has_seen_plain
+
+
+def test_what_a_thread_chose_goes_with_its_own_forward() -> None:
+    """Two decode with one budget; while one walks, the other's forward comes back."""
+    budget = SharedController(regret.EXPECTED, 8)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for _ in range(3):
+            choices = [thread.submit(budget.choose).result() for thread in (one, other)]
+            for thread, seconds in ((one, 1.0), (other, 3.0)):
+                thread.submit(budget.turn, 1, seconds).result()
+            for thread, choice in zip((one, other), choices, strict=True):
+                thread.submit(budget.learn, choice, 1, 0.0).result()
+        assert budget.crowds[1].plain_seconds(0) < 3.0  # of both kinds, and not the last one alone
+    assert budget.crowds[1].forwards == 6
 
 
 def test_sequences_that_end_without_a_word_hold_nothing_up() -> None:

@@ -251,7 +251,7 @@ def test_an_answer_ends_before_its_first_stop_string() -> None:
     options: dict[str, Any] = {"gen_length": 64, "block_length": 8}
     whole = generate(tiny(), QUESTION, **options)
     assert " apples." in whole.text
-    for stop in ("+4", " app", ["#", "es.\n"], "=<<", "<|endoftext|>", "no such text"):
+    for stop in ("+4", " app", ["#", "es.\n"], "=<<", "<|endoftext|>", "no such text", "end", "|"):
         words = [stop] if isinstance(stop, str) else stop
         ours = generate(tiny(), QUESTION, stop=stop, **options)
         assert ours.text == min((whole.text.split(word)[0] for word in words), key=len)

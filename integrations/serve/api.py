@@ -25,6 +25,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
+    "moderation": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0, 0.0),
@@ -49,7 +50,14 @@ _NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }
 # Labels for whoever keeps books; nothing here does.
-_LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+_LABELS = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "user",
+)
 
 
 class ApiError(Exception):
@@ -80,6 +88,7 @@ class Part(_Strict):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None  # a label
 
 
 class Message(_Strict):

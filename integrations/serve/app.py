@@ -236,8 +236,8 @@ class _Desk:
         def prepare() -> list[Task]:
             return [
                 self.engine.task(prompt, sequence=sequence, **options)
-                for prompt in prompts
-                for sequence in range(n)
+                for at, prompt in enumerate(prompts)
+                for sequence in range(at * n, (at + 1) * n)
             ]
 
         if options["seed"] is None:

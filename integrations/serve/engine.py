@@ -115,6 +115,7 @@ class Job:
         self.task, self.tell, self.number = task, tell, number
         self._stream, self._block, self._sent = stream, 0, ""
         self._watch: Watch | None = None
+        task.keeps_path = watch
         if watch:
             if task.adviser is not None:
                 task.adviser = WatchedAdviser(task.adviser)
@@ -356,10 +357,9 @@ class Engine:
         if self._drafter is not None:
             task.drafter = self._drafter
             return
-        # What drafts are worth is learned apart for greedy answers and for drawn ones, but not for
-        # every temperature that somebody asks for.
-        drawn = float(task.settings.temperature > 0)
-        settings = task.settings.model_copy(update={"temperature": drawn})
+        # One for all who share forwards: what these take depends on all of them.
+        usual = self.settings.temperature
+        settings = task.settings.model_copy(update={"temperature": usual})
         task.adviser = auto_budget(replace(task, settings=settings), self.graph)
 
     # ------------------------------------------------------------ the engine's thread

@@ -224,7 +224,6 @@ class AutoBudget:
         points = {who: [(p.drafts, p.steps) for p in curve] for who, curve in steps.items()}
         seconds = [] if prior is None else _pairs(prior.points)
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
-        self.rests = False
         self._drafters: dict[Choice, Drafter] = {}
         self._lock = RLock()  # threads that decode with one model share it
 
@@ -232,6 +231,11 @@ class AutoBudget:
     def controller(self) -> Controller:
         """What is known of forwards that hold as many sequences as the last one did."""
         return self.shared.now
+
+    @property
+    def rests(self) -> bool:
+        """See `Adviser`."""
+        return self.shared.rests
 
     def begin(self, canvas: Canvas) -> None:
         """See `Adviser`: where forwards compute all the answer, a longer one makes them longer."""
@@ -244,7 +248,6 @@ class AutoBudget:
         """See `Adviser`."""
         with self._lock:
             self.shared.turn(sequences, seconds)
-            self.rests = self.shared.rests
 
     def advise(self) -> Advice:
         """See `Adviser`."""

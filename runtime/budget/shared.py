@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from threading import local
 
 from spiffy.runtime.budget.controller import LADDER, Controller
 from spiffy.runtime.budget.estimates import Choice, ForwardSteps, Pace, Points
@@ -35,6 +36,36 @@ class _Told:
     drafting: float = 0.0
 
 
+class _Turn(local):
+    """Where one thread is: what it hears of a forward goes with what it chose for that.
+
+    Attributes
+    ----------
+    crowd
+        Number of sequences that counts as the last forward's, `sequences`.
+    seconds
+        Of the last forward.
+    recent
+        Numbers of sequences.
+    asked, due
+        Sequences with a choice for the next forward; of the last one, those that have not told yet.
+    told, choice
+        What was learned of the last forward, and the choice for the next one.
+    chose, planned
+        For how many the last and the next choice were made.
+    resting
+        Plain forwards to come.
+    """
+
+    def __init__(self) -> None:
+        self.crowd = self.sequences = self.chose = self.planned = 1
+        self.seconds = 0.0
+        self.recent: deque[int] = deque(maxlen=_SOON)
+        self.asked = self.due = self.resting = 0
+        self.told: dict[Choice, _Told] = {}
+        self.choice: Choice | None = None
+
+
 class SharedController:
     """A `Controller` for every number of sequences.
 
@@ -53,15 +84,8 @@ class SharedController:
         self.worth = ForwardSteps(steps)
         self.pace = Pace()
         self.crowds = {1: Controller(steps, most, seconds, worth=self.worth, pace=self.pace)}
-        self._crowd = self._sequences = 1
-        self._seconds = 0.0  # of the last forward
-        self._recent: deque[int] = deque(maxlen=_SOON)  # numbers of sequences
-        self._asked = 0  # sequences with a choice for the next forward
-        self._due = 0  # of the last forward, those that have not told yet
-        self._told: dict[Choice, _Told] = {}
-        self._choice: Choice | None = None
-        self._chose = self._planned = 1  # for how many the last and the next choice were made
-        self._resting = 0  # forwards to come
+        self._crowd = 1  # that decoded last
+        self._own = _Turn()
 
     @property
     def now(self) -> Controller:
@@ -69,26 +93,31 @@ class SharedController:
         return self.crowds[self._crowd]
 
     @property
+    def _mine(self) -> Controller:
+        """The same for this thread's last forward."""
+        return self.crowds[self._own.crowd]
+
+    @property
     def rests(self) -> bool:
         """Whether the next forward is plain, and not worth a word."""
-        return self._resting > 0
+        return self._own.resting > 0
 
     def turn(self, sequences: int, seconds: float) -> None:
         """Hear of a forward that so many sequences shared, and how long it took."""
-        if self._resting:
-            self.now.rest(seconds)
-            self._resting -= 1
-            if self._resting:
+        if self._own.resting:
+            self._mine.rest(seconds)
+            self._own.resting -= 1
+            if self._own.resting:
                 return
         self._settle()
-        chosen = self._choice is not None
-        self._seconds = seconds
-        self._due, self._asked, self._choice = self._asked, 0, None
-        self._chose, self._sequences = self._planned, sequences
-        self._recent.append(sequences)
-        most = max(self._recent)
-        if self._crowd / _SAME < most < self._crowd * _SAME:
-            self._resting = self.now.resting if chosen else 0
+        chosen = self._own.choice is not None
+        self._own.seconds = seconds
+        self._own.due, self._own.asked, self._own.choice = self._own.asked, 0, None
+        self._own.chose, self._own.sequences = self._own.planned, sequences
+        self._own.recent.append(sequences)
+        most = max(self._own.recent)
+        if self._own.crowd / _SAME < most < self._own.crowd * _SAME:
+            self._own.resting = self._mine.resting if chosen else 0
             return
         crowd = CROWDS[bisect_right(CROWDS, most) - 1]
         if crowd not in self.crowds:
@@ -96,48 +125,48 @@ class SharedController:
             self.crowds[crowd] = Controller(
                 self.steps, self.most, likely, crowd, worth=self.worth, pace=self.pace
             )
-        self._crowd = crowd
+        self._own.crowd = self._crowd = crowd
 
     def choose(self) -> Choice:
         """Who drafts the next forward, and up to how many for each sequence."""
-        if self._choice is None:
-            self._choice, self._planned = self.now.choose(), self._crowd
-        self._asked += 1
-        return self._choice
+        if self._own.choice is None:
+            self._own.choice, self._own.planned = self._mine.choose(), self._own.crowd
+        self._own.asked += 1
+        return self._own.choice
 
     def learn(self, choice: Choice, steps: int, drafting: float) -> None:
         """Take in what the last forward was worth to one sequence, and its seconds of drafting."""
-        told = self._told.setdefault(choice, _Told())
+        told = self._own.told.setdefault(choice, _Told())
         told.sequences += 1
         told.steps += steps
         told.drafting += drafting
-        self._due -= 1
-        if self._due <= 0:
+        self._own.due -= 1
+        if self._own.due <= 0:
             self._settle()
 
     @property
     def _is_lost(self) -> bool:
         """Whether the last choice was made for others, and nothing is known of so many yet."""
-        return self._chose != self._crowd and not self.now.has_seen_plain
+        return self._own.chose != self._own.crowd and not self._mine.has_seen_plain
 
     def _settle(self) -> None:
         """Learn from the last forward; mostly all had the same choice.
 
         Few did, for example, if many had just joined one.
         """
-        choices, self._told = self._told, {}
+        choices, self._own.told = self._own.told, {}
         for choice, told in choices.items():
-            alike, share = told.sequences, told.sequences / self._sequences
+            alike, share = told.sequences, told.sequences / self._own.sequences
             steps = told.steps / alike
-            fewer = self._sequences <= self._crowd / _SAME  # others join soon
+            fewer = self._own.sequences <= self._own.crowd / _SAME  # others join soon
             if share < _MOST or fewer or self._is_lost:
                 self.worth.observe(choice, steps, alike)  # seconds compare with nothing here
                 continue
             # Who drafts first waits until all have. (Walks are the same with and without drafts.)
-            seconds, drafting = self._seconds, told.drafting
+            seconds, drafting = self._own.seconds, told.drafting
             if choice.way is None:  # all there is to pack
                 seconds, drafting = seconds + drafting, 0.0
-            self.now.learn(choice, steps, seconds, drafting, alike, min(share, 1.0))
+            self._mine.learn(choice, steps, seconds, drafting, alike, min(share, 1.0))
 
     def _likely_seconds(self, crowd: int) -> Points:
         """What forwards of so many sequences may take, by those of the most similar number.

@@ -65,7 +65,7 @@ def denoise(task: Task) -> Decoding:
         stats.drafted += len(states) - 1
 
         arrived = perf_counter()
-        here, cursor = 0, root
+        here, cursor, known = 0, root, stats.accepted
         while True:
             first_only = cache.first_only(cursor)
             positions = looked_at(task, cursor, first_only)
@@ -84,15 +84,18 @@ def denoise(task: Task) -> Decoding:
         stats.verify_seconds += walked - arrived
         stats.draft_seconds += drafting
         if chooser is not None and candidates is not None:
-            reached = _reached(root, task.path[root.step :])
+            reached = _reached(root, task.path[root.step - cursor.step :])
             chooser.learn(Walk(led, root, candidates, room, states[1:], reached))
             learned = perf_counter()
             stats.draft_seconds += learned - walked
             walked = learned
         if task.adviser is not None and advice is not None:
-            steps = cursor.step - root.step
-            task.adviser.learn(advice, steps, drafting + task.ready - drafted)
+            # Of a step that commits nothing drafts have no part.
+            forwards = 1 + stats.accepted - known
+            task.adviser.learn(advice, forwards, drafting + task.ready - drafted)
 
+        if not task.keeps_path:
+            del task.path[:-1]
         cache.settle(here, before)
         root, candidates, advice, drafting = cursor, None, None, 0.0
         if not root.finished and cache.takes_drafts(root):

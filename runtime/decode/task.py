@@ -120,7 +120,9 @@ class Task:
         Asked after every finished block but the last, with the answer so far (`decoded`): whether
         it ends there.
     path
-        The state after every denoising step made so far.
+        The state after every denoising step made so far; the last one at least.
+    keeps_path
+        Whether all of them are kept: a long answer's take gigabytes.
     roots
         For every forward that made denoising steps, how many had been made before it.
     error
@@ -143,6 +145,7 @@ class Task:
     stop: tuple[str, ...] = ()
     until: Callable[[list[int]], bool] | None = None
     path: list[Cursor] = field(default_factory=list)
+    keeps_path: bool = True
     roots: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     adviser: Adviser | None = None

@@ -49,6 +49,7 @@ class Standing:
     ahead: list[float]
     leader: int = 0
     walks: int = 0
+    lock: Lock = field(default_factory=Lock)  # threads that decode with one model share it
 
     def is_due(self, way: int) -> bool:
         """Whether a way that is dear to compare is to be compared after the next walk."""
@@ -94,7 +95,6 @@ class BestOfDrafter:
         self.token_ranks = min(own or [max(way.token_ranks for way in self.ways)])
         self.asks_rejected = any(way.asks_rejected for way in self.ways)
         self.standing = Standing([0.0 for _ in self.ways])
-        self._lock = Lock()  # threads that decode with one model share it
 
     @property
     def leader(self) -> Drafter:
@@ -109,7 +109,7 @@ class BestOfDrafter:
         """See `Chooser`."""
         filled = filled_of(walk)
         fills = fills_of(walk, filled)
-        with self._lock:
+        with self.standing.lock:
             self.standing.observe(
                 [self._accepted(number, walk, filled, fills) for number in range(len(self.ways))]
             )

@@ -102,12 +102,12 @@ class TextCodec:
         """Text and ids of an answer in front of the first stop string in it; None: there is none.
 
         The ids are those whose text ends there or earlier; the text ends right there, also where
-        that is within a token. Special tokens are looked for too, if a stop string spells them.
+        that is within a token. Special tokens are looked for too, if a stop string spells one.
         """
-        found = []
-        for with_special in (False, True):
+        found, spelling = [], [word for word in stop if self.spelled(word)]
+        for with_special, words in ((False, stop), (True, spelling)):
             text = self.decode(token_ids, with_special=with_special)
-            at = min((k for word in stop if (k := text.find(word)) >= 0), default=None)
+            at = min((k for word in words if (k := text.find(word)) >= 0), default=None)
             if at is None:
                 continue
             for count in range(len(token_ids), -1, -1):
