@@ -49,7 +49,7 @@ class Standing:
     ahead: list[float]
     leader: int = 0
     walks: int = 0
-    lock: Lock = field(default_factory=Lock)  # threads that decode with one model share it
+    lock: Lock = field(default_factory=Lock, compare=False, repr=False)  # threads share it
 
     def is_due(self, way: int) -> bool:
         """Whether a way that is dear to compare is to be compared after the next walk."""
