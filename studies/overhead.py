@@ -47,7 +47,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from pages import add_into, fill
+from pages import add_into, command, fill
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from spiffy.bench.grow import SHAPES, grow
@@ -407,15 +407,13 @@ def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: in
     large = grow(model, SHAPE)
     settings = decoding_settings(model, graph)
     prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
-    plain = 0.0
-    computed: list[dict[str, list[Any]]] = [{} for _ in WAYS]
+    plain, computed = 0.0, [dict[str, list[Any]]() for _ in WAYS]
     decodes: list[list[list[Host]]] = [[] for _ in WAYS]
     for _ in range(1 + repeats):  # in turns: a machine that slows down does so for all of them
         for k, (way, drafts) in enumerate(WAYS):
             with searching(way):
-                drafter = drafter_of(large, graph, settings, way, drafts)  # learned nothing yet
-                given = (large, settings, prompt, drafter, forwards, computed[k])
-                decodes[k].append(on_host(*given))
+                new = drafter_of(large, graph, settings, way, drafts)  # has learned nothing yet
+                decodes[k].append(on_host(large, settings, prompt, new, forwards, computed[k]))
     for k, ((way, drafts), (waits, kernels)) in enumerate(zip(WAYS, counts_of(graph), strict=True)):
         turns = list(zip(*decodes[k][1:], strict=True))  # the first one computes
         steps = mean(same[0].steps for same in turns)
@@ -483,11 +481,7 @@ def main() -> None:
     traces = record(model, prepare(model, prompts, settings))
     graph = build_graph(model, prompts, settings, traces, 32)
     counts = (args.forwards, args.repeats)
-    machine = (
-        f"{device_name(model.device)}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, float32"
-    )
-    given = f"--forwards {args.forwards} --repeats {args.repeats} --layers {args.layers}"
+    machine = f"{device_name(model.device)}, {torch.get_num_threads()} threads, float32"
     for name in args.tables:
         started = os.getloadavg()[0]
         if name == "parts":
@@ -496,7 +490,7 @@ def main() -> None:
             key, found = "overhead-host", in_papers_terms(model, graph, *counts)
         table = "\n".join(found)
         load = f"load average {started:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"
-        note = f"`python studies/overhead.py --tables {name} {given}` ({machine}; {load})"
+        note = f"`{command()}` ({machine}, torch {torch.__version__}; {load})"
         print(f"{note}\n\n{table}\n")
         for path in args.into:
             fill(path, key, f"{note}\n\n{table}")
