@@ -166,7 +166,8 @@ def prepare(
         try:
             ids = model.encode(text, raw=prompts.raw, system=prompts.system)
             if (first := seen.setdefault(ids.numpy().tobytes(), number)) != number:
-                raise SpiffyError(f"prompt {number} is prompt {first} once more")
+                problems.append(f"prompt {number} is prompt {first} once more")
+                continue
             tasks.append(make_task(model, ids, settings, recorder, seed, len(tasks), edges))
         except SpiffyError as problem:
             problems.append(str(problem))

@@ -116,7 +116,7 @@ class Runs:
         way = self.ways[name]
         options = (way.drafter, self.seed, sequence, self.edges, self.stop)
         task = make_task(self.lm, ids, self.settings, *options)
-        task.adviser = way.adviser
+        task.adviser, task.keeps_path = way.adviser, False
         return task
 
 

@@ -100,7 +100,6 @@ class Decoder:
         places = {id(task): row for row, task in tasks.items()}
         outputs: dict[int, Output] = {}
         for task, output in generate_batch(self.loaded.model, [*tasks.values()], self.batch_size):
-            task.path.clear()  # all states that it came through
             outputs[places[id(task)]] = output
         found = [outputs.get(row) for row in range(rows)]
         added: dict[str, Any] = {

@@ -208,6 +208,8 @@ def generate_batch(
     model: DiffusionLM, tasks: Sequence[Task], batch_size: int
 ) -> Iterator[tuple[Task, Output]]:
     """Decode tasks whose forwards are shared, up to `batch_size` at a time, as they finish."""
+    for task in tasks:
+        task.keeps_path = False
     for finished in run(model, tasks, batch_size):
         for task in finished:
             yield task, collect(task)

@@ -20,7 +20,6 @@ from spiffy.runtime.draft.compiled.arrays import Root
 from spiffy.runtime.draft.expand import expand
 from spiffy.runtime.draft.ngrams import Bigrams
 from spiffy.runtime.draft.outlook import Outlook, Rejected
-from spiffy.runtime.forward.question import quotes_of
 
 MASK, EOS, VOCAB = 29, 28, 30
 
@@ -193,7 +192,7 @@ def test_quotes_are_found_as_by_numpy(seed: int, count: int, ranks: int, pairs: 
     states = rng.permutation(7)[: rng.integers(1, 5)]
     facts = (table, 4, numbers, asked_of, state, said, states, tokens)
     # Where a pair stands there twice, the last one counts; nobody asks for one twice.
-    assert_same([compiled.quotes_of(*facts)], [quotes_of(*facts)])
+    assert_same([compiled.quotes_of(*facts)], [told.quotes_of(*facts)])
 
 
 @pytest.mark.parametrize("sets", [False, True])

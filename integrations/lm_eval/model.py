@@ -208,7 +208,6 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
             task = self.loaded.task(job.prompt, job.settings, number, job.stop, plain=plain)
             tasks.append(task)
         for task, output in generate_batch(self.loaded.model, tasks, self.batch_size):
-            task.path.clear()  # all states that it came through
             most = jobs[task.sequence].most
             if len(output.token_ids) > most:
                 ids = output.token_ids[:most]

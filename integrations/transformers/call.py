@@ -111,6 +111,7 @@ def custom_generate(
     rows = []
     for number, (given, prompt) in enumerate(zip(input_ids, prompts, strict=True)):
         task = make_task(lm, prompt, settings, drafter, drawn, number)
+        task.keeps_path = False
         if graph is not None and budget == "auto":
             task.adviser = auto_budget(task, graph, selection)
         rows.append(Row(task, given, longest, asked_criteria(stopping_criteria, generation_config)))

@@ -27,7 +27,7 @@ from spiffy.runtime.decode import (
     looked_at,
     may_complete,
 )
-from spiffy.runtime.draft import Drafter, rank_candidates, search_for
+from spiffy.runtime.draft import Drafter, rank_candidates, search_of
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.forward.cache import CACHES, Cache, Forwards
 from spiffy.runtime.forward.evaluation import Evaluation
@@ -136,7 +136,7 @@ class _Stage:
             drafter.token_ranks,
             masked,
             site.fresh,
-            search_for(drafter),
+            search_of(drafter),
         )
         drafts = drafter(root, candidates, len(masked) - (not may_complete(task, self.cache, root)))
         return torch.cat((root.ids[None], drafts))

@@ -104,20 +104,21 @@ class SharedController:
 
     def turn(self, sequences: int, seconds: float) -> None:
         """Hear of a forward that so many sequences shared, and how long it took."""
-        if self._own.resting:
+        own = self._own
+        if own.resting:
             self._mine.rest(seconds)
-            self._own.resting -= 1
-            if self._own.resting:
+            own.resting -= 1
+            if own.resting:
                 return
         self._settle()
-        chosen = self._own.choice is not None
-        self._own.seconds = seconds
-        self._own.due, self._own.asked, self._own.choice = self._own.asked, 0, None
-        self._own.chose, self._own.sequences = self._own.planned, sequences
-        self._own.recent.append(sequences)
-        most = max(self._own.recent)
-        if self._own.crowd / _SAME < most < self._own.crowd * _SAME:
-            self._own.resting = self._mine.resting if chosen else 0
+        chosen = own.choice is not None
+        own.seconds = seconds
+        own.due, own.asked, own.choice = own.asked, 0, None
+        own.chose, own.sequences = own.planned, sequences
+        own.recent.append(sequences)
+        most = max(own.recent)
+        if own.crowd / _SAME < most < own.crowd * _SAME:
+            own.resting = self._mine.resting if chosen else 0
             return
         crowd = CROWDS[bisect_right(CROWDS, most) - 1]
         if crowd not in self.crowds:
@@ -125,14 +126,15 @@ class SharedController:
             self.crowds[crowd] = Controller(
                 self.steps, self.most, likely, crowd, worth=self.worth, pace=self.pace
             )
-        self._own.crowd = self._crowd = crowd
+        own.crowd = self._crowd = crowd
 
     def choose(self) -> Choice:
         """Who drafts the next forward, and up to how many for each sequence."""
-        if self._own.choice is None:
-            self._own.choice, self._own.planned = self._mine.choose(), self._own.crowd
-        self._own.asked += 1
-        return self._own.choice
+        own = self._own
+        if own.choice is None:
+            own.choice, own.planned = self._mine.choose(), own.crowd
+        own.asked += 1
+        return own.choice
 
     def learn(self, choice: Choice, steps: int, drafting: float) -> None:
         """Take in what the last forward was worth to one sequence, and its seconds of drafting."""
@@ -154,16 +156,17 @@ class SharedController:
 
         Few did, for example, if many had just joined one.
         """
-        choices, self._own.told = self._own.told, {}
+        own = self._own
+        choices, own.told = own.told, {}
         for choice, told in choices.items():
-            alike, share = told.sequences, told.sequences / self._own.sequences
+            alike, share = told.sequences, told.sequences / own.sequences
             steps = told.steps / alike
-            fewer = self._own.sequences <= self._own.crowd / _SAME  # others join soon
+            fewer = own.sequences <= own.crowd / _SAME  # others join soon
             if share < _MOST or fewer or self._is_lost:
                 self.worth.observe(choice, steps, alike)  # seconds compare with nothing here
                 continue
             # Who drafts first waits until all have. (Walks are the same with and without drafts.)
-            seconds, drafting = self._own.seconds, told.drafting
+            seconds, drafting = own.seconds, told.drafting
             if choice.way is None:  # all there is to pack
                 seconds, drafting = seconds + drafting, 0.0
             self._mine.learn(choice, steps, seconds, drafting, alike, min(share, 1.0))

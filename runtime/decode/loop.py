@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.decode.task import Task, is_stopped
-from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk, rank_candidates, search_for
+from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk, rank_candidates, search_of
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.draft.rejected import with_rejected
 from spiffy.runtime.forward.cache import CACHES, Cache
@@ -65,7 +65,7 @@ def denoise(task: Task) -> Decoding:
         stats.drafted += len(states) - 1
 
         arrived = perf_counter()
-        here, cursor, known = 0, root, stats.accepted
+        here, cursor, accepted = 0, root, stats.accepted
         while True:
             first_only = cache.first_only(cursor)
             positions = looked_at(task, cursor, first_only)
@@ -90,9 +90,9 @@ def denoise(task: Task) -> Decoding:
             stats.draft_seconds += learned - walked
             walked = learned
         if task.adviser is not None and advice is not None:
-            # Of a step that commits nothing drafts have no part.
-            forwards = 1 + stats.accepted - known
-            task.adviser.learn(advice, forwards, drafting + task.ready - drafted)
+            # Without those that commit nothing: they need no forward, with drafts or without.
+            steps = 1 + stats.accepted - accepted
+            task.adviser.learn(advice, steps, drafting + task.ready - drafted)
 
         if not task.keeps_path:
             del task.path[:-1]
@@ -258,7 +258,7 @@ def _candidates(
     fresh = torch.from_numpy((states.numpy()[seen] != root.ids.numpy()).nonzero()[0])
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
     candidates = rank_candidates(
-        source, task.settings, mask, ranks, masked, fresh, search_for(drafter)
+        source, task.settings, mask, ranks, masked, fresh, search_of(drafter)
     )
     if source is reading and drafter.asks_rejected:
         span = task.canvas.span(root.block)

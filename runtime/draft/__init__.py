@@ -20,7 +20,7 @@ from spiffy.runtime.draft.candidates import (
     Selection,
     Walk,
     rank_candidates,
-    search_for,
+    search_of,
 )
 from spiffy.runtime.draft.search import fastest_search
 
@@ -40,6 +40,6 @@ __all__ = [
     "graph_drafter",
     "lasting_drafter",
     "rank_candidates",
-    "search_for",
+    "search_of",
     "way_of",
 ]

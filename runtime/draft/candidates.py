@@ -98,7 +98,7 @@ class Drafter(Protocol):
         ...
 
 
-def search_for(drafter: Drafter) -> Search:
+def search_of(drafter: Drafter) -> Search:
     """What ranks a drafter's candidates: nothing is compiled for one that does not search."""
     return fastest_search() if drafter.asks_rejected else IN_NUMPY
 

@@ -12,8 +12,7 @@ from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.runtime.draft.expand import expand
 from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
 from spiffy.runtime.draft.outlook import Outlook
-from spiffy.runtime.draft.told import asked, filled, heard, ranked
-from spiffy.runtime.forward.question import quotes_of
+from spiffy.runtime.draft.told import asked, filled, heard, quotes_of, ranked
 from spiffy.schemas.errors import said
 
 
@@ -23,8 +22,7 @@ class Search(NamedTuple):
     Attributes
     ----------
     ranked, asked, quotes_of, heard, lay_out, expand, filled
-        `told.ranked`, `told.asked`, `question.quotes_of`, `told.heard`, `Outlook.at`,
-        `expand.expand` and `told.filled`, or what does the same.
+        `Outlook.at`, `expand.expand` and what is called so in `told`, or what does the same.
     prepare
         From an acceptance model to what `expand` takes.
     """

@@ -102,6 +102,45 @@ def asked(
     return numbers
 
 
+def quotes_of(
+    table: Ints,
+    first: int,
+    numbers: Ints,
+    pairs: Ints,
+    state: Ints,
+    quotes: Floats,
+    states: Ints,
+    tokens: Ints,
+) -> Floats:
+    """Logits [R, M, J] of tokens, as states say them; -infinity where nobody asked.
+
+    Parameters
+    ----------
+    table, first
+        [K, C] and the first of the columns that hold the likeliest tokens: see `Rules.table`.
+    numbers
+        [M] rows of it that speak of the tokens' positions.
+    pairs, state
+        [2, T] and [K], of the question.
+    quotes
+        [T, k], what was quoted of each pair.
+    states
+        [R] who is to be quoted.
+    tokens
+        [M, J], among the likeliest.
+    """
+    likeliest = table[numbers, first : first + quotes.shape[1]]
+    column = (likeliest[:, None] == tokens[:, :, None]).argmax(-1)
+    index, which = np.full(len(state), -1), np.full(max(state.max(), states.max()) + 1, -1)
+    index[numbers], which[states] = np.arange(len(numbers)), np.arange(len(states))
+    m, r = index[pairs[0]], which[state[pairs[1]]]
+    wanted = (m >= 0) & (r >= 0)
+    m, r = m[wanted], r[wanted]
+    logits = np.full((len(states), *tokens.shape), -np.inf)
+    logits[r, m] = np.take_along_axis(quotes[wanted], column[m], 1)
+    return logits
+
+
 def heard(
     there: Ints,
     positions: Ints,

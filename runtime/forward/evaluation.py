@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.forward.asked import on_device
-from spiffy.runtime.forward.question import Answers, Ints, Reader, quotes_of
+from spiffy.runtime.forward.question import Answers, Ints, Reader
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.reading import Reading, Rules, likeliest, reading_of
 
@@ -116,7 +116,7 @@ class Evaluation:
         positions: Tensor,
         tokens: Tensor,
         log_p: Floats,
-        quotes: Callable[..., Floats] = quotes_of,
+        quotes: Callable[..., Floats],
     ) -> tuple[Floats, Floats] | None:
         """What other states say about tokens that are likely at state `seen`.
 
@@ -127,7 +127,7 @@ class Evaluation:
         positions, tokens, log_p
             int64 [M], masked at `seen`; int64 [M, J], and their log-probabilities there.
         quotes
-            `quotes_of`, or what does the same.
+            `told.quotes_of`, or what does the same, for what was read in the forward itself.
 
         Returns
         -------

@@ -8,6 +8,7 @@ tests hold `told`, `layout` and `loops` to them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -17,80 +18,29 @@ from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.runtime.draft.compiled import layout, loops, told
 from spiffy.runtime.draft.compiled.arrays import Facts, Model, Root
 from spiffy.runtime.draft.expand import DEPTH, most_states
-from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
+from spiffy.runtime.draft.ngrams import Floats, Ints
 from spiffy.runtime.draft.outlook import TEXT, Rejected
 from spiffy.runtime.draft.told import LIKELY, SURE
 
 
-def ranked(
-    positions: Ints,
-    tokens: Ints,
-    log_p: Floats,
-    score: Floats,
-    masked: Ints,
-    mask_token_id: int,
-    kept: int,
-    by_token: bool,
-) -> tuple[Ints, Ints, Floats]:
-    """As `told.ranked`, which says what it takes and returns."""
-    arrays = tuple(map(np.ascontiguousarray, (positions, tokens, log_p, score, masked)))
-    fields: tuple[Ints, Ints, Floats] = told.ranked(*arrays, mask_token_id, kept, by_token)
-    return fields
+def _contiguous(function: Callable[..., Any], *constants: float) -> Callable[..., Any]:
+    """A compiled function as its namesake in `draft.told`, which says what it takes and returns.
+
+    Arrays of another layout would be of another type, for which all is compiled once more.
+    """
+
+    def called(*facts: Any) -> Any:
+        given = (np.ascontiguousarray(f) if isinstance(f, np.ndarray) else f for f in facts)
+        return function(*given, *constants)
+
+    return called
 
 
-def filled(ids: Ints, positions: Ints, tokens: Ints, choice: Ints) -> Ints:
-    """As `told.filled`, which says what it takes and returns."""
-    arrays = map(np.ascontiguousarray, (ids, positions, tokens, choice))
-    states: Ints = told.filled(*arrays)
-    return states
-
-
-def quotes_of(
-    table: Ints,
-    first: int,
-    numbers: Ints,
-    pairs: Ints,
-    state: Ints,
-    quotes: Floats,
-    states: Ints,
-    tokens: Ints,
-) -> Floats:
-    """As `question.quotes_of`, which says what it takes and returns."""
-    arrays = map(np.ascontiguousarray, (numbers, pairs, state, quotes, states, tokens))
-    logits: Floats = told.quotes_of(np.ascontiguousarray(table), first, *arrays)
-    return logits
-
-
-def asked(
-    held: Ints,
-    ids: Ints,
-    seen: int,
-    positions: Ints,
-    tokens: Ints,
-    log_p: Floats,
-    mask_token_id: int,
-) -> Ints:
-    """As `told.asked`, which says what it takes and returns."""
-    held, ids = np.ascontiguousarray(held), np.ascontiguousarray(ids)
-    numbers: Ints = told.asked(held, ids, seen, positions, tokens, log_p, mask_token_id, LIKELY)
-    return numbers
-
-
-def heard(
-    there: Ints,
-    positions: Ints,
-    fresh: Ints,
-    tokens: Ints,
-    log_p: Floats,
-    log_total: Floats,
-    logits: Floats,
-    mask_token_id: int,
-) -> tuple[Ints, Floats, Bools]:
-    """As `told.heard`, which says what it takes and returns."""
-    arrays: Any = (there, positions, fresh, tokens, log_p, log_total, logits)
-    known = tuple(map(np.ascontiguousarray, arrays))
-    fields: tuple[Ints, Floats, Bools] = told.heard(*known, mask_token_id, SURE)
-    return fields
+ranked = _contiguous(told.ranked)
+asked = _contiguous(told.asked, LIKELY)
+quotes_of = _contiguous(told.quotes_of)
+heard = _contiguous(told.heard, SURE)
+filled = _contiguous(told.filled)
 
 
 def lay_out(
@@ -111,7 +61,6 @@ def lay_out(
         nothing, no_number = np.empty((0, count), np.int64), np.empty((0, count, ranks))
         rejected = Rejected(nothing, no_number, np.empty((0, len(fresh)), np.bool_))
     facts = (ids, positions, tokens, log_p, fresh, rejected.choice, rejected.log_p, rejected.unseen)
-    # Arrays of another layout would be of another type, for which all is compiled once more.
     contiguous = Facts._make(map(np.ascontiguousarray, facts))
     root: Root = layout.lay_out(contiguous, mask_token_id, eos_token_ids, TEXT, vocab)
     return root

@@ -1,4 +1,4 @@
-"""What `draft.told` and `question.quotes_of` do, in loops that numba compiles: see `loops`."""
+"""What `draft.told` does, in loops that numba compiles: see `loops`."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def quotes_of(
     states: Any,
     tokens: Any,
 ) -> Any:
-    """`question.quotes_of`."""
+    """`told.quotes_of`."""
     (count, ranks), likeliest = tokens.shape, quotes.shape[1]
     row, place = np.full(len(state), -1), np.full(max(state.max(), states.max()) + 1, -1)
     for m in range(count):
