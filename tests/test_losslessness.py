@@ -173,9 +173,13 @@ def expected_positions(task: Task) -> int:
         return stats.positions_computed
     stored = canvas.first + (canvas.blocks - 1) * block  # each finished block once
     denoising = (stats.nfe - stores(task) + stats.drafted) * block
-    if task.edges.complete:  # a completing draft carries the next block, and may save its store
-        assert task.drafter is None or stats.positions_computed >= denoising
-        return stored + denoising if task.drafter is None else stats.positions_computed
+    if task.edges.complete:  # a completing state carries the next block, and may save its store
+        if task.drafter is None:
+            return stored + denoising
+        roots = stats.nfe if settings.edits_full_blocks else 0  # these may be complete, too
+        most = stored + denoising + (stats.drafted + roots) * block
+        assert denoising <= stats.positions_computed <= most
+        return stats.positions_computed
     return stored + denoising
 
 

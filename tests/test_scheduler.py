@@ -13,6 +13,7 @@ from spiffy.bench.watch import Watch, WatchedAdviser
 from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas.records import MAX_NODES
 
 LAYOUTS = {"none": "llada-a", "block": "sdar-a", "dual": "dream-a"}
 LENGTHS = (3, 9, 8, 11, 1)
@@ -250,3 +251,68 @@ def test_steps_that_commit_nothing_are_no_gain_of_drafts() -> None:
     stats = task.stats
     assert stats.steps > stats.nfe + stats.accepted  # some commit nothing
     assert 0 < len(adviser.heard) <= sum(adviser.heard) <= len(adviser.heard) + stats.accepted
+
+
+def test_one_that_does_not_fit_alone_costs_the_others_nothing_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that was given up on its account comes back with its error."""
+    tasks, plainly = begun("none", drafts=1)
+    model, settings = tasks[0].model, tasks[0].settings
+    long = settings.model_copy(update={"gen_length": 64})
+    large = make_task(model, random_prompt(model, 60), long)
+    room = large.canvas.length - 1
+    assert room >= 2 * 2 * 27  # for the others there is
+    monkeypatch.setattr(driver, "forward", Memory(room, torch.OutOfMemoryError()))
+    scheduler = Scheduler(model, batch_size=2)
+    for task in (tasks[0], large, *tasks[1:]):
+        scheduler.add(task)
+    finished = decoded(scheduler)
+    assert isinstance(large.error, torch.OutOfMemoryError)
+    assert scheduler.most_decodes == 2
+    assert scheduler._most_drafts == MAX_NODES
+    assert finished.index(large) == 1  # after the one that was there before it
+    assert tasks[0].given_up == 0
+    for ours, theirs in zip(tasks, plainly, strict=True):
+        assert states(ours) == states(theirs)
+    assert all(task.stats.accepted for task in tasks[2:])
+
+
+def test_half_the_drafts_are_half_of_the_most_that_a_decode_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks, plainly = begun("none")
+    tasks[0].drafter = Oracle(plainly[0], 1)
+    tasks[1].drafter = Oracle(plainly[1], 8)
+    scheduler = Scheduler(tasks[0].model, batch_size=2)
+    for task in tasks[:2]:
+        scheduler.add(task)
+    scheduler.step()  # the first forward has no drafts
+    sent = [len(rows) - 1 for _, _, rows in scheduler._running]
+    assert sent == [1, 8]
+    memory = Memory(2 * 19 + 7 * 25, torch.OutOfMemoryError())
+    monkeypatch.setattr(driver, "forward", memory)
+    scheduler.step()
+    assert memory.failed == scheduler.halvings == 1
+    assert scheduler._most_drafts == 4
+    assert [task.most_drafts for task in tasks[:2]] == [4, 4]
+
+
+def test_nothing_is_learned_of_drafts_that_were_left_out() -> None:
+    tasks, plainly = begun("none")
+    task = tasks[1]
+    task.adviser = adviser = Adviser(Oracle(plainly[1], 4))
+    task.most_drafts = 2
+    decoded_alone = Scheduler(task.model)
+    decoded_alone.add(task)
+    decoded(decoded_alone)
+    assert states(task) == states(plainly[1])
+    # Of the last ones, where a block had no more than two states to draft.
+    assert 0 < len(adviser.heard) < task.stats.nfe - 2
+    task = tasks[2]
+    task.adviser = adviser = Adviser(Oracle(plainly[2], 4))
+    task.most_drafts = 0
+    decoded_alone.add(task)
+    decoded(decoded_alone)
+    assert adviser.heard == []  # nor is anything asked
+    assert states(task) == states(plainly[2])

@@ -165,3 +165,32 @@ def test_nobody_chooses_for_plain_forwards_or_tells_of_them_where_nothing_pays()
             budget.learn(choice, 1 + choice.drafts, 0.0)
     assert sum(asked[100:300]) < 60
     assert sum(asked[500:]) > 80
+
+
+def test_a_thread_prices_its_drafts_by_its_own_forwards() -> None:
+    """Another one's forwards hold sixteen sequences, of which nothing is known yet."""
+    budget, _ = served(MACHINES["waits for memory"], [1] * 60, 6)
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(16):
+            other.submit(budget.choose).result()
+        other.submit(budget.turn, 16, 5.0).result()
+        assert budget.now is budget.crowds[16]
+        assert budget.mine is budget.crowds[1]
+        assert other.submit(lambda: budget.mine).result() is budget.crowds[16]
+        assert budget.mine.seconds_per_step(Choice("model", 8)) > 0
+
+
+def test_a_crowd_that_leaves_is_seen_while_it_rests() -> None:
+    budget, _ = served(MACHINES["computing"], [16] * 200, 7)
+    assert budget.now is budget.crowds[16]
+    while not budget.rests:
+        for _ in range(16):
+            budget.choose()
+        budget.turn(16, 13.0)
+    alone = 0
+    while budget.now is budget.crowds[16]:
+        if not budget.rests:
+            budget.choose()
+        budget.turn(1, 1.0)
+        alone += 1
+    assert alone <= 4

@@ -270,7 +270,7 @@ class AutoBudget:
     def why(self) -> str:
         """See `Adviser`."""
         with self._lock:
-            return self.controller.why()
+            return self.shared.mine.why()
 
     def _drafter(self, way: Selection, drafts: int) -> Drafter:
         """Drafters by the acceptance model share their weights."""
@@ -285,10 +285,10 @@ class AutoBudget:
 
     def _pays(self, choice: Choice) -> Callable[[Floats], int]:
         """Which of a root's drafts to keep: all, where their number is only being tried."""
-        if self.controller.is_tried(choice):
+        mine = self.shared.mine  # other threads may decode with more or fewer sequences
+        if mine.is_tried(choice):
             return len
-        seconds = np.array(self.controller.forward_seconds(choice))
-        return Pays(1 / self.controller.seconds_per_step(choice), seconds)
+        return Pays(1 / mine.seconds_per_step(choice), np.array(mine.forward_seconds(choice)))
 
 
 _NO_DRAFTS = Advice(None, PLAIN)

@@ -93,7 +93,7 @@ class SharedController:
         return self.crowds[self._crowd]
 
     @property
-    def _mine(self) -> Controller:
+    def mine(self) -> Controller:
         """The same for this thread's last forward."""
         return self.crowds[self._own.crowd]
 
@@ -105,9 +105,12 @@ class SharedController:
     def turn(self, sequences: int, seconds: float) -> None:
         """Hear of a forward that so many sequences shared, and how long it took."""
         own = self._own
+        own.recent.append(sequences)
+        most = max(own.recent)
+        alike = own.crowd / _SAME < most < own.crowd * _SAME
         if own.resting:
-            self._mine.rest(seconds)
-            own.resting -= 1
+            self.mine.rest(seconds)
+            own.resting = own.resting - 1 if alike else 0
             if own.resting:
                 return
         self._settle()
@@ -115,10 +118,8 @@ class SharedController:
         own.seconds = seconds
         own.due, own.asked, own.choice = own.asked, 0, None
         own.chose, own.sequences = own.planned, sequences
-        own.recent.append(sequences)
-        most = max(own.recent)
-        if own.crowd / _SAME < most < own.crowd * _SAME:
-            own.resting = self._mine.resting if chosen else 0
+        if alike:
+            own.resting = self.mine.resting if chosen else 0
             return
         crowd = CROWDS[bisect_right(CROWDS, most) - 1]
         if crowd not in self.crowds:
@@ -132,7 +133,7 @@ class SharedController:
         """Who drafts the next forward, and up to how many for each sequence."""
         own = self._own
         if own.choice is None:
-            own.choice, own.planned = self._mine.choose(), own.crowd
+            own.choice, own.planned = self.mine.choose(), own.crowd
         own.asked += 1
         return own.choice
 
@@ -149,7 +150,7 @@ class SharedController:
     @property
     def _is_lost(self) -> bool:
         """Whether the last choice was made for others, and nothing is known of so many yet."""
-        return self._own.chose != self._own.crowd and not self._mine.has_seen_plain
+        return self._own.chose != self._own.crowd and not self.mine.has_seen_plain
 
     def _settle(self) -> None:
         """Learn from the last forward; mostly all had the same choice.
@@ -169,7 +170,7 @@ class SharedController:
             seconds, drafting = own.seconds, told.drafting
             if choice.way is None:  # all there is to pack
                 seconds, drafting = seconds + drafting, 0.0
-            self._mine.learn(choice, steps, seconds, drafting, alike, min(share, 1.0))
+            self.mine.learn(choice, steps, seconds, drafting, alike, min(share, 1.0))
 
     def _likely_seconds(self, crowd: int) -> Points:
         """What forwards of so many sequences may take, by those of the most similar number.

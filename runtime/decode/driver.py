@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import median_low
 from time import perf_counter
 
 import torch
@@ -19,6 +20,7 @@ from spiffy.schemas.records import MAX_NODES
 _Running = tuple[Task, Decoding, list[Row]]
 
 _TRY_AGAIN = 512  # forwards that fitted, after which a little more is tried
+_FAR_LONGER = 2  # times the usual length
 
 
 def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Iterator[list[Task]]:
@@ -45,9 +47,10 @@ class Scheduler:
     """Decodes that share forwards: they join and leave between two of them, in order.
 
     A decode that fails ends alone, with its error. A forward that does not fit into memory is made
-    again with half the drafts; if there are none left, with half the decodes: the others wait and
-    are begun anew, for what they hold takes memory too. What fitted is remembered, and exceeded a
-    little after many forwards. For one thread.
+    again with half the drafts; if there are none left, without the decode that is far longer than
+    the others, else with half of them: the rest waits and is begun anew, for what it holds takes
+    memory too. What fitted is remembered, and exceeded a little after many forwards; if a decode
+    does not fit alone, all was its fault. For one thread.
 
     Parameters
     ----------
@@ -58,15 +61,18 @@ class Scheduler:
     ----------
     forwards
         Made so far, however many decodes shared them.
+    halvings
+        Forwards that had too many drafts for the memory, each time they were halved.
     """
 
     def __init__(self, model: DiffusionLM, batch_size: int = 1) -> None:
         self.model, self.batch_size = model, batch_size
-        self.forwards = 0
+        self.forwards = self.halvings = 0
         self._waiting: deque[Task] = deque()
         self._running: list[_Running] = []
         self._most_drafts, self._most_decodes = MAX_NODES, batch_size  # that fitted
         self._fitted = 0  # forwards since one did not
+        self._unhurt: tuple[int, int] | None = None  # the same two before that
 
     def __len__(self) -> int:
         """Number of tasks that are decoded or wait."""
@@ -164,23 +170,34 @@ class Scheduler:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._fitted = 0
+        self._unhurt = self._unhurt or (self._most_drafts, self._most_decodes)
         tasks = self.running
-        before = sum(task.stats.halvings for task in tasks)
+        before = [task.stats.halvings for task in tasks]
         self._running = [
             (task, decoding, decoding.throw(TooLargeError())) for task, decoding, _ in self._running
         ]
-        if sum(task.stats.halvings for task in tasks) > before:
-            self._most_drafts = min(self._most_drafts, *(task.most_drafts for task in tasks))
+        halved = [task for task, n in zip(tasks, before, strict=True) if task.stats.halvings > n]
+        if halved:  # of the most that one of them had: another may have had a single one
+            self.halvings += 1
+            self._most_drafts = min(self._most_drafts, max(task.most_drafts for task in halved))
+            for task in halved:
+                task.allow(self._most_drafts)
             return None
         if len(tasks) == 1:
             self._running = []
+            self._most_drafts, self._most_decodes = self._unhurt
+            self._unhurt = None
+            for task in self._waiting:
+                if task.given_up:
+                    task.allow(self._most_drafts)
             tasks[0].error = torch.OutOfMemoryError(
                 "a forward without drafts does not fit into memory"
             )
             return tasks[0]
-        self._most_decodes = len(tasks) // 2
-        self._running = self._running[: self._most_decodes]
-        for task in reversed(tasks[self._most_decodes :]):
+        left_out = _left_out(tasks)
+        self._most_decodes = len(tasks) - len(left_out)
+        self._running = [entry for entry in self._running if entry[0] not in left_out]
+        for task in reversed(left_out):
             task.begin_anew()
             self._waiting.appendleft(task)
         return None
@@ -188,8 +205,18 @@ class Scheduler:
     def _remember_that_it_fitted(self) -> None:
         self._fitted += 1
         if self._fitted % _TRY_AGAIN == 0:
+            self._unhurt = None
             self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
             self._most_decodes = min(self._most_decodes + 1, self.batch_size)
+
+
+def _left_out(tasks: Sequence[Task]) -> list[Task]:
+    """Who waits where not all fit: one that is far longer than most, else the younger half."""
+    longest = max(tasks, key=lambda task: task.canvas.length)
+    usual = median_low(task.canvas.length for task in tasks)
+    if longest.canvas.length > _FAR_LONGER * usual:
+        return [longest]
+    return list(tasks[len(tasks) // 2 :])
 
 
 def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput] | None:

@@ -53,12 +53,13 @@ def denoise(task: Task) -> Decoding:
     while not root.finished:
         turned = perf_counter()
         task.roots.append(root.step)
-        states = root.ids[None]
+        states, asked = root.ids[None], 0
         if drafter is not None and candidates is not None:
             room = len(candidates.positions) - (not may_complete(task, cache, root))
             led = drafter if chooser is None else chooser.leader
-            drafts = led(root, candidates, room)[: task.most_drafts]
-            states = torch.cat((states, drafts))
+            drafts = led(root, candidates, room)
+            asked = len(drafts)
+            states = torch.cat((states, drafts[: task.most_drafts]))
             drafting += perf_counter() - turned
         drafted = perf_counter()
         states, evaluation = yield from _evaluated(task, cache, root, states, drafter is not None)
@@ -89,7 +90,7 @@ def denoise(task: Task) -> Decoding:
             learned = perf_counter()
             stats.draft_seconds += learned - walked
             walked = learned
-        if task.adviser is not None and advice is not None:
+        if task.adviser is not None and advice is not None and len(states) > asked:  # it had all
             # Without those that commit nothing: they need no forward, with drafts or without.
             steps = 1 + stats.accepted - accepted
             task.adviser.learn(advice, steps, drafting + task.ready - drafted)
@@ -100,7 +101,8 @@ def denoise(task: Task) -> Decoding:
         root, candidates, advice, drafting = cursor, None, None, 0.0
         if not root.finished and cache.takes_drafts(root):
             if task.adviser is not None:
-                advice = None if task.adviser.rests else task.adviser.advise()
+                mute = task.adviser.rests or not task.most_drafts
+                advice = None if mute else task.adviser.advise()
                 drafter = None if advice is None else advice.drafter
                 chosen = "plain" if advice is None else str(advice.choice)
                 stats.budgets[chosen] = stats.budgets.get(chosen, 0) + 1

@@ -153,6 +153,10 @@ class Task:
     ready: float = 0.0
     given_up: int = 0
 
+    def allow(self, drafts: int) -> None:
+        """Let forwards have so many drafts, or as many as its length allows."""
+        self.most_drafts = min(drafts, most_drafts(self.settings, self.canvas))
+
     def begin_anew(self) -> None:
         """Forget the states so far, and the steps to them; what they took stays counted."""
         self.path.clear()
