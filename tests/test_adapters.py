@@ -328,3 +328,27 @@ def test_layers_that_are_left_on_disk_take_no_adapter(llada: Adapter) -> None:
     options = {"adapter": llada.write(), "device_map": device_map}
     message = refusal(lambda: load_model(str(PARITY / "llada-a"), **options))
     assert "device_map leaves layers off the devices" in message
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu"])
+def test_an_adapter_that_lies_beside_the_weights_is_not_applied(
+    tmp_path: Path, device_map: str | None
+) -> None:
+    for file in (PARITY / "sdar-a").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    Adapter(tmp_path, SDAR).write()
+    found = load_model(str(tmp_path), dtype="float32", device_map=device_map).module.state_dict()
+    expected = parity_model("sdar-a").module.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_layers_that_were_trained_whole_have_to_be_there(llada: Adapter) -> None:
+    llada.config["modules_to_save"] = ["lm_head"]
+    message = refusal(lambda: llada.load("llada-a"))
+    assert (
+        "names 'lm_head' in modules_to_save, of which adapter_model.safetensors has no" in message
+    )
+    head = parity_model("llada-a").module.lm_head.weight
+    llada.weights["base_model.model.lm_head.weight"] = torch.ones_like(head)
+    assert torch.equal(llada.load("llada-a").module.lm_head.weight, torch.ones_like(head))

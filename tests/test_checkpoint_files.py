@@ -370,6 +370,9 @@ def test_families_of_the_same_shape_are_different_models() -> None:
         ("models/sdar-8b-sft", {"bd_size": 8}, 8),
         ("models/sdar-8b-sft", {"block_length": 8, "block_size": 8}, 8),
         ("models/sdar-8b-sft", {}, None),
+        ("models/b200/sdar-8b", {}, None),  # a GPU
+        ("models/b200-runs/sdar-8b", {"block_size": 4}, 4),
+        ("models/b16/sweeps/sft/final", {}, None),  # too far above to be about it
         ("models/models--org--SDAR-8B-Chat-b64/snapshots/c0ffee", {"block_size": 4}, 64),
         ("org/SDAR-1.7B-Chat-b16-math", {}, 16),
         ("sdar-4b-b16", {"block_size": 4}, 16),

@@ -297,3 +297,19 @@ def test_tokens_per_step_replace_the_schedule_of_a_graph() -> None:
     assert decoding_settings(model, graph).schedule == "timestep"
     ours = decoding_settings(model, graph, tokens_per_step=2)
     assert (ours.schedule, ours.steps_per_block, ours.tokens_per_step) == ("even", None, 2)
+
+
+def test_the_default_dtype_of_the_process_decides_no_quota() -> None:
+    """Whoever loads a model in another thread changes it for that long."""
+    setting = DecodingSettings.parse(
+        gen_length=32, block_length=32, schedule="timestep", steps_per_block=32
+    )
+    expected = [step_quota(setting, step, masked) for step in range(32) for masked in range(1, 33)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [step_quota(setting, step, masked) for step in range(32) for masked in range(1, 33)]
+    finally:
+        torch.set_default_dtype(before)
+    assert found == expected
+    assert step_quota(setting, 0, 32) == 0  # a share of 0.0312, not of 1 / 32

@@ -317,12 +317,33 @@ def test_a_published_mask_token_beyond_the_vocabulary_is_refused() -> None:
         ({"d_model": None}, "config.json: "),
         ({"model_type": "sdar"}, "config= is of model_type 'sdar', llada of llada"),
         ({"alibi": True}, "alibi = True is not supported"),
+        ({"rope_theta": 20000.0}, "config= says RoPE {'rope_type': 'default', 'rope_theta': 20000"),
     ],
 )
 def test_a_config_of_another_model_is_refused(changes: dict[str, Any], words: str) -> None:
     config = config_of("llada-a") | changes
     module = parity_model("llada-a").module
     assert words in refusal(lambda: wrap(module, None, "llada", config))
+
+
+def test_norms_that_the_module_does_without_are_refused() -> None:
+    """transformers only warns that their weights are left over."""
+    module = own("llada2-a").module
+    module.config.use_qk_norm = False
+    message = refusal(lambda: wrap(module, None, "llada2", config_of("llada2-a")))
+    assert "config= says use_qk_norm True, the module has False" in message
+
+
+def test_a_published_mask_token_is_of_those_who_published_it() -> None:
+    """Qwen2's vocabulary is another than Qwen3's: its token of that number means nothing."""
+    sizes: Any = {"vocab_size": 151936, "hidden_size": 8, "intermediate_size": 8}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    qwen3 = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=4)).eval()
+    assert wrap(qwen3, None, "a2d-mdlm").mask_token_id == 151669
+    qwen2 = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+    message = refusal(lambda: wrap(qwen2, None, "a2d-mdlm"))
+    assert "neither its config nor its tokenizer has 'mask_token_id'" in message
+    assert wrap(qwen2, None, "a2d-mdlm", mask_token_id=151665).mask_token_id == 151665
 
 
 @pytest.mark.parametrize(

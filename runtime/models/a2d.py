@@ -55,6 +55,7 @@ A2D_MDLM = Family(
     caches=("none", "dual", "prefix", "prefix-shared"),
     splits_masks=True,
     mask_token_id=151669,
+    masked_types=("a2d-qwen3", "qwen3"),  # others have another vocabulary
     entries=_ENTRIES,
 )
 A2D_BD3LM = replace(

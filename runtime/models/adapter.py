@@ -213,6 +213,7 @@ class _Layers:
         listed = adapter.config.get("target_modules")
         names = listed if isinstance(listed, list) else []
         used: set[str] = set()
+        trained: set[str] = set()  # whole layers, by both of their names
         for key, tensor in adapter.weights.items():
             match = _LORA.fullmatch(key)
             layer, _, part = (match["layer"], "", match["part"]) if match else key.rpartition(".")
@@ -231,11 +232,18 @@ class _Layers:
             self.weights[f"{mine}.{part}"] = tensor
             if match is None:
                 self.whole.add(mine)
+                trained.update((layer, mine))
             elif part in ("lora_A.weight", "lora_embedding_A"):
                 self.ranks[mine] = len(tensor)
                 self.alphas[mine] = _of_pattern(adapter.config, "alpha", layer)
                 if (stated := _of_pattern(adapter.config, "rank", layer)) != len(tensor):
                     self._refuse(key, f"has rank {len(tensor)}, adapter_config.json says {stated}")
+        for word in adapter.config.get("modules_to_save") or ():
+            if not any(f".{word}." in f".{layer}." for layer in trained):
+                raise SpiffyError(
+                    f"{adapter.place}: adapter_config.json names {word!r} in modules_to_save, of "
+                    "which adapter_model.safetensors has no weights"
+                )
         self._check_whole(module, {*names}, used)
 
     def name_in_peft(self, key: str) -> str:

@@ -14,6 +14,7 @@ from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import option
 from spiffy.schemas.notes import note
 
+_NEAR = 2  # folders above a checkpoint whose names count: others are called for other things
 # "-b32" at an end or in the middle of a name, and longer words for it; not the "8b" of a size.
 _IN_NAME = re.compile(
     r"(?:^|[-_.])(?:b|bd|blk|block[-_]?(?:size|length)?)[-_]?(\d{1,5})(?=$|[-_.])", re.IGNORECASE
@@ -46,7 +47,7 @@ def stated_block_size(name: str, config: Mapping[str, Any]) -> int | None:
                 f"{in_config}; {option('block_length')} gives another size"
             )
         return in_name
-    in_folder = next((size for part in above if (size := _of_name(name, part)) is not None), None)
+    in_folder = next((size for part in above if (size := _of_folder(name, part))), None)
     if None not in (in_folder, in_config) and in_folder != in_config:
         raise SpiffyError(
             f"{name}: its folder's name says blocks of {in_folder}, config.json {in_config}: give "
@@ -87,11 +88,17 @@ def _of_name(name: str, part: str) -> int | None:
     return next(iter(sizes), None)
 
 
+def _of_folder(name: str, part: str) -> int | None:
+    """As `_of_name`, of a folder that may be called for anything: b200 is a GPU."""
+    size = _of_name(name, part)
+    return size if size is not None and size & (size - 1) == 0 else None
+
+
 def _names(name: str) -> list[str]:
     """The checkpoint's own name, then those of the folders above it, the nearest first."""
     source = Source(ALIASES.get(name, name))
     if not source.is_directory or name in ALIASES:  # where the package lies says nothing
         return [source.own_name]
     given, real = Path(source.place).absolute(), Path(source.place).resolve()
-    above = [*reversed(given.parts), *reversed(real.parts)]
+    above = [*given.parts[: -_NEAR - 2 : -1], *real.parts[: -_NEAR - 2 : -1]]
     return [source.own_name, *above]

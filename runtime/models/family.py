@@ -76,6 +76,8 @@ class Family:
         are none.
     mask_token_id
         Published id of the mask token, for checkpoints where neither config nor tokenizer has it.
+    masked_types
+        Model types whose checkpoints have that one; empty: all.
     entries
         What becomes of the entries of `config.json`; others are refused.
     block_size_varies
@@ -102,5 +104,11 @@ class Family:
     begins_blocks_alone: bool = False
     sub_block_length: int | None = None
     mask_token_id: int | None = None
+    masked_types: tuple[str, ...] = ()
     entries: Entries = Entries()  # noqa: RUF009 (frozen)
     block_size_varies: bool = False
+
+    def published_mask(self, config: Mapping[str, Any]) -> int | None:
+        """Id of the mask token that published checkpoints with such a config have, if one has."""
+        known = not self.masked_types or config.get("model_type") in self.masked_types
+        return self.mask_token_id if known else None

@@ -62,11 +62,10 @@ def fingerprint(
         What the family makes of it.
     """
     facts = {name: getattr(module_config, name, None) for name in _COMPUTED}
-    heads = module_config.hidden_size // module_config.num_attention_heads
     facts |= {
         "family": family.name,
-        "head_dim": getattr(module_config, "head_dim", None) or heads,
-        "rope": rope(config, partial="partial_rotary_factor" in family.entries.reads),
+        "head_dim": _head_dim(module_config),
+        "rope": _rope(family, config),
         "mask": mask_token_id,
         "eos": sorted(eos_token_ids),
         "tokenizer": _tokenizer_digest(tokenizer),
@@ -76,12 +75,40 @@ def fingerprint(
     return FINGERPRINT + hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def differences(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Entries of two of transformers' configs that do not compute the same, with both values."""
+def differences(family: Family, one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Entries of two of transformers' configs that do not compute the same, with both values.
+
+    Raises
+    ------
+    ValueError
+        If one has RoPE of a kind that is not computed.
+    """
     for entry in _COMPUTED:
         values = [getattr(settings, entry, None) or None for settings in (one, other)]
         if values[0] != values[1]:
             yield entry, values[0], values[1]
+    for entry in ("use_qk_norm", "hidden_act"):  # classes of others may do without the entry
+        values = [getattr(settings, entry, None) for settings in (one, other)]
+        if None not in values and values[0] != values[1]:
+            yield entry, values[0], values[1]
+    heads = [_head_dim(settings) for settings in (one, other)]
+    if heads[0] != heads[1]:
+        yield "head_dim", heads[0], heads[1]
+    try:
+        turns = [_rope(family, settings.to_dict()) for settings in (one, other)]
+    except KeyError:  # a class of others, which says it in other words
+        return
+    if turns[0] != turns[1]:
+        yield "RoPE", turns[0], turns[1]
+
+
+def _head_dim(settings: Any) -> int:
+    own: int | None = getattr(settings, "head_dim", None)
+    return own or settings.hidden_size // settings.num_attention_heads
+
+
+def _rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    return rope(config, partial="partial_rotary_factor" in family.entries.reads)
 
 
 def _plain_numbers(value: Any) -> Any:

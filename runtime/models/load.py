@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from transformers import GenerationConfig
 
 from spiffy.runtime.models.adapter import merge, read_adapter
 from spiffy.runtime.models.architecture import checked_architecture
@@ -117,10 +119,11 @@ def load_model(
     lora = None if adapter is None else read_adapter(adapter)
     with quiet_transformers():
         tokenizer = read_tokenizer(source)
-    config = with_mask_token(config, tokenizer, facts.mask_token_id)
+    config = with_mask_token(config, tokenizer, facts.published_mask(config))
     architecture = checked_architecture(name, facts, config)
     check_tokenizer(name, tokenizer, architecture[1].vocab_size)
-    holders = (config, generation_config(source))
+    generation = generation_config(source)
+    holders = (config, generation)
     eos_token_ids = end_tokens(source.place, holders, tokenizer, architecture[1].vocab_size)
     module = load_module(name, source, facts, config, architecture, dtype, device_map)
     source.remember()
@@ -138,7 +141,7 @@ def load_model(
     if device_map is None:
         module = module.to(device)
     mask = config["mask_token_id"]
-    _tell_ends(module, tokenizer, eos_token_ids)
+    _tell_generate(module, generation, tokenizer, eos_token_ids)
     model = DiffusionLM(
         module,
         facts,
@@ -158,8 +161,16 @@ def load_model(
     return model
 
 
-def _tell_ends(module: Any, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
-    """Let the module's own `generate` know which tokens end and pad, not its class's defaults."""
+def _tell_generate(
+    module: Any, stored: dict[str, Any], tokenizer: Any, eos_token_ids: frozenset[int]
+) -> None:
+    """Let the module's own `generate` know what its checkpoint says, and which tokens end and pad.
+
+    transformers reads that file only where it reads the weights' files itself.
+    """
+    if stored:
+        with quiet_transformers(), suppress(Exception):  # its values may be anything
+            module.generation_config = GenerationConfig.from_dict(stored)
     settings = getattr(module, "generation_config", None)
     if settings is not None:
         settings.eos_token_id = sorted(eos_token_ids) or None

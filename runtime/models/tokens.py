@@ -95,11 +95,14 @@ def check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
     Raises
     ------
     SpiffyError
-        Names the first such token.
+        Names the largest such token, or says that there is none at all.
     """
     if tokenizer is None:
         return
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary:
+        raise SpiffyError(f"{name}: its tokenizer holds no token")
+    token, largest = max(vocabulary.items(), key=lambda entry: entry[1])
     if largest >= rows:
         raise SpiffyError(
             f"{name}: the tokenizer is larger than the embedding: {token!r} has id {largest}, and "

@@ -61,7 +61,11 @@ def load_module(
     # A device map may offload to disk, for which transformers has to know the files; but of those
     # it reads whole parameters.
     from_files = device_map is not None and not split
-    options: dict[str, Any] = {"device_map": device_map}
+    # transformers would apply an adapter that lies there; it looks for one in this subfolder only.
+    options: dict[str, Any] = {
+        "device_map": device_map,
+        "adapter_kwargs": {"subfolder": "no-adapter"},
+    }
     if not from_files:
         options["state_dict"] = stored
     if dtype == torch.float64 and family.merged(config):

@@ -90,7 +90,7 @@ def wrap(
     stated = _stated(own, settings) if config is None else without_quantisation(config)
     if mask_token_id is not None:
         stated = {**stated, "mask_token_id": mask_token_id}
-    stated = with_mask_token(stated, tokenizer, facts.mask_token_id)
+    stated = with_mask_token(stated, tokenizer, facts.published_mask(stated))
     rows = module.get_input_embeddings().weight.shape[0]
     described = settings if config is None else _described(name, facts, stated, settings)
     check_tokenizer(name, tokenizer, rows)
@@ -168,7 +168,12 @@ def _described(name: str, facts: Family, config: Mapping[str, Any], settings: An
             f"{' or '.join(facts.model_types)}"
         )
     _, described = checked_architecture(name, facts, config)
-    for entry, theirs, ours in differences(described, settings):
+    try:
+        found = next(differences(facts, described, settings), None)
+    except ValueError as error:
+        raise SpiffyError(f"{name}: {error}") from None
+    if found is not None:
+        entry, theirs, ours = found
         raise SpiffyError(
             f"{name}: config= says {entry} {theirs!r}, the module has {ours!r}: one of them "
             "belongs to another model"

@@ -186,9 +186,10 @@ def step_quota(
     if settings.schedule == "even":
         base, remainder = divmod(shared, steps)
         return min(base + (block_step < remainder), masked)
-    times = torch.linspace(1, _EPS, steps + 1, device="cpu")
+    # By name: another thread that loads a model changes the default dtype meanwhile.
+    times = torch.linspace(1, _EPS, steps + 1, dtype=torch.float32, device="cpu")
     share = 1 - times[block_step + 1] / times[block_step]
-    return int(torch.tensor(float(masked), device="cpu") * share)
+    return int(torch.tensor(float(masked), dtype=torch.float32, device="cpu") * share)
 
 
 @cache
