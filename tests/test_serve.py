@@ -174,8 +174,11 @@ def test_what_is_given_up_leaves_and_what_is_too_much_is_refused() -> None:
         engine.cancel([first, first])
         assert isinstance(end(), Done)
         engine.cancel([second])  # has ended: no matter
-        assert isinstance(submit(engine)[1](), Done)
+        done = submit(engine)[1]()
+        assert isinstance(done, Done)
         assert first.task.stats.steps < plainly().stats.steps
+        nfe = sum(job.task.stats.nfe for job in (first, second, done.job))
+        wait_until(lambda: engine.metrics.nfe._value.get() == nfe)
 
 
 def test_what_a_job_takes_begins_when_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
 
     def as_template(self) -> dict[str, Any]:
@@ -104,6 +104,10 @@ class Message(_Strict):
         if isinstance(content, list):
             content = "".join(part.text for part in content)
         return {"role": self.role.replace("developer", "system"), "content": content}
+
+
+# The first wrong item is enough: a body of one megabyte has room for half a million of them.
+_Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class StreamOptions(_Strict):
@@ -139,7 +143,7 @@ class _Asked(_Strict):
 class ChatRequest(_Asked):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: _Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_POSITIONS)
 
     @property
@@ -148,7 +152,7 @@ class ChatRequest(_Asked):
         return self.max_completion_tokens or self.max_tokens
 
 
-_Ids = Annotated[list[int], Field(min_length=1)]
+_Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(_Asked):
@@ -156,9 +160,9 @@ class CompletionRequest(_Asked):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | _Ids
-        | Annotated[list[_Ids], Field(min_length=1)]
+        | Annotated[list[_Ids], Field(min_length=1, fail_fast=True)]
     )
 
     @property
@@ -175,7 +179,7 @@ class WatchRequest(_Strict):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
+    messages: _Messages
     max_tokens: int | None = Field(None, ge=1, le=MAX_POSITIONS)
     temperature: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)

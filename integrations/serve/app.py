@@ -6,19 +6,19 @@ import asyncio
 import hmac
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from time import monotonic, time
-from typing import Any
+from time import time
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from spiffy.integrations.serve import events
 from spiffy.integrations.serve.api import (
@@ -41,7 +41,7 @@ from spiffy.integrations.serve.engine import (
     Text,
     TooLongError,
 )
-from spiffy.integrations.serve.metrics import Metrics
+from spiffy.integrations.serve.metrics import GONE, Counted
 from spiffy.integrations.serve.page import page
 from spiffy.integrations.serve.watching import beginning
 from spiffy.runtime.decode import Task
@@ -53,7 +53,6 @@ _LOG = logging.getLogger("spiffy")
 _BODY_SECONDS = 30.0
 _DISCARDED = 64 << 20  # bytes of a body that is too large, before it is refused unread
 _QUIET_SECONDS = 15.0  # after which a stream says that it is still there
-_GONE = 499  # the status, as nginx counts it, of a response that nobody waits for
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def build(
 
     desk = _Desk(engine, access, seed)
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Counted, metrics=engine.metrics)
+    app.add_middleware(Counted, metrics=engine.metrics)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _refused_by_starlette)
     app.add_exception_handler(ClientDisconnect, _gone)
@@ -159,7 +158,7 @@ def _asking_routes(desk: _Desk) -> APIRouter:
 
     @router.post("/spiffy/decode")
     async def decode(request: Request) -> Response:
-        return await desk.show(await desk.read(request, WatchRequest))
+        return await desk.show(request, await desk.read(request, WatchRequest))
 
     return router
 
@@ -189,6 +188,7 @@ class _Desk:
         self.engine, self.access = engine, access
         # Prompts are encoded beside the forwards, one after the other: tokenizers need not be safe.
         self._encoder = ThreadPoolExecutor(1, "spiffy-encoder")
+        self._encoding = 0  # answers whose prompts wait for it, or are at it
         self._seeds = random.Random(seed)
 
     def close(self) -> None:
@@ -230,28 +230,39 @@ class _Desk:
             raise ApiError(413, f"the body has more than {most} bytes", code="body_too_large")
         return b"".join(parts)
 
-    async def _tasks(self, prompts: Sequence[Any], n: int, **options: Any) -> list[Task]:
+    async def _tasks(
+        self, request: Request, prompts: Sequence[Any], n: int, **options: Any
+    ) -> list[Task]:
         """Tasks, n for each prompt; with temperature, each has noise of its own."""
 
         def prepare() -> list[Task]:
-            return [
-                self.engine.task(prompt, sequence=sequence, **options)
-                for at, prompt in enumerate(prompts)
-                for sequence in range(at * n, (at + 1) * n)
-            ]
+            tasks = []
+            for at, prompt in enumerate(prompts):
+                for sequence in range(at * n, (at + 1) * n):
+                    tasks.append(self.engine.task(prompt, sequence=sequence, **options))
+                    prompt = tasks[-1].prompt  # encoded once
+            return tasks
 
         if options["seed"] is None:
             options["seed"] = self._seeds.getrandbits(32)
+        number = len(prompts) * n
+        self._take(partial(self.engine.check_room, number + self._encoding))
+        self._encoding += number
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, prepare)
+            encoding = asyncio.get_running_loop().run_in_executor(self._encoder, prepare)
+            return await _unless_gone(request, encoding)
         except TooLongError as error:
             raise ApiError(400, str(error), code="context_length_exceeded") from None
         except SpiffyError as error:
             raise ApiError(400, str(error)) from None
+        finally:
+            self._encoding -= number
 
-    def _submit(self, jobs: Sequence[Job]) -> None:
+    @staticmethod
+    def _take(asked: Callable[[], None]) -> None:
+        """Ask the engine to take answers on; what it says of that, to the client."""
         try:
-            self.engine.submit(jobs)
+            asked()
         except BusyError as busy:
             raise ApiError(
                 429,
@@ -277,13 +288,19 @@ class _Desk:
             raise ApiError(400, f"more than {most} answers at once are not given here", param="n")
         options = {"max_tokens": asked.length, "temperature": asked.temperature}
         tasks = await self._tasks(
-            prompts, asked.n, raw=way == "text", seed=asked.seed, stop=asked.stop, **options
+            request,
+            prompts,
+            asked.n,
+            raw=way == "text",
+            seed=asked.seed,
+            stop=asked.stop,
+            **options,
         )
         queue = _Queue()
         jobs = [Job(task, queue.put, k, stream=asked.stream) for k, task in enumerate(tasks)]
         prompt_tokens = sum(len(task.prompt) for task in tasks[:: asked.n])
         answers = events.Answers(way, self.engine.name, prompt_tokens)
-        self._submit(jobs)
+        self._take(partial(self.engine.submit, jobs))
         if asked.stream:
             usage = asked.stream_options.include_usage
             pieces = _streamed(queue, answers, len(jobs), usage)
@@ -294,9 +311,10 @@ class _Desk:
             self.engine.cancel(jobs)
         return JSONResponse(answers.whole())
 
-    async def show(self, asked: WatchRequest) -> Response:
+    async def show(self, request: Request, asked: WatchRequest) -> Response:
         """Tell the forwards of one decode as they come."""
         (task,) = await self._tasks(
+            request,
             [[message.as_template() for message in asked.messages]],
             1,
             max_tokens=asked.max_tokens,
@@ -306,7 +324,7 @@ class _Desk:
         )
         queue = _Queue()
         job = Job(task, queue.put, watch=True)
-        self._submit([job])
+        self._take(partial(self.engine.submit, [job]))
         return _Events(_shown(queue, job), partial(self.engine.cancel, [job]))
 
 
@@ -333,6 +351,9 @@ class _Queue:
             return None
 
 
+T = TypeVar("T")
+
+
 async def _collected(queue: _Queue, answers: events.Answers, jobs: int) -> None:
     """Wait for all answers."""
     while len(answers.done) < jobs:
@@ -343,21 +364,21 @@ async def _collected(queue: _Queue, answers: events.Answers, jobs: int) -> None:
             answers.done.append(event)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:
-    """Do something as long as the client waits for it.
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Do something as long as the client waits for it; what came of it.
 
     Raises
     ------
     ClientDisconnect
         If it does not wait any more.
     """
-    doing = asyncio.create_task(work)
+    doing = asyncio.ensure_future(work)
     going = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((doing, going), return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
             raise ClientDisconnect
-        doing.result()
+        return doing.result()
     finally:
         for task in (doing, going):
             task.cancel()
@@ -450,40 +471,10 @@ async def _refused_by_starlette(request: Request, error: Exception) -> JSONRespo
 
 
 async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=_GONE)
+    return Response(status_code=GONE)
 
 
 async def _failed(request: Request, _: Exception) -> JSONResponse:
     """Of what should not happen; uvicorn logs it."""
     message = "the server failed: see its log"
     return await _refused(request, ApiError(500, message, kind="server_error"))
-
-
-class _Counted:
-    """Counts requests by path and status, and their seconds."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status, began = _GONE, monotonic()
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noting)
-        except Exception:  # answered further out
-            status = 500 if status == _GONE else status
-            raise
-        finally:
-            # Paths that are no route would make as many labels as somebody cares to send.
-            path = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(path, status).inc()
-            self.metrics.seconds.labels(path).observe(monotonic() - began)

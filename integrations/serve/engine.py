@@ -17,6 +17,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from spiffy.bench.watch import Watch, Watched, WatchedAdviser
 from spiffy.integrations.serve.checking import Answer, compared
 from spiffy.integrations.serve.metrics import Metrics
@@ -30,6 +32,7 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.source import Source
 from spiffy.runtime.models.text import Prompt, given_ids
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.errors import is_out_of_memory
 
 _LOG = logging.getLogger("spiffy")
 
@@ -304,6 +307,15 @@ class Engine:
             self._equip(task)
         return task
 
+    def check_room(self, jobs: int) -> None:
+        """Refuse as `submit` would refuse so many jobs now: before their prompts are encoded."""
+        with self._changed:
+            if self._stopping:
+                raise StoppedError
+            if self._count + jobs > self.limits.batch + self.limits.waiting:
+                turns = self._count / self.limits.batch
+                raise BusyError(min(60, max(1, ceil(turns * self._seconds))))
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take jobs on, all or none.
 
@@ -314,13 +326,8 @@ class Engine:
         StoppedError
             If none are decoded any more.
         """
-        most = self.limits.batch + self.limits.waiting
         with self._changed:
-            if self._stopping:
-                raise StoppedError
-            if self._count + len(jobs) > most:
-                turns = self._count / self.limits.batch
-                raise BusyError(min(60, max(1, ceil(turns * self._seconds))))
+            self.check_room(len(jobs))
             self._count += len(jobs)
             self._arrived += jobs
             self._changed.notify()
@@ -406,18 +413,21 @@ class Engine:
             if self._jobs.pop(id(job.task), None) is not None:
                 self._scheduler.remove(job.task)
                 self._forget(job)
-                self.metrics.cancelled.inc()
+                self.metrics.gave_up(job.task)
         return going_on
 
     def _forward(self) -> None:
         before, began = self._scheduler.forwards, monotonic()
+        halvings = self._scheduler.halvings
         try:
             finished = self._scheduler.step()
         except Exception as error:  # of the forward itself: whose fault it is, nobody knows
             _LOG.exception("a forward failed")
             for task in self._scheduler.running:
                 self._fail(self._jobs[id(task)], error)
+            torch.ones(1, device=self.model.device).cpu()  # a lost device fails all, and fast: end
             return
+        self.metrics.halvings.inc(self._scheduler.halvings - halvings)
         if self._scheduler.forwards > before:
             together = [*self._scheduler.running, *finished]
             self.metrics.forward(len(together))
@@ -444,6 +454,10 @@ class Engine:
     def _end(self, job: Job) -> None:
         del self._jobs[id(job.task)]
         self._forget(job, ended=True)  # whoever has the answer may ask again at once
+        error = job.task.error
+        if isinstance(error, SpiffyError) or (error is not None and is_out_of_memory(error)):
+            # Nobody reads its frames, which hold what all who shared the forward had computed.
+            error.__traceback__ = error.__context__ = None
         event = job.end()
         self.metrics.ended(job.task, event.ids if isinstance(event, Done) else None)
         if isinstance(event, Done) and self._draw.random() < self.limits.verify_share:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import monotonic
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,9 +13,11 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from spiffy.runtime.decode import Task
+from spiffy.runtime.decode import Stats, Task
 
+GONE = 499  # the status, as nginx counts it, of a response that nobody waits for
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 _TOGETHER = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -65,17 +68,54 @@ class Metrics:
 
     def ended(self, task: Task, ids: Sequence[int] | None) -> None:
         """Count an answer; its token ids, or None if it failed."""
-        stats = task.stats
         self.answers.labels("failed" if ids is None else "decoded").inc()
         self.tokens.labels("prompts").inc(len(task.prompt))
         self.tokens.labels("answers").inc(len(ids or ()))
+        self._spent(task.stats)
+
+    def gave_up(self, task: Task) -> None:
+        """Count an answer that nobody waits for any more."""
+        self.cancelled.inc()
+        self._spent(task.stats)
+
+    def _spent(self, stats: Stats) -> None:
         self.nfe.inc(stats.nfe)
         self.positions.inc(stats.positions_computed)
         self.steps.inc(stats.steps)
         self.drafts.inc(stats.drafted)
         self.accepted.inc(stats.accepted)
-        self.halvings.inc(stats.halvings)
 
     def exposition(self) -> bytes:
         """All of it, in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+class Counted:
+    """Counts requests by path and status, and their seconds."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, and count it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, began = GONE, monotonic()
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except Exception:  # answered further out
+            status = 500 if status == GONE else status
+            raise
+        finally:
+            # Paths that are no route would make as many labels as somebody cares to send.
+            path = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(monotonic() - began)
