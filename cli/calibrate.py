@@ -213,6 +213,8 @@ class _Output:
         path = self.out or _beside(model)
         if writes or self.out is not None:
             check_writable(path)
+        if writes and path.exists():
+            log.print(f"{path} is there already, and will be replaced", soft_wrap=True)
         if self.report is not None:
             _check_report(self.report, path)
         if self.predict_for is not None:
@@ -270,10 +272,11 @@ def calibrate(
         with log.status("loading"):
             drawn = prompts.draw(decoding.seed)  # cheap to refuse, before torch is imported
             drawn = replace(drawn, raw=encoding.raw, system=encoding.system)
+            edges = decoding.block_edges()
             from spiffy.calib.pipeline import build_graph, prepare
 
             lm = model.load(ranks)
-            settings, edges = decoding.settings(lm), decoding.block_edges()
+            settings = decoding.settings(lm)
             set_threads(lm, settings, threads)
             left_out: list[str] = []
             tasks = prepare(lm, drawn, settings, decoding.seed, edges, left_out)

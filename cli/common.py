@@ -6,8 +6,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -43,12 +45,39 @@ _TALKATIVE = ("torchao", "torch.utils._pytree")
 
 INTERRUPTED = 130  # exit code
 
+_SILENT_SECONDS = 60.0  # between two lines about progress, where no bar is drawn
 _WIDE = 1000  # columns: nothing is cut or broken where no terminal has a width
+
+
+class _Progress(Progress):
+    """A bar; into a file, where none is drawn, a line now and then."""
+
+    _said = 0.0  # seconds, of all lines
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._say(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        task = self._tasks[task_id]
+        elapsed = task.elapsed or 0.0
+        if self.console.is_terminal or elapsed - self._said < _SILENT_SECONDS:
+            return
+        self._said = elapsed
+        done, total, left = task.completed, task.total or 0.0, ""
+        if 0 < done < total:
+            left = f", {timedelta(seconds=int(elapsed / done * (total - done)))} left"
+        spent = timedelta(seconds=int(elapsed))
+        self.console.print(f"{task.description} {done:.0f}/{total:.0f} after {spent}{left}")
 
 
 def progress_bar() -> Progress:
     """Show done, total, elapsed and remaining time, on standard error."""
-    return Progress(
+    return _Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

@@ -37,12 +37,14 @@ def _common(version: VersionOption = False) -> None:
     """Look into draft graphs: print, compare, draw, check, describe the format."""
 
 
-def _put(text: str, out: Path | None) -> None:
-    """Write text to a file, or to standard output."""
+def _put(text: str, out: Path | None, source: str) -> None:
+    """Write what was made of a graph to a file, or to standard output."""
     if out is None:
         write_utf8(text)
         return
     check_writable(out)
+    if out.resolve() == graph_file(source).resolve():
+        raise SpiffyError(f"--out {out}: that is the graph itself, which took hours to make")
     write_atomically(out, text)
     log.print(f"wrote {out}", soft_wrap=True)
 
@@ -179,7 +181,7 @@ def export(
     """
     from spiffy.graphs.export import exported
 
-    _put(exported(DraftGraph.find(file), format.value), out)
+    _put(exported(DraftGraph.find(file), format.value), out, file)
 
 
 @app.command()
@@ -236,7 +238,7 @@ def card(
     """Write a model card for the hub: Markdown with front matter, and what was measured."""
     from spiffy.integrations.hub import card as card_of
 
-    _put(card_of(DraftGraph.find(file)), out)
+    _put(card_of(DraftGraph.find(file)), out, file)
 
 
 @app.command()

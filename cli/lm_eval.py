@@ -43,6 +43,8 @@ def _evaluate() -> None:
     if not arguments or {"-h", "--help"} & {*arguments}:
         write(_HELP)
     _check_output(arguments)
+    if share and _of_harness(arguments, "model", "-M") not in (None, "spiffy"):
+        raise SpiffyError(f"{_OPTION} compares answers of --model spiffy: give that")
     from spiffy.integrations.lm_eval import launched, run_harness
 
     sys.argv[1:] = arguments
@@ -87,34 +89,34 @@ def _without_share(arguments: Sequence[str]) -> tuple[list[str], float]:
 
 def _check_output(arguments: Sequence[str]) -> None:
     """Refuse a place that the harness could not save to: it finds out when all is decoded."""
-    place = _output_path(arguments)
+    place = _of_harness(arguments, "output_path", "-o")
     if place is not None:
         path = Path(place)
         check_folder(path.parent if path.suffix == ".json" else path)
 
 
-def _output_path(arguments: Sequence[str]) -> str | None:
-    """Where the harness is to save, by its options or the file that these name.
+def _of_harness(arguments: Sequence[str], name: str, short: str) -> str | None:
+    """An option of the harness, as given or in the file that another one names.
 
     Whatever is wrong with them is for the harness to say.
     """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--output_path", "-o")
+    parser.add_argument(f"--{name}", short)
     parser.add_argument("--config", "-C", type=Path)
     try:
         given, _ = parser.parse_known_args([*arguments])
     except argparse.ArgumentError:
         return None
-    if given.output_path is not None or given.config is None:
-        return given.output_path or None
+    if getattr(given, name) is not None or given.config is None:
+        return getattr(given, name) or None
     import yaml  # the harness needs it
 
     try:
         content = yaml.safe_load(given.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    place = content.get("output_path") if isinstance(content, dict) else None
-    return place if isinstance(place, str) else None
+    found = content.get(name) if isinstance(content, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _show(model: SpiffyLM) -> None:

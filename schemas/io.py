@@ -119,8 +119,10 @@ def check_writable(path: Path) -> None:
     Raises
     ------
     SpiffyError
-        If `path` is no regular file, or its folder is missing or not writable.
+        If `path` is no regular file, is a link to one, or its folder is missing or not writable.
     """
+    if path.is_symlink():  # such as /dev/stdout
+        raise SpiffyError(f"{path}: a link, and would be replaced by a file: name what it leads to")
     if path.is_dir():
         raise SpiffyError(f"{path}: is a directory, expected a file name")
     if path.exists() and not path.is_file():

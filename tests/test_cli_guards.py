@@ -1,0 +1,100 @@
+"""What the commands refuse or say so that hours of work are not lost, or watched in silence."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import chain_graph
+from rich.console import Console
+from test_cli import Call, call
+
+from spiffy.cli import calibrate, common, lm_eval
+from spiffy.schemas import SpiffyError
+from spiffy.schemas.io import check_writable
+
+assert call  # a fixture
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    path = tmp_path / "graph.json"
+    chain_graph("tiny-sdar").save(path)
+    return path
+
+
+@pytest.mark.parametrize("command", [("export", "--format", "json"), ("card",)])
+def test_a_graph_is_not_replaced_by_what_is_made_of_it(
+    command: tuple[str, ...],
+    graph: Path,
+    call: Call,
+) -> None:
+    before = graph.read_bytes()
+    same = graph.parent / "." / "x" / ".." / graph.name
+    (graph.parent / "x").mkdir()
+    code, _, log = call("graph", *command, graph, "--out", same)
+    assert code == 2
+    assert "that is the graph itself" in log
+    assert graph.read_bytes() == before
+
+
+def test_a_graph_that_will_be_replaced_is_named(
+    graph: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate._Output(out=graph).path_for("tiny-sdar", writes=True) == graph
+    assert "is there already, and will be replaced" in capsys.readouterr().err
+    other = graph.parent / "other.json"
+    assert calibrate._Output(out=other).path_for("tiny-sdar", writes=True) == other
+    assert capsys.readouterr().err == ""
+
+
+def test_a_link_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """As root, /dev/stdout would be."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    check_writable(tmp_path / "file")
+    with pytest.raises(SpiffyError, match="a link, and would be replaced"):
+        check_writable(tmp_path / "link")
+
+
+def test_progress_is_told_now_and_then_where_no_bar_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(common, "log", Console(file=written, width=100))
+    bar = common.progress_bar()
+    bar.get_time = lambda: now[0]
+    line = bar.add_task("prompts", total=10)
+    for done in range(1, 6):
+        now[0] = 25.0 * done
+        bar.update(line, completed=done)
+    now[0] = 200.0
+    bar.advance(line)
+    told = written.getvalue().splitlines()
+    assert told == [
+        "prompts 3/10 after 0:01:15, 0:02:55 left",
+        "prompts 6/10 after 0:03:20, 0:02:13 left",
+    ]
+    terminal = io.StringIO()
+    monkeypatch.setattr(common, "log", Console(file=terminal, force_terminal=True))
+    bar = common.progress_bar()
+    bar.update(bar.add_task("prompts", total=10), completed=3)
+    assert "after" not in terminal.getvalue()
+
+
+def test_answers_of_another_model_are_not_compared_after_all_is_evaluated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("lm_eval", reason="pip install 'spiffy-dllm[lm-eval]'")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["spiffy-lm-eval", "--model", "hf", "--tasks", "gsm8k", "--verify-share", "0.1"],
+    )
+    monkeypatch.setattr(
+        "spiffy.integrations.lm_eval.run_harness", lambda: pytest.fail("it evaluates first")
+    )
+    with pytest.raises(SpiffyError, match="give that"):
+        lm_eval._evaluate()
