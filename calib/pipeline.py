@@ -40,6 +40,7 @@ from spiffy.schemas import (
     SpiffyError,
 )
 from spiffy.schemas.errors import printable
+from spiffy.schemas.hub import is_hub_id
 from spiffy.schemas.records import MAX_PROMPTS
 from spiffy.schemas.workdir import ModelFacts
 
@@ -355,8 +356,11 @@ def build_from_facts(
 def _portable_id(name: str) -> str:
     """A local folder's own name: where it lies on this machine is nobody else's business.
 
-    It is no alias, whatever it is called, but for the folders that ship with the package.
+    It is no alias, whatever it is called, but for the folders that ship with the package; other
+    aliases are the hub ids that they stand for, by which anybody finds the weights.
     """
+    if is_hub_id(ALIASES.get(name, "")):
+        return ALIASES[name]
     if name in ALIASES or not Path(name).is_dir():
         return name
     folder = Path(name).resolve()

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from importlib.metadata import version
 from importlib.resources import files
 
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationDelete,
     HfApi,
     ModelCard,
     ModelCardData,
@@ -22,12 +22,15 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
 from spiffy.schemas.errors import said
-from spiffy.schemas.hub import GRAPH_FILE, Snapshot, answered, is_hub_id, snapshot
+from spiffy.schemas.hub import GRAPH_FILE, Snapshot, answered, is_hub_id, snapshot, status_of
 from spiffy.schemas.labels import policy_in_words
 
 _BEGIN, _END = "<!-- spiffy draft graph -->", "<!-- /spiffy draft graph -->"
 _TAGS = ("draft-graph", "speculative-decoding", "diffusion-language-model", "spiffy")
 _BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
+_CODE, _REQUIREMENTS = "custom_generate/generate.py", "custom_generate/requirements.txt"
+# What is found in these where we wrote them; the second was written by earlier versions.
+_OURS = {_CODE: "Written by `spiffy-graph push`", _REQUIREMENTS: r"\Aspiffy-dllm>=\S+\s*\Z"}
 
 
 def card(graph: DraftGraph, repo: str | None = None) -> str:
@@ -38,7 +41,7 @@ def card(graph: DraftGraph, repo: str | None = None) -> str:
     repo
         Where the graph will be found; None: a file.
     """
-    title = f"# Draft graph of {_plain(graph.model.id)}"
+    title = f"# Draft graph of {_plain(_model_name(graph))}"
     return f"---\n{_metadata(graph).to_yaml()}\n---\n\n{title}\n\n{section(graph, repo)}\n"
 
 
@@ -49,7 +52,7 @@ def section(graph: DraftGraph, repo: str | None = None, beside: bool = False) ->
     place = repo or GRAPH_FILE
     lines = [
         _BEGIN,
-        f"A draft graph for {_plain(model.id)}{revision}, of the family {_plain(model.family)}: "
+        f"{_names(_model_name(graph))}{revision}, of the family {_plain(model.family)}: "
         "answers come with fewer forwards of the model, and "
         + ("with the same tokens." if graph.exact else "nearly always with the same tokens."),
         "",
@@ -87,14 +90,30 @@ def section(graph: DraftGraph, repo: str | None = None, beside: bool = False) ->
     return "\n".join(lines)
 
 
+def _model_name(graph: DraftGraph) -> str:
+    """The hub id of a graph's model where it goes by an alias, else what it is called."""
+    name = graph.model.id
+    if is_hub_id(name):
+        return name
+    from spiffy.runtime.models import ALIASES  # imports torch
+
+    place = ALIASES.get(name, name)
+    return place if is_hub_id(place) else name
+
+
+def _names(model: str) -> str:
+    """How a section begins."""
+    return f"A draft graph for {_plain(model)}"
+
+
 def _metadata(graph: DraftGraph) -> ModelCardData:
     """Front matter; a base model only where its id is one of the hub."""
-    model = graph.model
+    name = _model_name(graph)
     data = ModelCardData(library_name="spiffy-dllm", tags=list(_TAGS))
-    if is_hub_id(model.id):
-        data["base_model"] = model.id
-        if model.revision is not None:
-            data["base_model_revision"] = model.revision
+    if is_hub_id(name):
+        data["base_model"] = name
+        if graph.model.revision is not None:
+            data["base_model_revision"] = graph.model.revision
     return data
 
 
@@ -153,14 +172,12 @@ def beside_weights(repo: str) -> dict[str, str]:
     """Files beyond the graph for a repository that holds weights, by name.
 
     With them, transformers' `generate(custom_generate=repo, trust_remote_code=True)` decodes with
-    the graph.
+    the graph. There is no requirements.txt: transformers would refuse to load the model, too,
+    where what it names is not installed.
     """
     template = files("spiffy.integrations").joinpath("templates/generate.py")
     code = template.read_text(encoding="utf-8").replace('"OWNER/NAME"', json.dumps(repo))
-    return {
-        "custom_generate/generate.py": code,
-        "custom_generate/requirements.txt": f"spiffy-dllm>={version('spiffy-dllm')}\n",
-    }
+    return {_CODE: code}
 
 
 def push(
@@ -177,12 +194,13 @@ def push(
         front matter stays as it is. Otherwise the repository is the graph's own, and made if there
         is none.
     private
-        Make it private.
+        Make it private. A repository is otherwise what its owner's new ones are by default.
 
     Raises
     ------
     SpiffyError
-        If there is no token, the repository is of the other kind, or the hub refuses.
+        If there is no token, the repository is of the other kind or has a `custom_generate` that
+        is not ours, or the hub refuses.
     """
     if not is_hub_id(repo):
         raise SpiffyError(f"{repo!r} is no repository of the hub: give owner/name")
@@ -199,21 +217,21 @@ def push(
             raise SpiffyError(
                 f"{repo} holds a model: give --beside-weights, or a repository of the graph's own"
             )
-        old = None
-        if there is not None and "README.md" in there.files:
-            path = hf_hub_download(repo, "README.md", revision=there.commit)
-            with open(path, encoding="utf-8") as file:
-                old = file.read()
+        old = _text(repo, there, "README.md")
         content = {
             GRAPH_FILE: graph.to_json(),
             "README.md": _merged(old, graph, repo, weights_there),
         }
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
         if weights_there:
+            _check_code(repo, there)
             content |= beside_weights(repo)
-        operations = [CommitOperationAdd(name, text.encode()) for name, text in content.items()]
+            if there is not None and _REQUIREMENTS in there.files:
+                operations.append(CommitOperationDelete(_REQUIREMENTS))
+        operations += [CommitOperationAdd(name, text.encode()) for name, text in content.items()]
         api = HfApi()
-        if there is None:
-            api.create_repo(repo, private=private)
+        if there is None:  # False would say public where an organization's default is private
+            api.create_repo(repo, private=private or None)
     with _errors(repo, committing=True):
         done = api.create_commit(
             repo,
@@ -231,14 +249,35 @@ def _there(repo: str) -> Snapshot | None:
         return None
 
 
+def _text(repo: str, there: Snapshot | None, name: str) -> str | None:
+    """A file of a repository; None if it has none by that name."""
+    if there is None or name not in there.files:
+        return None
+    path = hf_hub_download(repo, name, revision=there.commit)
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _check_code(repo: str, there: Snapshot | None) -> None:
+    """Refuse to replace or to join a `custom_generate` that somebody else wrote."""
+    for name, pattern in _OURS.items():
+        text = _text(repo, there, name)
+        if text is not None and not re.search(pattern, text):
+            raise SpiffyError(
+                f"{repo} has a {name} that is not ours: push to a repository of the graph's own, "
+                "without --beside-weights, or remove that file first"
+            )
+
+
 def _merged(old: str | None, graph: DraftGraph, repo: str, weights_there: bool) -> str:
     """A README with the part about the graph: new, replaced where it was, or added at the end."""
-    ours = section(graph, repo, weights_there)
+    ours, replaced = section(graph, repo, weights_there), ""
     if old is None:
         return card(graph, repo) if not weights_there else f"{ours}\n"
     if _BEGIN in old and _END in old.partition(_BEGIN)[2]:
         before, _, rest = old.partition(_BEGIN)
-        text = before + ours + rest.partition(_END)[2]
+        replaced, _, after = rest.partition(_END)
+        text = before + ours + after
     else:
         text = f"{old.rstrip()}\n\n{ours}\n"
     if weights_there:
@@ -252,6 +291,12 @@ def _merged(old: str | None, graph: DraftGraph, repo: str, weights_there: bool) 
         raise SpiffyError(
             f"{repo}: the front matter of its README.md cannot be read ({reason}): mend it"
         ) from None
+    base = written.data.get("base_model")
+    said_so = (f"{_names(str(base))}{rest}" for rest in (" at `", ", of the family "))
+    if fresh.get("base_model") is not None or any(words in replaced for words in said_so):
+        for key in ("base_model", "base_model_revision"):  # of the graph before this one
+            if fresh.get(key) is None:
+                written.data.pop(key)
     for key in ("library_name", "tags", "base_model", "base_model_revision"):
         if (value := fresh.get(key)) is not None:
             written.data[key] = value
@@ -265,7 +310,7 @@ def _errors(repo: str, committing: bool = False) -> Iterator[None]:
     except SpiffyError:
         raise
     except Exception as error:  # the hub's client raises many kinds
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = status_of(error)
         advice = ""
         if status == 401:
             advice = ": the token is not valid; run `hf auth login`, or set HF_TOKEN"

@@ -48,15 +48,10 @@ def log_likelihood(
     SpiffyError
         If the family is block-causal, or the ids are too many for the model.
     """
-    check_any_order(model)
+    check_likelihood(model, context, continuation)
     length, start = len(continuation), len(context)
     if not length:
         return 0.0
-    if model.max_length is not None and start + length > model.max_length:
-        raise SpiffyError(
-            f"context and continuation of {start + length} tokens exceed the {model.max_length} "
-            f"positions of {model.name}"
-        )
     chosen = _masked_sets(length, samples, f"{seed} {[*context]} {[*continuation]}")
     weights = torch.zeros(len(chosen), length, dtype=torch.float64)  # 0 where nothing is masked
     for row, (positions, weight) in zip(weights, chosen, strict=True):
@@ -113,6 +108,25 @@ def is_greedy(model: DiffusionLM, context: Sequence[int], continuation: Sequence
         stop_at_eos=False,
     )
     return output.token_ids == [*continuation]
+
+
+def check_likelihood(
+    model: DiffusionLM, context: Sequence[int], continuation: Sequence[int]
+) -> None:
+    """Refuse what `log_likelihood` cannot estimate.
+
+    Raises
+    ------
+    SpiffyError
+        If the family is block-causal, or the ids are too many for the model.
+    """
+    check_any_order(model)
+    count = len(context) + len(continuation)
+    if model.max_length is not None and count > model.max_length:
+        raise SpiffyError(
+            f"context and continuation of {count} tokens exceed the {model.max_length} positions "
+            f"of {model.name}"
+        )
 
 
 def check_any_order(model: DiffusionLM) -> None:

@@ -273,11 +273,24 @@ class DraftGraph(Record):
         return graph
 
     @classmethod
-    def from_pretrained(cls, repo_or_dir: str, *, revision: str | None = None) -> DraftGraph:
+    def from_pretrained(
+        cls,
+        repo_or_dir: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> DraftGraph:
         """Load `draft_graph.json` from a checkpoint directory or a hub repository.
 
         Where the repository also holds weights, of another revision than those that the graph was
-        calibrated with, a note says so.
+        calibrated with, a note says so, unless only the hub's cache is to be asked.
+
+        Parameters
+        ----------
+        token, cache_dir, local_files_only
+            As for `huggingface_hub.hf_hub_download`; of a repository.
 
         Raises
         ------
@@ -288,8 +301,16 @@ class DraftGraph(Record):
         if folder.is_dir():
             refuse_revision(repo_or_dir, folder, revision)
             return cls.load(folder / GRAPH_FILE)
-        graph = cls.load(download(repo_or_dir, revision))
-        note_other_weights(graph.model, repo_or_dir, revision)
+        path = download(
+            repo_or_dir,
+            revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        graph = cls.load(path)
+        if not local_files_only:
+            note_other_weights(graph.model, repo_or_dir, revision, token)
         return graph
 
     @classmethod

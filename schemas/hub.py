@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -92,19 +93,40 @@ def graph_file(place: str) -> Path:
 
 def answered(error: BaseException) -> str:
     """What the hub answered; its client wraps that in advice about connections."""
-    while error.__cause__ is not None:
+    while not _has_answer(error) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, LookupError | TypeError | AttributeError | json.JSONDecodeError):
         return "it answers what its client cannot read: is HF_ENDPOINT a hub?"
-    text = said(error).partition(" For more information check")[0]
-    return text[:300] or type(error).__name__
+    text = re.sub(r" For more information check: \S+", "", said(error))
+    return text[:400] or type(error).__name__
 
 
-def snapshot(repo: str, revision: str | None = None) -> Snapshot:
+def _has_answer(error: BaseException) -> bool:
+    """Whether an error quotes the server, or a check of what it was sent; causes do not."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError | json.JSONDecodeError):
+        return False
+    return isinstance(error, HfHubHTTPError | ValueError) and bool(said(error))
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status that the hub answered with, of an error or its causes; None: no answer came."""
+    found: BaseException | None = error
+    while found is not None:
+        status = getattr(getattr(found, "response", None), "status_code", None)
+        if status is not None:
+            return int(status)
+        found = found.__cause__
+    return None
+
+
+def snapshot(repo: str, revision: str | None = None, token: str | bool | None = None) -> Snapshot:
     """Ask the hub what a repository holds; its client's exceptions pass through."""
     from huggingface_hub import HfApi
 
-    info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=10)
+    api = HfApi(token=token)
+    info = api.model_info(repo, revision=revision, files_metadata=True, timeout=10)
     files = {
         file.rfilename: str(getattr(file.lfs, "sha256", None) or file.blob_id or "")
         for file in info.siblings or ()
@@ -144,8 +166,20 @@ def as_folder(folder: Path) -> str:
     return str(folder) if folder.is_absolute() or len(folder.parts) != 1 else f"./{folder}"
 
 
-def download(repo: str, revision: str | None) -> Path:
+def download(
+    repo: str,
+    revision: str | None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Path of a repository's graph in the hub's cache, downloaded if needed.
+
+    Parameters
+    ----------
+    token, cache_dir, local_files_only
+        As for `huggingface_hub.hf_hub_download`.
 
     Raises
     ------
@@ -156,14 +190,24 @@ def download(repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, GRAPH_FILE, revision=revision))
+        found = hf_hub_download(
+            repo,
+            GRAPH_FILE,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
     except RemoteEntryNotFoundError:
         raise SpiffyError(f"{repo}: the hub has no {GRAPH_FILE} there") from None
     except Exception as error:  # the hub's client raises many kinds
         raise SpiffyError(f"{repo}: no {GRAPH_FILE} to be had ({answered(error)})") from None
+    return Path(found)
 
 
-def note_other_weights(model: ModelRecord, repo: str, revision: str | None) -> None:
+def note_other_weights(
+    model: ModelRecord, repo: str, revision: str | None, token: str | bool | None = None
+) -> None:
     """Say so if the weights beside a graph are not those that it was calibrated with.
 
     A commit that changes no weights makes no other model: their content is compared. Nothing is
@@ -175,11 +219,11 @@ def note_other_weights(model: ModelRecord, repo: str, revision: str | None) -> N
         return
     named = f"the revision that the graph was calibrated with ({model.id} at {model.revision[:12]})"
     try:
-        here = snapshot(repo, revision)
+        here = snapshot(repo, revision, token)
         if not here.weights:
             return
         own = model.id if is_hub_id(model.id) else repo
-        same = snapshot(own, model.revision).weights == here.weights
+        same = snapshot(own, model.revision, token).weights == here.weights
     except RevisionNotFoundError:
         note(f"{repo}: whether its weights are of {named} cannot be told: the hub does not know it")
     except Exception:  # the hub's client raises many kinds

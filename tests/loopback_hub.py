@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,24 @@ class LoopbackHub:
         Status to answer instead, by the end of a request's path.
     asked
         Method and path of every request.
+    tokens
+        What GET and HEAD were authorized by.
+    created
+        What repositories were asked for, as JSON.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, list[tuple[str, Files]]] = {}
         self.fails: dict[str, int] = {}
         self.asked: list[str] = []
+        self.tokens: set[str | None] = set()
+        self.created: list[dict[str, Any]] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 hub.asked.append(f"{self.command} {self.path}")
+                hub.tokens.add(self.headers["Authorization"])
                 path = unquote(urlsplit(self.path).path)
                 status = next((s for end, s in hub.fails.items() if path.endswith(end)), None)
                 if status is not None:
@@ -59,10 +67,13 @@ class LoopbackHub:
                 if status is None and self.headers["Authorization"] != f"Bearer {TOKEN}":
                     status = 401
                 if status is not None:
-                    self.answer(status, b'{"error": "not for you"}')
+                    self.answer(
+                        status, b'{"error": "not for you", "errors": [{"message": "no licence"}]}'
+                    )
                 elif path.endswith("/create"):
                     asked = json.loads(body)
                     repo = f"{asked['organization']}/{asked['name']}"
+                    hub.created.append(asked)
                     hub.put(repo, {".gitattributes": b""})
                     self.answer(200, json.dumps({"url": f"{hub.address}/{repo}"}).encode())
                 elif path.endswith("/validate-yaml"):
@@ -88,7 +99,8 @@ class LoopbackHub:
                     for line in lines
                     if line["key"] == "file"
                 }
-                oid = hub.put(repo, files)
+                gone = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+                oid = hub.put(repo, files, gone)
                 about = {"commitUrl": f"{hub.address}/{repo}/commit/{oid}", "commitOid": oid}
                 self.answer(200, json.dumps(about).encode())
 
@@ -138,10 +150,12 @@ class LoopbackHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def put(self, repo: str, files: Files) -> str:
+    def put(self, repo: str, files: Files, gone: Sequence[str] = ()) -> str:
         """Add a commit; returns its id."""
         commits = self.repositories.setdefault(repo, [])
         files = {**(commits[-1][1] if commits else {}), **files}
+        for name in gone:
+            del files[name]
         oid = hashlib.sha1(repr((repo, len(commits))).encode()).hexdigest()
         commits.append((oid, files))
         return oid

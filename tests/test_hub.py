@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from helpers import a_graph_of, parity_model
 from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import LoopbackHub, connect
 
+from spiffy.calib.pipeline import model_facts
 from spiffy.cli import decode
 from spiffy.cli import graph as graph_command
 from spiffy.integrations import hub as door
@@ -168,8 +168,71 @@ def test_push_beside_weights_leaves_the_models_card_and_adds_the_folder(
         )
     assert files["config.json"] == "{}"
     assert 'GRAPH = "org/model"' in files["custom_generate/generate.py"]
-    assert files["custom_generate/requirements.txt"] == f"spiffy-dllm>={version('spiffy-dllm')}\n"
+    assert "custom_generate/requirements.txt" not in files
     compile(files["custom_generate/generate.py"], "generate.py", "exec")
+    # Of an earlier version: models were not loaded where it was not installed.
+    hub.put("org/model", {"custom_generate/requirements.txt": b"spiffy-dllm>=0.1.0\n"})
+    assert call("graph", "push", file, "org/model", "--beside-weights")[0] == 0
+    assert hub.files("org/model") == files
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("generate.py", b"def generate(model): ...\n"),
+        ("requirements.txt", b"spiffy-dllm>=0.1.0\nnumpy\n"),
+    ],
+)
+def test_a_custom_generate_of_somebody_else_is_not_replaced(
+    hub: LoopbackHub, call: Call, file: Path, name: str, text: bytes
+) -> None:
+    hub.put("org/model", {"config.json": b"{}", f"custom_generate/{name}": text})
+    code, _, log = call("graph", "push", file, "org/model", "--beside-weights")
+    assert (code, log.count("\n")) == (2, 1)
+    assert f"org/model has a custom_generate/{name} that is not ours: push to a repo" in log
+    assert len(hub.repositories["org/model"]) == 1
+    assert call("graph", "push", file, "org/drafts")[0] == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--private",)])
+def test_a_new_repository_is_private_if_that_is_asked_for_or_its_owners_default(
+    hub: LoopbackHub, call: Call, file: Path, options: tuple[str, ...]
+) -> None:
+    assert call("graph", "push", file, "new/drafts", *options)[0] == 0
+    (asked,) = hub.created
+    said = {key: value for key, value in asked.items() if key in ("private", "visibility")}
+    assert bool(said) == bool(options)  # "public" would overrule an organization's default
+    assert "public" not in said.values()
+
+
+def test_a_published_models_alias_is_its_hub_id_in_a_card_and_in_new_graphs() -> None:
+    text = door.card(a_graph(id="llada-8b"))
+    card = ModelCard(text)
+    assert card.data.base_model == "GSAI-ML/LLaDA-8B-Instruct"
+    assert card.data.base_model_revision == REVISION
+    assert f"A draft graph for GSAI-ML/LLaDA-8B-Instruct at `{REVISION}`" in text
+    # By its id weights can be compared wherever the graph is found.
+    facts = model_facts(parity_model("sdar-a").but(name="llada-8b"))
+    assert facts.id == "GSAI-ML/LLaDA-8B-Instruct"
+
+
+def test_another_graph_takes_what_the_one_before_said_of_its_model_with_it(
+    hub: LoopbackHub, call: Call, file: Path
+) -> None:
+    def pushed(**model: Any) -> tuple[Any, Any]:
+        a_graph(**model).save(file)
+        assert call("graph", "push", file, "some/drafts")[0] == 0
+        data = ModelCard(hub.files("some/drafts")["README.md"]).data
+        return data.get("base_model"), data.get("base_model_revision")
+
+    assert pushed() == ("org/model", REVISION)
+    assert pushed(revision=None) == ("org/model", None)
+    assert pushed(id="org/other") == ("org/other", REVISION)
+    assert pushed(id="a-folder", revision=None) == (None, None)
+    # What somebody wrote there is theirs.
+    text = hub.files("some/drafts")["README.md"].replace("---\n", "---\nbase_model: a/b\n", 1)
+    hub.put("some/drafts", {"README.md": text.encode()})
+    assert pushed(id="a-folder", revision=None) == ("a/b", None)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +260,10 @@ def test_a_repository_of_another_kind_is_refused(
         ("/create", 403, "the token may not write there"),
         ("/preupload/", 404, "404"),
         ("/commit/", 403, "the token may not write there"),
+        ("/commit/", 403, "not for you"),
+        ("/commit/", 409, "not for you"),
+        ("/commit/", 412, "not for you"),
+        ("/validate-yaml", 400, "Invalid metadata in README.md. - no licence"),
         ("/commit/", 503, "503"),
     ],
 )

@@ -29,6 +29,7 @@ from spiffy.calib.synthetic import problems
 from spiffy.cli import lm_eval as command
 from spiffy.integrations.likelihood import is_greedy, log_likelihood
 from spiffy.integrations.lm_eval import SpiffyLM, run_harness
+from spiffy.integrations.lm_eval.model import _sequence
 from spiffy.runtime import generate, load_model
 from spiffy.schemas import SpiffyError
 
@@ -161,12 +162,13 @@ def test_an_answer_that_differs_is_reported_and_ends_in_1(
 ) -> None:
     module = sys.modules["spiffy.runtime.generate"]  # the package exports a function of that name
     collect, seen = module.collect, []
+    sequences = [_sequence("problems", document, 0, 0) for document in range(2)]
 
     def corrupted(found, trace=False):  # type: ignore[no-untyped-def]
         output = collect(found, trace)
         if found.drafter is not None:
             seen.append(found.sequence)
-            if found.sequence == 1:
+            if found.sequence == sequences[1]:
                 output.token_ids[0] ^= 1
         return output
 
@@ -182,7 +184,7 @@ def test_an_answer_that_differs_is_reported_and_ends_in_1(
     counts = results(tmp_path / "out")[0]["config"]["spiffy"]["tasks"]["problems"]
     assert counts["verified"]["differing_doc_ids"] == [1]
     assert (counts["verified"]["answers"], counts["verified"]["identical"]) == (2, 1)
-    assert sorted(seen) == [0, 1]
+    assert sorted(seen) == sorted(sequences)
 
 
 # ---------------------------------------------------------------- requests
@@ -240,8 +242,21 @@ def test_generation_arguments_are_honoured(sdar: SpiffyLM) -> None:
     )
     assert answers[:2] == [whole[0].split(stop)[0], whole[1]]
     noisy = {"temperature": 3.0, "gen_length": 20, "raw": True}
-    assert answers[2] == generate(model, texts[2], sequence=2, **noisy).text
+    third = _sequence("task", 0, 0, 2)
+    assert answers[2] == generate(model, texts[2], sequence=third, **noisy).text
     assert answers[2] != whole[2]
+
+
+def test_what_is_sampled_depends_on_the_request_not_on_those_beside_it(sdar: SpiffyLM) -> None:
+    drawn = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 8}
+    first, second = (request(PROMPT, number, **drawn) for number in (0, 1))
+    answers = sdar.generate_until([first, first, second, second], disable_tqdm=True)
+    assert len({*answers}) == 4  # the harness repeats a request as it is
+    assert sdar.generate_until([second], disable_tqdm=True) == [answers[2]]
+    other = Instance("generate_until", {}, first.args, 0, ("other", 0, 1))
+    again = sdar.generate_until([second, other, first], disable_tqdm=True)
+    assert [again[0], again[2]] == [answers[2], answers[0]]
+    assert again[1] not in answers
 
 
 def test_room_is_whole_blocks_and_answers_are_no_longer_than_asked() -> None:
@@ -313,6 +328,10 @@ def test_what_the_harness_has_cached_is_not_decoded_again(
         ({"block": 4}, "block: "),
         ({"graph": "none.json"}, "none.json: no such file"),
         ({"pretrained": None}, "name a model, or give a graph"),
+        ({"policy": None}, "model argument policy: None is no value of it: drop it"),
+        ({"steps_per_block": None}, "model argument steps_per_block: None is no value"),
+        ({"budget": None}, "model argument budget: None is no value"),
+        ({"blok": None}, "model argument blok: None is no value"),
     ],
 )
 def test_wrong_model_arguments_are_refused_in_one_line(
@@ -322,6 +341,16 @@ def test_wrong_model_arguments_are_refused_in_one_line(
         SpiffyLM(**{"pretrained": "tiny-sdar", "device": "cpu", **options})
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_cache_of_none_is_what_the_harness_takes_for_nothing(tmp_path: Path) -> None:
+    """`lm_eval.simple_evaluate(model_args="graph=...,cache=none")` hands None over."""
+    chain_graph("tiny-llada", 2, gen_length=32, cache="dual").save(tmp_path / "graph.json")
+    words = f"graph={tmp_path / 'graph.json'}"
+    absent = "revision=none,adapter=none,quantize=none,device_map=none,gen_length=none"
+    for given, cache in ((words, "dual"), (f"{words},cache=none,{absent}", "none")):
+        model = SpiffyLM.create_from_arg_string(given, {"device": "cpu", "batch_size": 1})
+        assert model.loaded.settings.cache == cache
 
 
 def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,6 +454,32 @@ def test_results_that_cannot_be_saved_and_answers_that_are_not_verified_are_told
     assert "nothing was verified, as no answer was decoded" in log
 
 
+def test_what_is_not_saved_is_heard_whatever_the_harness_is_to_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = logging.getLogger("lm_eval.loggers.evaluation_tracker")
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
+    above, printed = logging.getLogger("lm_eval").level, []
+    handler = logging.Handler()
+    handler.emit = lambda record: printed.append(record.getMessage())  # type: ignore[method-assign]
+
+    def quiet() -> None:  # as with LMEVAL_LOG_LEVEL=ERROR
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        ours.warning("Could not save sample results")
+        ours.info("else")
+        ours.error("loud")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", quiet)
+    logging.getLogger("lm_eval").addHandler(handler)
+    try:
+        assert run_harness() == ["Could not save sample results"]
+    finally:
+        logging.getLogger("lm_eval").removeHandler(handler)
+        logging.getLogger("lm_eval").setLevel(above)
+    assert printed == ["loud"]
+    assert (ours.level, ours.filters) == (logging.NOTSET, [])
+
+
 def test_a_missing_harness_is_named_with_the_line_for_pip(
     evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +560,22 @@ def test_the_harness_chooses_by_likelihood() -> None:
     found = model.loglikelihood(requests, disable_tqdm=True)
     assert max(found)[0] == found[7][0] < 0
     assert [greedy for _, greedy in found] == [choice == 7 for choice in range(10)]
+
+
+def test_a_likelihood_that_does_not_fit_is_named_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = SpiffyLM("tiny-llada", device="cpu")
+    requests = [
+        Instance("loglikelihood", {}, (context, " 7"), 0, ("task", number, 1))
+        for number, context in enumerate((PROMPT, "", "long " * 2000))
+    ]
+    computed: list[object] = []
+    monkeypatch.setattr("spiffy.integrations.likelihood.log_likelihood", computed.append)
+    said = r"task, document 2: context and continuation of \d+ tokens exceed the \d+ positions"
+    with pytest.raises(SpiffyError, match=said):
+        model.loglikelihood(requests, disable_tqdm=True)
+    assert not computed
 
 
 def test_likelihoods_that_are_none_are_refused(sdar: SpiffyLM) -> None:

@@ -37,17 +37,35 @@ def launched(verify_share: float) -> Iterator[list[SpiffyLM]]:
         current.reset(token)
 
 
-class _Complaints(logging.Handler):
-    """Keeps what the harness says that it could not save, which it takes no further."""
+class _Complaints(logging.Filter):
+    """Keeps what the harness says that it could not save, which it takes no further.
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    It hears a logger that lets everything through, and lets through what that one would have: of
+    such warnings the harness itself is silent with LMEVAL_LOG_LEVEL=ERROR.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__()
         self.said: list[str] = []
+        self._logger, self._level = logger, logger.level
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         """Keep a warning of that kind."""
         if record.getMessage().startswith("Could not save"):
             self.said.append(record.getMessage())
+        above = self._logger.parent or logging.root
+        return record.levelno >= (self._level or above.getEffectiveLevel())
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear what is said meanwhile."""
+        self._logger.addFilter(self)
+        self._logger.setLevel(logging.DEBUG)
+        try:
+            yield
+        finally:
+            self._logger.setLevel(self._level)
+            self._logger.removeFilter(self)
 
 
 def _is_ours(error: Exception) -> bool:
@@ -69,10 +87,10 @@ def run_harness() -> list[str]:
     """
     from lm_eval.__main__ import cli_evaluate
 
-    logger, complaints = logging.getLogger("lm_eval.loggers.evaluation_tracker"), _Complaints()
-    logger.addHandler(complaints)
+    complaints = _Complaints(logging.getLogger("lm_eval.loggers.evaluation_tracker"))
     try:
-        cli_evaluate()
+        with complaints.listening():
+            cli_evaluate()
     except SpiffyError:
         raise
     except (
@@ -83,6 +101,4 @@ def run_harness() -> list[str]:
         told = isinstance(error, ValueError | TypeError | OSError)
         reason = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
         raise SpiffyError(f"lm-evaluation-harness: {reason}") from None
-    finally:
-        logger.removeHandler(complaints)
     return complaints.said

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from inspect import signature
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +54,15 @@ class _Job:
     stop: tuple[str, ...]
     most: int  # tokens of the answer
     document: int
+    sequence: int  # decides its noise
+
+
+class _RefusedError(SpiffyError):
+    """A request, by its number, that cannot be computed."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class Conversation(str):
@@ -96,7 +108,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         pretrained: str | None = None,
         graph: str | None = None,
         *,
-        budget: Budget | None = None,
+        budget: Budget = "auto",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,  # the harness gives it, for what has batch_size auto
         device: str | None = None,
@@ -114,7 +126,9 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
             if verify_share:
                 raise SpiffyError("give --verify-share, or verify_share among --model_args")
             verify_share = launched.verify_share
-        _check(batch_size, verify_share, likelihood_samples, graph, options)
+        if options.get("cache", "") is None:  # the harness reads its name so
+            options["cache"] = "none"
+        _check(batch_size, verify_share, likelihood_samples, graph, {"budget": budget, **options})
         self.batch_size, self.verify_share = int(batch_size), verify_share
         self.likelihood_samples = likelihood_samples
         self._gen_length: int | None = options.get("gen_length")
@@ -133,7 +147,12 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers to requests, in order; nothing is decoded if one of them cannot be."""
-        jobs = [self._job(request) for request in requests]
+        repeats: Counter[tuple[object, ...]] = Counter()  # the harness repeats requests as they are
+        jobs = []
+        for request in requests:
+            which = (request.task_name, request.doc_id, request.idx)
+            jobs.append(self._job(request, _sequence(*which, repeats[which])))
+            repeats[which] += 1
         by_task: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_task.setdefault(str(request.task_name), []).append(number)
@@ -157,7 +176,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
                 self._verify(jobs, kept, counts)
         return texts
 
-    def _job(self, request: Instance) -> _Job:
+    def _job(self, request: Instance, sequence: int) -> _Job:
         context, given = request.args
         kwargs = dict(normalize_gen_kwargs(given, default_max_gen_toks=0))
         most, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
@@ -178,7 +197,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         with _named(request):
             prompt = self._encoded(context)
             self.loaded.task(prompt, settings, 0, stop)  # refuse it before anything is decoded
-        return _Job(prompt, settings, stop, most or settings.gen_length, document)
+        return _Job(prompt, settings, stop, most or settings.gen_length, document, sequence)
 
     def _room_for(self, tokens: int) -> int:
         """Positions for an answer: whole blocks, but where the last one may be cut."""
@@ -202,17 +221,19 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         """Numbers and outputs of jobs, as they finish."""
         from spiffy.runtime.generate import generate_batch
 
-        tasks = []
+        tasks, places = [], {}
         for number in numbers:
             job = jobs[number]
-            task = self.loaded.task(job.prompt, job.settings, number, job.stop, plain=plain)
+            task = self.loaded.task(job.prompt, job.settings, job.sequence, job.stop, plain=plain)
             tasks.append(task)
+            places[id(task)] = number
         for task, output in generate_batch(self.loaded.model, tasks, self.batch_size):
-            most = jobs[task.sequence].most
+            number = places[id(task)]
+            most = jobs[number].most
             if len(output.token_ids) > most:
                 ids = output.token_ids[:most]
                 output = replace(output, text=self.loaded.model.decode_text(ids), token_ids=ids)
-            yield task.sequence, output
+            yield number, output
 
     def _drawn(self, name: str, numbers: Sequence[int]) -> set[int]:
         """Which answers to verify: the same ones whenever this is run."""
@@ -291,13 +312,34 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         ids = self.loaded.model.codec.tokenizer(string, add_special_tokens=False)["input_ids"]
         return list(ids)
 
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Likelihoods of continuations, in order; nothing is computed if one of them cannot be.
+
+        Raises
+        ------
+        SpiffyError
+            Names the task and the document.
+        """
+        try:
+            return super().loglikelihood(requests, disable_tqdm)  # type: ignore[no-any-return]
+        except _RefusedError as problem:
+            with _named(requests[problem.number]):
+                raise
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Estimates of log-likelihoods, and whether greedy decoding gives the continuation."""
-        from spiffy.integrations.likelihood import is_greedy, log_likelihood
+        from spiffy.integrations.likelihood import check_likelihood, is_greedy, log_likelihood
 
         model, found = self.loaded.model, []
+        for number, (_, context, continuation) in enumerate(requests):
+            try:
+                check_likelihood(model, context, continuation)
+            except SpiffyError as problem:
+                raise _RefusedError(number, str(problem)) from None
         for texts, context, continuation in tqdm(
             requests, desc="Estimating likelihoods", disable=disable_tqdm
         ):
@@ -330,6 +372,12 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         )
 
 
+def _sequence(task: object, document: object, index: int, repeat: int) -> int:
+    """Which noise a request has: its own, whatever is cached or asked beside it."""
+    digest = hashlib.sha256(repr((task, document, index, repeat)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def _device(asked: str | None) -> str:
     """The harness asks for its default, a GPU, whether there is one or not."""
     import torch
@@ -346,6 +394,14 @@ def _named(request: Instance) -> Iterator[None]:
     except SpiffyError as problem:
         where = f"{request.task_name}, document {request.doc_id}"
         raise SpiffyError(f"{where}: {problem}") from None
+
+
+def _may_be_none() -> set[str]:
+    """Options for which None says what leaving them out says."""
+    from spiffy.runtime import load_model
+
+    loading = signature(load_model).parameters.values()
+    return {"gen_length", *(each.name for each in loading if each.default is None)}
 
 
 def _check(
@@ -367,5 +423,8 @@ def _check(
     for name, instead in _ELSEWHERE.items():
         if name in options:
             raise SpiffyError(f"model argument {name}: {instead}")
+    for name, value in options.items():
+        if value is None and name not in _may_be_none():
+            raise SpiffyError(f"model argument {name}: None is no value of it: drop it")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SpiffyError("several ranks: start one process; --batch_size shares its forwards")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cache
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StopStringCriteria
+from transformers import GenerationMixin, StopStringCriteria
 
 from spiffy.integrations.transformers.model import family_of, known_model, settings_of, with_ends
 from spiffy.integrations.transformers.refused import (
@@ -115,7 +118,7 @@ def custom_generate(
         if graph is not None and budget == "auto":
             task.adviser = auto_budget(task, graph, selection)
         rows.append(Row(task, given, longest, asked_criteria(stopping_criteria, generation_config)))
-    pad = generation_config.pad_token_id
+    pad = None if generation_config.pad_token_id is None else int(generation_config.pad_token_id)
     if pad is None and len(rows) > 1:
         pad = min(lm.eos_token_ids, default=None)
         if pad is None and any(row.asked for row in rows):
@@ -129,15 +132,15 @@ def custom_generate(
     return output_of(rows, pad, generation_config.return_dict_in_generate)
 
 
-def generate_with(place: str, model: Any, **options: Any) -> Any:
+def generate_with(place: str, model: Any, *args: Any, **options: Any) -> Any:
     """What a hub repository's `custom_generate/generate.py` calls.
 
     Parameters
     ----------
     place
         Hub id or folder that has the draft graph, unless the options give another.
-    options
-        Arguments of `generate`, all of them, as transformers hands them to such a file.
+    args, options
+        Arguments of `generate`, as transformers or a caller hands them to such a file.
 
     Raises
     ------
@@ -145,10 +148,14 @@ def generate_with(place: str, model: Any, **options: Any) -> Any:
         As `custom_generate`.
     """
     given = {key: value for key, value in options.items() if key not in _OF_DOWNLOADS}
+    given |= signature(GenerationMixin.generate).bind(model, *args, **given).arguments
+    given |= given.pop("kwargs", {})
+    del given["self"]
     if given.get("graph") is None:
-        given["graph"] = _graph_of(place, options.get("revision"))
+        download = {key: options[key] for key in _OF_GRAPHS if options.get(key) is not None}
+        given["graph"] = _graph_of(place, **download)
     check_drafting(given["graph"], given.get("budget", "auto"), given.get("selection", "model"))
-    tokenizer, strings = given.pop("tokenizer", None), given.pop("stop_strings", None)
+    tokenizer, strings = given.pop("tokenizer", None), _stop_strings(given)
     if tokenizer is not None and _unknown(model):
         family = family_of(model, given["graph"], given.get("family"))
         wrap(model, tokenizer, family, mask_token_id=given.get("mask_token_id"))
@@ -157,23 +164,51 @@ def generate_with(place: str, model: Any, **options: Any) -> Any:
             raise SpiffyError("stop_strings are found in text: give tokenizer= too")
         ends = StopStringCriteria(tokenizer, strings)
         given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), ends]
-    # Not model.generate: transformers replaces that by this file's function, where it loads both.
-    return type(model).generate(model, custom_generate=custom_generate, **given)
+    # Not model.generate, which transformers replaces by this file's function where it loads both,
+    # nor that of the model's class, which may be another function by that name.
+    return GenerationMixin.generate(model, custom_generate=custom_generate, **given)
 
 
-# Arguments that `load_custom_generate` takes for its downloads.
+# Arguments of loading: `load_custom_generate` takes them for its downloads.
 _OF_DOWNLOADS = frozenset(
     (
         *("revision", "token", "cache_dir", "force_download", "proxies", "local_files_only"),
-        *("repo_type", "subfolder"),
+        *("repo_type", "subfolder", "custom_generate", "trust_remote_code"),
     )
 )
+# Of these, what the graph is downloaded with too.
+_OF_GRAPHS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 @cache
-def _graph_of(place: str, revision: str | None) -> DraftGraph:
+def _graph_of(
+    place: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> DraftGraph:
     """The graph of a place; one object, because what pays is learned for each."""
-    return DraftGraph.from_pretrained(place, revision=revision)
+    return DraftGraph.from_pretrained(
+        place,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+
+
+def _stop_strings(given: dict[str, Any]) -> Any:
+    """Take the stop strings out of the arguments, or out of a copy of a config among them.
+
+    transformers would look for the tokenizer, which it hands to no callable.
+    """
+    strings, config = given.pop("stop_strings", None), given.get("generation_config")
+    if config is None or config.stop_strings is None:
+        return strings
+    given["generation_config"] = without = copy.deepcopy(config)
+    without.stop_strings = None
+    return config.stop_strings if strings is None else strings
 
 
 def _unknown(module: Any) -> bool:

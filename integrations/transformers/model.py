@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from spiffy.runtime.generate import decoding_settings
 from spiffy.runtime.models import FAMILIES, DiffusionLM, wrap
 from spiffy.runtime.models.wrapping import check_attention
@@ -58,11 +60,16 @@ def family_of(module: Any, graph: DraftGraph | None, family: str | None) -> str:
 
 def with_ends(lm: DiffusionLM, module: Any, generation_config: Any) -> DiffusionLM:
     """The model with the end tokens of this call, where it gives others than the module has."""
-    asked = generation_config.eos_token_id
-    if asked == getattr(getattr(module, "generation_config", None), "eos_token_id", None):
+    asked = _end_tokens(generation_config)
+    if asked == _end_tokens(getattr(module, "generation_config", None)):
         return lm
-    ends = asked if isinstance(asked, list) else [] if asked is None else [asked]
-    return lm.but(eos_token_ids=frozenset(ends))
+    return lm.but(eos_token_ids=asked)
+
+
+def _end_tokens(generation_config: Any) -> frozenset[int]:
+    """End tokens of a config: transformers takes a number, a list, a tuple or a tensor."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    return frozenset(() if ends is None else torch.as_tensor(ends).flatten().tolist())
 
 
 def settings_of(

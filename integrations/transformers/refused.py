@@ -114,13 +114,15 @@ def refuse_options(config: Any, of_module: Any) -> None:
             continue
         if name == "min_length" and config.min_new_tokens is not None:
             continue  # transformers made it of that, which is refused by its own name
+        if name in _FOLLOWED and (name != "temperature" or config.do_sample):
+            continue  # before it is compared: tokens may be tensors
         came_along = of_module is not None and value == getattr(of_module, name, None)
         harmless = name in _OF_SPEED or (name in _OF_SAMPLING and not config.do_sample)
         if came_along and (harmless or name not in _known_options()):
             continue
         if name == "temperature" and not config.do_sample:
             raise SpiffyError(f"generate: temperature={value!r} needs do_sample=True")
-        if name not in _FOLLOWED and not (name == "top_k" and value == 0):
+        if not (name == "top_k" and value == 0):
             off = f"do_sample=False, or {name}=None"
             if name not in _OF_SAMPLING:
                 off = f"{name}={usual.get(name)!r}"
