@@ -51,7 +51,7 @@ def _differences(a: Bench, b: Bench) -> dict[str, _Difference]:
 
     def add(name: str, before: object, after: object, spoils: tuple[str, ...]) -> None:
         if before != after:
-            found[name] = _words(before), _words(after), spoils
+            found[name] = *_words(before, after), spoils
 
     def add_fields(
         before: Mapping[str, object], after: Mapping[str, object], spoils: tuple[str, ...]
@@ -99,9 +99,24 @@ def _differences(a: Bench, b: Bench) -> dict[str, _Difference]:
     return found
 
 
-def _words(value: object) -> str:
-    text = "none" if value in (None, "") else str(value)
-    return text if len(text) <= 32 else f"{text[:12]}..."
+_SHORT, _AROUND = 32, 12  # characters of a value that is shown whole; around a difference
+
+
+def _words(before: object, after: object) -> tuple[str, str]:
+    """Two values that differ, as texts that do; of long ones, where they begin to."""
+    a, b = (str(value) if value not in (None, "") else "none" for value in (before, after))
+    if a == b:
+        a, b = repr(before), repr(after)
+    pairs = enumerate(zip(a, b, strict=False))
+    at = next((k for k, (one, other) in pairs if one != other), min(len(a), len(b)))
+    return _excerpt(a, at), _excerpt(b, at)
+
+
+def _excerpt(text: str, at: int) -> str:
+    start, stop = max(0, at - _AROUND), at + _AROUND
+    if len(text) <= _SHORT:
+        return text
+    return f"{'...' if start else ''}{text[start:stop]}{'...' if stop < len(text) else ''}"
 
 
 def _only_in(a: Bench, b: Bench) -> list[str]:
@@ -117,7 +132,8 @@ def _table(a: Bench, b: Bench, spoilt: set[str]) -> str:
         after = by_name.get(before.name)
         if after is None:
             continue
-        counts, speeds = _COUNTS not in spoilt, _SPEEDS not in spoilt
+        counts = _COUNTS not in spoilt and _repeats(before, a, b)
+        speeds = _SPEEDS not in spoilt
         rows.append(
             [
                 before.name,
@@ -139,6 +155,15 @@ def _table(a: Bench, b: Bench, spoilt: set[str]) -> str:
             ]
         )
     return markdown_table(headings, rows) if rows else "No method is in both runs.\n"
+
+
+def _repeats(result: Result, a: Bench, b: Bench) -> bool:
+    """Whether the counts of two runs would be the same, if nothing that matters differed.
+
+    Not those of "auto", which learns from times. "model" learns from what was accepted, which
+    repeats, but learns more in more repeats.
+    """
+    return result.kind != "auto" and (result.kind != "model" or a.data.repeats == b.data.repeats)
 
 
 def _change(before: str, after: str, ratio: float, comparable: bool) -> str:

@@ -15,18 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import torch
 
-from spiffy.bench.methods import Method
+from spiffy.bench.methods import Method, to_step_through
 from spiffy.bench.score import score
 from spiffy.bench.watch import (
     Forward,
+    Tallies,
     Watched,
     WatchedAdviser,
-    acceptance,
     decode,
     token_text,
     turn,
@@ -83,18 +83,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a method's first decode of a prompt looked like from inside."""
+    """What a method's first decode of the first prompt looked like from inside."""
 
+    method: str
     canvas: Canvas
     forwards: Sequence[Forward]
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Rows in the order in which they were measured; `seen` by method and prompt."""
+    """What was measured; of all the states that were drafted, what is shown of them in the end.
+
+    Attributes
+    ----------
+    rows
+        In the order in which they were measured.
+    tallies
+        Drafts, counted, by method, prompt and repeat.
+    seen
+        The decode to step through (`to_step_through`); None where it has not been made.
+    """
 
     rows: tuple[Row, ...]
-    seen: Mapping[tuple[str, int], Seen]
+    tallies: Mapping[tuple[str, int, int], Tallies]
+    seen: Seen | None
 
     @property
     def prompts(self) -> int:
@@ -149,7 +161,8 @@ def gathered(parts: Sequence[Measurements]) -> Measurements:
     whole = parts[: len(parts) // prompts * prompts]
     return Measurements(
         tuple(row for part in whole for row in part.rows),
-        {key: look for part in whole for key, look in part.seen.items()},
+        {key: counted for part in whole for key, counted in part.tallies.items()},
+        next((part.seen for part in whole if part.seen is not None), None),
     )
 
 
@@ -171,7 +184,8 @@ def rounds(
     has lost no more. The first method is the baseline. Before that each method decodes the first
     prompt `warm_up` times, uncounted. `on_decode` is called after every decode.
     """
-    baseline = methods[0]
+    baseline, shown = methods[0], to_step_through(methods)
+    keeps_paths = any(method.kind == "perfect" for method in methods)
     plain: dict[int, tuple[list[Cursor], list[int]]] = {}  # path and answer, by prompt
 
     def prepared(method: Method, prompt: int) -> Task:
@@ -185,7 +199,7 @@ def rounds(
     for prompt in range(len(prompts)):  # also warms up the baseline
         task = prepared(baseline, prompt)
         decode(task)
-        plain[prompt] = task.path, collect(task).token_ids
+        plain[prompt] = task.path if keeps_paths else [], collect(task).token_ids
         on_decode()
     for _ in range(warm_up):
         for method in methods[1:]:
@@ -196,7 +210,8 @@ def rounds(
     for repeat in range(repeats):
         for prompt, record in enumerate(records):
             rows: list[Row] = []
-            seen: dict[tuple[str, int], Seen] = {}
+            tallies: dict[tuple[str, int, int], Tallies] = {}
+            seen = None
             # A decode right after a heavy one is slower by some percent: nobody always comes then.
             order = random.Random(f"{seed} {repeat} {prompt}").sample(methods, len(methods))
             for method in order:
@@ -205,8 +220,9 @@ def rounds(
                 forwards = decode(task)
                 peak = peak_bytes(model.device)
                 output, stats = collect(task), task.stats
-                if repeat == 0:
-                    seen[method.name, prompt] = Seen(task.canvas, forwards)
+                tallies[method.name, prompt, repeat] = Tallies.of(task.canvas, forwards)
+                if method is shown and prompt == repeat == 0:
+                    seen = Seen(method.name, task.canvas, forwards)
                 said = prompt, output.text
                 if said not in judged:
                     judged[said] = score(output.text, record, execute_code)
@@ -224,8 +240,9 @@ def rounds(
                         **asdict(stats),
                     )
                 )
+                del task, forwards  # their states are not of the next decode's peak
                 on_decode()
-            yield Measurements(tuple(rows), seen)
+            yield Measurements(tuple(rows), tallies, seen)
 
 
 def results(methods: Sequence[Method], measured: Measurements) -> tuple[Result, ...]:
@@ -234,20 +251,23 @@ def results(methods: Sequence[Method], measured: Measurements) -> tuple[Result, 
     for row in measured.rows:
         by_method[row.method].append(row)
     base = by_method[methods[0].name]
-    return tuple(_result(method, by_method[method.name], base, measured.seen) for method in methods)
+    return tuple(
+        _result(method, by_method[method.name], base, measured.tallies) for method in methods
+    )
 
 
 def _result(
     method: Method,
     rows: Sequence[Row],
     base: Sequence[Row],
-    seen: Mapping[tuple[str, int], Seen],
+    tallies: Mapping[tuple[str, int, int], Tallies],
 ) -> Result:
-    once = [row for row in rows if row.repeat == 0]
+    repeat = _middle_repeat(rows)
+    once = [row for row in rows if row.repeat == repeat]
     prompts = {row.prompt for row in once}
     compared = [row for row in once if row.differs is not None]
     scored = [row for row in once if row.correct is not None]
-    looks = [seen[method.name, prompt] for prompt in sorted(prompts)]
+    counted = Tallies.together(tallies[method.name, prompt, repeat] for prompt in prompts)
 
     def total(field: str) -> int:
         return sum(getattr(row, field) for row in once)
@@ -281,8 +301,20 @@ def _result(
         differing=len({row.prompt for row in rows if row.differs}),
         scored=len(scored),
         correct=sum(row.correct is True for row in scored),
-        acceptance=acceptance((look.canvas, look.forwards) for look in looks),
+        acceptance=counted.acceptance(),
     )
+
+
+def _middle_repeat(rows: Sequence[Row]) -> int:
+    """The first repeat with the median number of forwards, of all prompts.
+
+    What learns while it decodes makes others in every repeat. Times are medians over all of them.
+    """
+    nfe: Counter[int] = Counter()
+    for row in rows:
+        nfe[row.repeat] += row.nfe
+    middle = median_low(nfe.values())
+    return min(repeat for repeat, forwards in nfe.items() if forwards == middle)
 
 
 def _used(rows: Sequence[Row]) -> str:
@@ -293,10 +325,12 @@ def _used(rows: Sequence[Row]) -> str:
 
 
 def _usual_budget(rows: Sequence[Row]) -> int:
-    """The number of drafts that was chosen for most forwards; 0: none."""
-    used: Counter[str] = sum((Counter(row.budgets) for row in rows), Counter())
-    most = max(used, key=lambda name: used[name], default="plain")
-    return 0 if most == "plain" else int(most.rsplit(" ", 1)[-1])
+    """The number of drafts that was chosen for most forwards, whoever drafts them; 0: none."""
+    used: Counter[int] = Counter()
+    for row in rows:
+        for name, forwards in row.budgets.items():
+            used[0 if name == "plain" else int(name.rsplit(" ", 1)[-1])] += forwards
+    return max(used, key=lambda drafts: (used[drafts], -drafts), default=0)
 
 
 def _speed(rows: Sequence[Row]) -> float:
@@ -326,24 +360,21 @@ def speedup(rows: Sequence[Row], base: Sequence[Row]) -> Interval:
 
 
 def walkthrough(
-    model: DiffusionLM,
-    method: Method,
-    baseline: Method,
-    texts: Sequence[str],
-    measured: Measurements,
-    prompt: int = 0,
-) -> Walkthrough:
-    """One decode, to be stepped through."""
-    look = measured.seen[method.name, prompt]
-    first = {row.method: row for row in measured.rows if (row.prompt, row.repeat) == (prompt, 0)}
+    model: DiffusionLM, baseline: Method, text: str, measured: Measurements
+) -> Walkthrough | None:
+    """The decode to step through, of the first prompt (`text`); None where it was not made."""
+    look = measured.seen
+    if look is None:
+        return None
+    first = {row.method: row for row in measured.rows if (row.prompt, row.repeat) == (0, 0)}
     return Walkthrough(
-        prompt=texts[prompt],
-        method=method.name,
+        prompt=text,
+        method=look.method,
         answer_start=look.canvas.prompt_length,
         length=look.canvas.length,
         turns=tuple(turn(model, look.canvas, forward) for forward in look.forwards),
         plain_nfe=first[baseline.name].nfe,
-        text=first[method.name].text,
+        text=first[look.method].text,
         prompt_tokens=tuple(
             token_text(model, token)
             for token in look.forwards[0]
@@ -400,7 +431,9 @@ def peak_bytes(device: torch.device) -> int | None:
     return 1024 * int(found[1]) if found else None
 
 
-def overlap(digests: Iterable[str], calibrated: Iterable[str]) -> int:
-    """How many prompts were calibrated on."""
+def overlap(digests: Iterable[str], calibrated: Iterable[str] | None) -> int | None:
+    """How many prompts were calibrated on; None where the artifact does not say which were."""
+    if calibrated is None:
+        return None
     known = set(calibrated)
     return sum(digest in known for digest in digests)

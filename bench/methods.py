@@ -185,6 +185,13 @@ def methods(
     return found
 
 
+def to_step_through(methods: Sequence[Method]) -> Method:
+    """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at."""
+    order = ["model", "graph", "pruned", "paper", "order", "chain", "freedave", "perfect", "auto"]
+    small = [method for method in methods if method.budget is None or method.budget <= 8]
+    return min(small, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))
+
+
 def median_task(
     model: DiffusionLM, settings: DecodingSettings, prompts: Sequence[Prompt], edges: BlockEdges
 ) -> Task:

@@ -77,7 +77,7 @@ def write_calibration_report(graph: DraftGraph, path: Path) -> None:
     from spiffy.bench import plots
 
     costs = [
-        plots.cost(profile, _chosen(graph, k), f"cost-{k}")
+        plots.cost(profile, _predicted(graph, k), f"cost-{k}", predicted=True)
         for k, profile in enumerate(graph.cost_profiles)
     ]
     steps = plots.expected(graph.expected_steps, graph.acceptance)
@@ -112,8 +112,8 @@ def graph_picture(graph: DraftGraph) -> Picture:
     return picture
 
 
-def _chosen(graph: DraftGraph, profile: int) -> int:
-    """Drafts that `--budget auto` takes with a cost profile; 0: none pays."""
+def _predicted(graph: DraftGraph, profile: int) -> int:
+    """Drafts that should pay by a cost profile, `auto` still knowing nothing else; 0: none."""
     auto = import_module("spiffy.runtime.budget.auto")  # imports torch, which no other report needs
     plan = auto.best_plan(auto.expected_steps(graph), graph.cost_profiles[profile])
     drafts: int = plan.drafts
@@ -157,8 +157,8 @@ def safe_json(content: Any) -> Markup:
 
 def walkthrough_data(walkthrough: Walkthrough) -> dict[str, Any]:
     """What the page needs to step through a decode; `json` is for the script, the rest for all."""
-    last = max((turn.span[1] for turn in walkthrough.turns), default=walkthrough.answer_start)
     first = min((turn.span[0] for turn in walkthrough.turns), default=walkthrough.answer_start)
+    last = _last(walkthrough, first)
     known = walkthrough.prompt_tokens[-(walkthrough.answer_start - first) :]
     inside = walkthrough.answer_start - first  # tokens of the prompt in the first block
     opening = [""] * (inside - len(known)) + list(known) if inside else []
@@ -196,6 +196,16 @@ def walkthrough_data(walkthrough: Walkthrough) -> dict[str, Any]:
         "drafts": sum(len(turn.drafts) for turn in walkthrough.turns),
         "accepted": sum(d.accepted for turn in walkthrough.turns for d in turn.drafts),
     }
+
+
+def _last(walkthrough: Walkthrough, first: int) -> int:
+    """Where the last block ends that anything was committed in: a draft may complete it whole."""
+    turns = walkthrough.turns
+    reached = [p + 1 for turn in turns for step in turn.steps for p, _ in step]
+    block = max((stop - start for start, stop in (turn.span for turn in turns)), default=1)
+    blocks = -((first - max(reached, default=first)) // block)
+    ends = [turn.span[1] for turn in turns]
+    return max([first, *ends, min(first + blocks * block, walkthrough.length)])
 
 
 # -- what the pages state -------------------------------------------------------------------------
@@ -247,11 +257,11 @@ def _conditions(bench: Bench) -> Pairs:
         data_text += f"; after the system message {data.system!r}"
     if data.left_out:
         data_text += f"; {data.left_out} left out (too long for the model)"
-    overlap = (
-        f"{data.calibrated_on} of them were calibrated on too: not held out"
-        if data.calibrated_on
-        else "none of them was calibrated on"
-    )
+    overlap = "none of them was calibrated on"
+    if data.calibrated_on is None:
+        overlap = "whether any of them was calibrated on is not known: the draft graph does not say"
+    elif data.calibrated_on:
+        overlap = f"{data.calibrated_on} of them were calibrated on too: not held out"
     adapter = "" if bench.adapter is None else f", with the adapter {bench.adapter}"
     graph_model = "" if bench.graph_model is None else f", made for {bench.graph_model}"
     return [
@@ -288,7 +298,7 @@ def _conditions(bench: Bench) -> Pairs:
             "Ratios",
             f"against {bench.baseline}, prompt by prompt: medians over repeats, then over prompts, "
             "with 95% bootstrap intervals (prompts resampled). Counts (NFE, positions, steps) "
-            "repeat exactly; seconds do not.",
+            "repeat exactly, but for those of auto, which learns from times; seconds do not.",
         ),
     ]
 

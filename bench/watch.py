@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from spiffy.runtime.decode import Advice, Adviser, Task, make_task, run
@@ -23,22 +24,32 @@ from spiffy.schemas.bench import Acceptance, Draft, RankTally, Tally, Turn, Walk
 Fill = dict[int, int]  # positions to token ids
 
 
-#: What a drafter was told and proposed, by denoising steps made before.
-Calls = dict[int, tuple[Candidates, Tensor]]
+class Call(NamedTuple):
+    """What a drafter was told about a root and proposed for it (int64 [n, length])."""
+
+    root: Cursor
+    candidates: Candidates
+    states: Tensor
 
 
 class Watched:
-    """A drafter that remembers what it proposed; a `Chooser` as far as its drafter is one."""
+    """A drafter that remembers what it proposed; a `Chooser` as far as its drafter is one.
 
-    def __init__(self, drafter: Drafter, calls: Calls | None = None) -> None:
+    Attributes
+    ----------
+    calls
+        Those that a `Watch` has not taken up yet.
+    """
+
+    def __init__(self, drafter: Drafter, calls: list[Call] | None = None) -> None:
         self.drafter = drafter
         self.token_ranks, self.asks_rejected = drafter.token_ranks, drafter.asks_rejected
-        self.calls: Calls = {} if calls is None else calls
+        self.calls: list[Call] = [] if calls is None else calls
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         """See `spiffy.runtime.draft.Drafter`."""
         states = self.drafter(root, candidates, room)
-        self.calls[root.step] = candidates, states
+        self.calls.append(Call(root, candidates, states))
         return states
 
     @property
@@ -61,7 +72,7 @@ class WatchedAdviser:
     def __init__(self, adviser: Adviser) -> None:
         self.adviser = adviser
         self.begin, self.turn, self.why = adviser.begin, adviser.turn, adviser.why
-        self.calls: Calls = {}
+        self.calls: list[Call] = []
 
     @property
     def rests(self) -> bool:
@@ -87,9 +98,10 @@ class Forward:
     root
         The state that it started from.
     candidates, states
-        What the drafter was told and proposed (int64 [n, length]); None without a drafter.
+        What the drafter was told, and what of its proposal was verified (int64 [n, length]); None
+        without a drafter.
     accepted
-        States that the walk hopped to, in order.
+        Drafts that the walk hopped to, in order.
     reached
         States after every denoising step of the walk.
     seconds
@@ -107,34 +119,51 @@ class Forward:
 class Watch:
     """Follows the decode of a task, forward by forward.
 
-    Its drafter or adviser, if any, must be a watched one.
+    Parameters
+    ----------
+    task
+        It keeps its path. Its drafter or adviser, if any, must be a watched one.
+    keeps_path
+        Whether what of the path has been seen stays there: a long answer's takes gigabytes.
     """
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, *, keeps_path: bool = True) -> None:
+        self.task, self._keeps_path = task, keeps_path
         watched = task.adviser or task.drafter
-        self._calls = watched.calls if isinstance(watched, (Watched, WatchedAdviser)) else {}
+        self._calls = watched.calls if isinstance(watched, (Watched, WatchedAdviser)) else []
         self._begin()
-        self._accepted, self._started = 0, perf_counter()
+        self._started = perf_counter()
 
     def _begin(self) -> None:
         task = self.task
-        self._root, self._steps = task.canvas.start(task.prompt, task.model.mask_token_id), 0
+        self._root = task.canvas.start(task.prompt, task.model.mask_token_id)
+        self._seen, self._given_up = 0, task.given_up  # states of the path; forwards
 
     def forward(self) -> Forward:
         """What the last forward did; to be called after each."""
         task = self.task
-        if len(task.path) < self._steps:  # begun anew
+        if task.given_up != self._given_up:  # begun anew
             self._begin()
+        root, reached = self._root, tuple(task.path[self._seen :])
         # A forward that only fills a cache makes no step; the root's drafts wait for the next.
-        root, reached = self._root, tuple(task.path[self._steps :])
-        candidates, states = self._calls.get(root.step, (None, None)) if reached else (None, None)
-        hops = task.stats.accepted - self._accepted
-        seconds = perf_counter() - self._started
-        self._steps, self._accepted = len(task.path), task.stats.accepted
+        call = next((c for c in self._calls if c.root is root), None) if reached else None
         self._root = reached[-1] if reached else root
-        self._started = perf_counter()
-        return Forward(root, candidates, states, reached[:hops], reached, seconds)
+        self._calls[:] = [c for c in self._calls if c.root is self._root]
+        if not self._keeps_path:
+            del task.path[:-1]
+        self._seen = len(task.path)
+        before, self._started = self._started, perf_counter()
+        seconds = self._started - before
+        if call is None:
+            return Forward(root, None, None, (), reached, seconds)
+        states = call.states[: task.most_drafts]  # what memory left of them
+        return Forward(root, call.candidates, states, _hopped(root, reached), reached, seconds)
+
+
+def _hopped(root: Cursor, reached: Sequence[Cursor]) -> tuple[Cursor, ...]:
+    """Drafts that a walk came to: none after its last step, nor after one that changes nothing."""
+    states = pairwise([root, *reached[:-1]])
+    return tuple(after for before, after in states if not torch.equal(before.ids, after.ids))
 
 
 def decode(task: Task) -> list[Forward]:
@@ -199,43 +228,77 @@ def _drafts(forward: Forward) -> list[tuple[Fill, bool]]:
     return [(filled(forward.root, ids), ids.tolist() in hopped) for ids in forward.states]
 
 
-def acceptance(decodes: Iterable[tuple[Canvas, Sequence[Forward]]]) -> Acceptance:
-    """Count drafts by depth, place in the block, and draft coordinates."""
-    depth: defaultdict[int, Counter[bool]] = defaultdict(Counter)
-    place: defaultdict[int, Counter[bool]] = defaultdict(Counter)
-    rank: defaultdict[tuple[int, int], Counter[bool]] = defaultdict(Counter)
-    walks: Counter[int] = Counter()
-    for canvas, forwards in decodes:
+@dataclass(frozen=True)
+class Tallies:
+    """Drafts of some forwards, counted: far smaller than what they are counted in.
+
+    Attributes
+    ----------
+    depth, place, rank
+        Drafted and accepted, by how many positions a draft fills in, less one; by a fill's place
+        in the block; and by its draft coordinates.
+    walks
+        Forwards by how many drafts were hopped along after them.
+    """
+
+    depth: Counter[tuple[int, bool]]
+    place: Counter[tuple[int, bool]]
+    rank: Counter[tuple[tuple[int, int], bool]]
+    walks: Counter[int]
+
+    @classmethod
+    def of(cls, canvas: Canvas, forwards: Iterable[Forward]) -> Tallies:
+        """Count the drafts of one decode."""
+        found = cls.together(())
         for forward in forwards:
             if forward.states is None or forward.candidates is None:
                 continue
-            walks[len(forward.accepted)] += 1
+            found.walks[len(forward.accepted)] += 1
             ranks = {p: i for i, p in enumerate(forward.candidates.positions.tolist())}
             tokens = forward.candidates.tokens.tolist()
             start = canvas.span(forward.root.block).start
             for fill, held in _drafts(forward):
-                depth[len(fill) - 1][held] += 1
+                found.depth[len(fill) - 1, held] += 1
                 for position, token in fill.items():
-                    place[position - start][held] += 1
+                    found.place[position - start, held] += 1
                     i = ranks[position]
                     if token in tokens[i]:  # perfect drafts know tokens of any rank
-                        rank[i, tokens[i].index(token)][held] += 1
+                        found.rank[(i, tokens[i].index(token)), held] += 1
+        return found
 
-    def by_index(counts: dict[int, Counter[bool]]) -> tuple[Tally, ...]:
-        return tuple(
-            Tally(drafted=counts[k].total(), accepted=counts[k][True])
-            for k in range(max(counts, default=-1) + 1)
+    @classmethod
+    def together(cls, parts: Iterable[Tallies]) -> Tallies:
+        """Those of several decodes as one."""
+        whole = cls(Counter(), Counter(), Counter(), Counter())
+        for part in parts:
+            whole.depth.update(part.depth)
+            whole.place.update(part.place)
+            whole.rank.update(part.rank)
+            whole.walks.update(part.walks)
+        return whole
+
+    def acceptance(self) -> Acceptance:
+        """Which drafts came true."""
+        ranks = sorted({key for key, _ in self.rank})
+        return Acceptance(
+            by_depth=_by_index(self.depth),
+            by_place=_by_index(self.place),
+            by_rank=tuple(
+                RankTally(position_rank=i, token_rank=j, **_tally(self.rank, (i, j)))
+                for i, j in ranks
+            ),
+            walk_lengths=tuple(self.walks[k] for k in range(max(self.walks, default=-1) + 1)),
         )
 
-    return Acceptance(
-        by_depth=by_index(depth),
-        by_place=by_index(place),
-        by_rank=tuple(
-            RankTally(position_rank=i, token_rank=j, drafted=count.total(), accepted=count[True])
-            for (i, j), count in sorted(rank.items())
-        ),
-        walk_lengths=tuple(walks[k] for k in range(max(walks, default=-1) + 1)),
-    )
+
+def _by_index(counts: Counter[tuple[int, bool]]) -> tuple[Tally, ...]:
+    last = max((k for k, _ in counts), default=-1)
+    return tuple(Tally(**_tally(counts, k)) for k in range(last + 1))
+
+
+def _tally(counts: Counter[Any], key: object) -> dict[str, int]:
+    held = counts[key, True]
+    return {"drafted": counts[key, False] + held, "accepted": held}
 
 
 def turn(model: DiffusionLM, canvas: Canvas, forward: Forward) -> Turn:

@@ -142,12 +142,12 @@ class _Prompts:
         note_skipped(found.skipped, found.dataset)
         return found
 
-    def known(self, texts: Sequence[Text], artifact: DraftGraph) -> int:
-        """How many of them the graph was calibrated on; refused unless allowed."""
+    def known(self, texts: Sequence[Text], artifact: DraftGraph) -> int | None:
+        """How many of them the graph was calibrated on, if it says so; refused unless allowed."""
         from spiffy.bench.measure import overlap
         from spiffy.calib.prompts import prompt_digest
 
-        known = overlap(map(prompt_digest, texts), artifact.calibration.prompt_digests or ())
+        known = overlap(map(prompt_digest, texts), artifact.calibration.prompt_digests)
         if known and not self.allow_calibrated:
             raise SpiffyError(
                 f"{self.dataset}: the graph was calibrated on {known} of these {len(texts)} "

@@ -90,9 +90,8 @@ def summed_up(
     done = {
         "samples": found.prompts,
         "repeats": found.repeats,
-        "calibrated_on": overlap(digests, artifact.calibration.prompt_digests or ()),
+        "calibrated_on": overlap(digests, artifact.calibration.prompt_digests),
     }
-    shown = _to_step_through(run.methods)
     return Bench(
         command=shlex.join([Path(sys.argv[0]).name, *map(printable, sys.argv[1:])]),
         machine=machine,
@@ -110,15 +109,8 @@ def summed_up(
         baseline=run.methods[0].name,
         results=results(run.methods, found),
         profile=profile,
-        walkthrough=walkthrough(run.lm, shown, run.methods[0], [*map(question, run.texts)], found),
+        walkthrough=walkthrough(run.lm, run.methods[0], question(run.texts[0]), found),
     )
-
-
-def _to_step_through(methods: Sequence[Method]) -> Method:
-    """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at."""
-    order = ["model", "graph", "pruned", "paper", "order", "chain", "freedave", "perfect", "auto"]
-    small = [method for method in methods if method.budget is None or method.budget <= 8]
-    return min(small, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))
 
 
 def profile_of(run: Run) -> CostProfile | None:

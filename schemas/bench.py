@@ -118,7 +118,9 @@ class Result(_Record):
     note
         What a reader should know, for example what auto chose.
     nfe, positions_computed, steps, drafted, accepted, tokens
-        Sums over prompts; tokens up to and with EOS. They repeat exactly.
+        Sums over prompts; tokens up to and with EOS. They repeat exactly, but for those of "auto",
+        which learns from times; of what learns while it decodes ("model" too), they are of the
+        repeat with the median NFE.
     tokens_per_second
         Median over repeats of (tokens of all prompts / seconds of all prompts).
     speedup
@@ -258,7 +260,7 @@ def _turn_html(number: int, turn: Turn, known: Mapping[int, str]) -> str:
     """A forward: its block after it, with what it committed by step, and the drafts it verified."""
     fresh = {p: (text, k) for k, step in enumerate(turn.steps, start=1) for p, text in step}
     cells = []
-    for position in range(*turn.span):
+    for position in range(turn.span[0], max([turn.span[1], *(p + 1 for p in fresh)])):
         if position in fresh:
             text, step = fresh[position]
             cells.append(f"<mark>{inline(visible(text))}<sup>{step}</sup></mark>")
@@ -310,7 +312,8 @@ class DataRecord(_Record):
     left_out
         Prompts that do not fit the model.
     calibrated_on
-        Prompts that the artifact was calibrated on too; not 0 only where that was asked for.
+        Prompts that the artifact was calibrated on too; above 0 only where that was asked for, and
+        None where the artifact does not say what it was calibrated on.
     warm_up
         Decodes of each method that are not counted.
     repeats
@@ -324,7 +327,7 @@ class DataRecord(_Record):
     samples: int
     left_out: int
     seed: int
-    calibrated_on: int
+    calibrated_on: int | None
     warm_up: int
     repeats: int
     raw: bool = False

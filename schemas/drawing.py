@@ -58,6 +58,9 @@ def svg(nodes: Sequence[Node], roots: int) -> str:
     roots
         Of the calibration; 0: shares are not known.
     """
+    drawn = f"{len(nodes)} nodes"
+    if len(nodes) > _DRAWN:
+        drawn = f"the first {_DRAWN} of {drawn}"
     nodes = nodes[:_DRAWN]
     places, edges = layout(nodes)
     spots = [(_EDGE + x * _COLUMN, _EDGE - y * _ROW) for x, y in places]
@@ -67,8 +70,8 @@ def svg(nodes: Sequence[Node], roots: int) -> str:
     by_count = sorted(range(1, len(nodes) + 1), key=lambda k: (-nodes[k - 1].count, k))
     labelled = {*by_count[:_LABELLED]}
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="Draft graph, {len(nodes)} '
-        f'nodes" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="Draft graph, {drawn}" '
+        f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         'style="max-width:100%;height:auto" font-family="sans-serif" font-size="10">'
     ]
     for parent, child, is_first in edges:

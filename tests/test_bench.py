@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -27,7 +28,7 @@ from spiffy.bench.score import passes, program, same_number, score, stated_answe
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import problems
-from spiffy.cli.bench import app
+from spiffy.cli.bench import _Prompts, app
 from spiffy.runtime import ALIASES, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task
 from spiffy.runtime.draft import confidence_chain
@@ -172,10 +173,9 @@ def test_speedup_is_the_median_prompt_and_pairs_what_ran_together() -> None:
 
 def test_a_walkthrough_fills_in_the_answer_step_by_step() -> None:
     found, measured, _ = run()
-    model = sdar()
-    method = next(m for m in found if m.name == "model 4")
-    questions = [problem.question for problem in islice(problems("test"), PROMPTS)]
-    told = walkthrough(model, method, found[0], questions, measured, prompt=1)
+    told = walkthrough(sdar(), found[0], next(problems("test")).question, measured)
+    assert told is not None
+    assert told.method == "model 4"  # the most drafts that can be looked at
     filled: dict[int, str] = {}
     hops = 0
     for turn in told.turns:
@@ -191,12 +191,79 @@ def test_a_walkthrough_fills_in_the_answer_step_by_step() -> None:
                 assert parent == 0 or set(turn.drafts[parent - 1].fill) < set(draft.fill)
             if draft.accepted:
                 assert set(draft.fill) <= state
-    row = next(r for r in measured.rows if (r.method, r.prompt) == ("model 4", 1))
+    row = next(r for r in measured.rows if (r.method, r.prompt) == ("model 4", 0))
     assert hops == row.accepted
     assert len(told.turns) == row.nfe
     text = "".join(filled[position] for position in sorted(filled))
     assert told.text.strip()
     assert text.startswith(told.text.strip()[:20])
+
+
+def test_states_of_a_decode_are_not_there_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a decode takes at its peak is of it alone; kept is what the report steps through."""
+    found, questions = run()[0], [problem.question for problem in islice(problems("test"), 2)]
+    few = [method for method in found if method.name in ("plain static", "graph 4")]
+    seen: list[tuple[int, weakref.ref[watch.Forward]]] = []
+    left: list[set[int]] = []
+
+    def decode(task: Task) -> list[watch.Forward]:
+        left.append({number for number, forward in seen if forward() is not None})
+        forwards = watch.decode(task)
+        seen.extend((len(left), weakref.ref(forward)) for forward in forwards)
+        return forwards
+
+    monkeypatch.setattr(bench_measure, "decode", decode)
+    measured = measure(sdar(), few, questions, [{}, {}], repeats=1, warm_up=0)
+    assert len(left) == 2 + 2 * 2
+    assert measured.seen is not None
+    assert measured.seen.method == "graph 4"
+    assert all(len(numbers) <= 1 for numbers in left)
+    assert len(left[-1]) == 1
+
+
+def counted(name: str, nfe: Sequence[int], budgets: Sequence[Counter[str]] = ()) -> Result:
+    """A result of so many repeats, whose counts of the first prompt are these."""
+    found, measured, _ = run()
+    base = next(r for r in measured.rows if (r.method, r.prompt) == (found[0].name, 0))
+    ours = next(r for r in measured.rows if (r.method, r.prompt) == (name, 0))
+    rows = [
+        replace(row, repeat=repeat, nfe=forwards, positions_computed=100 * forwards)
+        for repeat, forwards in enumerate(nfe)
+        for row in (base, ours)
+    ]
+    tallies = {
+        (method, 0, repeat): watch.Tallies(Counter(), Counter(), Counter(), Counter({repeat: 1}))
+        for method in (base.method, name)
+        for repeat in range(len(nfe))
+    }
+    few = [method for method in found if method.name in (base.method, name)]
+    return results(few, Measurements(tuple(rows), tallies, None))[1]
+
+
+def test_counts_of_what_learns_are_of_the_repeat_in_the_middle() -> None:
+    """Times are medians over repeats: counts of the first one would be of other decodes."""
+    result = counted("model 4", [30, 10, 20])
+    assert (result.nfe, result.positions_computed) == (20, 2000)
+    assert result.acceptance.walk_lengths == (0, 0, 1)
+    assert counted("graph 4", [10, 10]).acceptance.walk_lengths == (1,)
+    assert counted("model 4", [20, 10]).nfe == 10  # of an even number, that of the lower
+
+
+def test_what_auto_chose_is_a_number_of_drafts_whoever_chose_them() -> None:
+    row = replace(run()[1].rows[0], budgets={"plain": 5, "graph 8": 4, "model 8": 4, "model 2": 1})
+    assert bench_measure._usual_budget([row]) == 8
+    assert bench_measure._usual_budget([replace(row, budgets={"graph 1": 1, "plain": 1})]) == 0
+    assert bench_measure._usual_budget([replace(row, budgets={})]) == 0
+
+
+def test_a_graph_that_does_not_say_what_it_was_calibrated_on_leaves_that_open() -> None:
+    texts = list(load_prompts("synthetic", 10).texts)
+    record = graph().calibration
+    silent = graph().model_copy(
+        update={"calibration": record.model_copy(update={"prompt_digests": None})}
+    )
+    assert _Prompts(allow_calibrated=True).known(texts, graph()) == 10
+    assert _Prompts().known(texts, silent) is None
 
 
 def test_accuracy_is_judged_by_the_reference() -> None:

@@ -188,5 +188,8 @@ def test_every_node_has_a_place_of_its_own_right_of_its_parents() -> None:
     drawn = ElementTree.fromstring(svg(many, 0))
     heights = [float(c.attrib["cy"]) for c in drawn.iter("{http://www.w3.org/2000/svg}circle")]
     assert len(heights) == 128
+    assert drawn.attrib["aria-label"] == "Draft graph, the first 128 of 300 nodes"
+    whole = ElementTree.fromstring(svg(many[:128], 0))
+    assert whole.attrib["aria-label"] == "Draft graph, 128 nodes"
     assert all(below > above for above, below in pairwise(heights))
     assert visible("") != ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from in_browser import Browser, needs_browser
@@ -24,6 +26,7 @@ from test_serve import (
 
 from spiffy.integrations.serve.app import Access
 from spiffy.integrations.serve.engine import Engine
+from spiffy.integrations.serve.events import sent
 from spiffy.integrations.serve.listen import Sockets
 from spiffy.integrations.serve.page import page
 
@@ -40,6 +43,9 @@ def test_the_page_is_one_file_that_runs_its_own_script_and_nothing_else() -> Non
         assert re.fullmatch(r"'sha256-[A-Za-z0-9+/]{43}='", policy[f"{kind}-src"])
         assert text.count(f"<{kind}") == 1  # one hash covers all there is
     assert not re.search(r"\b(innerHTML|outerHTML|insertAdjacentHTML|write|eval)\b", text)
+    # Firefox keeps over a reload which buttons were disabled, unless told not to.
+    for name in ("run", "stop"):
+        assert re.search(rf'<button [^>]*id="{name}"[^>]* autocomplete="off"', text)
     assert not re.search(r"(?:src|href|action)=[\"'](?!data:|health|metrics)", text)
 
 
@@ -66,6 +72,16 @@ def test_the_page_is_told_where_the_prompt_ends_and_how_much_is_written(
     committed = sum(len(step) for event in forwards for step in event["steps"])
     assert written[-1] < committed
     assert forwards[-1]["positions"] == end["positions"]
+
+
+def test_an_event_is_one_line_to_whoever_reads_lines() -> None:
+    """Python's `splitlines`, with which clients read, knows more line ends than JSON does."""
+    content = {"text": "a\x85b\u2028c\u2029d\x0b\x1c\r\n\u20ac"}
+    event = sent(content)
+    line, *rest = event.decode().splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == content
+    assert "\u20ac" in line  # what ends no line is as it was
 
 
 class Shown:
@@ -178,6 +194,67 @@ def test_what_is_refused_is_said_in_a_line(browser: Browser, here: Here) -> None
     browser.errors()  # the browser logs every 400
 
 
+@needs_browser
+def test_a_field_that_is_folded_away_is_shown_if_it_is_wrong(browser: Browser, here: Here) -> None:
+    shown = Shown(browser, here)
+    assert not shown.js("document.querySelector('form details').open")
+    shown.set("length", 0)
+    shown.click("run")
+    assert shown.js("document.querySelector('form details').open")
+    assert shown.js("document.activeElement.id") == "length"
+    assert shown.js("document.getElementById('player').hidden")  # nothing was asked
+
+
+def long_decode(forwards: int) -> str:
+    """What the server tells of a decode that commits a token per forward."""
+    blocks = [[k, k + 32] for k in range(0, forwards, 32)]
+    start = {"type": "start", "drafting": False, "given": [], "blocks": blocks}
+    start |= {"prompt_tokens": 0, "answer": [0, forwards]}
+    events: list[dict[str, Any]] = [start]
+    for k in range(forwards):
+        told = {"type": "forward", "block": k // 32, "step": k + 1, "steps": [[[k, "a"]]]}
+        events.append(told | {"drafts": [], "nfe": k + 1, "plain": k + 1, "written": k + 1})
+        events[-1]["seconds"] = 0.01 * (k + 1)
+    end = {"type": "end", "text": "a", "tokens": forwards, "seconds": 1.0}
+    events.append(end | {"nfe": forwards, "plain": forwards})
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+
+
+@needs_browser
+def test_a_long_answer_fits_on_a_phone(browser: Browser, here: Here) -> None:
+    forwards, shown = 400, Shown(browser, here, width=360)
+    browser.driver.execute_script(
+        f"const told = {json.dumps(long_decode(forwards))};"
+        "window.fetch = async () => new Response(told);"
+    )
+    shown.js("document.querySelector('input[value=plain]').click()")
+    shown.click("run")
+    shown.wait(f"document.getElementById('slider').max == '{forwards}'")
+    shown.click("play")  # no longer
+    strip = "document.querySelector('.strip')"
+    columns = f"[...{strip}.children]"
+    assert shown.js(f"{strip}.scrollWidth") <= shown.js(f"{strip}.clientWidth")
+    assert shown.js("document.documentElement.scrollWidth") <= 360
+    widths = shown.js(f"{columns}.map(e => e.querySelector('b').getBoundingClientRect().width)")
+    assert min(widths) >= 1.5
+    each = -(-forwards // len(widths))
+    assert len(widths) == -(-forwards // each)
+    shown.click("first")
+    at = 40
+    shown.js(f"{columns}[{at}].click()")
+    assert shown.texts("#place") == [f"forward {at * each + 1} of {forwards}"]
+    now = f"{columns}.findIndex(e => e.className.includes('now'))"
+    assert shown.js(now) == at
+    assert len(shown.texts(".strip .past")) == at + 1
+    browser.press("ArrowRight")
+    assert shown.texts("#place") == [f"forward {at * each + 2} of {forwards}"]
+    browser.press("ArrowLeft")
+    browser.press("ArrowLeft")
+    assert shown.js(now) == at - 1
+    browser.open("data:,", 1280)
+    assert browser.errors() == []
+
+
 @contextmanager
 def locked() -> Iterator[Here]:
     with served(Engine(model(), settings()), Access("sesame"), Sockets()) as found:
@@ -192,8 +269,14 @@ def test_a_key_is_asked_for_where_one_is_wanted(browser: Browser) -> None:
         shown.click("run")
         shown.wait("!document.getElementById('error').hidden")
         assert "API key" in shown.error
+        shown.set("key", "sésame\u2019")
+        shown.click("run")
+        shown.wait("document.getElementById('error').textContent.includes('ASCII')")
+        assert shown.js("document.getElementById('model').hidden")
         shown.set("key", "sesame")
         shown.decode("drafts")
+        shown.wait("!document.getElementById('model').hidden")
+        assert shown.texts("#model") == ["tiny-sdar"]
         assert shown.texts(".text") == [plainly().text]
         assert "without a draft graph" in shown.texts("[data-part=drafts-title]")[0]
         browser.driver.get("data:,")  # lets the server's connections go

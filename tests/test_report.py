@@ -20,7 +20,7 @@ from example_bench import example_bench, example_graph
 from in_browser import Browser, needs_browser
 from typer.testing import CliRunner
 
-from spiffy.bench import report, tables
+from spiffy.bench import plots, report, tables
 from spiffy.bench.compare import compare
 from spiffy.bench.plots.style import COLOURS
 from spiffy.bench.report import write_calibration_report, write_report
@@ -232,6 +232,41 @@ def test_conditions_are_stated(html: str) -> None:
         assert fact in stated
 
 
+@pytest.mark.parametrize(
+    ("calibrated_on", "said"),
+    [(0, "none of them was"), (2, "2 of them were"), (None, "is not known")],
+)
+def test_it_is_said_what_is_known_of_held_out_prompts(calibrated_on: int | None, said: str) -> None:
+    bench = example_bench()
+    data = bench.data.model_copy(update={"calibrated_on": calibrated_on})
+    stated = dict(report._conditions(bench.model_copy(update={"data": data})))["Data"]
+    assert said in stated
+    assert ("none of them was calibrated on" in stated) == (calibrated_on == 0)
+
+
+def test_counts_of_auto_are_not_said_to_repeat(html: str) -> None:
+    assert len(re.findall(r"repeat exactly, but for those of auto", html)) == 2
+    assert html.count("repeat exactly") == 2
+
+
+def test_the_last_block_is_shown_if_a_forward_before_committed_it() -> None:
+    """A draft may complete two blocks: the second one is nobody's root."""
+    walk = example_bench().walkthrough
+    assert walk is not None
+    first = walk.turns[0].span[0]
+    (start, stop) = span = (first, first + 8)
+    step = tuple((p, f"t{p}") for p in range(start, stop + 3))
+    turn = Turn(block=0, span=span, drafts=(), steps=(step,), seconds=0.1)
+    short = {"turns": (turn,), "answer_start": start, "prompt_tokens": (), "length": first + 14}
+    for length, last in ((first + 32, stop + 8), (first + 14, first + 14)):
+        cut = walk.model_copy(update={**short, "length": length})
+        assert json.loads(report.walkthrough_data(cut)["json"])["last"] == last
+        shown = cut._repr_html_()
+        assert all(f"t{p}<sup>" in shown for p, _ in step)
+    reached = walk.model_copy(update={**short, "turns": (turn.model_copy(update={"steps": ()}),)})
+    assert json.loads(report.walkthrough_data(reached)["json"])["last"] == stop
+
+
 def test_the_list_of_forwards_needs_no_script(html: str) -> None:
     walk = example_bench().walkthrough
     assert walk is not None
@@ -369,6 +404,43 @@ def test_other_ids_or_what_was_learned_before_spoil_counts(changed: dict[str, An
     assert "counts (NFE, positions, steps) and accuracy cannot be compared" in text
 
 
+def test_values_that_differ_late_are_shown_where_they_do() -> None:
+    a = example_bench()
+    for before, after, shown in (
+        ("x" * 60 + "left", "x" * 60 + "right", ("left", "right")),
+        ("x" * 60, "x" * 60 + "more", ("x |", "more |")),
+        ("a" * 64, "b" * 64, ("aaaa... |", "bbbb... |")),
+        (None, "None", ("none |", "None |")),
+        ("none", None, ("'none' |", "None |")),
+    ):
+        one, other = (
+            a.model_copy(update={"data": a.data.model_copy(update={"system": system})})
+            for system in (before, after)
+        )
+        row = next(line for line in compare(one, other).splitlines() if "system message" in line)
+        assert all(part in row for part in shown)
+        _, _, left, right, _ = row.split("|")
+        assert left != right
+        assert len(row) < 100
+
+
+def test_counts_that_learned_from_times_or_from_other_repeats_get_no_ratio() -> None:
+    a = example_bench()
+    data = a.data.model_copy(update={"repeats": 3})
+    rows = tuple(r.model_copy(update={"nfe": 2 * r.nfe}) for r in a.results)
+    for b, ratios in (
+        (a.model_copy(update={"results": rows}), {"graph 4": 1, "model 4": 1, "auto": 0}),
+        (
+            a.model_copy(update={"results": rows, "data": data}),
+            {"graph 4": 1, "model 4": 0, "auto": 0},
+        ),
+    ):
+        lines = compare(a, b).splitlines()
+        for name, count in ratios.items():
+            row = next(line for line in lines if line.startswith(f"| {name} "))
+            assert row.count("(2.00x)") == count
+
+
 def test_every_way_of_drafting_has_a_colour(html: str) -> None:
     dots = re.findall(r'class="dot" style="background: var\(--([a-z-]+)\)', html)
     assert len(dots) == len(example_bench().results)
@@ -485,6 +557,117 @@ def test_reports_need_no_torch(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").is_file()
 
 
+def test_what_was_predicted_is_not_said_to_be_chosen(calibration_html: str) -> None:
+    drawn = " ".join(Page(calibration_html).within("svg"))
+    assert "predicted to pay: " in drawn
+    assert "auto" not in drawn
+    profile = example_graph().cost_profiles[0]
+    for chosen, said in ((4, "auto chose 4 drafts most often"), (0, "auto chose no drafts")):
+        picture = plots.cost(profile, chosen)
+        assert picture is not None
+        assert said in picture.text
+    none = plots.cost(profile, 0, predicted=True)
+    assert none is not None
+    assert "predicted to pay: no drafts" in none.text
+
+
+def test_any_names_can_stand_in_pictures() -> None:
+    """They are no formulas; and legends leave out none of them."""
+    names = ("_first", "$\\frac", "a\x07\u202eb")
+    shown = ("_first<", "$\\frac<", "a\\u0007\\u202eb<")
+    profile, model = example_graph().cost_profiles[0], example_graph().acceptance
+    assert model is not None
+    turns = dict.fromkeys(names, profile.turns["graph"])
+    position = dict.fromkeys(names, 0.5)
+    bench = example_bench()
+    pairs = zip(bench.results, names * len(bench.results), strict=False)
+    rows = [result.model_copy(update={"name": name + result.name}) for result, name in pairs]
+    named = bench.model_copy(update={"results": tuple(rows), "baseline": rows[0].name})
+    made = {
+        "cost": plots.cost(profile.model_copy(update={"turns": turns})),
+        "coefficients": plots.coefficients(model.model_copy(update={"position": position})),
+        "speed": plots.speed(named),
+        "trade": plots.trade(named),
+        "time": plots.time_split(named),
+        **{picture.name: picture for picture in plots.acceptance(named)},
+    }
+    for name, picture in made.items():
+        assert picture is not None
+        svg = picture.inline()
+        assert not {"\x07", "\u202e"} & set(svg)
+        assert "mathdefault" not in svg
+        if name in ("cost", "coefficients"):
+            assert all(label in svg for label in shown)
+        if name in ("speed", "trade"):
+            assert f" {rows[0].name}<" in svg
+
+
+def test_auto_that_drafts_nothing_is_in_the_charts() -> None:
+    bench = example_bench()
+    none = bench.results[-1].model_copy(update={"budget": 0})
+    bench = bench.model_copy(update={"results": (*bench.results[:-1], none)})
+    for make in (plots.speed, plots.nfe, plots.trade, plots.time_split):
+        picture = make(bench)
+        assert picture is not None
+        assert "auto (" in picture.text
+        assert any("auto" in tip for tip in picture.tips.values())
+    alone = bench.model_copy(update={"results": (bench.results[0], none)})
+    picture = plots.nfe(alone)
+    assert picture is not None
+    assert "auto (0: " in picture.text
+
+
+def test_counts_are_told_in_full() -> None:
+    bench = example_bench()
+    rows = [
+        r.model_copy(update={"nfe": 98_304, "tokens_per_second": 12_345.6}) for r in bench.results
+    ]
+    many = bench.model_copy(update={"results": tuple(rows)})
+    for make, said in ((plots.nfe, "98,304"), (plots.tokens_per_second, "12,346")):
+        picture = make(many)
+        assert picture is not None
+        assert all(f": {said} " in tip for tip in picture.tips.values())
+        assert picture.text.count(said) == len(rows)
+        assert "e+" not in picture.text
+
+
+def light(colour: str) -> list[float]:
+    """A colour's channels as light, each 0 to 1."""
+    channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+
+
+def luminance(channels: list[float]) -> float:
+    return 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
+
+
+def mixed(colour: str, paper: str, alpha: float) -> str:
+    pairs = [(int(colour[k : k + 2], 16), int(paper[k : k + 2], 16)) for k in (1, 3, 5)]
+    return "#" + "".join(f"{round(alpha * a + (1 - alpha) * b):02x}" for a, b in pairs)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_numbers_of_the_heat_map_can_be_read(html: str, dark: bool) -> None:
+    """Cells are drawn over the page, by their share; the contrast is WCAG's."""
+    style = html.split("<style>")[1].split("</style>")[0]
+    part = style.split("prefers-color-scheme: dark")[1] if dark else style
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", part.split("}")[0]))
+    svg = next(s for s in re.findall(r"<svg.*?</svg>", html, re.DOTALL) if 'id="ranks-text"' in s)
+    cells = [
+        (name, float(alpha))
+        for name, alpha in re.findall(r"fill: var\(--([a-z-]+)\); opacity: ([\d.]+)", svg)
+        if name in ("graph", "model")
+    ]
+    assert len(cells) > 8
+    assert max(alpha for _, alpha in cells) > 0.3
+    texts = set(re.findall(r"fill: var\(--([a-z-]+)\)", svg))
+    assert texts <= {"ink", "muted", "graph", "model", "paper"}
+    ink = luminance(light(colours["ink"])) + 0.05
+    for name, alpha in [*cells, *((name, 0.5) for name in ("graph", "model", "chain", "order"))]:
+        ground = luminance(light(mixed(colours[name], colours["paper"], alpha))) + 0.05
+        assert max(ink, ground) / min(ink, ground) >= 4.5, (name, alpha)
+
+
 def test_large_and_empty_graphs_can_be_drawn() -> None:
     from spiffy.bench.plots import draft_graph
 
@@ -562,7 +745,8 @@ def test_the_step_through_obeys_slider_buttons_and_keys(
     cells = "document.querySelectorAll('#player-answer .tok:not(.given)')"
     texts = browser.js(f"[...{cells}].map(e => e.firstChild.textContent)")
     committed = {p: visible(t) for turn in walk.turns for step in turn.steps for p, t in step}
-    last = max(turn.span[1] for turn in walk.turns)
+    last = walk.answer_start + len(texts)
+    assert last >= max(p + 1 for p in committed)
     assert texts == [committed.get(p, "_") for p in range(walk.answer_start, last)]
     # The forward with most accepted drafts: its lines say so.
     best = max(range(count), key=lambda k: sum(d.accepted for d in walk.turns[k].drafts))
@@ -574,6 +758,40 @@ def test_the_step_through_obeys_slider_buttons_and_keys(
     assert browser.js(f"document.querySelectorAll('{rows}').length") == len(turn.drafts) + 2
     accepted = browser.js(f"document.querySelectorAll('{rows}.accepted').length")
     assert accepted == sum(draft.accepted for draft in turn.drafts) > 0
+    assert browser.errors() == []
+
+
+@needs_browser
+def test_tokens_that_policy_joint_replaces_are_no_masks(browser: Browser, tmp_path: Path) -> None:
+    bench = example_bench()
+    assert bench.walkthrough is not None
+    start = bench.walkthrough.answer_start
+    span = bench.walkthrough.turns[0].span
+    draft = Draft(fill=((start, "new"), (start + 1, "b")), parents=(0,), accepted=True)
+    turns = (
+        Turn(block=0, span=span, drafts=(), steps=(((start, "old"),),), seconds=0.1),
+        Turn(
+            block=0,
+            span=span,
+            drafts=(draft,),
+            steps=((), ((start, "new"), (start + 1, "b")), ((start + 2, "c"),)),
+            seconds=0.1,
+        ),
+    )
+    walk = bench.walkthrough.model_copy(update={"turns": turns})
+    bare = {"profile": None, "nodes": (), "results": bench.results[:1]}
+    html_of(bench.model_copy(update={"walkthrough": walk, **bare}), tmp_path)
+    browser.open((tmp_path / "report.html").as_uri(), 1280)
+    browser.press("ArrowRight")
+    rows = browser.js(
+        "[...document.querySelectorAll('#player-drafts tbody tr')]"
+        ".map(r => [...r.children].map(c => c.textContent))"
+    )
+    assert rows == [
+        ["root", "old", "_", "_", "the state so far"],
+        ["1 (from root)", "new", "b", "_", "accepted: the state after step 2"],
+        ["committed", "new2", "b2", "c3", "3 steps"],
+    ]
     assert browser.errors() == []
 
 

@@ -12,6 +12,7 @@ from spiffy.bench.plots.style import (
     MUTED,
     SIZE,
     Picture,
+    label_of,
     legend_below,
     listed,
     new_figure,
@@ -22,8 +23,16 @@ from spiffy.schemas import AcceptanceModel, CostPoint, CostProfile
 
 
 @styled
-def cost(profile: CostProfile, chosen: int | None = None, name: str = "cost") -> Picture | None:
-    """What a forward costs by number of drafts; `chosen` is what auto took."""
+def cost(
+    profile: CostProfile, chosen: int | None = None, name: str = "cost", *, predicted: bool = False
+) -> Picture | None:
+    """What a forward costs by number of drafts.
+
+    Parameters
+    ----------
+    chosen
+        Drafts that auto took for most forwards, or that are `predicted` to pay; 0: none.
+    """
     figure = new_figure(*SIZE)
     axes = figure.add_subplot()
     tips: dict[str, str] = {}
@@ -38,21 +47,24 @@ def cost(profile: CostProfile, chosen: int | None = None, name: str = "cost") ->
         curves.append((label, points, colour, marker))
     for label, points, colour, marker in curves:
         x, y = [p.drafts for p in points], [1000 * p.seconds for p in points]
-        axes.plot(x, y, color=colour, marker=marker, label=label, linewidth=1.4)
+        axes.plot(x, y, color=colour, marker=marker, label=label_of(label), linewidth=1.4)
         measured = list(zip(x, y, strict=True))
         tips |= targets(axes, x, y, [f"{label}, {n}: {ms:.3g} ms" for n, ms in measured], name)
         words.append(f"{label} ({listed([(n, f'{ms:.3g}') for n, ms in measured])})")
     if chosen is not None:
         axes.axvline(chosen, color=COLOURS["auto"], linestyle=(0, (5, 3)), linewidth=1.4)
         axes.annotate(
-            f"auto: {chosen or 'no drafts'}",
+            f"{'predicted to pay' if predicted else 'auto'}: {chosen or 'no drafts'}",
             (chosen, 0.95),
             xycoords=("data", "axes fraction"),
             xytext=(4, 0),
             textcoords="offset points",
             color=COLOURS["auto"],
         )
-        words.append(f"auto chose {chosen} drafts")
+        drafts = f"{chosen} drafts" if chosen else "no drafts"
+        words.append(
+            f"predicted to pay: {drafts}" if predicted else f"auto chose {drafts} most often"
+        )
     axes.set_ylim(bottom=0)
     axes.margins(x=0.04)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -130,7 +142,7 @@ def coefficients(model: AcceptanceModel) -> Picture | None:
         axes = figure.add_subplot(1, len(parts), at)
         ordered = sorted(part.items(), key=lambda item: -abs(item[1]))[:_LARGEST]
         axes.barh(range(len(ordered)), [v for _, v in ordered], color=colour, height=0.7)
-        axes.set_yticks(range(len(ordered)), [k for k, _ in ordered], fontsize=7.5)
+        axes.set_yticks(range(len(ordered)), [label_of(k) for k, _ in ordered], fontsize=7.5)
         axes.set_ylim(max(sizes) - 0.4, -0.6)
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.tick_params(axis="y", length=0)

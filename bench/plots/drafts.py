@@ -12,9 +12,9 @@ from spiffy.bench.plots.style import (
     COLOUR_OF,
     INK,
     SIZE,
-    STRONG,
     WHO,
     Picture,
+    label_of,
     legend_below,
     listed,
     new_figure,
@@ -23,6 +23,7 @@ from spiffy.bench.plots.style import (
     targets,
 )
 from spiffy.schemas.bench import Acceptance, Bench, MethodKind, Result, Tally
+from spiffy.schemas.html import presentable
 
 
 def acceptance(bench: Bench) -> list[Picture]:
@@ -91,7 +92,7 @@ def _shares(
         if not points:
             continue
         x, y = [p[0] for p in points], [p[1] for p in points]
-        axes.plot(x, y, label=result.name, **points_and_line(result.kind))
+        axes.plot(x, y, label=label_of(result.name), **points_and_line(result.kind))
         told = [f"{result.name}, {at}: {s:.1%} of {t.drafted}" for at, s, t in points]
         tips |= targets(axes, x, y, told, name)
         words.append(f"{result.name} ({listed([(at, f'{s:.0%}') for at, s, _ in points])})")
@@ -120,7 +121,7 @@ def _walks(results: Sequence[Result]) -> Picture | None:
         total = sum(result.acceptance.walk_lengths)
         y = [count / total for count in result.acceptance.walk_lengths]
         x = list(range(len(y)))
-        axes.plot(x, y, label=result.name, **points_and_line(result.kind))
+        axes.plot(x, y, label=label_of(result.name), **points_and_line(result.kind))
         told = [f"{result.name}: {s:.1%} of forwards, {k} accepted" for k, s in enumerate(y)]
         tips |= targets(axes, x, y, told, "walks")
         words.append(f"{result.name} ({listed([(k, f'{s:.0%}') for k, s in enumerate(y)])})")
@@ -170,7 +171,7 @@ def _ranks(results: Sequence[Result]) -> Picture | None:
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set_ylabel("token rank")
-        axes.set_title(f"Accepted fills, %: {name}")
+        axes.set_title(f"Accepted fills, %: {presentable(name)}")
         shares = [(key, f"{t.accepted / t.drafted:.0%}") for key, t in sorted(cells.items())]
         words.append(f"{name} ({listed(shares)})")
     all_axes[-1].set_xlabel("position rank (0: most confident)")
@@ -184,7 +185,10 @@ def _ranks(results: Sequence[Result]) -> Picture | None:
 def _heat_cell(
     axes: Axes, i: int, j: int, tally: Tally, colour: str, columns: int, gid: str
 ) -> str:
-    """Draw a cell, opaque by share, which works on light and dark pages; returns its tip."""
+    """Draw a cell, opaque by share, which works on light and dark pages; returns its tip.
+
+    Never more than half: whatever the page, its ink can be read on that.
+    """
     share = tally.accepted / tally.drafted
     axes.add_patch(
         Rectangle(
@@ -192,7 +196,7 @@ def _heat_cell(
             0.94,
             0.9,
             facecolor=colour,
-            alpha=0.06 + 0.94 * share,
+            alpha=0.06 + 0.44 * share,
             linewidth=0,
             gid=gid,
         )
@@ -204,6 +208,6 @@ def _heat_cell(
         ha="center",
         va="center",
         fontsize=8.5 if columns <= 10 else 7,
-        color=STRONG if share > 0.5 else INK,
+        color=INK,
     )
     return f"position rank {i}, token rank {j}: {share:.1%} accepted of {tally.drafted} drafted"

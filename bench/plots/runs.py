@@ -15,6 +15,7 @@ from spiffy.bench.plots.style import (
     SIZE,
     WHO,
     Picture,
+    label_of,
     legend_below,
     listed,
     new_figure,
@@ -23,12 +24,13 @@ from spiffy.bench.plots.style import (
 )
 from spiffy.bench.tables import fewer_forwards, interval, more_positions
 from spiffy.schemas.bench import Bench, Interval, MethodKind, Result
+from spiffy.schemas.html import presentable
 
 
 def nfe(bench: Bench) -> Picture | None:
     """Forwards by budget."""
     return _by_budget(
-        bench, "nfe", "Model forwards (NFE)", "forwards, all prompts", lambda r: float(r.nfe)
+        bench, "nfe", "Model forwards (NFE)", "forwards, all prompts", lambda r: r.nfe
     )
 
 
@@ -39,7 +41,7 @@ def positions(bench: Bench) -> Picture | None:
         "positions",
         "Positions computed",
         "token positions, all prompts",
-        lambda r: float(r.positions_computed),
+        lambda r: r.positions_computed,
     )
 
 
@@ -78,26 +80,29 @@ def _by_budget(
     axes = figure.add_subplot()
     tips: dict[str, str] = {}
     words: list[str] = []
+    budgets = sorted({r.budget or 0 for results in curves.values() for r in results})
+    # On an axis of powers 0 drafts stand where half of the fewest would.
+    place = {n: float(n) or min(filter(None, budgets), default=2) / 2 for n in budgets}
     for at, (kind, results) in enumerate(curves.items()):
         # A little apart, or intervals would hide each other.
         shift = 1.0 if spread is None else 1.035 ** (at - (len(curves) - 1) / 2)
-        x, y = [(r.budget or 0) * shift for r in results], [value(r) for r in results]
+        x, y = [place[r.budget or 0] * shift for r in results], [value(r) for r in results]
         axes.plot(x, y, label=WHO[kind], **_look(kind))
         if spread is not None:
             intervals = [spread(r) for r in results]
             low, high = [i.low for i in intervals], [i.high for i in intervals]
             axes.vlines(x, low, high, color=COLOUR_OF[kind], linewidth=1.2)
-        told = [f"{r.name}: {value(r):,.4g} {unit}" for r in results]
+        told = [f"{r.name}: {_number(value(r))} {unit}" for r in results]
         if spread is not None:
             told = [f"{r.name}: {interval(spread(r))}" for r in results]
         tips |= targets(axes, x, y, told, name)
-        words.append(f"{WHO[kind]} ({listed([(r.budget, f'{value(r):,.4g}') for r in results])})")
+        words.append(f"{WHO[kind]} ({listed([(r.budget, _number(value(r))) for r in results])})")
     for result, dash in zip(_plains(bench), _DASHES, strict=False):
-        axes.axhline(value(result), color=COLOURS["plain"], linestyle=dash, label=result.name)
-        words.append(f"{result.name} ({value(result):,.4g})")
-    budgets = sorted({r.budget or 0 for results in curves.values() for r in results})
+        label = label_of(result.name)
+        axes.axhline(value(result), color=COLOURS["plain"], linestyle=dash, label=label)
+        words.append(f"{result.name} ({_number(value(result))})")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    axes.set_xticks([*place.values()], [str(budget) for budget in place])
     axes.minorticks_off()
     axes.margins(x=0.06, y=0.08)
     axes.set_xlabel("most drafts per forward")
@@ -115,6 +120,13 @@ def _by_budget(
     legend_below(figure, 3)
     text = f"{title} ({unit}) by most drafts per forward. {'; '.join(words)}."
     return Picture(name, title, text, figure, tips)
+
+
+def _number(value: float) -> str:
+    """Counts in full, others with what can be told of them."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 _RATIOS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
@@ -136,10 +148,10 @@ def _look(kind: MethodKind) -> dict[str, Any]:
 
 
 def _curves(bench: Bench) -> dict[MethodKind, list[Result]]:
-    """Results with a budget, by kind and ascending."""
+    """Results with a budget, by kind and ascending; auto's is 0 where it mostly drafted nothing."""
     curves: dict[MethodKind, list[Result]] = {}
     for kind in WHO:
-        results = [r for r in bench.results if r.kind == kind != "plain" and r.budget]
+        results = [r for r in bench.results if r.kind == kind and r.budget is not None]
         if results:
             curves[kind] = sorted(results, key=lambda r: (r.budget or 0, r.name))
     return curves
@@ -166,7 +178,7 @@ def trade(bench: Bench) -> Picture | None:
         tips |= targets(axes, x, y, told, "trade")
         pairs = [(r.budget, f"{f:.2f} for {p:.2f}") for r, p, f in zip(results, x, y, strict=True)]
         words.append(f"{WHO[kind]} ({listed(pairs)})")
-    axes.plot([1], [1], "o", color=COLOURS["plain"], label=bench.baseline)
+    axes.plot([1], [1], "o", color=COLOURS["plain"], label=label_of(bench.baseline))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.minorticks_off()
@@ -225,7 +237,7 @@ def time_split(bench: Bench) -> Picture | None:
             bar.set_gid(f"time-{part}-{at}")
             seconds = getattr(r.seconds, part)
             tips[f"time-{part}-{at}"] = f"{r.name}, {part}: {seconds:.3g} s"
-    axes.set_yticks(range(len(results)), [_short(r.name) for r in results])
+    axes.set_yticks(range(len(results)), [_short(presentable(r.name)) for r in results])
     axes.set_ylim(len(results) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)

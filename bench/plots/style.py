@@ -15,16 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spiffy.schemas.bench import MethodKind
+from spiffy.schemas.html import presentable
 
 #: Colours by role, told apart by the colour-blind too and dark enough on white. Each is used for
 #: one role only, because a page replaces them by CSS variables of the same name to go dark.
-INK, MUTED, GRID, PAPER, STRONG = "#1f2329", "#5a6570", "#d8dde3", "#ffffff", "#fefefe"
+INK, MUTED, GRID, PAPER = "#1f2329", "#5a6570", "#d8dde3", "#ffffff"
 COLOURS = {
     "ink": INK,
     "muted": MUTED,
     "grid": GRID,
     "paper": PAPER,
-    "on-accent": STRONG,
     "plain": "#59646f",
     "chain": "#a36a00",
     "paper-graph": "#a1347c",
@@ -71,6 +71,7 @@ STYLE: Any = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names are anybody's, and no formulas
 }
 
 
@@ -139,7 +140,7 @@ def _inline(picture: Picture) -> str:
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
         if element.tag == "g" and (name := element.attrib.pop("id", None)) in picture.tips:
             tip = ElementTree.Element("title")
-            tip.text = picture.tips[str(name)]
+            tip.text = presentable(picture.tips[str(name)])
             element.insert(0, tip)
             element.set("class", "tip")
         if (target := element.attrib.pop(_XLINK, None)) is not None:
@@ -148,7 +149,7 @@ def _inline(picture: Picture) -> str:
             element.set("style", _themed(style))
     width, height = (round(float(root.attrib.pop(side)[:-2])) for side in ("width", "height"))
     title, text = ElementTree.Element("title"), ElementTree.Element("desc")
-    title.text, text.text = picture.title, picture.text
+    title.text, text.text = picture.title, presentable(picture.text)
     title.set("id", f"{picture.name}-title")
     text.set("id", f"{picture.name}-text")
     root.insert(0, text)
@@ -175,6 +176,15 @@ def _themed(style: str) -> str:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure in our style; inches at 72 points, about 100 CSS pixels on a page."""
     return Figure(figsize=(width, height))
+
+
+def label_of(name: str) -> str:
+    """A foreign name as a label: such as SVG can hold, and no legend leaves out.
+
+    Legends pass over names that begin with an underscore.
+    """
+    shown = presentable(name)
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def legend_below(figure: Figure, columns: int = 4) -> None:

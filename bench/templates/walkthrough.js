@@ -87,15 +87,18 @@
     }
     const thead = make("thead");
     thead.append(head);
-    const lines = [row("root", columns.map(mask), "the state so far", "")];
-    const order = turn.drafts.filter((d) => d.accepted).map((d) => d.fill.length);
-    order.sort((a, b) => a - b);
+    // What stood there before: policy joint replaces tokens, too.
+    const known = committed(now - 1);
+    const before = (p) => (known.has(p) ? token(known.get(p)[0], "") : mask());
+    const lines = [row("root", columns.map(before), "the state so far", "")];
+    const changed = new Set();
+    const sizes = turn.steps.map((step) => step.forEach(([p]) => changed.add(p)) ?? changed.size);
     turn.drafts.forEach((draft, k) => {
       const fill = new Map(draft.fill);
-      const cells = columns.map((p) => (fill.has(p) ? token(fill.get(p), "fill") : mask()));
+      const cells = columns.map((p) => (fill.has(p) ? token(fill.get(p), "fill") : before(p)));
       const from = draft.parents.map((n) => (n ? String(n) : "root")).join(", ");
       const verdict = draft.accepted
-        ? "accepted: the state after step " + (order.indexOf(draft.fill.length) + 1)
+        ? "accepted: the state after step " + (sizes.indexOf(draft.fill.length) + 1)
         : "no";
       lines.push(
         row(k + 1 + " (from " + from + ")", cells, verdict, draft.accepted ? "accepted" : "rejected"),
@@ -103,7 +106,7 @@
     });
     const end = new Map(steps.map(([p, text, s]) => [p, [text, s]]));
     const cells = columns.map((p) =>
-      end.has(p) ? token(end.get(p)[0], end.get(p)[1] > 1 ? "hop" : "first", end.get(p)[1]) : mask(),
+      end.has(p) ? token(end.get(p)[0], end.get(p)[1] > 1 ? "hop" : "first", end.get(p)[1]) : before(p),
     );
     lines.push(row("committed", cells, count(turn.steps.length, "step"), "result"));
     const body = make("tbody");

@@ -124,7 +124,7 @@ class Job:
                 task.adviser = WatchedAdviser(task.adviser)
             elif task.drafter is not None:
                 task.drafter = Watched(task.drafter)
-            self._watch = Watch(task)
+            self._watch = Watch(task, keeps_path=False)
         #: When its first forward began.
         self.joined: float | None = None
 
@@ -139,6 +139,7 @@ class Job:
     def end(self) -> Done | Failed:
         """Tell how it ended."""
         event: Done | Failed
+        self.task.keeps_path = False  # nobody watches it any more, nor a copy of it
         try:
             event = self._done()
         except Exception as error:  # such as of a tokenizer

@@ -16,9 +16,13 @@ _OBJECTS = {"chat": "chat.completion", "text": "text_completion"}
 _PREFIXES = {"chat": "chatcmpl", "text": "cmpl"}
 
 
+#: What JSON leaves in strings as it is, and Python's `splitlines` ends a line with.
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
+
+
 def sent(content: Any) -> bytes:
-    """A server-sent event; JSON has no line ends of its own."""
-    return f"data: {canonical_json(content)}\n\n".encode()
+    """A server-sent event: one line, whatever its reader takes for the end of one."""
+    return f"data: {canonical_json(content).translate(_LINE_ENDS)}\n\n".encode()
 
 
 #: What OpenAI's streams end with, and what keeps a connection open that has nothing to say.
