@@ -14,8 +14,9 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo          four tiny models with and without drafts, and a real model's size"
 	@echo "make test          run the whole test suite"
-	@echo "make bench         every way of drafting side by side: docs/results.md, README's table"
-	@echo "make results       measure the other tables in docs/ again (three hours)"
+	@echo "make bench         every way of drafting side by side: README's table, docs/results.md"
+	@echo "make results       measure the other tables in docs/ again (more than three hours)"
+	@echo "     GSM8K=FILE    for both: its JSONL file; tables with its prompts are left out without"
 	@echo "make lint types    ruff and who may import whom; mypy --strict on the installed layout"
 	@echo "make imports       which room of the package imports which"
 	@echo "make docs          the pages in docs/ and the API reference as a site, in .work/site"
@@ -40,16 +41,21 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python studies/demo.py
 
-# GSM8K=FILE adds runs on that JSONL file: its hub is not always at hand.
+# GSM8K=FILE is a JSONL file with its prompts: its hub is not always at hand. What pages have of them, and say
+# about them, stays as it is without.
+KEPT = @echo "without GSM8K=FILE, what it is a part of stays as it is:"
 bench: $(READY)
-	$(BIN)/python studies/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into docs/results.md README.md
+	$(BIN)/python studies/bench.py $(if $(GSM8K),--gsm8k $(GSM8K)) --into README.md $(if $(GSM8K),docs/results.md)
+	$(if $(GSM8K),,$(KEPT) docs/results.md)
 
 results: $(READY)
-	$(BIN)/python studies/losslessness.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/losslessness.md
+	$(BIN)/python studies/losslessness.py $(if $(GSM8K),--dataset $(GSM8K),--tables losslessness company) \
+		--into docs/losslessness.md
 	$(BIN)/python studies/edges.py --into docs/results-edges.md
 	$(BIN)/python studies/graphs.py --into docs/results-drafting.md --plot docs/results-drafting.svg
-	$(BIN)/python studies/domains.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/results-drafting.md
-	$(BIN)/python studies/rival.py $(if $(GSM8K),--dataset $(GSM8K)) --into docs/rival.md
+	$(if $(GSM8K),$(BIN)/python studies/domains.py --dataset $(GSM8K) --into docs/results-drafting.md)
+	$(if $(GSM8K),$(BIN)/python studies/rival.py --dataset $(GSM8K) --into docs/rival.md)
+	$(if $(GSM8K),,$(KEPT) domains in docs/results-drafting.md, docs/rival.md, sharing in docs/losslessness.md)
 	$(BIN)/python studies/ablations.py --into docs/results-drafting.md
 	$(BIN)/python studies/auto.py --into docs/results-time.md
 	$(BIN)/python studies/auto.py --busy --into docs/results-time.md
@@ -73,6 +79,9 @@ results: $(READY)
 		--prompts 1 --budgets 1,2,4,8 --key real-sizes-bfloat16-block-32 --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-sdar --blocks 8 --weights disk --prompts 1 \
 		--budgets 2,8 --key real-sizes-disk --into docs/results-time.md
+	$(BIN)/python studies/prefix.py --into docs/results-time.md
+	$(BIN)/python studies/compiled.py --prompts 8 --into docs/results-time.md
+	$(BIN)/python studies/compiled.py --shape 0.3b --models tiny-sdar --prompts 4 --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --seconds 96 --turns 24 --warm-up 10 \
 		--into docs/serving.md

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import copy_context
+from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
@@ -57,15 +58,27 @@ def read_threads(words: str) -> int | None:
 
 
 def set_threads(model: DiffusionLM, settings: DecodingSettings, threads: int | None) -> None:
-    """Compute with that many threads; None: one where a model is too small for all there are."""
+    """Compute with that many threads; None: one where a model is too small for all there are.
+
+    What earlier calls have chosen does not count as what there is.
+    """
     import torch
 
+    everything = _initial_threads()  # before it is changed here for the first time
     if threads is None:
         whole = settings.plain_cache in ("none", "prefix")
         positions = settings.gen_length if whole else settings.block_length
         small = _multiplications(model, positions) < _FEW
-        threads = 1 if small else torch.get_num_threads()
+        threads = 1 if small else everything
     torch.set_num_threads(threads)
+
+
+@cache
+def _initial_threads() -> int:
+    """What torch, the environment or the program had chosen before the first call here."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def apart(work: Callable[[], _Result]) -> _Result:

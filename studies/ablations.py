@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from pages import add_into, command, fill
+from pages import add_into, command, expect, fill
 
 from graphs import LAYOUTS, Case, cases
 from spiffy.calib.fit import fit_acceptance
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--gen-length", type=int, default=64)
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "ablations")
     columns: list[str] = []
     rows: dict[str, list[str]] = {name: [] for name in WITHOUT}
     for case in cases(args):
@@ -118,8 +119,7 @@ def main() -> None:
     )
     block = "\n".join([note, "", *table])
     print(block)
-    for path in args.into:
-        fill(path, "ablations", block)
+    fill(args.into, "ablations", block)
 
 
 if __name__ == "__main__":

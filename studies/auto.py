@@ -32,7 +32,7 @@ wait_passively()  # as the commands do, before torch is imported
 import torch
 from fresh import forgetting_costs
 from losslessness import POLICIES
-from pages import add_into, command, fill
+from pages import add_into, command, expect, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -187,6 +187,8 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="beside a process that works")
     add_into(parser)
     args = parser.parse_args()
+    key = "auto-busy" if args.busy else "auto"
+    expect(parser, args.into, key)
     load = os.getloadavg()[0]
     spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if args.busy else None
     try:
@@ -206,8 +208,7 @@ def main() -> None:
     )
     block = f"{note}\n\n{table(rows, args.samples)}"
     print(f"\n{block}")
-    for path in args.into:
-        fill(path, "auto-busy" if args.busy else "auto", block)
+    fill(args.into, key, block)
 
 
 if __name__ == "__main__":

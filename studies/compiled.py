@@ -24,7 +24,8 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from pages import add_into, fill
+from fresh import forgetting_costs
+from pages import add_into, expect, fill
 from serving import calibrated, questions
 from torch._dynamo.utils import counters
 
@@ -84,14 +85,15 @@ def line(name: str, args: argparse.Namespace, folder: Path) -> str:
     }
     options = {"cache": cache, "gen_length": args.gen_length}
     found: dict[str, list[Output]] = {way: [] for way in ways}
-    for number, prompt in enumerate(questions(args.prompts + 1)):
-        for way in random.Random(number).sample(
-            list(ways), len(ways)
-        ):  # nobody follows a heavy one
-            model, artifact = ways[way]
-            out = generate(model, prompt, graph=artifact, **options)
-            if number:  # the first one is slow, however it is decoded
-                found[way].append(out)
+    with forgetting_costs():  # calibration measured the model as it is, not the compiled one
+        for number, prompt in enumerate(questions(args.prompts + 1)):
+            # Nobody follows a heavy one.
+            order = random.Random(number).sample(list(ways), len(ways))
+            for way in order:
+                model, artifact = ways[way]
+                out = generate(model, prompt, graph=artifact, **options)
+                if number:  # the first one is slow, however it is decoded
+                    found[way].append(out)
     seconds = {way: [out.stats.seconds for out in outs] for way, outs in found.items()}
 
     def gain(way: str) -> float:
@@ -122,6 +124,8 @@ def main() -> None:
     parser.add_argument("--compile", choices=CACHES, help=argparse.SUPPRESS)
     add_into(parser)
     args = parser.parse_args()
+    key = "compiled" if args.shape is None else f"compiled-{args.shape}"
+    expect(parser, args.into, key)
     torch.set_num_threads(1)
     if args.compile is not None:
         print(loaded(args.compile, args.shape, compiled=True)[1])
@@ -137,8 +141,8 @@ def main() -> None:
         f"{args.prompts} --gen-length {args.gen_length}` (one thread, torch {torch.__version__}, "
         f"{platform.machine()})\n\n"
     ) + "\n".join(lines)
-    for path in args.into:
-        fill(path, "compiled" if args.shape is None else f"compiled-{args.shape}", text)
+    print(f"\n{text}")
+    fill(args.into, key, text)
 
 
 if __name__ == "__main__":

@@ -177,8 +177,9 @@ def main() -> int:
             tiny = load_model("tiny-sdar", device="cpu", dtype=dtype)
             graph = DraftGraph.load(args.out / "tiny-sdar.json")
             large = grow(tiny, SHAPE)
-            prepack_if_faster(large)  # as the commands do
-        grown = grow_graph(graph, tiny, large)
+            grown = grow_graph(graph, tiny, large)
+            set_threads(large, decoding_settings(large, grown), None)
+            prepack_if_faster(large)  # as the commands do, with as many threads as decode
         with forgetting_costs():
             line = race(f"{SHAPE} shape", large, grown, few, count=False)
         console.print(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from losslessness import ON, decode_all, fitting, versions
-from pages import add_into, command, fill
+from pages import add_into, command, expect, fill
 
 from spiffy.bench.methods import NO_EDGES
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--gen-length", type=int, default=64)
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "domains")
     head = ["model, cache, policy", "prompts", "drafts", "plain NFE", *WAYS, "at the end by"]
     table = [
         f"| {' | '.join(head)} | against the better of chain and graph |",
@@ -203,8 +204,8 @@ def main() -> None:
             table.append(line)
     note = f"`{command()}` ({args.samples} prompts of each; {versions()})"
     block = "\n".join([note, "", *table])
-    for path in args.into:
-        fill(path, "domains", block)
+    print(f"\n{block}")
+    fill(args.into, "domains", block)
 
 
 if __name__ == "__main__":

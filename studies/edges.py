@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from losslessness import OFF, ON, POLICIES, decode_all, versions
-from pages import add_into, fill
+from pages import add_into, expect, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
@@ -146,14 +146,14 @@ def main() -> None:
     parser.add_argument("--gen-length", type=int, default=64)
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "edges")
     total = len(LAYOUTS) * len(BLOCK_LENGTHS) * len(POLICIES)
     measured = list(track(groups(args), description="block edges", total=total))
     command = f"python studies/edges.py --samples {args.samples} --calibrate {args.calibrate}"
     note = f"`{command} --gen-length {args.gen_length}` ({versions()})"
     block = f"{note}\n\n{table(measured, args.samples)}"
     print(f"\n{block}")
-    for path in args.into:
-        fill(path, "edges", block)
+    fill(args.into, "edges", block)
 
 
 if __name__ == "__main__":

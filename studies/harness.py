@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from losslessness import versions
-from pages import add_into, fill
+from pages import add_into, expect, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=20, help="calibration problems")
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "harness")
     lines = [
         "| model | cache | drafts | exact_match | NFE | positions | steps a forward | identical |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -125,8 +126,7 @@ def main() -> None:
     command = f"python studies/harness.py --samples {args.samples} --calibrate {args.calibrate}"
     block = f"`{command}` (lm-evaluation-harness {harness}, {versions()})\n\n" + "\n".join(lines)
     print(f"\n{block}")
-    for path in args.into:
-        fill(path, "harness", block)
+    fill(args.into, "harness", block)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ import httpx
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pages import add_into, fill
+from pages import add_into, expect, fill
 from rich.console import Console
 from scipy.stats import bootstrap
 from serving import Server, calibrated, percentile, questions, serving
@@ -286,9 +286,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.turns % args.servers or "none" not in args.ways:
         parser.error("--turns has to be a multiple of --servers, and none one of --ways")
-    found = measure(args)
     shape = f" --shape {args.shape}" if args.shape else ""
     several = f" --servers {args.servers}" if args.servers > 1 else ""
+    key = f"load {args.model}{shape}{several}"
+    expect(parser, args.into, key)
+    found = measure(args)
     ways = "" if args.ways == [*WAYS] else f" --ways {' '.join(args.ways)}"
     block = (
         f"`python studies/load.py --model {args.model} --cache {args.cache}{shape} --clients "
@@ -298,8 +300,7 @@ def main() -> None:
         f"{platform.machine()})\n\n{table(found, args.ways, args.servers)}"
     )
     print(f"\n{block}")
-    for path in args.into:
-        fill(path, f"load {args.model}{shape}{several}", block)
+    fill(args.into, key, block)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from pages import add_into, fill
+from pages import add_into, expect, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -407,6 +407,7 @@ def main() -> None:
     parser.add_argument("--dataset-gen-length", type=int, default=128)
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, *args.tables)
     command = "python studies/losslessness.py --models"
     size = f"--calibrate {args.calibrate} --gen-length {args.gen_length}"
     blocks: dict[str, str] = {}
@@ -439,8 +440,7 @@ def main() -> None:
         )
     for key, block in blocks.items():
         print(f"\n{block}")
-        for path in args.into:
-            fill(path, key, block)
+        fill(args.into, key, block)
 
 
 Line = TypeVar("Line")

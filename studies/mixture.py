@@ -19,7 +19,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from pages import add_into, command, fill
+from pages import add_into, command, expect, fill
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "mixture")
     model = load_model(args.model, device="cpu", dtype="float32")
     rows: list[Row] = []
     for policy in args.policies:
@@ -156,8 +157,7 @@ def main() -> None:
         *table(rows, args.problems),
     ]
     print("\n".join(lines))
-    for path in args.into:
-        fill(path, "mixture", "\n".join(lines))
+    fill(args.into, "mixture", "\n".join(lines))
 
 
 if __name__ == "__main__":

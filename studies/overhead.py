@@ -47,7 +47,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from pages import add_into, command, fill
+from pages import add_into, command, expect, fill
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from spiffy.bench.grow import SHAPES, grow
@@ -86,6 +86,7 @@ WAYS = (
     (WITHOUT, 32),
 )
 PARTS = ("forward", "head", "walk", "compare", "draft", "rest")
+KEYS = {"parts": "overhead", "host": "overhead-host"}  # of the tables in the page
 
 
 def random_model(layers: int) -> DiffusionLM:
@@ -160,7 +161,7 @@ def take_apart(
     task = make_task(model, prompt, settings)
     task.drafter = drafter
     stats, turns = task.stats, []
-    with timed(model, "head") as heads, timed(loop, "find") as finds:
+    with timed(model, "head") as heads, timed(loop, "find") as finds, timed(loop, "_candidates"):
         decoding = loop.denoise(task)
         rows = next(decoding)
         for _ in range(forwards):
@@ -178,7 +179,7 @@ def take_apart(
             walk = 1000 * (stats.verify_seconds - before.verify_seconds)
             draft = 1000 * (stats.draft_seconds - before.draft_seconds)
             steps = stats.steps - before.steps
-            head = sum(heads[:steps])  # drafting may ask about the next block after that
+            head = sum(heads)  # of the walk: calls from `_candidates` count there
             ms = {
                 "forward": 1000 * (forwarded - started),
                 "head": head,
@@ -464,14 +465,14 @@ def in_papers_terms(model: DiffusionLM, graph: DraftGraph, *counts: int) -> Iter
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    tables = ("parts", "host")
-    parser.add_argument("--tables", nargs="*", choices=tables, default=tables, help="which")
+    parser.add_argument("--tables", nargs="*", choices=KEYS, default=[*KEYS], help="which")
     parser.add_argument("--forwards", type=int, default=16, help="forwards to take apart")
     parser.add_argument("--repeats", type=int, default=3, help="decodes that medians are over")
     parser.add_argument("--layers", type=int, default=20, help="of the random model (20: 302M)")
     add_into(parser)
     parser.add_argument("--count", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    expect(parser, args.into, *(KEYS[name] for name in args.tables))
     if args.count is not None:
         count(args.count)
         return
@@ -485,15 +486,14 @@ def main() -> None:
     for name in args.tables:
         started = os.getloadavg()[0]
         if name == "parts":
-            key, found = "overhead", by_part(model, settings, graph, args.layers, *counts)
+            found = by_part(model, settings, graph, args.layers, *counts)
         else:
-            key, found = "overhead-host", in_papers_terms(model, graph, *counts)
+            found = in_papers_terms(model, graph, *counts)
         table = "\n".join(found)
         load = f"load average {started:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"
         note = f"`{command()}` ({machine}, torch {torch.__version__}; {load})"
         print(f"{note}\n\n{table}\n")
-        for path in args.into:
-            fill(path, key, f"{note}\n\n{table}")
+        fill(args.into, KEYS[name], f"{note}\n\n{table}")
 
 
 if __name__ == "__main__":

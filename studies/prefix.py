@@ -28,7 +28,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from pages import add_into, fill
+from pages import add_into, expect, fill
 from rich.progress import track
 
 from spiffy.bench.grow import grow
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "prefix")
     if not os.access(PROCESS / "clear_refs", os.W_OK):
         parser.error("peaks of memory are set back as Linux does: start it there")
     if args.case is not None:
@@ -137,8 +138,7 @@ def main() -> None:
         "\n\n" + "\n".join(lines)
     )
     print(text)
-    for path in args.into:
-        fill(path, "prefix", text)
+    fill(args.into, "prefix", text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from pages import add_into, fill
+from pages import add_into, expect, fill
 from real_sizes import numbers, words
 from rich.progress import track
 
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "prepack")
     heads = " | ".join(map(str, args.positions))
     lines = [
         f"| shape | dtype | | {heads} |",
@@ -97,8 +98,7 @@ def main() -> None:
     )
     block = "\n".join([note, "", *lines])
     print(f"\n{block}")
-    for path in args.into:
-        fill(path, "prepack", block)
+    fill(args.into, "prepack", block)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 from accelerate import dispatch_model
 from fresh import forgetting_costs
 from losslessness import decode_all
-from pages import add_into, command, fill
+from pages import add_into, command, expect, fill
 from rich.console import Console
 
 from spiffy.bench.grow import grow, grow_graph
@@ -322,7 +322,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--offload", type=Path, help="folder on the disk to stream from")
     parser.add_argument("--key", default="real-sizes", help="markers that the table goes between")
     add_into(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    expect(parser, args.into, args.key)
+    return args
 
 
 def main() -> int:
@@ -349,8 +351,8 @@ def main() -> int:
         )
         block = f"{note}\n\n{table(lines)}"
         print(f"\n{block}", flush=True)
-    for path in args.into if lines else ():  # all cases, or the page would hold some of them
-        fill(path, args.key, block)
+    if lines:  # all cases, or the page would hold some of them
+        fill(args.into, args.key, block)
     wrong = [line for line in lines if line.case.dtype == "float32"]
     return int(any(line.result.differing or line.of_tiny for line in wrong))
 

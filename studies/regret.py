@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-from pages import add_into, fill
+from pages import add_into, expect, fill
 
 from spiffy.runtime.budget.controller import LADDER, Controller
 from spiffy.runtime.budget.estimates import PLAIN, Choice, interpolated
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "regret")
     block = (
         f"`python studies/regret.py --seeds {args.seeds}` (simulated; mean regret of a first "
         f"answer of {FIRST} steps, and after 50 forwards of decodes of 1,200 steps; slowest decode "
@@ -194,8 +195,7 @@ def main() -> None:
         f"{changes(args.seeds)}"
     )
     print(block)
-    for path in args.into:
-        fill(path, "regret", block)
+    fill(args.into, "regret", block)
 
 
 if __name__ == "__main__":

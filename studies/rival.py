@@ -13,15 +13,17 @@ A second table decodes for real what the first has replayed. Counts repeat; only
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from losslessness import ON, decode_all, fitting, versions
-from pages import add_into, command, fill
+from pages import add_into, command, expect, fill
 from rich.progress import Progress
 
 from spiffy.bench.methods import Method, methods
@@ -110,20 +112,42 @@ def narrow(traces: Traces) -> Traces:
     return Traces(some, traces.nfe, traces.positions_computed)
 
 
+def made_of(
+    model: DiffusionLM, settings: DecodingSettings, prompts: PromptSet, training: Training
+) -> dict[str, Any]:
+    """All that a network depends on: made of something else it is another one."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.module.state_dict().items()):
+        weights.update(f"{name} {tuple(tensor.shape)} ".encode())
+        weights.update(tensor.numpy().tobytes())
+    return {
+        "model": model.fingerprint,
+        "weights": weights.hexdigest(),
+        "prompts": prompts.sha256,
+        "settings": settings.model_dump(mode="json"),
+        "training": asdict(training),
+    }
+
+
 def order_network(
     model: DiffusionLM,
     settings: DecodingSettings,
+    prompts: PromptSet,
     traces: Traces,
     training: Training,
     place: Path | None,
 ) -> Trained:
-    """Train one, or take what lies at `place` (without an ending) from a run before."""
+    """Train one, or take what lies at `place` (without an ending) if it is made of the same."""
     weights, about = (
         (None, None) if place is None else (_at(place, "safetensors"), _at(place, "json"))
     )
+    made = made_of(model, settings, prompts, training)
     if weights is not None and about is not None and weights.exists():
-        found = json.loads(about.read_text(encoding="utf-8"))
-        return Trained(load_order(weights), Report(**{**found, "losses": tuple(found["losses"])}))
+        found = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+        if found.get("made_of") == made:
+            report = {**found["report"], "losses": tuple(found["report"]["losses"])}
+            return Trained(load_order(weights), Report(**report))
+        print(f"{weights} is of other weights, prompts or options: training anew", flush=True)
     shape = OrderShape(settings.block_length, model.fingerprint)
     with Progress() as bar:
         line = bar.add_task(f"training on {model.name}", total=None)
@@ -137,8 +161,10 @@ def order_network(
         )
     if weights is not None and about is not None:
         weights.parent.mkdir(parents=True, exist_ok=True)
+        about.unlink(missing_ok=True)  # whatever comes now, it is not of the weights before
         save_order(network, weights)
-        about.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        kept = {"made_of": made, "report": asdict(report)}
+        about.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return Trained(network, report)
 
 
@@ -305,7 +331,7 @@ def calibrated(name: str, cache: CacheName, args: argparse.Namespace) -> Calibra
     paper = build_graph(model, prompts, settings, few, most, objective="paper")
     place = None if args.save is None else args.save / name
     training = Training(epochs=args.epochs, seed=args.seed)
-    trained = order_network(model, settings, traces, training, place)
+    trained = order_network(model, settings, prompts, traces, training, place)
     return Calibrated(model, settings, graph, paper, trained)
 
 
@@ -321,9 +347,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of training")
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--checked", type=int, default=40, help="prompts, decoded too")
-    parser.add_argument("--save", type=Path, help="folder to keep networks in, and take them from")
+    parser.add_argument("--save", type=Path, help="folder to keep networks in, and take these from")
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "rival")
     if args.into and args.only:
         parser.error("--only: the page holds all models, leave out --into")
     names = ("synthetic", *args.dataset)
@@ -349,14 +376,10 @@ def main() -> None:
                 again.append(checked(known, prompts, n))
                 print(again[-1], flush=True)
         tables.append("\n".join(table))
-    parts = [
-        f"`{command()}` ({args.samples} prompts of each; {versions()})",
-        *tables,
-        "\n".join(again),
-        "\n".join(trainings),
-    ]
-    for path in args.into:
-        fill(path, "rival", "\n\n".join(parts))
+    note = f"`{command()}` ({args.samples} prompts of each; {versions()})"
+    block = "\n\n".join([note, *tables, "\n".join(again), "\n".join(trainings)])
+    print(f"\n{block}")
+    fill(args.into, "rival", block)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 
 import httpx
 import torch
-from pages import add_into, fill
+from pages import add_into, expect, fill
 from serving import Server, calibrated, questions, serving
 
 from spiffy.runtime import decoding_settings, generate, load_model
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "soak")
     report, cases = Report(), good_cases(args.model)
     room = ("--max-batch", str(args.max_batch), "--max-waiting", str(args.max_waiting))
     with tempfile.TemporaryDirectory() as folder:
@@ -268,8 +269,7 @@ def main() -> None:
     print(f"\n{block}")
     for problem in report.wrong:
         print(f"wrong: {problem}")
-    for path in args.into:
-        fill(path, "soak", block)
+    fill(args.into, "soak", block)
     sys.exit(bool(report.wrong))
 
 

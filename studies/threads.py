@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 import torch
-from pages import add_into, fill
+from pages import add_into, expect, fill
 
 from spiffy.cli.threads import LOOKS, usable_cpus
 from spiffy.runtime.budget.cost import device_name
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-sdar")
     add_into(parser)
     args = parser.parse_args()
+    expect(parser, args.into, "threads")
     block = "\n".join(
         (
             f"`python studies/threads.py --model {args.model}` (milliseconds of a forward by its "
@@ -95,8 +96,7 @@ def main() -> None:
         )
     )
     print(block)
-    for path in args.into:
-        fill(path, "threads", block)
+    fill(args.into, "threads", block)
 
 
 if __name__ == "__main__":

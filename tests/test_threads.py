@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
 import torch
 
+from spiffy.cli import threads as chosen
 from spiffy.cli.threads import apart, read_threads, set_threads, usable_cpus, wait_passively
 from spiffy.runtime import decoding_settings, load_model
 from spiffy.schemas import SpiffyError
@@ -65,20 +67,34 @@ def test_what_is_no_number_of_threads_is_refused(words: str) -> None:
         read_threads(words)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """A process that begins with two, and has chosen none yet."""
+    before = torch.get_num_threads()
+    chosen._initial_threads.cache_clear()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+    chosen._initial_threads.cache_clear()
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_small_forwards_get_one_thread_and_a_number_is_taken_as_it_is() -> None:
     model = load_model("tiny-llada", device="cpu")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        set_threads(model, decoding_settings(model, block_length=8, cache="dual"), None)
-        assert torch.get_num_threads() == 1
-        torch.set_num_threads(2)
-        set_threads(model, decoding_settings(model, cache="none"), None)
-        assert torch.get_num_threads() == 2
-        set_threads(model, decoding_settings(model, cache="none"), read_threads("1"))
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    set_threads(model, decoding_settings(model, block_length=8, cache="dual"), None)
+    assert torch.get_num_threads() == 1
+    set_threads(model, decoding_settings(model, cache="none"), read_threads("3"))
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("earlier", [None, 1, 3])
+def test_what_was_chosen_earlier_is_not_all_there_is(earlier: int | None) -> None:
+    """A process that decodes with a small model first, and then with a large one."""
+    model = load_model("tiny-llada", device="cpu")
+    set_threads(model, decoding_settings(model, block_length=8, cache="dual"), earlier)
+    set_threads(model, decoding_settings(model, cache="none"), None)
+    assert torch.get_num_threads() == 2
 
 
 def test_threads_sleep_soon_unless_somebody_says_how_they_wait(

@@ -1,0 +1,253 @@
+"""What studies write into pages, and that they measure what they say."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import chain_graph, study
+from torch import Tensor
+
+from spiffy.bench.order import OrderNetwork, OrderShape
+from spiffy.bench.order_training import Report, Training
+from spiffy.calib.pipeline import Traces
+from spiffy.calib.prompts import PromptSet
+from spiffy.runtime import decoding_settings, generate, load_model
+from spiffy.runtime.budget.cost import cache_folder
+from spiffy.runtime.decode import loop
+from spiffy.runtime.draft import GraphDrafter, confidence_chain
+from spiffy.runtime.forward.pack import forward
+from spiffy.runtime.generate import Output
+from spiffy.runtime.models import DiffusionLM
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+WRITTEN_BY_GSM8K = {
+    ("docs/results.md", "bench"),
+    ("docs/results-drafting.md", "domains"),
+    ("docs/rival.md", "rival"),
+    ("docs/losslessness.md", "sharing"),
+}
+
+pages = study("pages")
+expect = pages.expect
+
+
+def marked(path: Path, *keys: str) -> Path:
+    path.write_text("\n".join(f"<!-- {key} -->\nold\n<!-- /{key} -->\nend" for key in keys))
+    return path
+
+
+def test_a_table_goes_into_the_pages_that_have_its_markers(tmp_path: Path) -> None:
+    one, other = marked(tmp_path / "a.md", "x", "y"), marked(tmp_path / "b.md", "y")
+    pages.fill([one, other], "x", "new")
+    assert one.read_text().count("new") == 1
+    assert "new" not in other.read_text()
+    pages.fill([], "x", "new")  # nobody asked for a page
+
+
+def test_a_table_without_a_place_is_no_success(tmp_path: Path) -> None:
+    page = marked(tmp_path / "a.md", "y")
+    before = page.read_text()
+    with pytest.raises(SystemExit, match="<!-- x -->"):
+        pages.fill([page], "x", "new")
+    assert page.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("held", "keys"), [([()], ("x",)), ([("x",)], ("x", "y")), ([("x",), ()], ("x",))]
+)
+def test_a_place_that_is_missing_is_told_before_measuring(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    held: list[tuple[str, ...]],
+    keys: tuple[str, ...],
+) -> None:
+    into = [marked(tmp_path / f"{k}.md", *some) for k, some in enumerate(held)]
+    with pytest.raises(SystemExit) as ended:
+        pages.expect(argparse.ArgumentParser(), into, *keys)
+    assert ended.value.code == 2
+    assert keys[-1] in capsys.readouterr().err
+
+
+def test_notes_name_files_of_this_disk_without_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "gsm8k.jsonl"
+    data.touch()
+    inside = str(ROOT / "docs" / "results.md")
+    given = ["--dataset", str(data), "humaneval", "a/b", "--samples", "8", "--save", inside]
+    monkeypatch.setattr(sys, "argv", ["/x/studies/domains.py", *given, "--into", "docs/rival.md"])
+    assert pages.command() == (
+        "python studies/domains.py --dataset gsm8k.jsonl humaneval a/b --samples 8 "
+        "--save docs/results.md"
+    )
+
+
+class _AskedError(Exception):
+    """A study would begin to measure."""
+
+
+def filled_by(words: list[str], patch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """Pages and keys of the tables that a study, called so, would fill."""
+    found: set[tuple[str, str]] = set()
+
+    def asked(parser: argparse.ArgumentParser, into: list[Path], *keys: str) -> None:
+        expect(parser, into, *keys)
+        found.update((str(page), key) for page in into for key in keys if pages._holds(page, key))
+        raise _AskedError
+
+    module = study(Path(words[0]).stem)
+    owner = module if hasattr(module, "expect") else module.pages
+    patch.setattr(owner, "expect", asked)
+    patch.setattr(sys, "argv", words)
+    with pytest.raises(_AskedError):
+        module.main()
+    patch.undo()
+    return found
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="asks make what it would run")
+def test_make_fills_every_marked_table_and_leaves_those_of_data_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):  # studies may set them
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+    def filled(*options: str) -> set[tuple[str, str]]:
+        command = ["make", "--dry-run", "bench", "results", *options]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        told = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+        lines = [shlex.split(line) for line in told.replace("\\\n", " ").splitlines() if line]
+        calls = [words[1:] for words in lines if words[1:] and words[1].startswith("studies/")]
+        with pytest.MonkeyPatch.context() as patch:
+            return {each for words in calls for each in filled_by(words, patch)}
+
+    every = {
+        (page.relative_to(ROOT).as_posix(), key)
+        for page in PAGES
+        for key in re.findall(r"<!-- /(.+?) -->", page.read_text(encoding="utf-8"))
+    }
+    assert filled("GSM8K=x.jsonl") == every
+    assert every - filled("GSM8K=") == WRITTEN_BY_GSM8K
+
+
+def test_pages_have_the_heads_that_studies_write() -> None:
+    head = study("bench").headline([]).splitlines()[0]
+    assert head in PAGES[0].read_text(encoding="utf-8")
+    head = study("graphs").forwards_table([]).splitlines()[0]
+    assert head in (ROOT / "docs" / "results-drafting.md").read_text(encoding="utf-8")
+
+
+def test_a_kept_order_network_is_taken_for_what_it_was_made_of_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rival, model = study("rival"), load_model("tiny-sdar", device="cpu")
+    settings = decoding_settings(model, gen_length=64)
+    trainings: list[Training] = []
+
+    def train(*given: Any) -> tuple[OrderNetwork, Report]:
+        trainings.append(given[4])
+        network = OrderNetwork(OrderShape(settings.block_length, model.fingerprint))
+        return network, Report(1, 1, 8, (1.5, 0.5), 2, 0.1, 0.5, 0.25)
+
+    monkeypatch.setattr(rival, "train", train)
+
+    def trained(text: str = "a", **options: int) -> int:
+        """How many trainings there were, after one more call."""
+        prompts, training = PromptSet("p", (text,)), Training(**options)
+        found = rival.order_network(
+            model, settings, prompts, Traces((), 0, 0), training, tmp_path / "n"
+        )
+        assert found.report.losses == (1.5, 0.5)
+        return len(trainings)
+
+    assert [trained(), trained()] == [1, 1]
+    assert "anew" not in capsys.readouterr().out
+    assert [trained(seed=1), trained(seed=1)] == [2, 2]
+    assert [trained(epochs=1), trained("b", epochs=1)] == [3, 4]
+    with torch.no_grad():
+        next(iter(model.module.parameters())).add_(1)
+    assert trained("b", epochs=1) == 5
+    (tmp_path / "n.json").unlink()
+    assert [trained("b", epochs=1), trained("b", epochs=1)] == [6, 6]
+    assert capsys.readouterr().out.count("training anew") == 5
+
+
+def test_the_head_of_a_walk_is_what_the_walk_asks_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several states at once, where it is dear; what drafting asks of it is drafting's."""
+    overhead, model = study("overhead"), load_model("tiny-llada", device="cpu")
+    settings = decoding_settings(
+        model, gen_length=32, block_length=8, cache="none", stop_at_eos=False
+    )
+    asked, drafting, seconds = [0], [False], [0.0]  # calls by turn
+    by_drafting = [0]
+    head, candidates = model.head, loop._candidates
+
+    def heard(hidden: Tensor) -> Tensor:
+        seconds[0] += 1
+        by_drafting[0] += drafting[0]
+        asked[-1] += not drafting[0]
+        return head(hidden)
+
+    def ranked(*args: Any) -> Any:
+        drafting[0] = True
+        try:
+            return candidates(*args)
+        finally:
+            drafting[0] = False
+
+    def forwarded(*args: Any) -> Any:
+        asked.append(0)
+        return forward(*args)
+
+    monkeypatch.setattr(DiffusionLM, "head_is_dear", True)
+    monkeypatch.setattr(model, "head", heard)
+    monkeypatch.setattr(loop, "_candidates", ranked)
+    monkeypatch.setattr(overhead, "forward", forwarded)
+    monkeypatch.setattr(overhead.timed.__wrapped__, "__defaults__", (lambda: seconds[0],))
+    prompt = model.encode("Tom has 3 pens and buys 4 pens. How many pens are there now?")
+    drafter = GraphDrafter(confidence_chain(4), model)
+    turns = overhead.take_apart(model, settings, prompt, drafter, 32)
+    calls = asked[2 : 2 + len(turns)]  # without what came before the first forward, and that one
+    assert [turn.ms["head"] for turn in turns] == [1000 * number for number in calls]
+    assert any(number < turn.steps for number, turn in zip(calls, turns, strict=True))
+    assert by_drafting[0] > 0
+
+
+def test_a_model_and_its_compiled_self_start_from_the_same_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration stores those of the model as it is."""
+    compiled, model = study("compiled"), load_model("tiny-sdar", device="cpu")
+    chain_graph("tiny-sdar", gen_length=8).save(tmp_path / "graph.json")
+    monkeypatch.setenv("SPIFFY_CACHE", str(tmp_path / "users"))
+    folders: list[Path | None] = []
+
+    def calibrated(*_: object) -> Path:
+        assert cache_folder() == tmp_path / "users"
+        return tmp_path / "graph.json"
+
+    def decoded(*args: Any, **options: Any) -> Output:
+        folders.append(cache_folder())
+        return generate(*args, **options)
+
+    monkeypatch.setattr(compiled, "calibrated", calibrated)
+    monkeypatch.setattr(compiled, "compiling", lambda *_: 0.0)
+    monkeypatch.setattr(compiled, "loaded", lambda *_, **__: (model, 0.0))
+    monkeypatch.setattr(compiled, "generate", decoded)
+    args = argparse.Namespace(shape=None, prompts=1, gen_length=8)
+    assert compiled.line("tiny-sdar", args, tmp_path).startswith("| tiny-sdar, block |")
+    assert len(folders) == 8
+    assert tmp_path / "users" not in folders
+    assert len(set(folders)) == 1
