@@ -181,16 +181,23 @@ def test_a_thread_prices_its_drafts_by_its_own_forwards() -> None:
 
 
 def test_a_crowd_that_leaves_is_seen_while_it_rests() -> None:
-    budget, _ = served(MACHINES["computing"], [16] * 200, 7)
+    budget = SharedController(regret.EXPECTED, 8)
+
+    def forward(sequences: int) -> None:
+        chosen = [] if budget.rests else [budget.choose() for _ in range(sequences)]
+        drafts = chosen[0].drafts if chosen else 0
+        budget.turn(sequences, 0.001 * sequences * (1 + drafts))
+        for choice in chosen:
+            budget.learn(choice, 1, 0.0)
+
+    for _ in range(60):
+        forward(16)
+    for _ in range(100):
+        forward(16)
+        if budget.rests and budget._own.resting > 4:
+            break
+    assert budget.rests
     assert budget.now is budget.crowds[16]
-    while not budget.rests:
-        for _ in range(16):
-            budget.choose()
-        budget.turn(16, 13.0)
-    alone = 0
-    while budget.now is budget.crowds[16]:
-        if not budget.rests:
-            budget.choose()
-        budget.turn(1, 1.0)
-        alone += 1
-    assert alone <= 4
+    for _ in range(4):
+        forward(1)
+    assert budget.now is budget.crowds[1]
