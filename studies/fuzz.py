@@ -67,7 +67,7 @@ def base_graph() -> DraftGraph:
         ),
         expected_steps=(1.0, 1.5, 1.75, 2.0, 2.125),
         acceptance=AcceptanceModel(
-            position={"logit": 1.0, "leftmost": 0.5},
+            position={"logit": 1.0, "nearness": 0.5},
             token={"log_p": 1.0},
             bigrams=((1, 2, 3), (2, 1, 2)),
             expected_steps=(ExpectedSteps(drafts=0, steps=1.0), ExpectedSteps(drafts=4, steps=2.5)),

@@ -6,12 +6,14 @@ import copy
 import importlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -78,6 +80,12 @@ def a_graph_of(model: DiffusionLM, **decoding: Any) -> DraftGraph:
     )
 
 
+def of_another_model(graph: DraftGraph, **facts: Any) -> DraftGraph:
+    """The same graph, as if another model of the family had been calibrated."""
+    record = graph.model.model_copy(update={"fingerprint": "m1-other", **facts})
+    return graph.model_copy(update={"model": record})
+
+
 def _by_hand(
     model: DiffusionLM,
     settings: DecodingSettings,
@@ -110,6 +118,14 @@ def _by_hand(
     )
 
 
+def own_examples(*case: object) -> Callable[[Any], Any]:
+    """Examples of its own for each parametrisation of a test, the same in every run.
+
+    What hypothesis derives from the source of the function that it calls is the same for all.
+    """
+    return hypothesis.seed(zlib.crc32(" ".join(map(str, case)).encode()))
+
+
 def random_prompt(model: DiffusionLM, length: int, seed: int = 0) -> Tensor:
     """Prompt ids int64 [length] without the mask token."""
     generator = torch.Generator().manual_seed(1000 * length + seed)
@@ -131,6 +147,19 @@ def decode(
     for _ in run(model, [task]):
         pass
     return task
+
+
+def collected(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    """Tasks of which `generate` and `spiffy-decode` make an output from here on."""
+    module = sys.modules["spiffy.runtime.generate"]  # the package exports a function of that name
+    collect, tasks = module.collect, []
+
+    def noting(task: Task, trace: bool = False) -> Any:
+        tasks.append(task)
+        return collect(task, trace)
+
+    monkeypatch.setattr(module, "collect", noting)
+    return tasks
 
 
 def states(task: Task) -> list[list[int]]:

@@ -32,6 +32,7 @@ from spiffy.cli.bench import _Prompts, app
 from spiffy.runtime import ALIASES, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task
 from spiffy.runtime.draft import confidence_chain
+from spiffy.runtime.generate import Output
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, Result
 
@@ -508,6 +509,33 @@ def test_a_token_that_differs_in_any_repeat_counts() -> None:
         next(r for r in results(found, replace(measured, rows=rows)) if r.name == name).differing
         == 1
     )
+
+
+def test_a_drafted_token_that_differs_is_counted_and_ends_in_1(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect, out = bench_measure.collect, tmp_path / "run"
+
+    def corrupted(task: Task) -> Output:
+        output = collect(task)
+        if task.drafter is not None and task.sequence == 1:
+            output.token_ids[0] ^= 1
+        return output
+
+    monkeypatch.setattr(bench_measure, "collect", corrupted)
+    for name in ("cli.bench.profile_of", "bench.report.write_report"):  # which take seconds
+        monkeypatch.setattr(f"spiffy.{name}", lambda *_: None)
+    code, text, _ = invoke(
+        "--graph", artifact, "--out", out, "--samples", str(PROMPTS), "--repeats", "1",
+        "--budgets", "1", "--methods", "graph", "--device", "cpu", "--warm-up", "0",
+        "--gen-length", "16",
+    )  # fmt: skip
+    assert code == 1
+    found = {r.name: (r.compared, r.differing) for r in Bench.load(out / "bench.json").results}
+    assert found == {"plain static": (2, 0), "graph 1": (2, 1)}
+    assert "no: 1 of 2 (50%)" in text
+    assert (out / "table.md").read_text("utf-8").strip() in text
+    assert len((out / "rows.jsonl").read_text("utf-8").splitlines()) == len(found) * PROMPTS
 
 
 def test_a_run_that_measured_nothing_writes_nothing(

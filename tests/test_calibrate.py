@@ -8,18 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import decode, parity_model, random_prompt
+from test_graphs import READINGS, Growth
 
-from spiffy.calib.pipeline import Traces, build_graph, chain_counts, prepare
+from spiffy.calib.pipeline import Traces, build_graph, chain_counts, grow_by, prepare
 from spiffy.calib.prompts import PromptSet, load_prompts
 from spiffy.calib.record import Recorder, Trace
 from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.calib.synthetic import final_answer, problems
-from spiffy.graphs import count_chains, grow, replay
+from spiffy.graphs import (
+    ChainCounts,
+    count_chains,
+    grow,
+    grow_by_transitions,
+    grow_paper,
+    replay,
+)
 from spiffy.runtime import BlockEdges, decoding_settings
 from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
-from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas import DraftGraph, Objective, SpiffyError
 
 LAYOUTS = [("llada-a", "none"), ("llada-a", "dual"), ("dream-a", "dual"), ("sdar-a", "block")]
 
@@ -102,6 +110,16 @@ def test_a_chain_names_the_states_that_follow(name: str, cache: str) -> None:
 
     decode(model, task.prompt, task.settings, Echo())
     assert seen >= len(trace.roots) // 2
+
+
+@pytest.mark.parametrize(
+    ("objective", "growth"),
+    [("expected-steps", grow), ("paper", grow_paper), ("transitions", grow_by_transitions)],
+)
+def test_a_graph_is_grown_by_the_rule_that_its_objective_names(
+    objective: Objective, growth: Growth
+) -> None:
+    assert grow_by(objective, ChainCounts.of(READINGS), 8) == growth(READINGS, 8)
 
 
 def test_equal_inputs_give_equal_bytes() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, parity_model
+from helpers import PARITY, a_graph_of, of_another_model, parity_model, random_prompt
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from spiffy.calib.store import TraceFile
 from spiffy.cli import decode
-from spiffy.runtime import ALIASES, DiffusionLM, decoding_settings, load_model
+from spiffy.runtime import ALIASES, DiffusionLM, decoding_settings, generate, load_model
 from spiffy.runtime.models.block_size import stated_block_size
 from spiffy.schemas import DraftGraph, ModelRecord, SpiffyError
 
@@ -557,6 +557,19 @@ def test_a_graph_of_the_family_is_taken_on_demand_and_an_old_one_with_a_note(
     fits("0ld", 320)
     assert "the graph of 0ld was made by an older version" in caplog.text
     assert "vocabulary size 320" in refusal(lambda: fits("0ld", 352))
+
+
+def test_a_graph_of_another_model_of_the_family_drafts_and_changes_no_token() -> None:
+    model = parity_model("llada-a", "float64")
+    prompt = random_prompt(model, 9)
+    settings: dict[str, Any] = {"gen_length": 8, "block_length": 4, "stop_at_eos": False}
+    other = of_another_model(a_graph_of(model, **settings))
+    message = refusal(lambda: generate(model, prompt, graph=other))
+    assert "fingerprint of config and tokenizer m1-other" in message
+    drafted = generate(model, prompt, graph=other, any_model=True, budget=3, trace=True)
+    plain = generate(model, prompt, trace=True, **settings)
+    assert drafted.states == plain.states
+    assert drafted.stats.drafted > 0
 
 
 def test_another_family_is_refused_whatever_is_asked() -> None:

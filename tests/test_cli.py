@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PARITY
+from helpers import PARITY, collected, of_another_model
 
 from spiffy.calib import pipeline
 from spiffy.cli import calibrate, calibration_tables, decode, graph
@@ -122,10 +122,57 @@ def test_decode_prints_the_answer_and_counts(call: Call, artifact: Path) -> None
     assert code == 0
     assert answer.strip()
     assert "steps per forward" in log
+    assert "budget auto: " in log  # which nobody asked for
     code, plain, _ = call("decode", "--graph", artifact, "--prompt", PROMPT, "--no-speculation")
     assert (code, plain) == (0, answer)
     code, streamed, _ = call("decode", "--graph", artifact, "--prompt", PROMPT, "--stream")
     assert (code, streamed.strip()) == (0, answer.strip())
+
+
+def test_of_an_answer_no_states_are_kept_but_the_last(
+    call: Call, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = collected(monkeypatch)
+    assert call("decode", "--graph", artifact, "--prompt", PROMPT)[0] == 0
+    (task,) = tasks
+    assert len(task.path) == 1 < task.stats.steps
+
+
+def test_a_graph_of_another_model_is_taken_on_demand(
+    call: Call, artifact: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.json"
+    of_another_model(DraftGraph.load(artifact)).save(other)
+    arguments = ("decode", "--graph", other, "--prompt", PROMPT, "--json")
+    code, printed, log = call(*arguments, "--budget", 4)
+    assert (code, printed) == (2, "")
+    assert "fingerprint of config and tokenizer m1-other, this model has" in log
+    assert len(log.strip().splitlines()) == 1
+    code, printed, _ = call(*arguments, "--budget", 4, "--any-model")
+    assert code == 0
+    plain = json.loads(call(*arguments, "--no-speculation", "--any-model")[1])
+    drafted = json.loads(printed)
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert drafted["nfe"] < plain["nfe"]
+
+
+def test_a_cache_that_is_not_exact_is_named_so_wherever_it_drafts(
+    call: Call, artifact: Path, tmp_path: Path
+) -> None:
+    stored, path = DraftGraph.load(artifact), tmp_path / "shared.json"
+    shared = stored.decoding.model_copy(update={"cache": "prefix-shared"})
+    stored.model_copy(update={"decoding": shared, "exact": False}).save(path)
+    assert "cache prefix-shared (near-lossless)" in call("graph", "show", path)[1]
+    decoding = ("decode", "--graph", path, "--prompt", PROMPT, "--gen-length", 16)
+    decoding = (*decoding, "--block-length", 8)
+    for options, times in (
+        ((), 1),
+        (("--verify",), 1),
+        (("--no-speculation",), 0),
+        (("--cache", "prefix"), 0),
+    ):
+        log = call(*decoding, *options)[2]
+        assert log.count("cache prefix-shared is near-lossless") == times
 
 
 def test_prompts_that_share_forwards_are_answered_in_order_or_as_they_finish(

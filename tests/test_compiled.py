@@ -8,7 +8,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import pytest
@@ -22,6 +21,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import make_task
 from spiffy.runtime.models import compiled as ours
+from spiffy.runtime.models import device
+from spiffy.runtime.models.attention import Group
 from spiffy.runtime.models.base import Compiled
 from spiffy.runtime.models.compiled import Captured, compile_transformer
 from spiffy.schemas import SpiffyError
@@ -97,18 +98,13 @@ class Graphs:
         self.sizes: set[int] = set()
 
     def __call__(self, *, input_ids: Tensor, **others: Any) -> Any:
+        assert ours._REPLAYING.locked()  # no other thread may replay meanwhile
         for before in self.given:
             before.fill_(torch.nan)
         self.sizes.add(input_ids.shape[1])
         found = self.transformer(input_ids=input_ids, **others)
         self.given.append(found.last_hidden_state)
         return found
-
-
-class Slow(Graphs):
-    def __call__(self, **inputs: Any) -> Any:
-        sleep(0.02)
-        return super().__call__(**inputs)
 
 
 class Stale(Graphs):
@@ -155,39 +151,54 @@ def test_forwards_that_are_captured_give_the_same_tokens(
     assert min(longer) > 24
 
 
+@torch.inference_mode()
+def test_what_a_captured_forward_gave_outlasts_the_next_one(plain: DiffusionLM) -> None:
+    transformer: Any = plain.module.model
+    captured = plain.but(compiled=Compiled(Captured(transformer, Graphs(transformer))))
+    prompts = [random_prompt(plain, 6, seed) for seed in (1, 2)]
+    forwards = [(ids, torch.arange(6), [Group(1, 6, whole=6)]) for ids in prompts]
+    found = [captured.hidden_states(*inputs) for inputs in forwards]
+    for hidden, inputs in zip(found, forwards, strict=True):
+        torch.testing.assert_close(hidden, plain.hidden_states(*inputs))
+
+
 @pytest.mark.parametrize(
-    ("kind", "usually", "said"),
+    ("kind", "replayed", "said"),
     [
-        (Graphs, 0.02, "times as fast"),
-        (Slow, 0.0, "no CUDA graphs: 2"),
-        (Stale, 0.02, "no CUDA graphs: 6 positions are off by"),
-        (Broken, 0.02, "no CUDA graphs: RuntimeError: no memory for graphs"),
+        (Graphs, 0.001, "CUDA graphs: a forward over 8 positions 2.00 times as fast"),
+        (Graphs, 0.003, "no CUDA graphs: 3.00 ms, without 2.00 ms"),
+        (Stale, 0.001, "no CUDA graphs: 6 positions are off by"),
+        (Broken, 0.001, "no CUDA graphs: RuntimeError: no memory for graphs"),
     ],
 )
 def test_cuda_graphs_are_used_where_they_are_right_and_faster(
     plain: DiffusionLM,
     kind: type[Graphs],
-    usually: float,
+    replayed: float,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    now = 0.0  # of a clock that goes on where a forward is made
+
     def whole(module: Any, *, capture: bool = False) -> Callable[..., Any]:
-        if capture:
-            return kind(module.model)
+        transformer = kind(module.model) if capture else module.model
+        seconds = replayed if capture else 0.002
 
-        def usual(**inputs: Any) -> Any:
-            sleep(usually)
-            return module.model(**inputs)
+        def timed(**inputs: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return transformer(**inputs)
 
-        return usual
+        return timed
 
     monkeypatch.setattr(ours, "launches_kernels", lambda device: True)
     monkeypatch.setattr(ours, "_whole", whole)
     monkeypatch.setattr(ours, "_masked", lambda model: None)
+    monkeypatch.setattr(device, "perf_counter", lambda: now)
     compile_transformer(plain)
     assert plain.compiled is not None
-    assert isinstance(plain.compiled.transformer, Captured) == (kind is Graphs)
+    assert isinstance(plain.compiled.transformer, Captured) == ("as fast" in said)
     assert said in caplog.text
 
 

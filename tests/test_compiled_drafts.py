@@ -17,7 +17,7 @@ from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, A
 from spiffy.runtime.draft.compiled import layout, loops
 from spiffy.runtime.draft.compiled import told as loops_of_told
 from spiffy.runtime.draft.compiled.arrays import Root
-from spiffy.runtime.draft.expand import expand
+from spiffy.runtime.draft.expand import expand, most_states
 from spiffy.runtime.draft.ngrams import Bigrams
 from spiffy.runtime.draft.outlook import Outlook, Rejected
 
@@ -199,6 +199,18 @@ def test_quotes_are_found_as_by_numpy(seed: int, count: int, ranks: int, pairs: 
 def test_blocks_of_a_hundred_positions(sets: bool) -> None:
     both = drawn_root(3, 128, 4, 2, everywhere=True)
     assert_same_drafts(drawn_weights(4, sets), both, budget=32, room=128)
+
+
+@pytest.mark.parametrize(("count", "most"), [(1000, 65), (2048, 32)])
+def test_no_more_states_are_looked_at_than_memory_is_taken_for(count: int, most: int) -> None:
+    """65,536 positions of them (docs/trust.md), whatever number of drafts is asked for."""
+    at, root = drawn_root(3, count, 2, 0, everywhere=True)
+    weights = drawn_weights(4, sets=False)
+    found = [expand(weights, at, budget=4096, room=1)]
+    found.append(compiled.expand(compiled.prepare(weights), root, 4096, 1))
+    assert [choice.shape for choice, _ in found] == [(most, count)] * 2
+    assert most_states(count) == most
+    assert most_states(1 << 20) == 1
 
 
 @pytest.mark.parametrize("sets", [False, True])

@@ -488,10 +488,15 @@ def test_whatever_is_chosen_tokens_are_the_same(name: str, seed: int) -> None:
     )
     prompt = random_prompt(model, 9, seed % 1000)
     base = _artifact(name)
+    ways = auto.expected_steps(base)
+    assert set(ways) == {"graph", "model"}
 
     class Whimsical(auto.AutoBudget):
         def advise(self) -> Any:
-            whims = [PLAIN, *(Choice("graph", n) for n in range(1, base.budget + 1))]
+            known = (
+                [*ways] if self.controller.has_seen_plain else ["graph"]
+            )  # by what forwards take
+            whims = [PLAIN, *(Choice(way, n) for way in known for n in range(1, base.budget + 1))]
             self.controller._now, self.controller._left = rng.choice(whims), 1
             return super().advise()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import numpy as np
@@ -306,19 +305,20 @@ def test_what_is_slow_once_is_not_taken_for_what_drafts_cost(
     model = parity_model("sdar-a")
     settings = decoding_settings(model, gen_length=16, block_length=8, cache="block")
     task = make_task(model, random_prompt(model, 16), settings)
-    forward, seen = cost._Stage.forward, set()
+    forward, seen = cost._Stage.forward, set[int]()
+    now = 0.0  # of a clock that goes on where a forward is made
 
     def first_slow(stage: Any, site: Any, states: torch.Tensor) -> Any:
-        if len(states) == 2 and not seen:
-            seen.add(2)
-            sleep(1.5)
+        nonlocal now
+        now += 1.5 if len(states) == 2 and 2 not in seen else 0.01
+        seen.add(len(states))
         return forward(stage, site, states)
 
     monkeypatch.setattr(cost._Stage, "forward", first_slow)
+    monkeypatch.setattr(cost, "perf_counter", lambda: now)
     measured = cost.measure_cost(task, 4, limit=1.0)
-    assert seen
     assert [point.drafts for point in measured.points] == [0, 1, 2, 3, 4]
-    assert measured.points[1].seconds < 1.0
+    assert [point.seconds for point in measured.points] == pytest.approx([0.01] * 5)
 
 
 def test_a_machine_too_slow_for_the_limit_still_tries_one_draft() -> None:

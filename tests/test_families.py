@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, Oracle, decode, parity_model, random_prompt, states
+from helpers import PARITY, Oracle, decode, own_examples, parity_model, random_prompt, states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -373,6 +373,7 @@ def fills() -> st.SearchStrategy[Fills]:
 
 @pytest.mark.parametrize(("layout", "policy"), COMBINATIONS)
 def test_any_drafts_leave_every_state_as_it_was(layout: str, policy: str) -> None:
+    @own_examples(layout, policy)
     @settings(max_examples=6)
     @given(
         graph=fills(),

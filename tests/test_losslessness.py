@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 import sampling
 import torch
-from helpers import Oracle, decode, fold, parity_model, random_prompt, states, with_eos
+from helpers import (
+    Oracle,
+    decode,
+    fold,
+    own_examples,
+    parity_model,
+    random_prompt,
+    states,
+    with_eos,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -229,8 +238,27 @@ ADVERSARIAL: dict[str, Fills] = {
 }
 
 
+def test_every_parametrisation_has_examples_of_its_own_and_keeps_them() -> None:
+    def drawn(*case: str) -> list[Fills]:
+        found: list[Fills] = []
+
+        @own_examples(*case)
+        @settings(max_examples=8)
+        @given(fills=ANY_FILLS)
+        def check(fills: Fills) -> None:
+            found.append(fills)
+
+        check()
+        return found
+
+    first, second = (drawn("llada-none", policy) for policy in ("static-1", "threshold"))
+    assert first == drawn("llada-none", "static-1")
+    assert first != second
+
+
 @pytest.mark.parametrize(("layout", "policy"), COMBINATIONS)
 def test_any_drafts_leave_every_state_as_it_was(layout: str, policy: str) -> None:
+    @own_examples(layout, policy)
     @settings(max_examples=8)
     @given(
         fills=ANY_FILLS,
@@ -253,6 +281,7 @@ def test_any_drafts_leave_every_state_as_it_was(layout: str, policy: str) -> Non
 def test_any_acceptance_model_leaves_every_state_as_it_was(layout: str, policy: str) -> None:
     """Coefficients that mean nothing: bad drafts, and still the same tokens."""
 
+    @own_examples(layout, policy)
     @settings(max_examples=3)
     @given(seed=st.integers(0, 99), budget=st.integers(1, 12), sets=st.booleans())
     def check(seed: int, budget: int, sets: bool) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from rich.table import Table
 
+from spiffy.calib.ranks import Ranks
 from spiffy.cli import bench, calibrate, common, decode, graph
 from spiffy.cli.decode_runs import print_json
 from spiffy.cli.streams import write
 from spiffy.runtime import Output
 from spiffy.runtime.decode import Stats
+from spiffy.schemas import SpiffyError
 
 COMMANDS: dict[str, Any] = {
     "calibrate": calibrate,
@@ -140,3 +142,27 @@ def test_tables_and_notes_are_whole_where_there_is_no_terminal(
     printed = capsys.readouterr()
     assert all(printed.out.count(cell) >= 2 for cell in cells)
     assert printed.err == note + "\n"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "problem", "said"),
+    [
+        (Ranks(), "no room", "no room"),
+        (Ranks(0, 0, 8), "no room", "rank 0: no room"),
+        (Ranks(3, 3, 8), "no room", "rank 3: no room"),
+        (Ranks(3, 3, 8), "rank 3: the ranks did not meet", "rank 3: the ranks did not meet"),
+    ],
+)
+def test_of_many_ranks_the_one_that_fails_says_which_it_is(
+    ranks: Ranks, problem: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing else, but the first."""
+
+    def fails() -> None:
+        with common.resumable(None, ranks):
+            common.log.print("a note")
+            raise SpiffyError(problem)
+
+    assert ended(lambda: common.run_app(fails)) == 2
+    note = "" if ranks.rank else "a note\n"
+    assert capsys.readouterr().err == f"{note}error: {said}\n"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import parity_model, random_prompt
+from helpers import own_examples, parity_model, random_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -96,6 +96,7 @@ def pairs(draw: st.DrawFn, model: DiffusionLM) -> list[tuple[Row, Row]]:
 def test_rows_that_share_a_forward_equal_each_row_alone(checkpoint: str) -> None:
     model = parity_model(checkpoint, "float64")
 
+    @own_examples(checkpoint)
     @settings(max_examples=40)
     @given(batch=pairs(model))
     def check(batch: list[tuple[Row, Row]]) -> None:
@@ -337,17 +338,46 @@ def test_positions_that_a_forward_runs(
 
 @pytest.mark.parametrize(
     ("cache_name", "most"),
-    [("none", 4), ("dual", 12), ("prefix", 4), ("prefix-shared", 10)],
+    [("none", 4), ("dual", 12), ("prefix", 4), ("prefix-shared", 10), ("block", 6)],
 )
 def test_forwards_stay_bounded_whatever_a_graph_holds(
     monkeypatch: pytest.MonkeyPatch, cache_name: str, most: int
 ) -> None:
     """A prompt of 9, three blocks of 4: 84 positions are 4 states of 21; 48 are 12 blocks, or 4
-    blocks with suffixes of 8, or one such suffix and 10 blocks."""
+    blocks with suffixes of 8, or one such suffix and 10 blocks, or 6 blocks with the next one."""
     monkeypatch.setattr(caches, "_MOST_STACKED", 84)
     monkeypatch.setattr(caches, "_MOST_PACKED", 48)
     settings = DecodingSettings.parse(cache=cache_name, block_length=4, gen_length=12)
     assert caches.most_drafts(settings, Canvas.plan(9, 12, 4, block_causal=False)) == most
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "cache_name", "bound"),
+    [
+        ("llada-a", "none", 84),
+        ("llada-a", "dual", 48),
+        ("llada-a", "prefix", 48),
+        ("llada-a", "prefix-shared", 48),
+        ("sdar-a", "block", 48),
+    ],
+)
+def test_as_many_drafts_as_there_may_be_stay_within_the_bound(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: str, cache_name: str, bound: int
+) -> None:
+    """Drafts that need most room: all of them complete their block."""
+    monkeypatch.setattr(caches, "_MOST_STACKED", 84)
+    monkeypatch.setattr(caches, "_MOST_PACKED", 48)
+    model = parity_model(checkpoint, "float64")
+    canvas, cursor = in_second_block(model, seed=8)
+    cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
+    evaluate(model, cache, cursor, cursor.ids[None])
+    root, span = block_begun(cursor, canvas), canvas.span(1)
+    settings = DecodingSettings.parse(cache=cache_name, block_length=4, gen_length=12)
+    states = root.ids.repeat(1 + caches.most_drafts(settings, canvas), 1)
+    states[1:, span.start : span.stop] = random_prompt(model, 4)
+    batches = [evaluate(model, cache, root, some)[1] for some in (states[:1], states)]
+    alone, together = (sum(len(row.ids) for row in batch) for batch in batches)
+    assert 0.6 * bound < together - alone <= bound
 
 
 def test_pack_lets_segments_see_exactly_what_they_list() -> None:

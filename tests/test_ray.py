@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import chain_graph, shown
+from helpers import chain_graph, of_another_model, shown
 
 import spiffy.integrations.ray as door
 from spiffy.integrations.ray import Decoder
 from spiffy.runtime import generate, load_model
-from spiffy.schemas import SpiffyError
+from spiffy.schemas import DraftGraph, SpiffyError
 
 PROMPTS = [f"Tom has {k} apples. He buys 4 more. How many now?" for k in range(1, 5)]
 COUNTS = ("nfe", "positions_computed", "steps", "accepted")
@@ -114,6 +114,16 @@ def test_wrong_columns_and_options_are_refused(
 ) -> None:
     with pytest.raises(SpiffyError, match=message):
         Decoder("tiny-sdar", device="cpu", **options)(batch)
+
+
+def test_a_graph_of_another_model_is_taken_on_demand(graph: str, tmp_path: Path) -> None:
+    other = str(tmp_path / "other.json")
+    of_another_model(DraftGraph.load(graph)).save(other)
+    with pytest.raises(SpiffyError, match="fingerprint of config and tokenizer m1-other"):
+        Decoder(graph=other, device="cpu")
+    decoder = Decoder(graph=other, any_model=True, budget=2, device="cpu")
+    (row,) = rows(decoder({"prompt": PROMPTS[:1]}))
+    assert without(row, "prompt", "seconds") == expected(PROMPTS[0])
 
 
 def test_a_row_that_has_no_number_is_left_out_and_says_so() -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Oracle, decode, parity_model, random_prompt, states
+from helpers import Oracle, collected, decode, parity_model, random_prompt, states
 from test_trust import Memory
 
 from spiffy.bench.watch import Watch, WatchedAdviser
 from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
+from spiffy.runtime.generate import generate, generate_batch
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
@@ -137,6 +138,20 @@ def test_decodes_that_do_not_fit_wait_and_are_begun_anew(
         assert states(ours) == states(theirs)
         assert ours.stats.steps == theirs.stats.steps  # not also those that were given up
         assert ours.plain_nfe == theirs.stats.nfe
+
+
+def test_of_an_answer_no_states_are_kept_but_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they are asked for: those of a long one take gigabytes."""
+    tasks, _ = begun("block")
+    collected_tasks = collected(monkeypatch)
+    for _ in generate_batch(tasks[0].model, tasks, 3):
+        pass
+    settings = tasks[0].settings.model_dump()
+    for trace in (False, True):
+        generate(tasks[0].model, tasks[0].prompt, trace=trace, **settings)
+    *batch, bare, traced = collected_tasks
+    assert [len(task.path) for task in (*batch, bare)] == [1] * (len(tasks) + 1)
+    assert len(traced.path) == traced.stats.steps > 1
 
 
 def test_what_is_begun_anew_is_watched_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:

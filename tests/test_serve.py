@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import queue
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import h11
 import openai
 import pytest
 import torch
+from helpers import of_another_model
 
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
@@ -163,6 +165,24 @@ def test_temperatures_are_no_reason_to_learn_anew_how_many_drafts_pay() -> None:
     assert engine.task(QUESTION, drafts=False).adviser is None
 
 
+def test_the_temperature_is_the_servers_unless_a_request_names_one() -> None:
+    engine = Engine(model(), settings().model_copy(update={"temperature": 0.7}))
+    for asked, expected in ((None, 0.7), (0.0, 0.0), (0.3, 0.3)):
+        assert engine.task(QUESTION, temperature=asked).settings.temperature == expected
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_no_states_are_kept_of_what_has_been_told(watch: bool) -> None:
+    """Those of a long answer take gigabytes."""
+    events: queue.Queue[Event] = queue.Queue()
+    with running() as engine:
+        job = Job(engine.task(QUESTION), events.put, stream=True, watch=watch)
+        engine.submit([job])
+        while not isinstance(events.get(timeout=SECONDS), Done):
+            pass
+    assert len(job.task.path) == 1 < job.task.stats.steps
+
+
 def test_what_is_given_up_leaves_and_what_is_too_much_is_refused() -> None:
     with running(batch=1, waiting=1) as engine:
         first, _ = submit(engine)
@@ -273,6 +293,15 @@ def test_answers_are_compared_with_plain_decoding_when_idle() -> None:
         wait_until(lambda: verified.labels("different")._value.get() == 1)
         wait_until(lambda: verified.labels("same")._value.get() == 3)
         assert verified.labels("failed")._value.get() == 0
+
+
+def test_of_answers_to_compare_64_wait_and_more_are_skipped() -> None:
+    with running() as engine:
+        done = submit(engine, max_tokens=4)[1]()
+    for _ in range(66):  # none is taken any more
+        engine._keep_to_check(done)
+    assert engine.metrics.verified.labels("skipped")._value.get() == 2
+    assert len(engine._unchecked) == 64
 
 
 # ---------------------------------------------------------------- before the first request
@@ -569,14 +598,17 @@ def test_what_is_wrong_is_said_by_the_type_that_was_meant(here: Here) -> None:
     ):
         answer = json.loads(here.ask("POST", "/v1/chat/completions", content)[2])
         assert answer["error"]["message"].startswith(expected)
+    answer = json.loads(here.ask("POST", "/v1/chat/completions", REFUSED["too long"][0])[2])
+    assert answer["error"]["code"] == "context_length_exceeded"
     answer = json.loads(here.ask("POST", "/v1/completions", b'{"prompt": [[]]}')[2])
     assert answer["error"]["message"].startswith("prompt.0: List should have at least 1 item")
 
 
 def test_clients_see_refusals_as_what_they_are(here: Here) -> None:
     client = here.client()
-    with pytest.raises(openai.BadRequestError, match="more than the 512"):
+    with pytest.raises(openai.BadRequestError, match="more than the 512") as long:
         client.chat.completions.create(model="tiny-sdar", messages=message("a b " * 400))
+    assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny-sdar'"):
         client.chat.completions.create(model="gpt-4", messages=message())
     tool: Any = {"type": "function", "function": {"name": "f"}}
@@ -696,6 +728,8 @@ def test_clients_that_vanish_leave_the_forwards(
 ) -> None:
     before = here.sample("spiffy_cancelled_total")
     answers = here.sample("spiffy_answers_total", result="decoded")
+    labels = {"path": "/v1/chat/completions", "status": "499"}
+    gone = here.sample("spiffy_requests_total", **labels)
     with held(monkeypatch) as go_on:
         connection = here.connect()
         headers = {"Content-Type": "application/json"}
@@ -709,6 +743,8 @@ def test_clients_that_vanish_leave_the_forwards(
         wait_until(lambda: here.sample("spiffy_running") == 0)
     assert here.sample("spiffy_cancelled_total") == before + 2
     assert here.sample("spiffy_answers_total", result="decoded") == answers
+    # A stream that was begun is a 200.
+    wait_until(lambda: here.sample("spiffy_requests_total", **labels) == gone + (not stream))
 
 
 def test_a_model_that_computes_nan_fails_that_request(
@@ -777,6 +813,23 @@ def test_a_head_that_does_not_come_closes_the_connection(
             connection.sendall(sent)
             while connection.recv(1000):  # ends: the server closes it
                 pass
+
+
+@pytest.mark.parametrize(("size", "status"), [(32 * 1024 - 4, b"200"), (32 * 1024 + 1, b"400")])
+def test_a_head_may_have_32_kb_and_no_more(here: Here, size: int, status: bytes) -> None:
+    host, port = here.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ".ljust(size, b"x"))
+        mine = connection.getsockname()
+
+        def is_read() -> bool:
+            connections = [*here.server.server_state.connections]
+            return [len(c.conn.trailing_data[0]) for c in connections if c.client == mine] == [size]
+
+        if status == b"200":
+            wait_until(is_read)
+            connection.sendall(b"\r\n\r\n")
+        assert connection.makefile("rb").readline().split()[1] == status
 
 
 def test_a_connection_whose_body_was_refused_is_idle_when_it_has_come(narrow: Here) -> None:
@@ -879,19 +932,39 @@ def call(*arguments: str) -> int:
     return int(stop.value.code or 0)
 
 
-def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def noted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[tuple[Any, ...], Any]]:
+    """What something of `listen` is given from here on, and what it gives."""
+    calls: list[tuple[tuple[Any, ...], Any]] = []
+    original = getattr(listen, name)
+
+    def noting(*arguments: Any) -> Any:
+        calls.append((arguments, original(*arguments)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(listen, name, noting)
+    return calls
+
+
+def test_the_command_serves_and_drains_when_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In this process: the signal comes from a thread, while a stream is being read."""
     printed: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(command, "write", printed.put)
     monkeypatch.setenv("SPIFFY_API_KEY", "sesame")
-    warmed: list[tuple[str, int]] = []
+    other = of_another_model(graph())
+    other.save(tmp_path / "graph.json")
+    warmed: list[tuple[Engine, str, int]] = []
 
     def warming(engine: Engine, prompt: str) -> None:
-        warmed.append((prompt, printed.qsize()))
+        warmed.append((engine, prompt, printed.qsize()))
         assert threading.current_thread() is not threading.main_thread()
 
     monkeypatch.setattr(warm_up, "warm_up", warming)
+    bound, made = noted(monkeypatch, "bind"), noted(monkeypatch, "Server")
     seen: list[Any] = []
+    statuses: list[int] = []
+    drawn: list[str | None] = []
 
     def ask() -> None:
         first, curl = printed.get(timeout=SECONDS).splitlines()
@@ -899,12 +972,14 @@ def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.Mo
         try:
             assert f"curl {address}/v1/chat/completions" in curl
             assert "sesame" not in curl
-            client = openai.OpenAI(base_url=f"{address}/v1", api_key="sesame", max_retries=0)
-            stream = iter(
-                client.chat.completions.create(
-                    model="tiny-sdar", messages=message(), max_tokens=LENGTH, stream=True
-                )
-            )
+            found = Here(warmed[0][0], address, made[0][1])
+            large, key = body(messages=message("x" * 2000)), {"Authorization": "Bearer sesame"}
+            for content, headers in ((body(), {}), (large, key)):
+                statuses.append(found.ask("POST", "/v1/chat/completions", content, **headers)[0])
+            asked = {"model": "tiny-sdar", "messages": message(), "max_tokens": LENGTH}
+            chat = found.client("sesame").chat.completions
+            drawn.append(chat.create(**asked, temperature=2.0).choices[0].message.content)
+            stream = iter(chat.create(**asked, stream=True))
             seen.append(next(stream))
             os.kill(os.getpid(), signal.SIGTERM)
             seen.extend(stream)
@@ -913,13 +988,41 @@ def test_the_command_serves_and_drains_when_asked_to_stop(monkeypatch: pytest.Mo
 
     asking = threading.Thread(target=ask)
     asking.start()
-    options = ("--model", "tiny-sdar", "--port", "0", "--max-batch", "2", "--device", "cpu")
-    code = call(*options, "--dtype", "float32", "--threads", "1")
+    code = call(
+        *("--model", "tiny-sdar", "--device", "cpu", "--dtype", "float32", "--threads", "1"),
+        *("--graph", str(tmp_path / "graph.json"), "--any-model", "--seed", "5", "--port", "0"),
+        *("--max-batch", "2", "--max-waiting", "3", "--verify-share", "0.25"),
+        *("--max-body", "1000", "--max-connections", "20", "--drain-seconds", "29"),
+    )
     asking.join(SECONDS)
     assert code == 0
-    assert warmed == [(QUESTION, 0)]  # before the address was printed
+    ((engine, *before),) = warmed
+    assert before == [QUESTION, 0]  # before the address was printed
+    assert (engine.graph, engine.is_auto) == (other, True)
+    assert engine.limits == Limits(batch=2, waiting=3, verify_share=0.25)
+    (((_, served_by, sockets, _), _),) = made
+    assert (served_by, sockets) == (engine, Sockets(connections=20, drain_seconds=29))
+    assert bound[0][0] == ("127.0.0.1", 0)
+    assert statuses == [401, 413]
+    seed = random.Random(5).getrandbits(32)  # the first of those that requests get
+    assert drawn == [plainly(temperature=2.0, seed=seed).text] != [plainly().text]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in seen) == plainly().text
     assert seen[-1].choices[0].finish_reason == "stop"
+
+
+def test_the_command_ends_with_its_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: Engine) -> bool:
+        raise ValueError("an error in the engine")
+
+    monkeypatch.setattr(Engine, "_take", broken)
+    monkeypatch.setattr(warm_up, "warm_up", lambda *_: None)
+    monkeypatch.setattr(command, "write", lambda _: None)
+    options = ("--model", "tiny-sdar", "--port", "0", "--device", "cpu", "--threads", "1")
+    assert call(*options) == 2
+    log = capsys.readouterr().err
+    assert log == "error: the engine failed, see the log: start the server again\n"
 
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

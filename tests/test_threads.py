@@ -1,4 +1,4 @@
-"""How many threads the commands compute with."""
+"""How many threads the commands compute with, and threads that decode with one model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers import chain_graph
+from torch import Tensor
 
 from spiffy.cli import threads as chosen
 from spiffy.cli.threads import apart, read_threads, set_threads, usable_cpus, wait_passively
-from spiffy.runtime import decoding_settings, load_model
+from spiffy.runtime import DiffusionLM, Output, decoding_settings, generate, load_model
+from spiffy.runtime.models import attention
 from spiffy.schemas import SpiffyError
 
 
@@ -147,3 +154,67 @@ def test_what_computes_apart_leaves_no_threads_behind() -> None:
     command = [sys.executable, "-c", COUNTED]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "1"]
+
+
+def interleaved(
+    model: DiffusionLM, decodes: Sequence[Callable[[], Output]], patch: pytest.MonkeyPatch
+) -> tuple[list[Output], int]:
+    """What two threads decode, whose forwards run at once, and how often they met in these.
+
+    The first one's begin no later and end after the second one's. Where a thread has ended, or
+    failed, the other goes on alone.
+    """
+    both, own, met = threading.Barrier(2), threading.local(), [0, 0]
+    module: Any = model.module
+    hidden_states, first, last = (
+        model.hidden_states,
+        module.model.layers[0],
+        module.model.layers[-1],
+    )
+
+    def meet(*numbers: int) -> None:
+        if own.number in numbers:
+            with suppress(threading.BrokenBarrierError):
+                both.wait(timeout=60)
+                met[own.number] += 1
+
+    def watched(*inputs: Any) -> Tensor:
+        hidden = hidden_states(*inputs)
+        meet(1)
+        return hidden
+
+    def decode(number: int) -> Output:
+        own.number = number
+        try:
+            return decodes[number]()
+        finally:
+            both.abort()
+
+    patch.setattr(model, "hidden_states", watched)
+    hooks = [
+        first.register_forward_pre_hook(lambda *_: meet(0, 1)),
+        last.register_forward_pre_hook(lambda *_: meet(0, 1)),
+        last.register_forward_pre_hook(lambda *_: meet(0)),  # until the other's forward is over
+    ]
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(decode, range(2))), min(met)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("budget", ["auto", 2])
+def test_threads_that_decode_with_one_model_keep_to_their_own_forwards(
+    budget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, graph = load_model("tiny-sdar", device="cpu"), chain_graph("tiny-sdar", gen_length=48)
+    texts = ["Tom has 3 apples. He buys 4 more. How many now?", "Lily has 9 pens. How many pens?"]
+    plain = [generate(model, text, gen_length=48) for text in texts]
+    own = model.module.config._attn_implementation  # type: ignore[union-attr]
+    decodes = [partial(generate, model, text, graph=graph, budget=budget) for text in texts]
+    outputs, met = interleaved(model, decodes, monkeypatch)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
+    assert met > 6  # thrice in a forward
+    assert model.module.config._attn_implementation == own  # type: ignore[union-attr]
+    assert attention._LENT == {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, a_graph_of, parity_model, random_prompt
+from helpers import PARITY, a_graph_of, of_another_model, parity_model, random_prompt
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -28,8 +28,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import spiffy.integrations
 from spiffy.integrations.hub import beside_weights
+from spiffy.integrations.transformers import call
+from spiffy.integrations.transformers.rows import Row
 from spiffy.runtime import DiffusionLM, generate, load_model, wrap
 from spiffy.runtime.budget import auto
+from spiffy.runtime.decode import Task
 from spiffy.schemas import SpiffyError
 
 FAMILIES = (
@@ -116,6 +119,20 @@ def test_rows_end_at_their_end_tokens_and_are_padded_on_the_right() -> None:
         assert out[0] == cut[0] + [PAD] * (len(cut[1]) - len(cut[0]))
 
 
+def test_of_an_answer_no_states_are_kept_but_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, output_of = parity_model("sdar-a"), call.output_of
+    tasks: list[Task] = []
+
+    def noting(rows: list[Row], *rest: Any) -> Any:
+        tasks.extend(row.task for row in rows)
+        return output_of(rows, *rest)
+
+    monkeypatch.setattr(call, "output_of", noting)
+    drafted(model.module, batch(model, 5, 9), decoding={"block_length": 4, "stop_at_eos": False})
+    assert [len(task.path) for task in tasks] == [1, 1]
+    assert all(task.stats.steps >= 8 for task in tasks)
+
+
 class Recorder(BaseStreamer):
     def __init__(self) -> None:
         self.got: list[list[int]] = []
@@ -187,6 +204,31 @@ def test_what_is_drawn_follows_torchs_seed_or_the_one_given() -> None:
     assert not torch.equal(first, second)
 
 
+def test_several_answers_of_a_prompt_are_drawn_each_by_its_number() -> None:
+    model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 5, 9)
+    options = {"do_sample": True, "temperature": 1.5, "seed": 11, "num_return_sequences": 2}
+    graph = a_graph_of(model, block_length=4, stop_at_eos=False)
+    out = drafted(model.module, inputs, graph=graph, **options)
+    assert torch.equal(out[:, :9], inputs["input_ids"].repeat_interleave(2, 0))
+    prompts = [random_prompt(model, length, seed=7) for length in (5, 5, 9, 9)]
+    expected = [
+        plainly(model, prompt, temperature=1.5, seed=11, sequence=number)
+        for number, prompt in enumerate(prompts)
+    ]
+    assert out[:, 9:].tolist() == expected
+    assert expected[0] != expected[1]
+
+
+def test_a_length_of_prompt_and_answer_may_be_given_instead() -> None:
+    """The batch's longest prompt counts, as in transformers."""
+    model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 5, 9)
+    decoding = {"block_length": 4, "stop_at_eos": False}
+    expected = drafted(model.module, inputs, max_new_tokens=6, decoding=decoding)
+    limits = {"max_new_tokens": None, "max_length": 15}
+    assert torch.equal(drafted(model.module, inputs, decoding=decoding, **limits), expected)
+    assert expected[1, 9:].tolist() == plainly(model, inputs["input_ids"][1])[:6]
+
+
 NOTHING = "has no meaning for a denoising decode"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 2}, f"generate: num_beams=2 {NOTHING}: drop it"),
@@ -255,6 +297,15 @@ def test_what_came_with_a_checkpoint_is_refused_only_if_it_changes_tokens(
 
 
 # ------------------------------------------------------------------------ which model a module is
+
+
+def test_a_graph_of_another_model_is_taken_on_demand() -> None:
+    model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 6)
+    graph = a_graph_of(model, block_length=4, stop_at_eos=False)
+    other = of_another_model(graph, vocab_size=7)
+    assert "vocabulary size 7" in refusal(lambda: drafted(model.module, inputs, graph=other))
+    got = drafted(model.module, inputs, graph=other, any_model=True, budget=2)
+    assert got[0, 6:].tolist() == plainly(model, inputs["input_ids"][0])
 
 
 def native(folder: Path) -> Any:

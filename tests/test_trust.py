@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 import torch
 from helpers import PARITY, Oracle, decode, parity_model, random_prompt, states
 from safetensors.torch import load_file, save_file
-from test_cli import TINY, Call, call  # noqa: F401 (a fixture)
+from test_cli import PROMPT, TINY, Call, call  # noqa: F401 (a fixture)
 from tokenizers import AddedToken
+from transformers import PreTrainedModel
 
 from spiffy.calib.audit import audit
 from spiffy.calib.prompts import load_prompts
@@ -129,6 +131,15 @@ ABSURD: dict[str, Any] = {
 def test_an_absurd_config_is_refused_in_one_line(tmp_path: Path, field: str) -> None:
     edit(copy_of("llada-a", tmp_path) / "config.json", **{field: ABSURD[field]})
     assert str(tmp_path) in refusal(lambda: load_model(str(tmp_path), device="cpu"))
+
+
+def test_a_config_of_another_scale_is_refused_before_memory_is_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(copy_of("llada-a", tmp_path) / "config.json", n_layers=100)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    message = refusal(lambda: load_model(str(tmp_path), device="cpu"))
+    assert re.search(r"config\.json describes \d{7} parameters, the weights hold \d{6}: ", message)
 
 
 def test_mutated_configs_load_or_are_refused(tmp_path: Path) -> None:
@@ -363,6 +374,28 @@ def test_drafts_that_do_not_fit_are_halved_and_no_token_changes(
     assert sum(task.stats.accepted for task in tasks) > 0  # it still drafts
     for ours, theirs in zip(tasks, plainly, strict=True):
         assert ours.stats.nfe + ours.stats.accepted == theirs.stats.nfe
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_that_fewer_drafts_fit_is_said_once_and_remembered(
+    call: Call,  # noqa: F811
+    calibrated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+) -> None:
+    prompts, model = [PROMPT, PROMPT.replace("3", "5")], load_model(TINY, device="cpu")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    files = ("--graph", calibrated, "--prompts", tmp_path / "p.jsonl")
+    command = ("decode", *files, "--batch-size", batch)
+    answers = call(*command, "--no-speculation")[1]
+    longest = 32 + max(len(model.encode(prompt)) for prompt in prompts)
+    memory = Memory(3 * longest * batch, ERRORS[0])
+    monkeypatch.setattr(driver, "forward", memory)
+    code, printed, log = call(*command, "--budget", 4)
+    assert (code, printed) == (0, answers)
+    assert log.count("out of memory: going on with at most 2 drafts per forward") == 1
+    assert log.count("out of memory") == memory.failed == 1
 
 
 def test_plain_decoding_that_does_not_fit_is_an_error(

@@ -398,23 +398,30 @@ def test_unusable_work_directories_are_refused_in_one_line(
     assert not (tmp_path / "out.json").exists()
 
 
-def test_ctrl_c_finishes_the_prompts_in_hand_and_says_how_to_go_on(
-    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("times", "recorded"), [(1, 2), (2, 0)])
+def test_ctrl_c_finishes_the_prompts_in_hand_and_a_second_one_does_not(
+    run: Calibrate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    recorded: int,
 ) -> None:
     base = (*SETTINGS, "--samples", 4, "--batch-size", 2, "--workdir", tmp_path / "work")
     append = TraceFile.append
 
     def interrupted(self: TraceFile, payload: bytes) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
         monkeypatch.setattr(TraceFile, "append", append)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
         append(self, payload)
 
     monkeypatch.setattr(TraceFile, "append", interrupted)
     code, log = run(*base, "--out", tmp_path / "out.json")
     assert code == 130
+    assert "Ctrl-C again stops at once" in log
     assert "the same command goes on" in log
-    assert len(scan(tmp_path / "work" / "traces-0000.bin").places) == 2
+    assert len(scan(tmp_path / "work" / "traces-0000.bin").places) == recorded
     assert not (tmp_path / "out.json").exists()
     assert run(*base, "--out", tmp_path / "out.json")[0] == 0
 

@@ -344,10 +344,13 @@ _MOST_PACKED = 1 << 13  # in one row: the attention mask has the square of it
 def most_drafts(settings: DecodingSettings, canvas: Canvas) -> int:
     """Drafts that a forward may carry, however many a graph holds; at least one.
 
-    By the first block's forwards, which no other block's are longer than.
+    By the first block's forwards, which no other block's are longer than. With `BlockCache` every
+    draft may complete its block, and then carries the next one too.
     """
     if settings.cache == "none":
         return max(1, _MOST_STACKED // canvas.length)
+    if settings.cache == "block":
+        return max(1, _MOST_PACKED // (2 * canvas.block_length))
     suffix = canvas.length - canvas.span(0).stop
     if settings.cache == "prefix":
         return max(1, _MOST_PACKED // (canvas.block_length + suffix))
