@@ -832,6 +832,18 @@ def test_a_head_may_have_32_kb_and_no_more(here: Here, size: int, status: bytes)
         assert connection.makefile("rb").readline().split()[1] == status
 
 
+@pytest.mark.parametrize(
+    ("size", "status"), [(30_000, b"200"), (40_000, b"400"), (200_000, b"400")]
+)
+def test_a_head_that_comes_at_once_may_not_have_more(here: Here, size: int, status: bytes) -> None:
+    host, port = here.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+        connection.sendall(
+            b"GET /health HTTP/1.1\r\nHost: x\r\nX: ".ljust(size, b"x") + b"\r\n\r\n"
+        )
+        assert connection.makefile("rb").readline().split()[1] == status
+
+
 def test_a_connection_whose_body_was_refused_is_idle_when_it_has_come(narrow: Here) -> None:
     connection = narrow.connect()
     connection.putrequest("POST", "/v1/chat/completions")  # without the key

@@ -24,6 +24,7 @@ from spiffy.integrations.serve.metrics import Metrics
 from spiffy.schemas import SpiffyError
 
 _HEAD_BYTES = 32 * 1024
+_PIECE = 4 << 10  # bytes of a head that are looked at together
 _HEAD_SECONDS = 10.0
 _IDLE_SECONDS = 30  # between two requests of a connection
 _FAREWELL_SECONDS = 5  # for responses to say that the server has stopped
@@ -47,6 +48,12 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        # The limit of a head is looked at only while it is incomplete: so not all of it at once.
+        while self.conn.their_state is h11.IDLE and len(data) > _PIECE:
+            super().data_received(data[:_PIECE])
+            data = data[_PIECE:]
+            if self.transport.is_closing():  # it was too long
+                return
         super().data_received(data)
         self._limit()
 
