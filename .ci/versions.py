@@ -20,7 +20,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("fast", "report", "large", "adapters", "quantize")
+EXTRAS = ("fast", "report", "large", "adapters", "quantize", "serve")
 # Come with torch, and would bring another one along.
 WITH_TORCH = ("torch", "accelerate", "peft")
 
@@ -29,6 +29,7 @@ LOSSLESS = "tests/test_losslessness.py::test_"
 CLI = "tests/test_cli.py::test_"
 DOOR = "tests/test_transformers_door.py::test_"
 HUB = "tests/test_hub.py::test_"
+SERVE = "tests/test_serve.py::test_"
 FAST = (
     "tests/test_warnings.py",
     "tests/test_load.py",
@@ -53,13 +54,18 @@ FAST = (
     f"{DOOR}what_has_no_meaning_is_refused",
     f"{HUB}push_makes_a_repository_that_the_graph_is_found_in",
     f"{HUB}transformers_decodes_with_what_push_put_beside_the_weights",
+    f"{SERVE}chat_answers_and_counts",
+    f"{SERVE}a_stream_comes_block_by_block",
+    f"{SERVE}a_head_that_does_not_come_closes_the_connection",
+    f"{SERVE}the_command_serves_and_drains_when_asked_to_stop",
+    "tests/test_serve_limits.py",
 )
 SHOW = """
 import sys
 from importlib.metadata import version
 print(", ".join(f"{name} {version(name)}" for name in sys.argv[1:]))
 """
-TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
+TEST_TOOLS = ("hypothesis", "openai", "pytest", "pytest-xdist")
 
 
 def bounds() -> dict[str, str]:
