@@ -159,18 +159,14 @@ def test_what_computes_apart_leaves_no_threads_behind() -> None:
 def interleaved(
     model: DiffusionLM, decodes: Sequence[Callable[[], Output]], patch: pytest.MonkeyPatch
 ) -> tuple[list[Output], int]:
-    """What two threads decode, whose forwards run at once, and how often they met in these.
+    """What two threads decode, whose forwards are under way at once, and how often they met.
 
-    The first one's begin no later and end after the second one's. Where a thread has ended, or
+    The second one's ends before the last layer of the first one's. Where a thread has ended, or
     failed, the other goes on alone.
     """
     both, own, met = threading.Barrier(2), threading.local(), [0, 0]
     module: Any = model.module
-    hidden_states, first, last = (
-        model.hidden_states,
-        module.model.layers[0],
-        module.model.layers[-1],
-    )
+    (first, *_, last), hidden_states = module.model.layers, model.hidden_states
 
     def meet(*numbers: int) -> None:
         if own.number in numbers:

@@ -124,8 +124,8 @@ def test_what_was_fitted_knows_which_states_come_next(
 ) -> None:
     """On prompts that it has not seen, and without the ways that take over where it does not.
 
-    Of plain decoding's forwards 8 drafts leave 0.32 and 0.66; fitted to other states than those
-    that came next, 0.36 at least.
+    8 drafts leave 0.32 of plain decoding's forwards, and 0.36 or more where the fit is to other
+    states than those that came next; by threshold, which makes fewer, 0.66.
     """
     lm, artifact = model(name), graph(name, policy)
     plain = decoded(name, kind, policy, 0.0, 0, OFF, PROMPTS[kind])[: FEWER[kind]]
