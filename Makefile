@@ -27,12 +27,10 @@ help:
 # A .venv that was not finished, or is of a Python that is too old, is made again.
 USABLE := import pip, sys; sys.exit(sys.version_info < (3, 11))
 $(READY): pyproject.toml constraints.txt
-	$(BIN)/python -c '$(USABLE)' 2> /dev/null || { rm -rf .venv; \
-		for python in $(PYTHON) python3.12 python3.13 python3; do \
-			$$python -m venv .venv && $(BIN)/python -c '$(USABLE)' && break; rm -rf .venv; \
-		done 2> /dev/null; }
-	@test -d .venv || { echo "error: no Python from 3.11 on that has venv and pip: install one" \
-		"(Debian: apt install python3-venv), or name it: make PYTHON=..."; exit 2; }
+	$(BIN)/python -c '$(USABLE)' 2> /dev/null || $(BIN)/python -m ensurepip > /dev/null 2>&1 || rm -rf .venv
+	test -d .venv || $(PYTHON) -m venv .venv || { rm -rf .venv; python3 -m venv .venv; }
+	@$(BIN)/python -c '$(USABLE)' || { rm -rf .venv; echo "error: this takes Python 3.11 or newer with" \
+		"venv and pip: install it (Debian: apt install python3-venv), or name it: make PYTHON=..."; exit 2; }
 	$(INSTALL) torch
 	$(INSTALL) -e '.[dev]'
 	$(BIN)/python -W ignore -c 'from spiffy.runtime.draft import fastest_search; fastest_search()' 2> /dev/null

@@ -65,7 +65,7 @@ class _Progress(Progress):
     def _say(self, task_id: TaskID) -> None:
         task = self._tasks[task_id]
         elapsed = task.elapsed or 0.0
-        if self.console.is_terminal or elapsed - self._said < _SILENT_SECONDS:
+        if self.console.is_interactive or elapsed - self._said < _SILENT_SECONDS:
             return
         self._said = elapsed
         done, total, left = task.completed, task.total or 0.0, ""

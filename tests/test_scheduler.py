@@ -313,21 +313,53 @@ def test_half_the_drafts_are_half_of_the_most_that_a_decode_had(
     assert [task.most_drafts for task in tasks[:2]] == [4, 4]
 
 
-def test_nothing_is_learned_of_drafts_that_were_left_out() -> None:
+def test_nothing_is_learned_of_drafts_that_were_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks, plainly = begun("none")
     task = tasks[1]
     task.adviser = adviser = Adviser(Oracle(plainly[1], 4))
-    task.most_drafts = 2
-    decoded_alone = Scheduler(task.model)
-    decoded_alone.add(task)
-    decoded(decoded_alone)
+    alone = Scheduler(task.model)
+    alone.add(task)
+    alone.step()
+    room = task.canvas.length
+    monkeypatch.setattr(driver, "forward", Memory(room, torch.OutOfMemoryError()))
+    decoded(alone)
+    assert task.most_drafts == 0
+    assert adviser.heard == []  # nor is anything asked from here on
     assert states(task) == states(plainly[1])
-    # Of the last ones, where a block had no more than two states to draft.
-    assert 0 < len(adviser.heard) < task.stats.nfe - 2
-    task = tasks[2]
-    task.adviser = adviser = Adviser(Oracle(plainly[2], 4))
-    task.most_drafts = 0
-    decoded_alone.add(task)
-    decoded(decoded_alone)
-    assert adviser.heard == []  # nor is anything asked
-    assert states(task) == states(plainly[2])
+
+
+def test_sequences_of_equal_length_wait_and_are_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parity_model("llada-a", "float64")
+    settings = DecodingSettings.parse(block_length=8, gen_length=16, stop_at_eos=False)
+    plainly = [decode(model, random_prompt(model, 8, seed % 3), settings) for seed in range(4)]
+    tasks = [make_task(model, task.prompt, settings) for task in plainly]
+    monkeypatch.setattr(driver, "forward", Memory(2 * 24, torch.OutOfMemoryError("CUDA")))
+    scheduler = Scheduler(model, batch_size=4)
+    for task in tasks:
+        scheduler.add(task)
+    assert len(decoded(scheduler)) == 4
+    for ours, theirs in zip(tasks, plainly, strict=True):
+        assert states(ours) == states(theirs)
+
+
+def test_what_one_took_comes_back_however_long_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, _ = begun("none")
+    model, settings = tasks[0].model, tasks[0].settings
+    longer = settings.model_copy(update={"gen_length": 64})
+    large = make_task(model, random_prompt(model, 60), longer)
+    monkeypatch.setattr(
+        driver, "forward", Memory(large.canvas.length - 1, torch.OutOfMemoryError())
+    )
+    monkeypatch.setattr(driver, "_TRY_AGAIN", 6)
+    scheduler = Scheduler(model, batch_size=2)
+    for task in (tasks[0], large, *tasks[1:]):
+        scheduler.add(task)
+    tasks[0].drafter = Oracle(plainly_of(tasks[0]), 1)
+    decoded(scheduler)
+    assert isinstance(large.error, torch.OutOfMemoryError)
+    assert scheduler.most_decodes == 2
+    assert scheduler._most_drafts == MAX_NODES
+
+
+def plainly_of(task: Task) -> Task:
+    return decode(task.model, task.prompt, task.settings)

@@ -13,11 +13,10 @@ from transformers import GenerationMixin
 
 GRAPH = "OWNER/NAME"  # where draft_graph.json is
 
-# What `GenerationMixin.generate` hands to a file like this, given or not: it was named there.
-HANDED = {
-    *("prefix_allowed_tokens_fn", "synced_gpus", "assistant_model"),
-    *("negative_prompt_ids", "negative_prompt_attention_mask"),
-}
+# What `GenerationMixin.generate` hands to a file like this, given or not, where it was named there:
+# all its arguments.
+HANDED = inspect.signature(GenerationMixin.generate).parameters.keys()
+HANDED -= {"self", "custom_generate", "kwargs"}
 # Arguments of ours that ask for drafts, where the model's own `generate` has none of that name.
 OURS = {"graph", "budget", "selection", "decoding", "any_model"}
 

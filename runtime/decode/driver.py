@@ -188,7 +188,7 @@ class Scheduler:
             self._most_drafts, self._most_decodes = self._unhurt
             self._unhurt = None
             for task in self._waiting:
-                if task.given_up:
+                if task.anew:
                     task.allow(self._most_drafts)
             tasks[0].error = torch.OutOfMemoryError(
                 "a forward without drafts does not fit into memory"
@@ -205,7 +205,8 @@ class Scheduler:
     def _remember_that_it_fitted(self) -> None:
         self._fitted += 1
         if self._fitted % _TRY_AGAIN == 0:
-            self._unhurt = None
+            if not any(task.anew for task in self._waiting):  # else one may be to blame yet
+                self._unhurt = None
             self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
             self._most_decodes = min(self._most_decodes + 1, self.batch_size)
 

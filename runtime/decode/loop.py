@@ -90,7 +90,8 @@ def denoise(task: Task) -> Decoding:
             learned = perf_counter()
             stats.draft_seconds += learned - walked
             walked = learned
-        if task.adviser is not None and advice is not None and len(states) > asked:  # it had all
+        left_out = asked > 0 and len(states) == 1  # by memory: that is no forward with drafts
+        if task.adviser is not None and advice is not None and not left_out:
             # Without those that commit nothing: they need no forward, with drafts or without.
             steps = 1 + stats.accepted - accepted
             task.adviser.learn(advice, steps, drafting + task.ready - drafted)

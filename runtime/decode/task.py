@@ -100,7 +100,7 @@ class Adviser(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False)  # two of the same prompt are two
 class Task:
     """One sequence to decode: what decides its tokens, and what has become of it so far.
 
@@ -129,8 +129,8 @@ class Task:
         What ended it before its time.
     ready
         When its rows for the next forward were there (`perf_counter`).
-    given_up
-        Forwards made before it was begun anew, for want of memory.
+    given_up, anew
+        Forwards made before it was begun anew, for want of memory; whether it was.
     """
 
     model: DiffusionLM
@@ -152,6 +152,7 @@ class Task:
     error: Exception | None = None
     ready: float = 0.0
     given_up: int = 0
+    anew: bool = False
 
     def allow(self, drafts: int) -> None:
         """Let forwards have so many drafts, or as many as its length allows."""
@@ -162,7 +163,7 @@ class Task:
         self.path.clear()
         self.roots.clear()
         self.stats.steps = self.stats.drafted = self.stats.accepted = 0
-        self.given_up = self.stats.nfe
+        self.given_up, self.anew = self.stats.nfe, True
 
     @property
     def plain_nfe(self) -> int:

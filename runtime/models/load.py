@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -122,8 +121,7 @@ def load_model(
     config = with_mask_token(config, tokenizer, facts.published_mask(config))
     architecture = checked_architecture(name, facts, config)
     check_tokenizer(name, tokenizer, architecture[1].vocab_size)
-    generation = generation_config(source)
-    holders = (config, generation)
+    holders = (config, generation_config(source))
     eos_token_ids = end_tokens(source.place, holders, tokenizer, architecture[1].vocab_size)
     module = load_module(name, source, facts, config, architecture, dtype, device_map)
     source.remember()
@@ -141,7 +139,7 @@ def load_model(
     if device_map is None:
         module = module.to(device)
     mask = config["mask_token_id"]
-    _tell_generate(module, generation, tokenizer, eos_token_ids)
+    _tell_generate(module, tokenizer, eos_token_ids)
     model = DiffusionLM(
         module,
         facts,
@@ -161,20 +159,14 @@ def load_model(
     return model
 
 
-def _tell_generate(
-    module: Any, stored: dict[str, Any], tokenizer: Any, eos_token_ids: frozenset[int]
-) -> None:
-    """Let the module's own `generate` know what its checkpoint says, and which tokens end and pad.
+def _tell_generate(module: Any, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
+    """Let the module's own `generate` know which tokens end and pad, and no other defaults.
 
-    transformers reads that file only where it reads the weights' files itself.
+    transformers takes the checkpoint's, such as sampling, only where it reads the files itself.
     """
-    if stored:
-        with quiet_transformers(), suppress(Exception):  # its values may be anything
-            module.generation_config = GenerationConfig.from_dict(stored)
-    settings = getattr(module, "generation_config", None)
-    if settings is not None:
-        settings.eos_token_id = sorted(eos_token_ids) or None
-        settings.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    if hasattr(module, "generation_config"):
+        ends, pad = sorted(eos_token_ids) or None, getattr(tokenizer, "pad_token_id", None)
+        module.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
 
 
 def _device(device: str | torch.device) -> torch.device:
