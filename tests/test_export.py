@@ -50,7 +50,7 @@ def test_networkx_reads_back_what_is_exported(artifact: DraftGraph) -> None:
 
 @pytest.mark.parametrize("form", ["graphml", "dot", "json"])
 def test_the_command_prints_or_writes(artifact: DraftGraph, form: str, tmp_path: Path) -> None:
-    source, out = tmp_path / "graph.json", tmp_path / f"graph.{form}"
+    source, out = tmp_path / "graph.json", tmp_path / f"drawn.{form}"
     artifact.save(source)
     printed = CliRunner().invoke(app, ["export", str(source), "--format", form])
     assert (printed.exit_code, printed.stdout) == (0, exported(artifact, form))  # type: ignore[arg-type]

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 from statistics import median_low
 
 from spiffy.runtime.budget.estimates import (
@@ -492,9 +491,8 @@ class Controller:
             return 0.0
         if recent := self._drafting.get(choice.way):
             # As it took: what slows forwards need not slow the host; it is soon seen if it does.
-            # But a host that was held up once must not keep it from being tried ever again.
-            most = self._plain.expected(0) if worst else inf
-            return min(median_low(recent) / self._pace.value, most)
+            took = median_low(recent) / self._pace.value  # but to be held up once bars no later try
+            return min(took, self._plain.expected(0)) if worst else took
         return self._plain.expected(0) * (0.3 if worst else 0.1)
 
 
