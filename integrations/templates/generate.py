@@ -15,7 +15,7 @@ GRAPH = "OWNER/NAME"  # where draft_graph.json is
 
 # What `GenerationMixin.generate` hands to a file like this, given or not, where it was named there:
 # all its arguments.
-HANDED = inspect.signature(GenerationMixin.generate).parameters.keys()
+HANDED = {*inspect.signature(GenerationMixin.generate).parameters}
 HANDED -= {"self", "custom_generate", "kwargs"}
 # Arguments of ours that ask for drafts, where the model's own `generate` has none of that name.
 OURS = {"graph", "budget", "selection", "decoding", "any_model"}
