@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from functools import cache
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,21 +180,9 @@ _OF_GRAPHS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 @cache
-def _graph_of(
-    place: str,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> DraftGraph:
+def _graph_of(place: str, **download: Any) -> DraftGraph:
     """The graph of a place; one object, because what pays is learned for each."""
-    return DraftGraph.from_pretrained(
-        place,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    return DraftGraph.from_pretrained(place, **download)
 
 
 def _stop_strings(given: dict[str, Any]) -> Any:
