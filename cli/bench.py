@@ -25,6 +25,7 @@ from spiffy.cli.common import (
     decodable,
     log,
     note_if_inexact,
+    note_of_ties,
     note_skipped,
     ready_to_draft,
     run_app,
@@ -352,6 +353,7 @@ def bench(
         log.print(f"stopped early: summed up are {part}, by all methods", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) if isinstance(stopped_by, KeyboardInterrupt) else stopped_by
     if run.settings.exact and any(result.differing for result in summary.results):
+        note_of_ties(run.lm)
         raise typer.Exit(1)
 
 

@@ -25,6 +25,7 @@ from spiffy.cli.options import (
     Growth,
     Prepack,
     Quantize,
+    Revision,
     SkipBad,
     Threads,
     VersionOption,
@@ -73,6 +74,7 @@ class _Model:
     model: Annotated[
         str, model_option(help="Alias (tiny-llada, llada-8b, ...), hub id, or checkpoint folder.")
     ]
+    revision: Revision = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     adapter: Adapter = None
@@ -100,6 +102,7 @@ class _Model:
 
         model = load_model(
             self.model,
+            revision=self.revision,
             device=ranks.device(self.device),
             dtype=self.dtype,
             device_map=self.device_map,

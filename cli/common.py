@@ -95,6 +95,21 @@ def note_if_inexact(settings: DecodingSettings) -> None:
         )
 
 
+def note_of_ties(lm: DiffusionLM) -> None:
+    """Say what may be behind an answer that is not plain decoding's, and how to tell."""
+    dtype = str(lm.dtype).removeprefix("torch.")
+    if dtype in ("float32", "float64"):
+        cause, finer = "a tie in floating point can do that, though seldom", "float64"
+    else:
+        cause = "near-ties can do that, as another batch size can: the shape of a forward decides"
+        finer = "float32"
+    log.print(
+        f"tokens differ, in {dtype}: {cause}. Repeat with --dtype {finer}; if they still differ, "
+        "please report it (docs/losslessness.md)",
+        soft_wrap=True,
+    )
+
+
 def note_skipped(lines: int, dataset: str) -> None:
     """Say how many lines of a file were left out."""
     if lines:

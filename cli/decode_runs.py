@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from spiffy.cli.common import log, note_if_inexact
+from spiffy.cli.common import log, note_if_inexact, note_of_ties
 from spiffy.cli.streams import write_utf8
 from spiffy.schemas.records import MAX_NODES
 
@@ -185,6 +185,8 @@ def compare(runs: Runs, out: Console) -> bool:
     for outputs in runs.outputs.values():
         note_budgets(outputs)
     note_if_inexact(settings)
+    if differing and settings.exact:
+        note_of_ties(runs.lm)
     return not differing
 
 

@@ -83,6 +83,13 @@ VersionOption = Annotated[
         "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ]
+Revision = Annotated[
+    str | None,
+    model_option(
+        help="Commit, tag or branch of a model on the hub. Default: the graph's commit, if it is "
+        "the graph's model; else the main branch."
+    ),
+]
 Device = Annotated[str, model_option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, model_option(help="auto, float32, bfloat16, float16, float64.")]
 Adapter = Annotated[
@@ -159,6 +166,7 @@ class ModelOfGraph:
     model: Annotated[
         str | None, model_option(help="Alias, hub id or folder. Default: the graph's model.")
     ] = None
+    revision: Revision = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     adapter: Adapter = None
@@ -198,7 +206,7 @@ class ModelOfGraph:
             name, revision = model_of_graph(artifact, place)
         model = load_model(
             name,
-            revision=revision,
+            revision=self.revision or revision,
             device=self.device,
             dtype=self.dtype,
             adapter=self.adapter,

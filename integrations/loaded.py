@@ -112,4 +112,4 @@ def _load(
     if graph is None or place is None:
         raise SpiffyError("name a model, or give a graph, which names its own")
     name, revision = model_of_graph(graph, str(place))
-    return load_model(name, **{"revision": revision, **loading})
+    return load_model(name, **{**loading, "revision": loading.get("revision") or revision})
