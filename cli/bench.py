@@ -50,6 +50,7 @@ from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, DataRecord
+from spiffy.schemas.errors import printable
 from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
@@ -142,6 +143,16 @@ class _Prompts:
         )
         note_skipped(found.skipped, found.dataset)
         return found
+
+    def note_toys(self, artifact: DraftGraph) -> None:
+        """Say that these are other problems than the graph was calibrated on, if nobody chose."""
+        calibrated_on = artifact.calibration.dataset
+        if self.dataset == "synthetic" and calibrated_on != "synthetic":
+            log.print(
+                "the prompts are generated word problems, and the graph was calibrated on "
+                f"{printable(calibrated_on)}: give --dataset to measure on prompts of that kind",
+                soft_wrap=True,
+            )
 
     def known(self, texts: Sequence[Text], artifact: DraftGraph) -> int | None:
         """How many of them the graph was calibrated on, if it says so; refused unless allowed."""
@@ -374,6 +385,7 @@ def _prepared(
 
     threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
+    prompts.note_toys(artifact)
     rival = None if methods.paper is None else DraftGraph.find(methods.paper)
     network = None if methods.order is None else load_order(methods.order)
     asked = model if shape.shape is None else replace(model, prepack=False)  # grown, then prepacked

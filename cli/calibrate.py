@@ -31,6 +31,7 @@ from spiffy.cli.options import (
     VersionOption,
     draw,
     model_option,
+    note_toys,
     output_option,
     prompt_option,
     recording_option,
@@ -284,6 +285,7 @@ def calibrate(
             left_out: list[str] = []
             tasks = prepare(lm, drawn, settings, decoding.seed, edges, left_out)
         encoding.note_spelled(lm, drawn.texts)
+        note_toys(prompts.dataset, lm)
         _note_left_out(drawn, left_out)
         traces = _recorded(recording, lm, drawn, tasks, ranks)
         if traces is None:

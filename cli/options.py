@@ -146,16 +146,28 @@ Dataset = Annotated[
 ]
 
 
+def is_large(model: DiffusionLM) -> bool:
+    """Whether it is no toy."""
+    return sum(weight.numel() for weight in model.module.parameters()) >= _LARGE
+
+
 def tell_of_bfloat16(model: DiffusionLM, dtype: str) -> None:
     """Say that a large model would be faster in another dtype than the one that nobody chose."""
     from spiffy.runtime.budget.cost import has_amx
 
-    if dtype != "auto" or model.device.type != "cpu" or not has_amx():
-        return
-    if sum(weight.numel() for weight in model.module.parameters()) >= _LARGE:
+    if dtype == "auto" and model.device.type == "cpu" and has_amx() and is_large(model):
         note(
             "this processor computes bfloat16 in half to two thirds of the time (AMX): try --dtype "
             "bfloat16; near-ties, and so tokens, may be others than in float32"
+        )
+
+
+def note_toys(dataset: str, model: DiffusionLM) -> None:
+    """Say that nobody chose prompts like those that a real model will be asked."""
+    if dataset == "synthetic" and is_large(model):
+        note(
+            "calibrating on generated word problems: give --dataset gsm8k, or a file of prompts "
+            "like those that the model will be asked"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, SupportsIndex, get_args
 
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Stats, Task, decoded, make_task, run
-from spiffy.runtime.draft import Selection, lasting_drafter
+from spiffy.runtime.draft import Drafter, Selection, lasting_drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
@@ -120,6 +120,15 @@ def check_drafting(graph: DraftGraph | None, budget: Budget, selection: Selectio
         raise SpiffyError(f"budget {budget} counts drafts: give a graph")
 
 
+def _check_drafter(drafter: Drafter, graph: DraftGraph | None) -> None:
+    if graph is not None:
+        raise SpiffyError("give a graph or a drafter of your own, not both")
+    missing = [name for name in ("token_ranks", "asks_rejected") if not hasattr(drafter, name)]
+    if missing or not callable(drafter):
+        lacks = " and ".join(missing) or "__call__"
+        raise SpiffyError(f"drafter of type {type(drafter).__name__} has no {lacks}: see Drafter")
+
+
 def check_seed(seed: object) -> None:
     """Refuse a seed that is no whole number.
 
@@ -142,6 +151,7 @@ def generate(
     graph: DraftGraph | None = None,
     budget: Budget = "auto",
     selection: Selection = "model",
+    drafter: Drafter | None = None,
     seed: int = 0,
     sequence: int = 0,
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
@@ -172,6 +182,9 @@ def generate(
     selection
         "model" lets the artifact's acceptance model choose the drafts, where it has one, unless
         others would have more accepted (`BestOfDrafter`); "graph" takes its nodes in order.
+    drafter
+        A drafter of your own, instead of a graph's (docs/extending.md). Whatever it proposes, the
+        tokens stay the same.
     seed, sequence
         With temperature > 0: the noise of a step is a function of these and the state alone.
     edges
@@ -189,10 +202,12 @@ def generate(
         If an option, the prompt, or the graph does not fit the model.
     """
     check_drafting(graph, budget, selection)
+    if drafter is not None:
+        _check_drafter(drafter, graph)
     check_seed(seed)
     settings = decoding_settings(model, graph, any_model=any_model, **options)
     ids = model.encode(prompt, raw=raw, system=system)
-    task = make_task(model, ids, settings, None, seed, sequence, edges, stop)
+    task = make_task(model, ids, settings, drafter, seed, sequence, edges, stop)
     if graph is not None:
         if budget == "auto":
             task.adviser = auto_budget(task, graph, selection)

@@ -525,12 +525,13 @@ def test_a_drafted_token_that_differs_is_counted_and_ends_in_1(
     monkeypatch.setattr(bench_measure, "collect", corrupted)
     for name in ("cli.bench.profile_of", "bench.report.write_report"):  # which take seconds
         monkeypatch.setattr(f"spiffy.{name}", lambda *_: None)
-    code, text, _ = invoke(
+    code, text, log = invoke(
         "--graph", artifact, "--out", out, "--samples", str(PROMPTS), "--repeats", "1",
         "--budgets", "1", "--methods", "graph", "--device", "cpu", "--warm-up", "0",
         "--gen-length", "16",
     )  # fmt: skip
     assert code == 1
+    assert "tokens differ, in float32" in log
     found = {r.name: (r.compared, r.differing) for r in Bench.load(out / "bench.json").results}
     assert found == {"plain static": (2, 0), "graph 1": (2, 1)}
     assert "no: 1 of 2 (50%)" in text

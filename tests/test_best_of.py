@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -247,3 +248,15 @@ def test_calls_of_generate_go_on_from_one_another() -> None:
     shared = [isinstance(d, BestOfDrafter) and d.standing is first.standing for d in others]
     assert shared == [True, False, False]
     assert isinstance(lasting_drafter(model, graph, graph.decoding, 2, "graph"), GraphDrafter)
+
+
+def test_a_way_is_not_credited_with_drafts_that_memory_left_out() -> None:
+    model = parity_model("llada-a")
+    led = Drafts(FIRST)
+    bad_first = GraphDrafter([((2, 0),), ((0, 1),)], model)
+    late = Drafts(LAST, FIRST)
+    best = BestOfDrafter([led, bad_first, late])
+    best.learn(replace(walk(led, FIRST), most=2))
+    assert best.standing.ahead == [0, 0, 0]
+    best.learn(replace(walk(led, FIRST), most=1))
+    assert best.standing.ahead == [0, -1, -1]

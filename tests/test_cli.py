@@ -280,8 +280,17 @@ def test_verify_compares_answers_that_stop(call: Call, artifact: Path) -> None:
     assert (code, "yes" in log) == (0, True)  # of no tokens at all
 
 
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        ("float32", "a tie in floating point can do that, though seldom. Repeat with --dtype "
+                    "float64"),
+        ("bfloat16", "near-ties can do that, as another batch size can: the shape of a forward "
+                     "decides. Repeat with --dtype float32"),
+    ],
+)  # fmt: skip
 def test_verify_notices_a_differing_token(
-    call: Call, artifact: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, told: str, call: Call, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["spiffy.runtime.generate"]  # the package exports a function of that name
     collect = module.collect
@@ -293,9 +302,11 @@ def test_verify_notices_a_differing_token(
         return output
 
     monkeypatch.setattr(module, "collect", corrupted)
-    code, printed, _ = call("decode", "--graph", artifact, "--prompt", PROMPT, "--verify")
+    command = ("decode", "--graph", artifact, "--prompt", PROMPT, "--verify", "--dtype", dtype)
+    code, printed, log = call(*command)
     assert code == 1
     assert "no (1 prompts differ)" in printed
+    assert f"tokens differ, in {dtype}: {told}" in " ".join(log.split())
 
 
 def test_edges_change_the_cost_of_decoding_and_not_the_answer(call: Call, artifact: Path) -> None:

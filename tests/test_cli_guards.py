@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers import chain_graph
 from rich.console import Console
 from test_cli import Call, call
 
-from spiffy.cli import calibrate, common, lm_eval
-from spiffy.schemas import SpiffyError
+from spiffy.cli import bench, calibrate, common, lm_eval
+from spiffy.runtime import generate, load_model
+from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.io import check_writable
 
 assert call  # a fixture
@@ -98,3 +102,81 @@ def test_answers_of_another_model_are_not_compared_after_all_is_evaluated(
     )
     with pytest.raises(SpiffyError, match="give that"):
         lm_eval._evaluate()
+
+
+@pytest.mark.parametrize("command", ["calibrate", "decode", "bench", "serve"])
+def test_every_command_that_loads_a_model_takes_a_revision(
+    command: str,
+    graph: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, *, revision: str | None, **_: object) -> None:
+        asked.append((name, revision))
+        raise SpiffyError("not loaded")
+
+    monkeypatch.setattr("spiffy.runtime.load_model", load)
+    what: dict[str, tuple[object, ...]] = {
+        "calibrate": ("--out", tmp_path / "new.json"),
+        "decode": ("--graph", graph, "--prompt", "a"),
+        "bench": ("--graph", graph, "--out", tmp_path / "run"),
+        "serve": ("--graph", graph, "--port", 0),
+    }
+    for given in ((), ("--revision", "v2")):
+        words = ("--model", "org/model", *what[command], *given)
+        monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            import_module(f"spiffy.cli.{command}").main()
+        assert stop.value.code == 2
+        assert "not loaded" in capsys.readouterr().err
+    assert asked == [("org/model", None), ("org/model", "v2")]
+
+
+def test_a_revision_is_of_the_graphs_model_if_no_other_is_named(
+    graph: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, *, revision: str | None, **_: object) -> None:
+        asked.append((name, revision))
+        raise SpiffyError("not loaded")
+
+    monkeypatch.setattr("spiffy.runtime.load_model", load)
+    found = DraftGraph.load(graph)
+    model = found.model.model_copy(update={"id": "org/model", "revision": "c" * 40})
+    found.model_copy(update={"model": model}).save(graph)
+    call("decode", "--graph", graph, "--prompt", "a")
+    call("decode", "--graph", graph, "--prompt", "a", "--revision", "v2")
+    assert asked == [("org/model", "c" * 40), ("org/model", "v2")]
+
+
+@pytest.mark.parametrize(
+    ("of_graph", "asked", "told"),
+    [("gsm8k", "synthetic", True), ("synthetic", "synthetic", False), ("gsm8k", "mine", False)],
+)
+def test_prompts_of_another_kind_than_the_graphs_are_named(
+    of_graph: str, asked: str, told: bool, graph: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = DraftGraph.load(graph)
+    record = found.calibration.model_copy(update={"dataset": of_graph})
+    bench._Prompts(dataset=asked).note_toys(found.model_copy(update={"calibration": record}))
+    log = " ".join(capsys.readouterr().err.split())
+    assert log.startswith("the prompts are generated word problems") == told
+    assert ("calibrated on gsm8k: give --dataset" in log) == told
+
+
+@pytest.mark.parametrize(
+    ("drafter", "graph", "why"),
+    [
+        (lambda *_: None, False, "drafter of type function has no token_ranks and asks_rejected"),
+        (SimpleNamespace(token_ranks=1, asks_rejected=False), False, "has no __call__"),
+        (lambda *_: None, True, "give a graph or a drafter of your own, not both"),
+    ],
+)
+def test_what_is_no_drafter_is_refused(drafter: Any, graph: bool, why: str) -> None:
+    model = load_model("tiny-sdar", device="cpu")
+    with pytest.raises(SpiffyError, match=why):
+        generate(model, "a", drafter=drafter, graph=chain_graph("tiny-sdar") if graph else None)

@@ -44,6 +44,16 @@ def test_the_answer_in_the_readme_is_that_of_the_length_it_calibrates_for() -> N
     assert " ".join(out.text.split()) == stated
 
 
+def test_the_drafter_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(code, "extending.md", "exec"), {})  # it asserts that no token changed
+    plain, ours = map(int, capsys.readouterr().out.split(" -> "))
+    (stated,) = re.findall(r"`(\d+ -> \d+)`", page)
+    assert stated == f"{plain} -> {ours}"
+    assert ours < plain
+
+
 def test_the_python_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from test_trust import Memory
 from spiffy.bench.watch import Watch, WatchedAdviser
 from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
+from spiffy.runtime.forward import cache
 from spiffy.runtime.generate import generate, generate_batch
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
@@ -363,3 +364,90 @@ def test_what_one_took_comes_back_however_long_it_waited(monkeypatch: pytest.Mon
 
 def plainly_of(task: Task) -> Task:
     return decode(task.model, task.prompt, task.settings)
+
+
+def test_a_decode_gets_its_drafts_back_after_a_shortage_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (task, *_), (plainly, *_) = begun("block", drafts=4)
+    memory = Memory(1000, torch.OutOfMemoryError("CUDA"))
+    monkeypatch.setattr(driver, "forward", memory)
+    monkeypatch.setattr(driver, "_TRY_AGAIN", 1)
+    scheduler = Scheduler(task.model)
+    scheduler.add(task)
+    usual = task.most_drafts
+    memory.most = 8 * 2
+    while not task.stats.halvings:
+        scheduler.step()
+    halved = task.most_drafts
+    assert halved < usual
+    memory.most = 1000  # whoever had the memory gave it back
+    for _ in range(3):
+        scheduler.step()
+    assert task.most_drafts > halved
+    decoded(scheduler)
+    assert states(task) == states(plainly)
+
+
+def test_a_decode_that_fails_as_its_drafts_are_halved_ends_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks, plainly = begun("block", drafts=4)
+    memory, pack = Memory(1000, torch.OutOfMemoryError("CUDA")), cache.pack
+    failing: list[bool] = []
+
+    def packed(*args: Any) -> Any:
+        if memory.failed and not failing:
+            failing.append(True)
+            raise MemoryError
+        return pack(*args)
+
+    monkeypatch.setattr(driver, "forward", memory)
+    monkeypatch.setattr(cache, "pack", packed)
+    scheduler = Scheduler(tasks[0].model, batch_size=3)
+    for task in tasks:
+        scheduler.add(task)
+    scheduler.step()
+    memory.most = 8 * 6
+    decoded(scheduler)
+    assert failing
+    assert [type(task.error) for task in tasks] == [MemoryError, *[type(None)] * 4]
+    for ours, theirs in zip(tasks[1:], plainly[1:], strict=True):
+        assert states(ours) == states(theirs)
+
+
+def test_a_decode_that_was_closed_is_no_answer() -> None:
+    (task, *_), _ = begun("block")
+    scheduler = Scheduler(task.model)
+    scheduler.add(task)
+    scheduler.step()
+    scheduler._running[0][1].close()
+    assert scheduler.step() == [task]
+    assert "before its answer was whole" in str(task.error)
+
+
+def test_answers_come_before_the_error_of_the_same_forward() -> None:
+    (good, bad, *_), _ = begun("block")
+    for task in (good, bad):
+        task.prompt, task.canvas = good.prompt, good.canvas
+
+    def fails(_: list[int]) -> bool:
+        raise RuntimeError("of the caller")
+
+    good.until, bad.until = (lambda _: True), fails
+    finished: list[Task] = []
+
+    def take() -> None:
+        for tasks in run(good.model, [bad, good], 2):
+            finished.extend(tasks)
+
+    with pytest.raises(RuntimeError, match="of the caller"):
+        take()
+    assert finished == [good]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_forward_of_no_sequence_is_refused(size: int) -> None:
+    tasks, _ = begun("block")
+    with pytest.raises(SpiffyError, match=f"batch size {size}: at least 1 sequence"):
+        list(generate_batch(tasks[0].model, tasks, size))

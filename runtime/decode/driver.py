@@ -14,6 +14,7 @@ from spiffy.runtime.decode.task import Task
 from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.device import synchronize
+from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
 from spiffy.schemas.records import MAX_NODES
 
@@ -28,7 +29,7 @@ def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Itera
 
     They are taken when there is room for them. Yields after every forward the tasks that it
     finished, often none; their `path` and `stats` are up to date at any time. The error of a task
-    that fails is raised.
+    that fails is raised after those that the same forward finished.
     """
     scheduler, more = Scheduler(model, batch_size), iter(tasks)
     while True:
@@ -37,10 +38,10 @@ def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Itera
         if not scheduler.busy:
             return
         finished = scheduler.step()
+        yield [task for task in finished if task.error is None]
         for task in finished:
             if task.error is not None:
                 raise task.error
-        yield finished
 
 
 class Scheduler:
@@ -51,6 +52,11 @@ class Scheduler:
     the others, else with half of them: the rest waits and is begun anew, for what it holds takes
     memory too. What fitted is remembered, and exceeded a little after many forwards; if a decode
     does not fit alone, all was its fault. For one thread.
+
+    Raises
+    ------
+    SpiffyError
+        If no decode may be in a forward.
 
     Parameters
     ----------
@@ -66,6 +72,10 @@ class Scheduler:
     """
 
     def __init__(self, model: DiffusionLM, batch_size: int = 1) -> None:
+        if batch_size < 1:
+            raise SpiffyError(
+                f"batch size {batch_size}: at least 1 sequence has to be in a forward"
+            )
         self.model, self.batch_size = model, batch_size
         self.forwards = self.halvings = 0
         self._waiting: deque[Task] = deque()
@@ -122,8 +132,8 @@ class Scheduler:
             return finished
         started = perf_counter()
         while (outputs := _forward(self.model, self._running)) is None:
-            if (failed := self._do_with_less()) is not None:
-                return [failed]
+            if failed := self._do_with_less():
+                return failed
         self.forwards += 1
         self._remember_that_it_fitted()
         synchronize(self.model.device)  # the walk waits for the values anyway
@@ -142,6 +152,8 @@ class Scheduler:
                 self._running.append((task, decoding, decoding.send(ours)))
                 task.ready = perf_counter()
             except StopIteration:
+                if not task.path or not task.path[-1].finished:  # it was closed from outside
+                    task.error = RuntimeError("the decode ended before its answer was whole")
                 finished.append(task)
             except Exception as error:  # of this decode: the others go on
                 task.error = error
@@ -156,33 +168,40 @@ class Scheduler:
         while self._waiting and len(self._running) < self._most_decodes:
             task = self._waiting.popleft()
             task.most_drafts = min(task.most_drafts, self._most_drafts)
-            decoding = denoise(task)
+            decoding, started = denoise(task), perf_counter()
             try:
                 self._running.append((task, decoding, next(decoding)))
                 task.ready = perf_counter()
+                task.stats.seconds += task.ready - started
             except Exception as error:
                 task.error = error
                 failed.append(task)
         return failed
 
-    def _do_with_less(self) -> Task | None:
-        """Halve the drafts, else the decodes; a task that fails because it is alone is returned."""
+    def _do_with_less(self) -> list[Task]:
+        """Halve the drafts, else the decodes; returns those that fail, such as one alone."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._fitted = 0
         self._unhurt = self._unhurt or (self._most_drafts, self._most_decodes)
         tasks = self.running
         before = [task.stats.halvings for task in tasks]
-        self._running = [
-            (task, decoding, decoding.throw(TooLargeError())) for task, decoding, _ in self._running
-        ]
+        running, self._running, failed = self._running, [], []
+        for task, decoding, _ in running:
+            try:
+                self._running.append((task, decoding, decoding.throw(TooLargeError())))
+            except Exception as error:  # such as of the host's memory
+                task.error = error
+                failed.append(task)
+        if failed:
+            return failed
         halved = [task for task, n in zip(tasks, before, strict=True) if task.stats.halvings > n]
         if halved:  # of the most that one of them had: another may have had a single one
             self.halvings += 1
             self._most_drafts = min(self._most_drafts, max(task.most_drafts for task in halved))
             for task in halved:
                 task.allow(self._most_drafts)
-            return None
+            return []
         if len(tasks) == 1:
             self._running = []
             self._most_drafts, self._most_decodes = self._unhurt
@@ -193,21 +212,24 @@ class Scheduler:
             tasks[0].error = torch.OutOfMemoryError(
                 "a forward without drafts does not fit into memory"
             )
-            return tasks[0]
+            return tasks
         left_out = _left_out(tasks)
         self._most_decodes = len(tasks) - len(left_out)
         self._running = [entry for entry in self._running if entry[0] not in left_out]
         for task in reversed(left_out):
             task.begin_anew()
             self._waiting.appendleft(task)
-        return None
+        return []
 
     def _remember_that_it_fitted(self) -> None:
         self._fitted += 1
         if self._fitted % _TRY_AGAIN == 0:
             if not any(task.anew for task in self._waiting):  # else one may be to blame yet
                 self._unhurt = None
-            self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
+            if self._most_drafts < MAX_NODES:
+                self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
+                for task in self.running:
+                    task.allow(self._most_drafts)
             self._most_decodes = min(self._most_decodes + 1, self.batch_size)
 
 

@@ -86,7 +86,8 @@ def denoise(task: Task) -> Decoding:
         stats.draft_seconds += drafting
         if chooser is not None and candidates is not None:
             reached = _reached(root, task.path[root.step - cursor.step :])
-            chooser.learn(Walk(led, root, candidates, room, states[1:], reached))
+            seen = Walk(led, root, candidates, room, states[1:], reached, task.most_drafts)
+            chooser.learn(seen)
             learned = perf_counter()
             stats.draft_seconds += learned - walked
             walked = learned

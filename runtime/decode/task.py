@@ -18,6 +18,8 @@ from spiffy.runtime.step.noise import Noise
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
+_SPELLED = 8  # tokens that a character of a stop string may take; most take less than one
+
 
 @dataclass
 class Stats:
@@ -251,4 +253,9 @@ def is_stopped(task: Task, ids: Tensor, stop: int) -> bool:
     so_far = decoded(task, ids, stop)
     if task.until is not None and task.until(so_far):
         return True
-    return bool(task.stop) and task.model.codec.before_stop(so_far, task.stop) is not None
+    if not task.stop:
+        return False
+    # What was there before the last block has been looked at; a stop string may begin in it.
+    recent = so_far[-task.canvas.block_length - _SPELLED * (1 + max(map(len, task.stop))) :]
+    found = task.model.codec.before_stop
+    return found(recent, task.stop) is not None and found(so_far, task.stop) is not None

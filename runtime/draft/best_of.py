@@ -119,13 +119,14 @@ class BestOfDrafter:
     ) -> int | None:
         """How many drafts of a way the walk would have come to; None if that is too dear to say."""
         way = self.ways[number]
-        if type(way) is GraphDrafter:  # not one that chooses among its nodes
+        # Not one that chooses among its nodes, nor one with more of them than a forward carries.
+        if type(way) is GraphDrafter and len(way.fills) <= walk.most:
             return _leading(fill in way.fills for fill in fills)
         drafts = walk.drafts
         if way is not walk.led:
             if number != self.standing.leader and not self.standing.is_due(number):
                 return None
-            drafts = way(walk.root, walk.candidates, walk.room)
+            drafts = way(walk.root, walk.candidates, walk.room)[: walk.most]
         known = drafts.numpy().take(walk.candidates.positions.numpy(), 1).tolist()
         return _leading(tokens in known for tokens in filled)
 

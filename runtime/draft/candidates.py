@@ -17,6 +17,7 @@ from spiffy.runtime.draft.search import IN_NUMPY, Search, fastest_search
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import DecodingSettings
+from spiffy.schemas.records import MAX_NODES
 
 #: Who chooses the drafts of a forward: the acceptance model, or the order of the graph's nodes.
 Selection = Literal["model", "graph"]
@@ -117,6 +118,8 @@ class Walk:
         int64 [n, length] that were verified.
     reached
         int64 [s, length], the true states that followed, each once; no walk knows of more.
+    most
+        Drafts that memory allowed.
     """
 
     led: Drafter
@@ -125,6 +128,7 @@ class Walk:
     room: int
     drafts: Tensor
     reached: Tensor
+    most: int = MAX_NODES
 
 
 @runtime_checkable

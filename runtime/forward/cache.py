@@ -269,6 +269,11 @@ class BlockCache:
         span = self.canvas.span(cursor.block)
         waiting = self._waiting(cursor)
         self.block, self.completed = cursor.block, {}
+        while sum(len(block.ids) for block in waiting) > _MOST_STORED:  # of a long prompt
+            blocks = waiting[: max(1, _MOST_STORED // len(waiting[0].ids))]
+            yield [self._packed(blocks, _causal(len(blocks)))]
+            self.stored += sum(len(block.ids) for block in blocks)
+            waiting = waiting[len(blocks) :]
         if self.first_only(cursor):
             rows = [self._packed(waiting, _causal(len(waiting)))]
             alone = [Place(0, 0, waiting[0].start, len(rows[0].ids))]
@@ -338,7 +343,8 @@ def _causal(blocks: int) -> list[list[int]]:
 
 # Beyond these many positions per forward drafts never pay, and memory may end (docs/trust.md).
 _MOST_STACKED = 1 << 17  # rows of whole sequences
-_MOST_PACKED = 1 << 13  # in one row: the attention mask has the square of it
+_MOST_PACKED = 1 << 13  # in one row: the attention mask has them times these and the prefix
+_MOST_STORED = 1 << 11  # of a prompt, in blocks that see those before: their mask has the square
 
 
 def most_drafts(settings: DecodingSettings, canvas: Canvas) -> int:

@@ -233,8 +233,8 @@ class _Arrangement:
         made = (which, shared, query.device, query.dtype)
         if made not in self._masks:
             # Elsewhere than the other inputs only where a device map spreads the model.
-            mask = mask.to(query.device).repeat(shared, 1)
-            self._masks[made] = added(mask, query.dtype)[None, None]
+            hidden = added(mask.to(query.device), query.dtype)
+            self._masks[made] = hidden.repeat(shared, 1)[None, None]
         return self._masks[made]  # type: ignore[no-any-return]
 
 
