@@ -118,8 +118,8 @@ def measure(
 def table(rows: Sequence[Row], problems: int) -> Iterator[str]:
     """Markdown, one line per policy and number of drafts."""
     yield (
-        "| policy | drafts | NFE | fewer | positions | tokens per step | exact | tokens replaced "
-        "| walks ended so |"
+        "| policy | drafts | NFE | fewer | positions | tokens per step | right answers "
+        "| tokens replaced | walks ended so |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
