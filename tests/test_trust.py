@@ -25,8 +25,7 @@ from spiffy.runtime import ALIASES, load_model
 from spiffy.runtime.decode import driver, make_task, run
 from spiffy.runtime.forward.pack import forward
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-
-SHIPPED = Path(ALIASES["tiny-llada"])
+from spiffy.schemas.errors import is_out_of_memory
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -352,10 +351,14 @@ SMALL = {
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "cublas", "triton"])
+def test_what_allocators_raise_is_known(error: RuntimeError) -> None:
+    assert is_out_of_memory(error)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", SMALL)
 def test_drafts_that_do_not_fit_are_halved_and_no_token_changes(
-    monkeypatch: pytest.MonkeyPatch, layout: str, batch: int, error: RuntimeError
+    monkeypatch: pytest.MonkeyPatch, layout: str, batch: int
 ) -> None:
     checkpoint, cache, most = SMALL[layout]
     model = parity_model(checkpoint, "float64")
@@ -364,7 +367,7 @@ def test_drafts_that_do_not_fit_are_halved_and_no_token_changes(
     prompts = [random_prompt(model, 11, seed) for seed in range(batch + 1)]
     plainly = [decode(model, prompt, settings) for prompt in prompts]
     tasks = [make_task(model, p.prompt, settings, Oracle(p, 8)) for p in plainly]
-    memory = Memory(max(most, 27) * batch, error)
+    memory = Memory(max(most, 27) * batch, ERRORS[0])
     monkeypatch.setattr(driver, "forward", memory)
     for _ in run(model, tasks, batch):
         pass
