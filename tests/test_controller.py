@@ -304,9 +304,9 @@ def test_an_answer_of_another_length_scales_the_forwards_that_compute_it(
     settings = DecodingSettings.parse(block_length=8, gen_length=16, cache=kind)
     budget = auto.AutoBudget(model, base, settings)
     budget.begin(Canvas.plan(32, 16, 8, block_causal=False))
-    budget.controller.learn(PLAIN, 1, 1.0, 0.0)
+    budget.shared.mine.learn(PLAIN, 1, 1.0, 0.0)
     budget.begin(Canvas.plan(32, 64, 8, block_causal=False))
-    assert budget.controller.seconds_per_step(PLAIN) == pytest.approx(longer)
+    assert budget.shared.mine.seconds_per_step(PLAIN) == pytest.approx(longer)
 
 
 # What it estimates
@@ -505,10 +505,10 @@ def whimsical_paths(name: str, seed: int) -> list[list[list[int]]]:
     class Whimsical(auto.AutoBudget):
         def advise(self) -> Any:
             known = (
-                [*ways] if self.controller.has_seen_plain else ["graph"]
+                [*ways] if self.shared.mine.has_seen_plain else ["graph"]
             )  # by what forwards take
             whims = [PLAIN, *(Choice(way, n) for way in known for n in range(1, base.budget + 1))]
-            self.controller._now, self.controller._left = rng.choice(whims), 1
+            self.shared.mine._now, self.shared.mine._left = rng.choice(whims), 1
             return super().advise()
 
     paths = []

@@ -21,7 +21,9 @@ from spiffy.runtime.decode import loop
 from spiffy.runtime.draft import GraphDrafter
 from spiffy.runtime.forward import question
 from spiffy.runtime.forward.evaluation import Evaluation, Window
+from spiffy.runtime.forward.question import Reader
 from spiffy.runtime.models import base
+from spiffy.runtime.step.canvas import Canvas
 
 LENGTH = 11
 
@@ -105,9 +107,10 @@ def test_a_walk_along_its_likely_states_passes_the_head_once(
 
 
 def test_what_was_foreseen_is_what_the_head_says() -> None:
-    model, _ = setting_of("dream-dual", "static-1")
+    model, setting = setting_of("dream-dual", "static-1")
+    reader = Reader(model, setting, Canvas.plan(6, 16, 8, False), 0, asks_rejected=False)
     hidden = torch.randn(3, 20, model.module.config.hidden_size, dtype=model.dtype)
-    evaluation = Evaluation(model, [Window(part, 0, 5, len(part)) for part in hidden])
+    evaluation = Evaluation(model, [Window(part, 0, 5, len(part)) for part in hidden], reader)
     positions = [torch.tensor([6, 9]), torch.tensor([12]), torch.tensor([7, 8, 20])]
     alone = [evaluation.logits(k, at) for k, at in enumerate(positions)]
     evaluation.foresee(dict(enumerate(positions)))

@@ -361,7 +361,7 @@ def test_a_module_stays_known_without_its_model_and_learns_from_call_to_call() -
     for _ in range(2):
         drafted(module, batch(known, 6), graph=graph)
         (budget,) = auto._known[module].values()
-        counted.append(budget.controller.forwards)
+        counted.append(budget.shared.mine.forwards)
     assert counted[1] > counted[0] > 0
     before = len(auto._known)
     del module, known, budget
