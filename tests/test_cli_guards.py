@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import chain_graph
+from helpers import Call, chain_graph
 from rich.console import Console
-from test_cli import Call, call
 
 from spiffy.cli import calibrate, common, lm_eval
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import check_writable
-
-assert call  # a fixture
 
 
 @pytest.fixture
