@@ -58,9 +58,9 @@ results: $(READY)
 	$(BIN)/python studies/auto.py --into docs/results-time.md
 	$(BIN)/python studies/auto.py --busy --into docs/results-time.md
 	$(BIN)/python studies/overhead.py --into docs/results-time.md
-	$(BIN)/python studies/regret.py --into docs/what-pays.md
-	$(BIN)/python studies/threads.py --into docs/what-pays.md
-	$(BIN)/python studies/prepack.py --into docs/what-pays.md
+	$(BIN)/python studies/regret.py --into docs/auto.md
+	$(BIN)/python studies/threads.py --into docs/cpu.md
+	$(BIN)/python studies/prepack.py --into docs/cpu.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar \
 		--into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --prompts 1 --budgets 2,4 \

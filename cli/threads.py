@@ -2,7 +2,7 @@
 
 OpenMP's threads wait for each other by spinning. Beside another process, or in a container whose
 quota is smaller than the machine, they spin while the one they wait for is not running: a forward
-then takes many times as long (studies/threads.py). In Python nothing is changed: docs/what-pays.md
+then takes many times as long (studies/threads.py). In Python nothing is changed: docs/cpu.md
 says what to set.
 """
 
@@ -85,7 +85,7 @@ def apart(work: Callable[[], _Result]) -> _Result:
     """Do something in a thread of its own, for those who will compute in another one.
 
     Every thread that computes keeps OpenMP threads, and once a process has more of them than it
-    may use CPUs, all of them sleep at once where they would have looked (docs/what-pays.md). These
+    may use CPUs, all of them sleep at once where they would have looked (docs/cpu.md). These
     end with the thread.
 
     Raises

@@ -1,4 +1,4 @@
-"""What prepacked weights save: milliseconds by the number of positions (docs/what-pays.md).
+"""What prepacked weights save: milliseconds by the number of positions (docs/cpu.md).
 
 A tiny model grown into real shapes, its weights as torch has them and as oneDNN computes with them
 on this CPU (`spiffy.runtime.models.prepack`), in turns: a forward of the layers, and the output

@@ -1,6 +1,6 @@
 """What learning costs: simulated decodes under `--budget auto`, against the best fixed choice.
 
-    python studies/regret.py                    # a table; --into docs/what-pays.md
+    python studies/regret.py                    # a table; --into docs/auto.md
 
 No model and no clock: a forward takes what a cost curve says, a little more or less, now and then
 several times as long; it accepts a random number of drafts, on average as many as an artifact

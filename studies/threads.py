@@ -1,6 +1,6 @@
 """One thread against all: milliseconds of a forward by its positions.
 
-    python studies/threads.py --into docs/what-pays.md
+    python studies/threads.py --into docs/cpu.md
 
 Quiet, and beside a process that keeps a core busy. Each line is measured in a process of its own,
 because OpenMP's waiting is settled when it starts.

@@ -1,7 +1,7 @@
 """Weights of linear layers in the layout that oneDNN, a library of torch's for CPUs, computes with.
 
 Otherwise torch's libraries lay them out in every call, which counts beside the few positions of a
-denoising step's forward (docs/what-pays.md). The layout is kept in place of the weights, so it
+denoising step's forward (docs/cpu.md). The layout is kept in place of the weights, so it
 takes no memory of its own; but for the output head, whose rows are looked up too, and which is held
 both ways.
 """
