@@ -152,9 +152,7 @@ def read_manifest(folder: Path, kind: type[Run]) -> Run:
         raise SpiffyError(f"{folder / MANIFEST}: {first_problem(error)}") from None
 
 
-def check_same(
-    folder: Path, theirs: RunManifest, ours: RunManifest, free: frozenset[str] = frozenset()
-) -> None:
+def check_same(folder: Path, theirs: RunManifest, ours: RunManifest, free: frozenset[str]) -> None:
     """Refuse a folder of other settings; `free` names those that may differ.
 
     Raises

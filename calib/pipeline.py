@@ -314,10 +314,10 @@ def build_from_facts(
     settings: DecodingSettings,
     traces: Traces,
     budget: int,
-    seed: int = 0,
-    objective: Objective = "expected-steps",
-    switches: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
-    command: Sequence[str] = (),
+    seed: int,
+    objective: Objective,
+    switches: BlockEdges,
+    command: Sequence[str],
 ) -> DraftGraph:
     """Build the graph without the model: the traces say everything."""
     counts = chain_counts(traces)

@@ -65,7 +65,7 @@ def is_file_name(name: str) -> bool:
     return Path(name).suffix.lower() in _SUFFIXES
 
 
-def read_prompts(name: str, field: str | None = None, skipped: list[str] | None = None) -> Found:
+def read_prompts(name: str, field: str | None, skipped: list[str] | None = None) -> Found:
     """Prompts and records of a file, in order.
 
     Parameters
@@ -150,7 +150,7 @@ def prompts_of(name: str, records: _Records, field: str | None, skipped: list[st
     return found
 
 
-def prompt_of(record: Any, field: str | None = None) -> Text:
+def prompt_of(record: Any, field: str | None) -> Text:
     """The prompt of a record: an object with one of `FIELDS`, plain text, or a list of messages.
 
     Raises

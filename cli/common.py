@@ -121,8 +121,8 @@ def decodable(
     settings: DecodingSettings,
     texts: Sequence[Text],
     *,
-    raw: bool = False,
-    system: str | None = None,
+    raw: bool,
+    system: str | None,
 ) -> list[tuple[int, Tensor]]:
     """Ids of prompts that can be decoded, numbered from 0; the others are named and left out."""
     from spiffy.runtime.decode import make_task

@@ -24,7 +24,7 @@ def decode_into(
     graph: DraftGraph | None,
     budget: int | Literal["auto"] | None,
     ranks: Ranks,
-    batch_size: int = 1,
+    batch_size: int,
 ) -> None:
     """Decode this rank's share of the prompts; rank 0 then writes the answers of all.
 

@@ -53,7 +53,7 @@ class Runs:
     seed: int
     edges: BlockEdges
     prompts: list[tuple[int, Tensor]]
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...]
     ways: dict[str, Way] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     fitting: dict[str, int] = field(default_factory=dict)  # drafts that memory allows

@@ -204,7 +204,7 @@ class ModelOfGraph:
         Raises
         ------
         SpiffyError
-            If neither is given, or the model cannot be loaded.
+            If the model cannot be loaded.
         """
         from spiffy.runtime import load_model
         from spiffy.runtime.models.source import model_of_graph
@@ -212,9 +212,9 @@ class ModelOfGraph:
         revision = None
         if self.model is not None:
             name = self.model
-        elif artifact is None or place is None:
-            raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
         else:
+            assert artifact is not None  # commands ask for one of the two
+            assert place is not None
             name, revision = model_of_graph(artifact, place)
         model = load_model(
             name,

@@ -206,7 +206,7 @@ def download(
 
 
 def note_other_weights(
-    model: ModelRecord, repo: str, revision: str | None, token: str | bool | None = None
+    model: ModelRecord, repo: str, revision: str | None, token: str | bool | None
 ) -> None:
     """Say so if the weights beside a graph are not those that it was calibrated with.
 

@@ -1,4 +1,4 @@
-"""What a server gives as more and more clients ask: throughput and latency (docs/serving.md).
+"""What a server gives as more and more clients ask: throughput, latency (docs/results-serving.md).
 
 A closed loop: every client asks, waits for its answer, and asks again. Answers have unequal
 lengths, else plain decoding's sequences would go in step, which no clients do; one that is under

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 # The models are tiny: a second thread costs more than it gives, above all on a busy machine. Before
 # anything imports NumPy or torch, and for the commands that tests start: last bits depend on it.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub
 
 import pytest
+from helpers import Call
 from hypothesis import HealthCheck, settings
 from in_browser import browser
 
 __all__ = ["browser"]
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub
 
 settings.register_profile(
     "spiffy",
@@ -31,6 +31,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPIFFY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    return Call(capsys, monkeypatch)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +18,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
@@ -23,7 +26,14 @@ from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import Candidates, Drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.step.canvas import Cursor
-from spiffy.schemas import CalibrationRecord, DecodingSettings, DraftGraph, ModelRecord, Node
+from spiffy.schemas import (
+    CalibrationRecord,
+    DecodingSettings,
+    DraftGraph,
+    ModelRecord,
+    Node,
+    SpiffyError,
+)
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -54,6 +64,56 @@ def with_eos(model: DiffusionLM, tokens: Iterable[int]) -> DiffusionLM:
     other = copy.copy(model)
     other.eos_token_ids = frozenset(tokens)
     return other
+
+
+class Checkpoint:
+    """A copy of a checkpoint in tests/parity, to be changed and loaded."""
+
+    def __init__(self, folder: Path, source: str = "llada-a") -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        for file in (PARITY / source).glob("*config.json"):
+            shutil.copy(file, folder)
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.weights: dict[str, Tensor] = load_file(PARITY / source / "model.safetensors")
+
+    def load(self, **options: Any) -> DiffusionLM:
+        (self.folder / "config.json").write_text(json.dumps(self.config))
+        save_file(self.weights, self.folder / "model.safetensors", {"format": "pt"})
+        return load_model(str(self.folder), device="cpu", **options)
+
+    def refusal(self, **options: Any) -> str:
+        return refusal(lambda: self.load(**options))
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """What an action is refused with: one line, and not a long one."""
+    with pytest.raises(SpiffyError) as caught:
+        act()
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) <= 1000
+    return message
+
+
+@dataclass
+class Call:
+    """Runs commands in this process, as their entry points would be."""
+
+    captured: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch
+
+    def __call__(self, command: str, *arguments: object) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        main = importlib.import_module(f"spiffy.cli.{command.replace('-', '_')}").main
+        self.monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = self.captured.readouterr()
+        return code, printed.out, printed.err
 
 
 def chain_graph(name: str, drafts: int = 3, **options: Any) -> DraftGraph:

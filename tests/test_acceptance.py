@@ -181,7 +181,7 @@ def test_features_by_hand() -> None:
     assert at.neighbours.tolist() == [[-1, 0, -1], [1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     assert at.neighbour_tokens.tolist() == [[2, -1, 1], [-1, 1, -1], [1, 2, -1], [1, -1, -1]]
     assert at.fresh[:, 0].tolist() == [[True, False, False], [False, False, False]]
-    assert at.eos.tolist() == [[False, False, True]]
+    assert at.constant[3].tolist() == [[0, 0, 1]]  # whether its likely token ends the answer
     plain = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), VOCAB)
     states = States.of(at, plain, np.array([[-1, -1, -1], [0, -1, -1]]), np.array([0, 1]))
     features, masked = position_features(at, states)

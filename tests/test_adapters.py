@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, Oracle, decode, parity_model, random_prompt, states
+from helpers import PARITY, Oracle, decode, parity_model, random_prompt, refusal, states
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spiffy.runtime import DiffusionLM, load_model, wrap
-from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas import DecodingSettings
 
 peft = pytest.importorskip("peft", reason="pip install 'spiffy-dllm[adapters]'")
 
@@ -90,14 +90,6 @@ LAYOUTS = {
     "sdar": ("sdar-a", SDAR, SDAR),
     "llada2": ("llada2-a", LLADA2, layers("model.layers", {"self_attn.o_proj": (48, 96)})),
 }
-
-
-def refusal(act: Callable[[], object]) -> str:
-    with pytest.raises(SpiffyError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture

@@ -373,6 +373,13 @@ def artifact(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without this machine's profile and without a report, which take seconds."""
+    for name in ("cli.bench.profile_of", "bench.report.write_report"):
+        monkeypatch.setattr(f"spiffy.{name}", lambda *_: None)
+
+
 def test_the_command_writes_a_run_that_can_be_read_back(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +406,7 @@ def test_the_command_writes_a_run_that_can_be_read_back(
     assert "model 4" in text
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_was_measured_is_kept_if_ctrl_c_comes_amid_summing_up(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +423,7 @@ def test_what_was_measured_is_kept_if_ctrl_c_comes_amid_summing_up(
     assert Bench.load(tmp_path / "bench.json").data.samples == 1
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_was_measured_before_ctrl_c_or_an_error_is_summed_up(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,6 +474,7 @@ def test_methods_asked_for_by_name_are_not_left_out_unsaid(artifact: Path, tmp_p
     assert (code, "no pruned: the graph of --paper has no more" in error) == (2, True)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_states_what_decoded_and_not_what_the_graph_is_of(
     artifact: Path, tmp_path: Path
 ) -> None:
@@ -511,6 +521,7 @@ def test_a_token_that_differs_in_any_repeat_counts() -> None:
     )
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_drafted_token_that_differs_is_counted_and_ends_in_1(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -523,8 +534,6 @@ def test_a_drafted_token_that_differs_is_counted_and_ends_in_1(
         return output
 
     monkeypatch.setattr(bench_measure, "collect", corrupted)
-    for name in ("cli.bench.profile_of", "bench.report.write_report"):  # which take seconds
-        monkeypatch.setattr(f"spiffy.{name}", lambda *_: None)
     code, text, log = invoke(
         "--graph", artifact, "--out", out, "--samples", str(PROMPTS), "--repeats", "1",
         "--budgets", "1", "--methods", "graph", "--device", "cpu", "--warm-up", "0",
@@ -554,6 +563,7 @@ def test_a_run_that_measured_nothing_writes_nothing(
     assert not [*(tmp_path / "run").iterdir()]
 
 
+@pytest.mark.usefixtures("quick")
 def test_prompts_that_were_calibrated_on_are_refused(artifact: Path, tmp_path: Path) -> None:
     seen = load_prompts("synthetic", 10).texts
     data = tmp_path / "data.jsonl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -14,15 +13,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, a_graph_of, of_another_model, parity_model, random_prompt
+from helpers import PARITY, a_graph_of, of_another_model, parity_model, random_prompt, refusal
 from huggingface_hub import constants
+from loopback_hub import LoopbackHub, connect
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -31,7 +30,7 @@ from spiffy.calib.store import TraceFile
 from spiffy.cli import decode
 from spiffy.runtime import ALIASES, DiffusionLM, decoding_settings, generate, load_model
 from spiffy.runtime.models.block_size import stated_block_size
-from spiffy.schemas import DraftGraph, ModelRecord, SpiffyError
+from spiffy.schemas import DraftGraph, ModelRecord
 
 FILES = (
     "config.json",
@@ -70,14 +69,6 @@ def shipped(name: str) -> DiffusionLM:
 
 def load(folder: Path) -> DiffusionLM:
     return load_model(str(folder), device="cpu")
-
-
-def refusal(act: Callable[[], object]) -> str:
-    with pytest.raises(SpiffyError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # ---------------------------------------------------------------- what is absent, what unreadable
@@ -143,63 +134,15 @@ def test_json_that_is_none_is_refused_in_every_file(
     assert refusal(lambda: load(folder)).startswith(f"{folder / name}: ")
 
 
-class Hub:
-    """A hub on the loopback that serves one folder, and answers some files with an error."""
-
-    def __init__(self, folder: Path, commit: str = "b" * 40) -> None:
-        self.folder, self.commit = folder, commit
-        self.broken: dict[str, int] = {}
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                name = self.path.split("?")[0].rpartition("/")[2]
-                file = hub.folder / name
-                if self.path.startswith("/api/"):
-                    about = {"id": "org/model", "sha": hub.commit, "siblings": []}
-                    self.answer(200, json.dumps(about).encode())
-                elif name in hub.broken:
-                    self.answer(hub.broken[name])
-                elif file.is_file():
-                    body = file.read_bytes()
-                    tag = hashlib.sha256(body).hexdigest()
-                    self.answer(200, body, ETag=f'"{tag}"')
-                else:
-                    self.answer(404, **{"X-Error-Code": "EntryNotFound"})
-
-            do_HEAD = do_GET  # noqa: N815
-
-            def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-                self.send_response(status)
-                headers |= {"X-Repo-Commit": hub.commit, "Content-Length": str(len(body))}
-                for key, value in headers.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        serve = self.server.serve_forever
-        threading.Thread(target=serve, args=(0.01,), daemon=True).start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    found = Hub(PARITY / "llada-a")
-    address = f"http://127.0.0.1:{found.server.server_address[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # of its retries
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    found = LoopbackHub()
+    connect(found, tmp_path, monkeypatch)
+    found.put("org/model", files_in(PARITY / "llada-a"))
     yield found
     found.stop()
 
@@ -213,16 +156,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         ("special_tokens_map.json", 503),
     ],
 )
-def test_an_error_of_the_hub_is_not_absence(hub: Hub, name: str, status: int) -> None:
-    hub.folder = Path(ALIASES["tiny-llada"])
-    hub.broken[name] = status
+def test_an_error_of_the_hub_is_not_absence(hub: LoopbackHub, name: str, status: int) -> None:
+    hub.put("org/model", files_in(Path(ALIASES["tiny-llada"])))
+    hub.fails[f"/{name}"] = status
     message = refusal(lambda: load_model("org/model", device="cpu"))
     assert message.startswith(f"org/model: {name} cannot be had from the hub: ")
     assert str(status) in message
 
 
 def test_what_the_hub_does_not_have_is_absent_then_and_later_without_it(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = torch.arange(6)[None]
     expected = parity_model("llada-a").forward_logits(ids)
@@ -230,7 +173,7 @@ def test_what_the_hub_does_not_have_is_absent_then_and_later_without_it(
     hub.stop()
     again = load_model("org/model", device="cpu")
     assert torch.equal(again.forward_logits(ids), expected)
-    assert again.revision == hub.commit
+    assert again.revision == hub.repositories["org/model"][-1][0]
     # A cache that does not know what the hub lacks may itself lack what the hub has.
     repository = Path(constants.HF_HUB_CACHE) / "models--org--model"
     shutil.rmtree(repository / ".no_exist")
@@ -270,10 +213,10 @@ def test_an_adapter_beside_weights_is_said_to_be_left_out(
     assert "holds an adapter (LoRA) beside its weights: it is not applied" in caplog.text
 
 
-def test_an_artifact_that_the_hub_refuses_is_not_absent(hub: Hub) -> None:
+def test_an_artifact_that_the_hub_refuses_is_not_absent(hub: LoopbackHub) -> None:
     message = refusal(lambda: DraftGraph.from_pretrained("org/model"))
     assert message == "org/model: the hub has no draft_graph.json there"
-    hub.broken["draft_graph.json"] = 403
+    hub.fails["/draft_graph.json"] = 403
     message = refusal(lambda: DraftGraph.from_pretrained("org/model"))
     assert "no draft_graph.json to be had" in message
 

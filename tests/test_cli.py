@@ -10,35 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PARITY, collected, of_another_model
+from helpers import PARITY, Call, collected, of_another_model
 
 from spiffy.calib import pipeline
-from spiffy.cli import calibrate, calibration_tables, decode, graph
+from spiffy.cli import calibrate, calibration_tables
 from spiffy.schemas import DraftGraph, SpiffyError
 
-COMMANDS = {"calibrate": calibrate, "decode": decode, "graph": graph}
 TINY = "tiny-llada"
 QUICK = ("--gen-length", "32", "--samples", "5", "--budget", "4")
 PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
-
-
-class Call:
-    """Run a command in this process, as its entry point would be."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.monkeypatch = capsys, monkeypatch
-
-    def __call__(self, command: str, *arguments: object) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            COMMANDS[command].main()
-        printed = self.capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    return Call(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +384,7 @@ def test_graph_commands_describe_an_artifact(call: Call, artifact: Path) -> None
     assert printed == shipped.read_text()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["calibrate", "decode", "graph"])
 def test_help_and_version(call: Call, command: str) -> None:
     assert call(command, "--help")[0] == 0
     code, printed, _ = call(command, "--version")

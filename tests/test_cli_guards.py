@@ -10,16 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import chain_graph
+from helpers import Call, chain_graph
 from rich.console import Console
-from test_cli import Call, call
 
 from spiffy.cli import bench, calibrate, common, lm_eval
 from spiffy.runtime import generate, load_model
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.io import check_writable
-
-assert call  # a fixture
 
 
 @pytest.fixture

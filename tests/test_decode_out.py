@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import chain_graph, shown, study
+from helpers import Call, chain_graph, shown, study
 
 from spiffy.calib.answers import Answers
 from spiffy.cli import decode
@@ -44,13 +44,8 @@ def arguments(graph: DraftGraph, tmp_path: Path) -> list[str]:
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command in this process."""
 
-    def call(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["spiffy-decode", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            decode.main()
-        return int(stop.value.code or 0), capfd.readouterr().err
-
-    return call
+    call = Call(capfd, monkeypatch)
+    return lambda *words: call("decode", *words)[::2]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ test_losslessness.py.
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, Oracle, decode, own_examples, parity_model, random_prompt, states
+from helpers import (
+    PARITY,
+    Checkpoint,
+    Oracle,
+    decode,
+    own_examples,
+    parity_model,
+    random_prompt,
+    states,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -38,28 +45,6 @@ from spiffy.schemas import DecodingSettings, SpiffyError
 
 QKV_1 = "model.layers.1.attention.query_key_value.weight"
 IDS = torch.tensor([[1, 2, 3, 4, 9, 8, 7]])
-
-
-class Checkpoint:
-    """A copy of a parity checkpoint to change and load."""
-
-    def __init__(self, folder: Path, source: str) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        self.config: dict[str, Any] = json.loads((PARITY / source / "config.json").read_text())
-        self.weights: dict[str, Tensor] = load_file(PARITY / source / "model.safetensors")
-
-    def load(self, **options: Any) -> DiffusionLM:
-        (self.folder / "config.json").write_text(json.dumps(self.config))
-        save_file(self.weights, self.folder / "model.safetensors", {"format": "pt"})
-        return load_model(str(self.folder), device="cpu", **options)
-
-    def refusal(self, **options: Any) -> str:
-        with pytest.raises(SpiffyError) as caught:
-            self.load(**options)
-        message = str(caught.value)
-        assert "\n" not in message
-        return message
 
 
 # ---------------------------------------------------------------- which family it is

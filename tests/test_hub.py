@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import a_graph_of, parity_model
+from helpers import Call, a_graph_of, parity_model
 from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import LoopbackHub, connect
 
 from spiffy.calib.pipeline import model_facts
-from spiffy.cli import decode
-from spiffy.cli import graph as graph_command
 from spiffy.integrations import hub as door
 from spiffy.runtime import ALIASES, generate, load_model
 from spiffy.schemas import CostPoint, CostProfile, DraftGraph, ExpectedSteps
 from spiffy.schemas import hub as schemas_hub
 
-MAIN = {"graph": graph_command.main, "decode": decode.main}
-Call = Callable[..., tuple[int, str, str]]
 REVISION = "a" * 40
 
 
@@ -33,18 +29,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     schemas_hub.holds_weights.cache_clear()
     yield found
     found.stop()
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def run(command: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            MAIN[command]()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 def a_graph(**model: Any) -> DraftGraph:

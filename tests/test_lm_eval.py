@@ -9,14 +9,14 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from functools import partialmethod
+from functools import partial, partialmethod
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import chain_graph, parity_model, random_prompt, shown, study
+from helpers import Call, chain_graph, parity_model, random_prompt, shown, study
 
 pytest.importorskip("lm_eval", reason="pip install 'spiffy-dllm[lm-eval]'")
 
@@ -58,7 +58,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def evaluate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+def evaluate(call: Call, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
     """Run `spiffy-lm-eval` in this process."""
     monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])
     # Seconds each: the harness reads all of its own tasks, and lists the packages installed.
@@ -67,18 +67,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(manager, "__init__", start)
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
 
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["spiffy-lm-eval", *map(str, arguments)])
-        try:
-            command.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        else:
-            code = 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
+    return partial(call, "lm-eval")
 
 
 def given(options: dict[str, object]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,48 +12,24 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import PARITY, a_graph_of, parity_model
+from helpers import PARITY, Checkpoint, a_graph_of, parity_model, refusal
 from packaging.version import Version
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from spiffy.calib.pipeline import model_facts
-from spiffy.runtime import ALIASES, DiffusionLM, load_model
+from spiffy.runtime import ALIASES, load_model
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.source import model_of_graph
-from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas import DraftGraph
 from spiffy.schemas.notes import note
 
 IDS = torch.tensor([[5, 9, 311, 311, 7, 42]])
 Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
 
 
-class Checkpoint:
-    """A copy of a checkpoint in tests/parity, to be changed."""
-
-    def __init__(self, folder: Path, source: str = "llada-a") -> None:
-        self.folder = folder
-        for file in (PARITY / source).glob("*config.json"):
-            shutil.copy(file, folder)
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        self.weights = load_file(PARITY / source / "model.safetensors")
-
-    def load(self, **options: Any) -> DiffusionLM:
-        (self.folder / "config.json").write_text(json.dumps(self.config))
-        save_file(self.weights, self.folder / "model.safetensors", {"format": "pt"})
-        return load_model(str(self.folder), device="cpu", **options)
-
-
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint(tmp_path)
-
-
-def refusal(load: Callable[[], object]) -> str:
-    with pytest.raises(SpiffyError) as caught:
-        load()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # ---------------------------------------------------------------- which model a graph means

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -70,3 +71,32 @@ def test_a_long_answer_is_searched_for_stop_strings_where_it_grows(
     assert task.path[-1].finished
     assert len(looked) > 10
     assert max(looked) <= 8 + 8 * (1 + len("no such text"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "which"), [("llada-a", "none"), ("llada-a", "dual"), ("sdar-a", "block")]
+)
+def test_what_a_forward_computed_is_not_kept_during_the_next(
+    layout: str, which: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all sequences that share it that is a gigabyte."""
+    model = parity_model(layout)
+    settings = DecodingSettings.parse(cache=which, block_length=8, gen_length=24)
+    prompt = random_prompt(model, 5)
+    whole = decode(model, prompt, settings)
+    before: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    forward = driver.forward
+
+    def watched(*args: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in before))
+        outputs = forward(*args)
+        before[:] = [weakref.ref(output.hidden) for output in outputs]
+        return outputs
+
+    monkeypatch.setattr(driver, "forward", watched)
+    task = make_task(model, prompt, settings, Oracle(whole, 2))
+    for _ in run(model, [task]):
+        pass
+    assert len(alive) > 5
+    assert not any(alive)

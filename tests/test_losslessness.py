@@ -7,7 +7,7 @@ Longer than other files: what the project stands for is to be read in one place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import accumulate, product
@@ -304,9 +304,20 @@ def test_any_acceptance_model_leaves_every_state_as_it_was(layout: str, policy: 
     check()
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ADVERSARIAL)
+def each_with_a_temperature(
+    kinds: Iterable[str], temperatures: Sequence[float]
+) -> list[tuple[str, str, float]]:
+    """Each kind in each layout at one temperature, so that each of both meets all of them."""
+    return [
+        (kind, layout, temperatures[(i + j) % len(temperatures)])
+        for i, kind in enumerate(kinds)
+        for j, layout in enumerate(LAYOUTS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "temperature"), each_with_a_temperature(ADVERSARIAL, TEMPERATURES)
+)
 def test_adversarial_drafts_leave_every_state_as_it_was(
     kind: str, layout: str, temperature: float
 ) -> None:
@@ -350,7 +361,6 @@ def test_drafts_start_from_the_prediction_that_produced_the_root(layout: str) ->
     plainly = decode(model, random_prompt(model, 11), setting, seen, edges=EDGES[layout])
     oracle = Oracle(plainly, 2)
     compared = 0
-    oracle = Oracle(plainly, 2)
 
     def checking(root: Cursor, candidates: Candidates, room: int) -> Tensor:
         nonlocal compared
@@ -665,10 +675,11 @@ class Garbage:
         return filled  # no masks
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("layout", LAYOUTS)
+GARBAGE = ("noise", "all masks", "the root again", "prompt changed", "no masks")
+
+
 @pytest.mark.parametrize(
-    "kind", ["noise", "all masks", "the root again", "prompt changed", "no masks"]
+    ("kind", "layout", "temperature"), each_with_a_temperature(GARBAGE, (0.0, 1.0))
 )
 def test_garbage_drafts_change_nothing(kind: str, layout: str, temperature: float) -> None:
     model, setting = setting_of(layout, "static-1", temperature)

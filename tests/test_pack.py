@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spiffy.runtime.forward import cache as caches
-from spiffy.runtime.forward.cache import CACHES, BlockEdges, DualCache, Evaluation
+from spiffy.runtime.forward.cache import CACHES, BlockEdges, Cache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
-from spiffy.runtime.forward.question import _pairs
+from spiffy.runtime.forward.question import Reader, _pairs
 from spiffy.runtime.models.attention import KeyValues
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
@@ -180,11 +180,18 @@ def drafts_of(model: DiffusionLM, cursor: Cursor, span: range, count: int) -> Te
     return drafts
 
 
+def opened(model: DiffusionLM, canvas: Canvas, cache: str) -> Cache:
+    """A cache of blocks of 4, of which nothing is read beforehand."""
+    settings = DecodingSettings.parse(cache=cache, block_length=4, gen_length=12)
+    reader = Reader(model, settings, canvas, 0, asks_rejected=False)
+    return CACHES[settings.cache](model, canvas, BlockEdges(), reader)
+
+
 def evaluate(
-    model: DiffusionLM, cache: object, cursor: Cursor, drafted: Tensor
+    model: DiffusionLM, cache: Cache, cursor: Cursor, drafted: Tensor
 ) -> tuple[Evaluation, list[Row]]:
     """Run a cache's forwards for some states; also the rows of its last forward."""
-    forwards = cache.evaluate(cursor, drafted, True)  # type: ignore[attr-defined]
+    forwards = cache.evaluate(cursor, drafted, True)
     batch: list[Row] = next(forwards)
     while True:
         try:
@@ -225,7 +232,7 @@ def block_begun(cursor: Cursor, canvas: Canvas) -> Cursor:
 def test_packed_drafts_equal_drafts_evaluated_alone(checkpoint: str, cache_name: str) -> None:
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=4)
-    cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
+    cache = opened(model, canvas, cache_name)
     evaluate(model, cache, cursor, cursor.ids[None])  # the block's first forward freezes the rest
     root = block_begun(cursor, canvas)
     together, _ = evaluate(model, cache, root, drafts := drafts_of(model, root, canvas.span(1), 5))
@@ -242,7 +249,7 @@ def test_dual_cache_freezes_what_the_blocks_first_forward_saw(checkpoint: str) -
     block, then the block's tokens at their own positions."""
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=5)
-    cache = DualCache(model, canvas, BlockEdges())
+    cache = opened(model, canvas, "dual")
     evaluate(model, cache, cursor, cursor.ids[None])
     root = block_begun(cursor, canvas)
     ours, _ = evaluate(model, cache, root, root.ids[None])
@@ -268,7 +275,7 @@ def test_what_a_prefix_cache_says_of_root_and_drafts(
     it, behind the frozen prefix. With one suffix for all, only the root's logits are those."""
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=6)
-    cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
+    cache = opened(model, canvas, cache_name)
     evaluate(model, cache, cursor, cursor.ids[None])
     root, span = block_begun(cursor, canvas), canvas.span(1)
     ours, _ = evaluate(model, cache, root, states := drafts_of(model, root, span, 4))
@@ -289,7 +296,7 @@ def test_frozen_keys_end_at_a_blocks_edge_and_so_do_windows(cache_name: str) -> 
     """The next block's logits rest on another cache: no walk may take them from this one."""
     model = parity_model("llada-a", "float64")
     canvas, cursor = in_second_block(model, seed=6)
-    cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
+    cache = opened(model, canvas, cache_name)
     evaluate(model, cache, cursor, cursor.ids[None])
     ours, _ = evaluate(model, cache, block_begun(cursor, canvas), cursor.ids.repeat(2, 1))
     assert all(window.covers(canvas.span(1)) for window in ours.windows)
@@ -302,7 +309,7 @@ def test_block_cache_equals_the_block_causal_forward(checkpoint: str) -> None:
     """Hidden states behind the stored blocks give the logits of the whole masked forward."""
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=7)
-    cache = CACHES["block"](model, canvas, BlockEdges())
+    cache = opened(model, canvas, "block")
     ours, _ = evaluate(model, cache, cursor, cursor.ids[None])
     span = canvas.span(1)
     logits = model.forward_logits(cursor.ids[None, : span.stop], block_length=4)
@@ -329,7 +336,7 @@ def test_positions_that_a_forward_runs(
     completes its own."""
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=8)
-    cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
+    cache = opened(model, canvas, cache_name)
     evaluate(model, cache, cursor, cursor.ids[None])
     root = block_begun(cursor, canvas)
     _, batch = evaluate(model, cache, root, drafts_of(model, root, canvas.span(1), 3))
@@ -369,7 +376,7 @@ def test_as_many_drafts_as_there_may_be_stay_within_the_bound(
     monkeypatch.setattr(caches, "_MOST_PACKED", 48)
     model = parity_model(checkpoint, "float64")
     canvas, cursor = in_second_block(model, seed=8)
-    cache = CACHES[cache_name](model, canvas, BlockEdges())  # type: ignore[index]
+    cache = opened(model, canvas, cache_name)
     evaluate(model, cache, cursor, cursor.ids[None])
     root, span = block_begun(cursor, canvas), canvas.span(1)
     settings = DecodingSettings.parse(cache=cache_name, block_length=4, gen_length=12)
@@ -489,11 +496,11 @@ def test_no_forward_copies_what_is_stored(
     for seed, length in enumerate(lengths):
         canvas = Canvas.plan(length, 8, 4, model.family.block_causal)
         cursor = canvas.start(random_prompt(model, length, seed), model.mask_token_id)
-        opened = CACHES[cache](model, canvas, BlockEdges())  # type: ignore[index]
-        evaluate(model, opened, cursor, cursor.ids[None])
+        kept = opened(model, canvas, cache)
+        evaluate(model, kept, cursor, cursor.ids[None])
         drafts = drafts_of(model, cursor, canvas.span(0), 1)
-        evaluate(model, opened, cursor, drafts)  # room is made
-        forwards = opened.evaluate(cursor, drafts, True)
+        evaluate(model, kept, cursor, drafts)  # room is made
+        forwards = kept.evaluate(cursor, drafts, True)
         rows += next(forwards)
         caches_of.append(forwards)
     config: Any = model.module.config

@@ -196,6 +196,7 @@ def test_a_first_block_larger_than_the_others_is_refused(first: int) -> None:
 def test_trajectory_equals_the_official_loop(
     checkpoint: str, recorded: dict[str, Any], row: int | None
 ) -> None:
+    """In its forwards, less those that neither commit nor are needed later."""
     options = options_of(recorded)
     assert options is not None
     stops = stops_of(recorded)
@@ -205,21 +206,7 @@ def test_trajectory_equals_the_official_loop(
     start = [[*prompt.tolist(), *[model.mask_token_id] * (len(final) - len(prompt))]]
     assert fold(start + states(task)) == fold(start + official)
     assert states(task)[-1] == final
-
-
-@pytest.mark.parametrize(("checkpoint", "recorded", "row"), trajectories())
-def test_plain_decoding_spends_a_forward_only_where_something_is_committed_or_stored(
-    checkpoint: str, recorded: dict[str, Any], row: int | None
-) -> None:
-    """The official loops' forwards, less those that neither commit nor are needed later."""
-    options = options_of(recorded)
-    assert options is not None
-    stops = stops_of(recorded)
-    model = with_eos(parity_model(checkpoint), stops)
-    prompt, official, _ = row_of(recorded, row)
-    task = decode(model, prompt, DecodingSettings.parse(**options, stop_at_eos=bool(stops)))
-    start = [*prompt.tolist(), *[model.mask_token_id] * (len(official[0]) - len(prompt))]
-    committing = len(fold([start, *official])) - 1
+    committing = len(fold(start + official)) - 1
     if recorded["function"] == "llada21.generate":  # a block's last one finds nothing to replace
         committing = recorded["nfe"]
     assert task.stats.nfe == committing  # stores ride in forwards that commit

@@ -114,16 +114,16 @@ def test_a_crowd_outlasts_forwards_in_which_some_of_it_are_missing() -> None:
     budget, _ = served(MACHINES["in between"], closed_loop, 4)
     assert set(budget.crowds) == {1, 8}
     fewer, _ = served(MACHINES["in between"], closed_loop + [4] * 8, 4)
-    assert fewer.now is fewer.crowds[4]
+    assert fewer.mine is fewer.crowds[4]
     more, _ = served(MACHINES["in between"], [*closed_loop, 16, 16], 4)
-    assert more.now is more.crowds[16]
+    assert more.mine is more.crowds[16]
 
 
 @pytest.mark.parametrize("sequences", [127, 200])
 def test_crowds_of_any_size_learn_what_forwards_take(sequences: int) -> None:
     budget, _ = served(MACHINES["computing"], [sequences] * 8, 5)
-    assert budget.now is not budget.crowds[1]
-    assert budget.now.has_seen_plain
+    assert budget.mine is not budget.crowds[1]
+    assert budget.mine.has_seen_plain
 
 
 def test_what_a_thread_chose_goes_with_its_own_forward() -> None:
@@ -148,7 +148,7 @@ def test_sequences_that_end_without_a_word_hold_nothing_up() -> None:
         budget.turn(4, 3.0)
         for choice in choices[:3]:
             budget.learn(choice, 1, 0.0)
-    assert budget.now.plain_seconds(0) == pytest.approx(3.0)
+    assert budget.mine.plain_seconds(0) == pytest.approx(3.0)
 
 
 def test_nobody_chooses_for_plain_forwards_or_tells_of_them_where_nothing_pays() -> None:
@@ -174,7 +174,6 @@ def test_a_thread_prices_its_drafts_by_its_own_forwards() -> None:
         for _ in range(16):
             other.submit(budget.choose).result()
         other.submit(budget.turn, 16, 5.0).result()
-        assert budget.now is budget.crowds[16]
         assert budget.mine is budget.crowds[1]
         assert other.submit(lambda: budget.mine).result() is budget.crowds[16]
         assert budget.mine.seconds_per_step(Choice("model", 8)) > 0
@@ -197,7 +196,7 @@ def test_a_crowd_that_leaves_is_seen_while_it_rests() -> None:
         if budget.rests and budget._own.resting > 4:
             break
     assert budget.rests
-    assert budget.now is budget.crowds[16]
+    assert budget.mine is budget.crowds[16]
     for _ in range(4):
         forward(1)
-    assert budget.now is budget.crowds[1]
+    assert budget.mine is budget.crowds[1]

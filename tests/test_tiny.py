@@ -154,13 +154,10 @@ def test_the_prefix_cache_is_lossless_to_the_last_position(name: str) -> None:
     assert ours.stats.nfe < plain.stats.nfe
 
 
-@pytest.mark.parametrize("budget", [1, 8, 32])
 @pytest.mark.parametrize("policy", ["static", "threshold"])
 @pytest.mark.parametrize(("name", "kind"), WITH_EDGES)
-def test_decoding_without_block_edges_is_lossless(
-    name: str, kind: str, policy: str, budget: int
-) -> None:
-    assert_lossless(name, kind, policy, 0.0, budget, OFF, FEWER[kind])
+def test_decoding_without_block_edges_is_lossless(name: str, kind: str, policy: str) -> None:
+    assert_lossless(name, kind, policy, 0.0, 8, OFF, FEWER[kind])
 
 
 @pytest.mark.parametrize("policy", ["static", "threshold"])
@@ -169,14 +166,12 @@ def test_each_block_edge_is_lossless(name: str, kind: str, policy: str, switch: 
     assert_lossless(name, kind, policy, 0.0, 8, SWITCHES[switch], FEWER[kind])
 
 
-@pytest.mark.parametrize("budget", [1, 8, 32])
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("budget", [1, 32])
 @pytest.mark.parametrize("policy", ["static", "threshold"])
 @pytest.mark.parametrize(("name", "kind"), LAYOUTS)
-def test_sampling_is_lossless(
-    name: str, kind: str, policy: str, temperature: float, budget: int
-) -> None:
-    assert_lossless(name, kind, policy, temperature, budget, BlockEdges(), FEWER[kind])
+def test_sampling_is_lossless(name: str, kind: str, policy: str, budget: int) -> None:
+    """At one temperature: tests/test_losslessness.py has more, which run the same code."""
+    assert_lossless(name, kind, policy, 0.6, budget, BlockEdges(), FEWER[kind])
 
 
 @pytest.mark.parametrize("name", EXACT_CACHES)

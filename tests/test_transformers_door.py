@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, a_graph_of, of_another_model, parity_model, random_prompt
+from helpers import PARITY, a_graph_of, of_another_model, parity_model, random_prompt, refusal
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -33,7 +32,6 @@ from spiffy.integrations.transformers.rows import Row
 from spiffy.runtime import DiffusionLM, generate, load_model, wrap
 from spiffy.runtime.budget import auto
 from spiffy.runtime.decode import Task
-from spiffy.schemas import SpiffyError
 
 FAMILIES = (
     *("llada-a", "dream-a", "sdar-a", "llada2-a", "illada-a", "sdc-a", "a2d-mdlm-a"),
@@ -62,14 +60,6 @@ def plainly(model: DiffusionLM, prompt: Tensor, **options: Any) -> list[int]:
     if model.family.name == "fast-dllm":
         options.setdefault("sub_block_length", 4)
     return generate(model, prompt, **options).token_ids
-
-
-def refusal(act: Callable[[], object]) -> str:
-    with pytest.raises(SpiffyError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -361,7 +351,7 @@ def test_a_module_stays_known_without_its_model_and_learns_from_call_to_call() -
     for _ in range(2):
         drafted(module, batch(known, 6), graph=graph)
         (budget,) = auto._known[module].values()
-        counted.append(budget.controller.forwards)
+        counted.append(budget.shared.mine.forwards)
     assert counted[1] > counted[0] > 0
     before = len(auto._known)
     del module, known, budget

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, Oracle, decode, parity_model, random_prompt, states
+from helpers import PARITY, Call, Oracle, decode, parity_model, random_prompt, refusal, states
 from safetensors.torch import load_file, save_file
-from test_cli import PROMPT, TINY, Call, call  # noqa: F401 (a fixture)
+from test_cli import PROMPT, TINY
 from tokenizers import AddedToken
 from transformers import PreTrainedModel
 
@@ -25,17 +25,7 @@ from spiffy.runtime import ALIASES, load_model
 from spiffy.runtime.decode import driver, make_task, run
 from spiffy.runtime.forward.pack import forward
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-
-SHIPPED = Path(ALIASES["tiny-llada"])
-
-
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(SpiffyError) as caught:
-        action()
-    message = str(caught.value)
-    assert message.isprintable()
-    assert len(message) <= 1000
-    return message
+from spiffy.schemas.errors import is_out_of_memory
 
 
 def copy_of(source: str, folder: Path) -> Path:
@@ -236,7 +226,7 @@ def test_text_that_is_odd_but_text_is_encoded() -> None:
         assert text in model.tokenizer.decode(model.encode(text), skip_special_tokens=False)
 
 
-def test_a_prompt_beyond_the_models_limit_says_the_limit(call: Call) -> None:  # noqa: F811
+def test_a_prompt_beyond_the_models_limit_says_the_limit(call: Call) -> None:
     limit = load_model(TINY, device="cpu").max_length
     code, _, log = call("decode", "--model", TINY, "--prompt", "word " * 20_000)
     assert code == 2
@@ -264,7 +254,7 @@ def test_a_broken_line_is_named_or_skipped(tmp_path: Path, line: bytes) -> None:
     assert "holds no prompts: line 1: " in refusal(lambda: load_prompts(str(path), skip_bad=True))
 
 
-def test_skip_bad_counts_what_it_skips(call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_skip_bad_counts_what_it_skips(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"\n".join([b'{"prompt": "How many?"}', *BROKEN]))
     arguments = ("decode", "--model", TINY, "--prompts", path, "--gen-length", 32, "--json")
@@ -283,7 +273,7 @@ def test_skip_bad_counts_what_it_skips(call: Call, tmp_path: Path) -> None:  # n
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_weights_stop_decoding_and_are_named(
-    call: Call,  # noqa: F811
+    call: Call,
     tmp_path: Path,
     bad: float,
 ) -> None:
@@ -352,10 +342,14 @@ SMALL = {
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "cublas", "triton"])
+def test_what_allocators_raise_is_known(error: RuntimeError) -> None:
+    assert is_out_of_memory(error)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", SMALL)
 def test_drafts_that_do_not_fit_are_halved_and_no_token_changes(
-    monkeypatch: pytest.MonkeyPatch, layout: str, batch: int, error: RuntimeError
+    monkeypatch: pytest.MonkeyPatch, layout: str, batch: int
 ) -> None:
     checkpoint, cache, most = SMALL[layout]
     model = parity_model(checkpoint, "float64")
@@ -364,7 +358,7 @@ def test_drafts_that_do_not_fit_are_halved_and_no_token_changes(
     prompts = [random_prompt(model, 11, seed) for seed in range(batch + 1)]
     plainly = [decode(model, prompt, settings) for prompt in prompts]
     tasks = [make_task(model, p.prompt, settings, Oracle(p, 8)) for p in plainly]
-    memory = Memory(max(most, 27) * batch, error)
+    memory = Memory(max(most, 27) * batch, ERRORS[0])
     monkeypatch.setattr(driver, "forward", memory)
     for _ in run(model, tasks, batch):
         pass
@@ -378,7 +372,7 @@ def test_drafts_that_do_not_fit_are_halved_and_no_token_changes(
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_that_fewer_drafts_fit_is_said_once_and_remembered(
-    call: Call,  # noqa: F811
+    call: Call,
     calibrated: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -400,7 +394,7 @@ def test_that_fewer_drafts_fit_is_said_once_and_remembered(
 
 def test_plain_decoding_that_does_not_fit_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
-    call: Call,  # noqa: F811
+    call: Call,
 ) -> None:
     for error in ERRORS:
         monkeypatch.setattr(driver, "forward", Memory(10, error))
@@ -460,7 +454,7 @@ def test_command_lines_are_recorded_without_folders(tmp_path: Path) -> None:
 
 
 def test_strict_validation_says_what_it_checked_and_what_not(
-    call: Call,  # noqa: F811
+    call: Call,
     calibrated: Path,
 ) -> None:
     code, printed, _ = call("graph", "validate", "--strict", "--model", TINY, calibrated)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import decode, parity_model, random_prompt
+from helpers import Call, decode, parity_model, random_prompt
 
 from spiffy.calib import store
 from spiffy.calib.audit import audit
@@ -50,16 +50,9 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Calibrate:
+def run(call: Call) -> Calibrate:
     """Run `spiffy-calibrate` in this process."""
-
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["spiffy-calibrate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            calibrate.main()
-        return int(stop.value.code or 0), capsys.readouterr().err
-
-    return call
+    return lambda *arguments: call("calibrate", *arguments)[::2]
 
 
 def prompts_file(path: Path, numbers: range | list[int]) -> Path:

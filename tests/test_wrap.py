@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARITY, Oracle, decode, parity_model, random_prompt, states
+from helpers import PARITY, Oracle, decode, parity_model, random_prompt, refusal, states
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -32,14 +32,6 @@ from spiffy.schemas import DecodingSettings, SpiffyError
 IDS = torch.tensor([[5, 9, 311, 311, 7, 42]])
 # One of each way of attending, with and without shifted logits, and a mixture of experts.
 CHECKPOINTS = ("llada-a", "dream-a", "sdar-a", "llada2-a", "fastdllm2-a")
-
-
-def refusal(act: Callable[[], object]) -> str:
-    with pytest.raises(SpiffyError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def config_of(checkpoint: str) -> dict[str, Any]:

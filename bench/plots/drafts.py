@@ -36,7 +36,6 @@ def acceptance(bench: Bench) -> list[Picture]:
             "Acceptance by depth",
             "positions that a draft fills in",
             lambda a: a.by_depth,
-            1,
         ),
         _shares(
             shown,
@@ -44,7 +43,6 @@ def acceptance(bench: Bench) -> list[Picture]:
             "Acceptance by place in the block",
             "position in the block, from 1",
             lambda a: a.by_place,
-            1,
         ),
         _walks(shown),
         _ranks(_two_largest(shown)),
@@ -77,7 +75,6 @@ def _shares(
     title: str,
     unit: str,
     tallies: Callable[[Acceptance], tuple[Tally, ...]],
-    first: int,
 ) -> Picture | None:
     figure = new_figure(*SIZE)
     axes = figure.add_subplot()
@@ -86,7 +83,7 @@ def _shares(
     for result in results:
         points = [
             (at, tally.accepted / tally.drafted, tally)
-            for at, tally in enumerate(tallies(result.acceptance), start=first)
+            for at, tally in enumerate(tallies(result.acceptance), start=1)
             if tally.drafted
         ]
         if not points:

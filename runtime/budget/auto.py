@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 from torch import nn
 
-from spiffy.runtime.budget.controller import Controller
 from spiffy.runtime.budget.cost import cost_profile, known_profile
 from spiffy.runtime.budget.estimates import PLAIN, Choice, interpolated
 from spiffy.runtime.budget.shared import SharedController
@@ -53,14 +52,11 @@ class Plan:
         Most drafts per forward.
     speedup
         Predicted, over plain decoding.
-    rate
-        Denoising steps per second of forwards and drafting.
     """
 
     selection: Selection | None
     drafts: int
     speedup: float
-    rate: float
 
 
 def expected_steps(graph: DraftGraph) -> dict[Selection, tuple[ExpectedSteps, ...]]:
@@ -105,7 +101,7 @@ def best_plan(
 
     Only numbers of drafts that were measured are considered; of equals the fewest drafts win.
     """
-    plain = Plan(None, 0, 1.0, 1 / profile.points[0].seconds)
+    plain = Plan(None, 0, 1.0)
     best = plain
     for selection, points in steps.items():
         for cost in profile.points[1:]:
@@ -125,7 +121,7 @@ def plan_of(
     per_forward = interpolated([(p.drafts, p.steps) for p in points], drafts)
     spent = turn_seconds(profile, selection, drafts)
     speedup = (plain_forward + step) / (spent / per_forward + step)
-    return Plan(selection, drafts, speedup, per_forward / spent)
+    return Plan(selection, drafts, speedup)
 
 
 def turn_seconds(profile: CostProfile, selection: Selection, drafts: int) -> float:
@@ -139,16 +135,6 @@ def turn_seconds(profile: CostProfile, selection: Selection, drafts: int) -> flo
 
 def _pairs(points: Sequence[CostPoint]) -> list[tuple[int, float]]:
     return [(point.drafts, point.seconds) for point in points]
-
-
-def forward_seconds(profile: CostProfile, drafts: int) -> Floats:
-    """Seconds of a forward with 0, 1, ... `drafts` drafts, float64 [drafts + 1].
-
-    Interpolated, and never falling: where more drafts were measured to cost less, that was noise.
-    """
-    x, y = zip(*_pairs(profile.points), strict=True)
-    seconds: Floats = np.interp(np.arange(drafts + 1), x, np.maximum.accumulate(y))
-    return seconds
 
 
 @dataclass(frozen=True)
@@ -226,11 +212,6 @@ class AutoBudget:
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
         self._drafters: dict[Choice, Drafter] = {}
         self._lock = RLock()  # threads that decode with one model share it
-
-    @property
-    def controller(self) -> Controller:
-        """What is known of forwards that hold as many sequences as the last one did."""
-        return self.shared.now
 
     @property
     def rests(self) -> bool:

@@ -46,19 +46,6 @@ _SITES = 3
 #: A forward this many times the price of a plain one never pays: walks are not that long.
 _HOPELESS = 6.0
 
-#: Fields of `CostProfile` that say what it was measured for.
-_CONDITIONS = (
-    "device",
-    "dtype",
-    "threads",
-    "torch",
-    "model",
-    "block_length",
-    "cache",
-    "policy",
-    "prefix_length",
-    "suffix_length",
-)
 
 #: From a number of drafts to a drafter of at most that many.
 MakeDrafter = Callable[[int], Drafter]
@@ -372,7 +359,7 @@ def cost_profile(
     if not remeasure:
         known = (_remembered.get(key), _load(path), *stored)
         for profile in known:
-            if profile is not None and _serves(profile, key, largest, wanted):
+            if profile is not None and _serves(profile, here, largest, wanted):
                 return profile
     profile = measure_cost(task, largest, drafters)
     _remembered[key] = profile
@@ -380,20 +367,23 @@ def cost_profile(
     return profile
 
 
-def known_profile(task: Task, stored: tuple[CostProfile, ...] = ()) -> CostProfile | None:
+def known_profile(task: Task, stored: tuple[CostProfile, ...]) -> CostProfile | None:
     """What was measured for such tasks on this machine, of whatever drafts; None if nothing was."""
-    key = _key(conditions(task))
+    here = conditions(task)
+    key = _key(here)
     known = (_remembered.get(key), _load(_profile_path(key)), *stored)
-    return next((p for p in known if p is not None and _serves(p, key, 0, set())), None)
+    return next((p for p in known if p is not None and _serves(p, here, 0, set())), None)
 
 
 _remembered: dict[str, CostProfile] = {}  # by key, for machines where nothing can be written
 
 
-def _serves(profile: CostProfile, key: str, largest: int, drafters: set[str]) -> bool:
-    theirs = profile.model_dump(include=set(_CONDITIONS))
+def _serves(
+    profile: CostProfile, here: Mapping[str, Any], largest: int, drafters: set[str]
+) -> bool:
+    there = profile.model_dump(include=set(here))
     enough = profile.largest is not None and profile.largest >= largest
-    return _key(theirs) == key and enough and drafters <= set(profile.turns)
+    return _key(there) == _key(here) and enough and drafters <= set(profile.turns)
 
 
 def cache_folder() -> Path | None:

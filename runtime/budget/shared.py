@@ -84,17 +84,11 @@ class SharedController:
         self.worth = ForwardSteps(steps)
         self.pace = Pace()
         self.crowds = {1: Controller(steps, most, seconds, worth=self.worth, pace=self.pace)}
-        self._crowd = 1  # that decoded last
         self._own = _Turn()
 
     @property
-    def now(self) -> Controller:
-        """The controller for as many sequences as the last forward held."""
-        return self.crowds[self._crowd]
-
-    @property
     def mine(self) -> Controller:
-        """The same for this thread's last forward."""
+        """The controller for as many sequences as this thread's last forward held."""
         return self.crowds[self._own.crowd]
 
     @property
@@ -127,7 +121,7 @@ class SharedController:
             self.crowds[crowd] = Controller(
                 self.steps, self.most, likely, crowd, worth=self.worth, pace=self.pace
             )
-        own.crowd = self._crowd = crowd
+        own.crowd = crowd
 
     def choose(self) -> Choice:
         """Who drafts the next forward, and up to how many for each sequence."""

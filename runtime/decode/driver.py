@@ -103,11 +103,6 @@ class Scheduler:
         """Tasks that share the next forward with others that may join it."""
         return [task for task, _, _ in self._running]
 
-    @property
-    def waiting(self) -> int:
-        """Number of tasks that are not begun."""
-        return len(self._waiting)
-
     def add(self, task: Task) -> None:
         """Let a task wait for its turn."""
         self._waiting.append(task)

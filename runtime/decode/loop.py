@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import replace
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spiffy.runtime.decode.task import Task, is_stopped
+from spiffy.runtime.decode.task import Advice, Task, is_stopped
 from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk, rank_candidates, search_of
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.draft.rejected import with_rejected
@@ -37,88 +38,146 @@ Decoding = Generator[list[Row], list[RowOutput], None]
 def denoise(task: Task) -> Decoding:
     """Decode one sequence; yields the rows of each forward and is sent their outputs.
 
-    One turn of the outer loop is one forward over the root and its drafts; the inner loop is the
-    walk over what that forward verified. Drafts decide how many steps a forward is worth and
-    nothing else: every step is a `denoising_step` on what the model says at a true state.
+    One turn is one forward over the root and its drafts, and the walk over what it verified. Drafts
+    decide how many steps a forward is worth and nothing else: every step is a `denoising_step` on
+    what the model says at a true state.
     """
-    canvas, stats = task.canvas, task.stats
-    cache, dear = open_cache(task), is_dear(task)
-    root = canvas.start(task.prompt, task.model.mask_token_id)
-    drafter, advice = task.drafter, None
-    chooser = drafter if isinstance(drafter, Chooser) else None
-    candidates: Candidates | None = None  # what is known about the root before its forward
-    drafting = 0.0  # seconds
-    if task.adviser is not None:
-        task.adviser.begin(canvas)
+    cache = open_cache(task)
+    drafting = _Drafting(task, cache)
+    root = task.canvas.start(task.prompt, task.model.mask_token_id)
     while not root.finished:
-        turned = perf_counter()
         task.roots.append(root.step)
-        states, asked = root.ids[None], 0
-        if drafter is not None and candidates is not None:
-            room = len(candidates.positions) - (not may_complete(task, cache, root))
-            led = drafter if chooser is None else chooser.leader
-            drafts = led(root, candidates, room)
-            asked = len(drafts)
-            states = torch.cat((states, drafts[: task.most_drafts]))
-            drafting += perf_counter() - turned
-        drafted = perf_counter()
-        states, evaluation = yield from _evaluated(task, cache, root, states, drafter is not None)
-        stats.drafted += len(states) - 1
-
-        arrived = perf_counter()
-        here, cursor, accepted = 0, root, stats.accepted
-        while True:
-            first_only = cache.first_only(cursor)
-            positions = looked_at(task, cursor, first_only)
-            if len(states) > 1 and dear and not first_only and here not in evaluation.foreseen:
-                evaluation.foresee(likely_states(task, cursor, states, evaluation, here))
-            reading = evaluation.reading(here, positions, keys_of(task, cursor, positions))
-            before, cursor = cursor, denoising_step(task, cursor, reading, first_only)
-            task.path.append(cursor)
-            stats.steps += 1
-            verified = _verified(task, cache, states, evaluation, root, cursor)
-            if verified is None or cursor.finished:
-                break
-            stats.accepted += verified != here or cursor.block > before.block
-            here = verified
-        walked = perf_counter()
-        stats.verify_seconds += walked - arrived
-        stats.draft_seconds += drafting
-        if chooser is not None and candidates is not None:
-            reached = _reached(root, task.path[root.step - cursor.step :])
-            seen = Walk(led, root, candidates, room, states[1:], reached, task.most_drafts)
-            chooser.learn(seen)
-            learned = perf_counter()
-            stats.draft_seconds += learned - walked
-            walked = learned
-        left_out = asked > 0 and len(states) == 1  # by memory: that is no forward with drafts
-        if task.adviser is not None and advice is not None and not left_out:
-            # Without those that commit nothing: they need no forward, with drafts or without.
-            steps = 1 + stats.accepted - accepted
-            task.adviser.learn(advice, steps, drafting + task.ready - drafted)
-
+        states = drafting.draft(root)
+        states, evaluation = yield from _evaluated(task, cache, root, states, drafting.asked_for)
+        walk = _walked(task, cache, root, states, evaluation)
+        drafting.learn(root, states, walk)
+        cache.settle(walk.state, walk.last)
+        root = walk.end
+        drafting.prepare(root, states, evaluation, walk)
+        del states, evaluation, walk  # they hold the forward's outputs: not during the next one
         if not task.keeps_path:
             del task.path[:-1]
-        cache.settle(here, before)
-        root, candidates, advice, drafting = cursor, None, None, 0.0
-        if not root.finished and cache.takes_drafts(root):
-            if task.adviser is not None:
-                mute = task.adviser.rests or not task.most_drafts
-                advice = None if mute else task.adviser.advise()
-                drafter = None if advice is None else advice.drafter
-                chosen = "plain" if advice is None else str(advice.choice)
-                stats.budgets[chosen] = stats.budgets.get(chosen, 0) + 1
-            if drafter is not None:
-                candidates = _candidates(
-                    task,
-                    drafter,
-                    root,
-                    states,
-                    evaluation,
-                    here,
-                    None if first_only else reading,
-                )
-                drafting = perf_counter() - walked
+
+
+class _Walked(NamedTuple):
+    """Where a walk went.
+
+    Attributes
+    ----------
+    end
+        The first true state that the forward tells too little about: the next root.
+    last, state
+        The true state before it, and its number in the forward (0: the root).
+    hops
+        Steps that led to a state verified too, each of which saves a forward.
+    reading
+        What was read of the last state, if it is of all that may change there.
+    """
+
+    end: Cursor
+    last: Cursor
+    state: int
+    hops: int
+    reading: Reading | None
+
+
+def _walked(
+    task: Task, cache: Cache, root: Cursor, states: Tensor, evaluation: Evaluation
+) -> _Walked:
+    """Step from one true state to the next, for as long as the forward tells about them."""
+    began = perf_counter()
+    foresees = len(states) > 1 and is_dear(task)
+    cursor, state, hops = root, 0, 0
+    while True:
+        first_only = cache.first_only(cursor)
+        positions = looked_at(task, cursor, first_only)
+        if foresees and not first_only and state not in evaluation.foreseen:
+            evaluation.foresee(likely_states(task, cursor, states, evaluation, state))
+        reading = evaluation.reading(state, positions, keys_of(task, cursor, positions))
+        last, cursor = cursor, denoising_step(task, cursor, reading, first_only)
+        task.path.append(cursor)
+        task.stats.steps += 1
+        verified = _verified(task, cache, states, evaluation, root, cursor)
+        if verified is None or cursor.finished:
+            break
+        hops += verified != state or cursor.block > last.block
+        state = verified
+    task.stats.accepted += hops
+    task.stats.verify_seconds += perf_counter() - began
+    return _Walked(cursor, last, state, hops, None if first_only else reading)
+
+
+class _Drafting:
+    """Who drafts for a sequence, from forward to forward, and what they learn of it.
+
+    That is the task's drafter, or whom its adviser names. Nobody drafts where nothing is known
+    about the root before its forward.
+    """
+
+    def __init__(self, task: Task, cache: Cache) -> None:
+        self.task, self.cache, self.drafter = task, cache, task.drafter
+        self._drafts = 0  # chosen for this forward, whether or not they fit into memory
+        self._chooser = self.drafter if isinstance(self.drafter, Chooser) else None
+        self._known: Candidates | None = None
+        self._advice: Advice | None = None
+        self._seconds = 0.0  # of choosing drafts for one forward
+        if task.adviser is not None:
+            task.adviser.begin(task.canvas)
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether forwards are to tell what follows a state that completes its block."""
+        return self.drafter is not None
+
+    def draft(self, root: Cursor) -> Tensor:
+        """The root and its drafts, int64 [1 + n, length]; without any the root alone."""
+        began = perf_counter()
+        states, self._drafts = root.ids[None], 0
+        if self.drafter is not None and self._known is not None:
+            completes = may_complete(self.task, self.cache, root)
+            self._room = len(self._known.positions) - (not completes)
+            self._led = self.drafter if self._chooser is None else self._chooser.leader
+            drafts = self._led(root, self._known, self._room)
+            self._drafts = len(drafts)
+            states = torch.cat((states, drafts[: self.task.most_drafts]))
+            self._seconds += perf_counter() - began
+        self._drafted = perf_counter()
+        return states
+
+    def learn(self, root: Cursor, states: Tensor, walk: _Walked) -> None:
+        """Tell whoever chose the drafts, or their number, what came of them."""
+        task, self._ended = self.task, perf_counter()
+        task.stats.draft_seconds += self._seconds
+        if self._chooser is not None and self._known is not None:
+            reached = _reached(root, task.path[root.step - walk.end.step :])
+            told = (root, self._known, self._room, states[1:], reached, task.most_drafts)
+            self._chooser.learn(Walk(self._led, *told))
+            learned = perf_counter()
+            task.stats.draft_seconds += learned - self._ended
+            self._ended = learned
+        left_out = self._drafts > 0 and len(states) == 1  # by memory: no forward with drafts
+        if task.adviser is not None and self._advice is not None and not left_out:
+            # Without steps that commit nothing: they need no forward, with drafts or without.
+            seconds = self._seconds + task.ready - self._drafted
+            task.adviser.learn(self._advice, 1 + walk.hops, seconds)
+
+    def prepare(self, root: Cursor, states: Tensor, evaluation: Evaluation, walk: _Walked) -> None:
+        """Choose who drafts at the root that a walk ended at, and rank what they choose from."""
+        task, adviser = self.task, self.task.adviser
+        self._known, self._advice, self._seconds = None, None, 0.0
+        if root.finished or not self.cache.takes_drafts(root):
+            return
+        if adviser is not None:
+            mute = adviser.rests or not task.most_drafts
+            self._advice = None if mute else adviser.advise()
+            self.drafter = None if self._advice is None else self._advice.drafter
+            chosen = "plain" if self._advice is None else str(self._advice.choice)
+            task.stats.budgets[chosen] = task.stats.budgets.get(chosen, 0) + 1
+        if self.drafter is not None:
+            self._known = _candidates(
+                task, self.drafter, root, states, evaluation, walk.state, walk.reading
+            )
+            self._seconds = perf_counter() - self._ended
 
 
 def _reached(root: Cursor, path: list[Cursor]) -> Tensor:
@@ -224,6 +283,7 @@ def _evaluated(
                 task.stats.halvings += 1
                 states = states[: 1 + task.most_drafts]
         else:
+            task.stats.drafted += len(states) - 1
             return states, evaluation
 
 

@@ -45,11 +45,14 @@ class AcceptanceDrafter:
         The acceptance model.
     budget
         Most drafts per forward.
-    pays
-        From the probabilities of the drafts (float64 [k], descending) to how many are worth their
-        cost; all of them by default.
     asks_rejected
         Whether rejected drafts are asked too.
+
+    Attributes
+    ----------
+    pays
+        From the probabilities of the drafts (float64 [k], descending) to how many are worth their
+        cost; all of them, unless somebody says otherwise.
     """
 
     token_ranks = TOKEN_RANKS
@@ -59,12 +62,11 @@ class AcceptanceDrafter:
         weights: AcceptanceWeights,
         budget: int,
         model: Vocabulary,
-        pays: Callable[[Floats], int] = len,
         asks_rejected: bool = True,
     ) -> None:
         self.weights = weights
         self.budget = budget
-        self.pays = pays
+        self.pays: Callable[[Floats], int] = len
         self.asks_rejected = asks_rejected
         self.mask_token_id = model.mask_token_id
         self.eos_token_ids = np.array(sorted(model.eos_token_ids), dtype=np.int64)

@@ -84,8 +84,6 @@ class Outlook:
         bool [S, M], whether the most likely token is a fresh one that the source has not seen.
     in_text
         Bigrams and trigrams of prompt and answer so far, by `pairs_of` and `triples_of`.
-    eos
-        [S, M] whether the most likely token ends the sequence.
     """
 
     positions: Ints
@@ -104,7 +102,6 @@ class Outlook:
     constant: Floats
     echo: Bools
     in_text: Counts
-    eos: Bools
 
     @classmethod
     def at(
@@ -159,14 +156,13 @@ class Outlook:
         log_p = np.maximum(log_p, -30.0)
         best = log_p.argmax(-1)
         likely = tokens[np.arange(len(where)), best]
-        eos = (likely[:, :, None] == eos_token_ids).any(-1)
         ascending = np.sort(log_p, -1)
         top, second = ascending[..., -1], ascending[..., max(-2, -ascending.shape[2])]
         constant = np.empty((6, *top.shape))
         constant[0] = np.log1p(ranks)
         constant[1] = logit_of(top)
         constant[2] = np.minimum(top - second, 12.0)
-        constant[3] = eos
+        constant[3] = (likely[:, :, None] == eos_token_ids).any(-1)
         constant[4:] = is_fresh
         return cls(
             positions=where,
@@ -185,7 +181,6 @@ class Outlook:
             constant=constant,
             echo=((likely[:, :, None] == ids[fresh]) & unseen[:, None]).any(-1),
             in_text=ngrams_before(ids, where[-1], mask_token_id, vocab),
-            eos=eos,
         )
 
     def sources(self, choice: Ints) -> Ints:

@@ -50,7 +50,7 @@ Forwards = Generator[list[Row], list[RowOutput], Evaluation]
 
 def _evaluated(
     model: DiffusionLM,
-    reader: Reader | None,
+    reader: Reader,
     cursor: Cursor,
     states: Tensor,
     rows: list[Row],
@@ -58,7 +58,7 @@ def _evaluated(
 ) -> Forwards:
     """Run the forward that holds the states."""
     question = None
-    if reader is not None and reader.ahead:
+    if reader.ahead:
         question = reader.question(cursor, states, places)
         rows = question.put(rows)
     outputs = yield rows
@@ -100,7 +100,7 @@ class NoCache:
     """Every state is a full sequence, one row each. Exact."""
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader | None = None
+        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
     ) -> None:
         self.model = model
         self.reader = reader
@@ -140,7 +140,7 @@ class DualCache:
     crosses = False
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader | None = None
+        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
     ) -> None:
         self.model = model
         self.canvas = canvas
@@ -243,7 +243,7 @@ class BlockCache:
     """
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader | None = None
+        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
     ) -> None:
         self.model = model
         self.canvas = canvas

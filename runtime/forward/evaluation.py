@@ -56,7 +56,7 @@ class Evaluation:
 
     model: DiffusionLM
     windows: Sequence[Window]
-    reader: Reader | None = None
+    reader: Reader
     answers: Answers | None = None
     foreseen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -68,7 +68,6 @@ class Evaluation:
         keys
             int64 [M] on the host, see `choose`; without, it does not matter which tokens are drawn.
         """
-        assert self.reader is not None  # of caches that a decode opens
         rules = self.reader.rules
         table = None
         if self.answers is not None:

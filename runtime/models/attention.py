@@ -264,9 +264,7 @@ def attention_of(config: Any) -> str | None:
 
 
 @contextmanager
-def arranged(
-    config: Any, groups: Sequence[Group], masked: Masked | None = None
-) -> Iterator[_Arrangement]:
+def arranged(config: Any, groups: Sequence[Group], masked: Masked | None) -> Iterator[_Arrangement]:
     """Let the layers of a module (`config` is theirs) attend by groups, in this thread.
 
     For as long as this lasts the config names this module's attention; whoever else calls the

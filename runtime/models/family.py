@@ -93,6 +93,7 @@ class Family:
     block_causal: bool
     threshold_strict: bool
     caches: tuple[CacheName, ...]
+    entries: Entries
     merged: Callable[[Mapping[str, Any]], Mapping[str, list[int]]] = _none
     split: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, int]]] = _none
     architectures: tuple[str, ...] = ()
@@ -105,7 +106,6 @@ class Family:
     sub_block_length: int | None = None
     mask_token_id: int | None = None
     masked_types: tuple[str, ...] = ()
-    entries: Entries = Entries()  # noqa: RUF009 (frozen)
     block_size_varies: bool = False
 
     def published_mask(self, config: Mapping[str, Any]) -> int | None:
