@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from spiffy.runtime.budget.estimates import ladder
 from spiffy.runtime.decode import (
     Task,
     denoising_step,
@@ -40,7 +41,6 @@ from spiffy.schemas import CostPoint, CostProfile, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
-_BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _ROUNDS = 20
 _SITES = 3
 #: A forward this many times the price of a plain one never pays: walks are not that long.
@@ -202,7 +202,7 @@ def measure_cost(
         raise ValueError(f"largest {largest}: must be at least 1")
     stage = _Stage.set_for(task, limit / 4)
     timings = _Timings(task.model.device)
-    budgets = [n for n in _BUDGETS if n < largest] + [largest]
+    budgets = [0, *ladder(largest)]
     made = {who: {n: make(n) for n in budgets[1:]} for who, make in (drafters or {}).items()}
     started = perf_counter()
 

@@ -248,6 +248,12 @@ def usual_fields(config: Config, *, partial: bool = False) -> dict[str, Any]:
     }
 
 
+def head_dim(config: Any) -> int:
+    """Dimensions of a head, by one of transformers' configs."""
+    stated: int | None = getattr(config, "head_dim", None)
+    return stated or config.hidden_size // config.num_attention_heads
+
+
 def check_head_dim(config: Config) -> None:
     """Refuse heads of another width than the hidden size has for each, where that is computed."""
     width = config["hidden_size"] // config["num_attention_heads"]
