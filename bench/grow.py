@@ -262,7 +262,7 @@ def _check(model: DiffusionLM, small: Shape, shape: Shape) -> None:
         if _kind(name) not in _AXES:
             raise SpiffyError(f"{model.name} cannot be grown: no rule for its parameter {name}")
     if any(is_traceable_wrapper_subclass(weight) for weight in model.module.parameters()):
-        raise SpiffyError(f"{model.name} cannot be grown: its weights are quantised")
+        raise SpiffyError(f"{model.name} cannot be grown: its weights are quantized")
     if any(weight.is_meta for weight in model.module.parameters()):
         raise SpiffyError(f"{model.name} cannot be grown: its weights are offloaded")
     if model.is_prepacked:

@@ -246,5 +246,5 @@ class CostProfile(Record):
     def _curves(self) -> Iterator[tuple[str, tuple[CostPoint, ...]]]:
         yield "points", self.points
         for field, curves in (("drafting", self.drafting), ("turns", self.turns)):
-            for who, points in curves.items():
-                yield f"{field}.{who}", points
+            for way, points in curves.items():
+                yield f"{field}.{way}", points

@@ -42,9 +42,9 @@ def cost(
     curves: list[tuple[str, tuple[CostPoint, ...], str, str]] = [
         ("forward alone", profile.points, INK, "."),
     ]
-    for who, points in profile.turns.items():
-        colour, marker = styles.get(who, (MUTED, "s"))
-        label = {"graph": "with drafting: graph", "model": "with drafting: model"}.get(who, who)
+    for way, points in profile.turns.items():
+        colour, marker = styles.get(way, (MUTED, "s"))
+        label = {"graph": "with drafting: graph", "model": "with drafting: model"}.get(way, way)
         curves.append((label, points, colour, marker))
     for label, points, colour, marker in curves:
         x, y = [p.drafts for p in points], [1000 * p.seconds for p in points]
@@ -103,8 +103,8 @@ def expected(
     axes = figure.add_subplot()
     tips: dict[str, str] = {}
     words: list[str] = []
-    for who, (x, y, label, marker) in curves.items():
-        axes.plot(x, y, color=COLOURS[who], marker=marker, label=label)
+    for way, (x, y, label, marker) in curves.items():
+        axes.plot(x, y, color=COLOURS[way], marker=marker, label=label)
         told = [f"{label}, {n} drafts: {s:.3f} steps" for n, s in zip(x, y, strict=True)]
         tips |= targets(axes, x, y, told, name)
         named = (0, *shown_budgets(x[-1]))

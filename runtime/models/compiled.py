@@ -164,7 +164,7 @@ def _hidden(model: DiffusionLM, way: Callable[..., Any], groups: list[Group]) ->
     positions = sum(group.rows * group.length for group in groups)
     ids = torch.arange(positions, device=model.device) % model.vocab_size
     places = torch.arange(positions, device=model.device) % groups[0].length
-    return model.but(compiled=Compiled(way)).hidden_states(ids, places, groups)
+    return model.replaced(compiled=Compiled(way)).hidden_states(ids, places, groups)
 
 
 def _seconds(model: DiffusionLM, way: Callable[..., Any]) -> float:
