@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -13,7 +12,8 @@ from rich.table import Table
 
 from spiffy.cli.common import log, note_if_inexact, note_of_ties
 from spiffy.cli.streams import write_utf8
-from spiffy.schemas.records import MAX_NODES
+from spiffy.schemas.labels import budgets_in_words
+from spiffy.schemas.records import COUNTS, MAX_NODES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,13 +210,9 @@ def report(runs: Runs) -> None:
 
 def note_budgets(outputs: Sequence[Output]) -> None:
     """Say what `auto` chose, and what that rests on."""
-    used: Counter[str] = sum((Counter(output.stats.budgets) for output in outputs), Counter())
-    if used:
-        counts = ", ".join(f"{name} {count}" for name, count in used.most_common())
-        log.print(
-            f"budget auto: forwards by drafts: {counts}; at the end {outputs[-1].stats.why}",
-            soft_wrap=True,
-        )
+    chosen = budgets_in_words((o.stats.budgets for o in outputs), outputs[-1].stats.why)
+    if chosen:
+        log.print(f"budget auto: {chosen}", soft_wrap=True)
 
 
 def as_json(index: int, output: Output) -> dict[str, Any]:
@@ -226,10 +222,7 @@ def as_json(index: int, output: Output) -> dict[str, Any]:
         "index": index,
         "text": output.text,
         "token_ids": output.token_ids,
-        "nfe": stats.nfe,
-        "positions_computed": stats.positions_computed,
-        "steps": stats.steps,
-        "accepted": stats.accepted,
+        **{name: getattr(stats, name) for name in COUNTS},
         "seconds": round(stats.seconds, 6),
     }
 

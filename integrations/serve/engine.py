@@ -33,6 +33,7 @@ from spiffy.runtime.models.source import Source
 from spiffy.runtime.models.text import Prompt, given_ids
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.records import Budget
 
 _LOG = logging.getLogger("spiffy")
 
@@ -216,7 +217,7 @@ class Engine:
         model: DiffusionLM,
         settings: DecodingSettings,
         graph: DraftGraph | None = None,
-        budget: int | Literal["auto"] = "auto",
+        budget: Budget = "auto",
         *,
         edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
         limits: Limits = Limits(),

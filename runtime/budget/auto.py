@@ -70,7 +70,7 @@ def expected_steps(graph: DraftGraph) -> dict[Selection, tuple[ExpectedSteps, ..
     if acceptance is not None and acceptance.expected_steps:
         steps["model"] = acceptance.expected_steps
     return {
-        who: _as_measured(curve, graph.measured_steps.get(who, ())) for who, curve in steps.items()
+        way: _as_measured(curve, graph.measured_steps.get(way, ())) for way, curve in steps.items()
     }
 
 
@@ -166,10 +166,10 @@ class Pays:
 def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> CostProfile:
     """Cost profile of drafting with a graph on this machine, measured unless it is known."""
 
-    def maker(who: Selection) -> Callable[[int], Drafter]:
-        return lambda drafts: way_of(task.model, graph, task.settings, drafts, who)
+    def maker(way: Selection) -> Callable[[int], Drafter]:
+        return lambda drafts: way_of(task.model, graph, task.settings, drafts, way)
 
-    makers: dict[str, Callable[[int], Drafter]] = {who: maker(who) for who in expected_steps(graph)}
+    makers: dict[str, Callable[[int], Drafter]] = {way: maker(way) for way in expected_steps(graph)}
     largest = min(graph.budget, MOST_UNASKED)
     return cost_profile(task, largest, makers, graph.cost_profiles, remeasure)
 
@@ -207,7 +207,7 @@ class AutoBudget:
         steps = steps or {"graph": _UNSTATED}
         if "model" in steps:
             fastest_search()  # compiles, which must not happen amid forwards that are timed
-        points = {who: [(p.drafts, p.steps) for p in curve] for who, curve in steps.items()}
+        points = {way: [(p.drafts, p.steps) for p in curve] for way, curve in steps.items()}
         seconds = [] if prior is None else _pairs(prior.points)
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
         self._drafters: dict[Choice, Drafter] = {}

@@ -27,12 +27,10 @@ from spiffy.runtime.budget.estimates import (
     ForwardSteps,
     Pace,
     Points,
+    ladder,
 )
 from spiffy.runtime.budget.tries import Try
 from spiffy.runtime.draft import Selection
-
-#: Numbers of drafts that are tried.
-LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 _KEPT = 5  # forwards whose drafting counts
 _PLAN_EVERY = 6  # forwards,
@@ -101,8 +99,7 @@ class Controller:
     pace: Pace | None = None
 
     def __post_init__(self) -> None:
-        numbers = [*(n for n in LADDER if n < self.most), self.most]
-        self._choices = [PLAIN, *(Choice(way, n) for way in self.steps for n in numbers)]
+        self._choices = [PLAIN, *(Choice(way, n) for way in self.steps for n in ladder(self.most))]
         # By the acceptance model a forward has fewer drafts than it may have; plain ones are alike.
         self._forward = {way: ForwardSeconds(self.seconds) for way in self.steps}
         self._plain = next(iter(self._forward.values()))
