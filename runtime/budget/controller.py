@@ -431,7 +431,7 @@ class Controller:
             return min(hopeful, key=self.seconds_per_step)
         if best != PLAIN and self._age(PLAIN) > self._seldom_enough(best):
             return PLAIN
-        patience = min(2 ** min(self._vain[None], 10), _PATIENT) if best == PLAIN else 1
+        patience = min(1 << min(self._vain[None], 10), _PATIENT) if best == PLAIN else 1
         if self.forwards - self._looked < _LOOK_AGAIN * patience:
             return None
         # The machine may have drifted meanwhile; what seemed much dearer is looked at more seldom.
@@ -457,7 +457,7 @@ class Controller:
 
     def _in_vain(self, choice: Choice) -> int:
         """How many times as seldom it is looked at."""
-        return min(2 ** min(self._vain[choice], 10), _SELDOM)
+        return min(1 << min(self._vain[choice], 10), _SELDOM)
 
     def _age(self, choice: Choice) -> int:
         """Forwards since it was last tried."""
