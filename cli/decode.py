@@ -329,9 +329,11 @@ def _verify(runs: Runs, json_lines: bool) -> None:
 def _answer(runs: Runs, output: _Output) -> None:
     """Decode every prompt and print its answer."""
     for prompt in runs.prompts:
-        for partial in runs.stream(prompt, runs.shown):
-            if output.stream:
+        if output.stream:
+            for partial in runs.stream(prompt, runs.shown):
                 write(partial)
+        else:
+            runs.decode(prompt, runs.shown)
         answer = runs.outputs[runs.shown][-1]
         if output.json:
             print_json(prompt[0], answer)

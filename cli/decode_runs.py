@@ -66,16 +66,19 @@ class Runs:
 
     def decode(self, prompt: tuple[int, Tensor], name: str) -> None:
         """Decode one prompt with one drafter."""
-        for _ in self.stream(prompt, name):
+        from spiffy.runtime.decode import run
+
+        task = self._begun(prompt, name)
+        for _ in run(self.lm, [task]):
             pass
+        self._keep(task, name)
 
     def stream(self, prompt: tuple[int, Tensor], name: str) -> Iterator[str]:
         """Decode one prompt; yields the text of each block when it is finished."""
         from spiffy.runtime.decode import run
-        from spiffy.runtime.generate import answer, collect
+        from spiffy.runtime.generate import answer
 
-        task = self._task(prompt, name)
-        task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
+        task = self._begun(prompt, name)
         printed, block = "", 0
         for _ in run(self.lm, [task]):
             cursor = task.path[-1] if task.path else None
@@ -84,6 +87,17 @@ class Runs:
                 full, _ = answer(task)
                 yield full[len(printed) :]
                 printed = full
+        self._keep(task, name)
+
+    def _begun(self, prompt: tuple[int, Tensor], name: str) -> Task:
+        task = self._task(prompt, name)
+        task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
+        return task
+
+    def _keep(self, task: Task, name: str) -> None:
+        """Keep an answer, and how many drafts memory allowed."""
+        from spiffy.runtime.generate import collect
+
         if task.stats.halvings:
             self.fitting[name] = task.most_drafts
             _note_fewer_drafts(task)
