@@ -45,7 +45,7 @@ FAST = (
     "tests/test_wrap.py::test_what_transformers_loads_is_what_our_loader_gives",
     "tests/test_wrap.py::test_attention_that_does_not_keep_to_the_mask_is_refused",
     "tests/test_adapters.py::test_drafts_leave_an_adapted_models_tokens_as_they_are",
-    "tests/test_quantize.py::test_drafts_leave_a_quantised_models_tokens_as_they_are",
+    "tests/test_quantize.py::test_drafts_leave_a_quantized_models_tokens_as_they_are",
     "tests/test_prepack.py::test_drafts_leave_its_tokens_as_they_are",
     f"{CLI}bad_decode_input_is_one_line",
     f"{DOOR}rows_of_a_padded_batch_are_what_generate_gives",

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spiffy.runtime import DiffusionLM
+from spiffy.runtime.models.fields import head_dim
 from spiffy.schemas import DraftGraph, SpiffyError
 
 #: What the largest logit of an added token is below the smallest of a real one, at least: its
@@ -72,14 +73,13 @@ class Shape:
     def of(cls, model: DiffusionLM) -> Shape:
         """Sizes of a loaded model."""
         config: Any = model.module.config
-        head_dim = getattr(config, "head_dim", None)
         return cls(
             model.name,
             config.num_hidden_layers,
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
-            head_dim or config.hidden_size // config.num_attention_heads,
+            head_dim(config),
             config.intermediate_size,
             config.vocab_size,
             config.tie_word_embeddings,
@@ -262,7 +262,7 @@ def _check(model: DiffusionLM, small: Shape, shape: Shape) -> None:
         if _kind(name) not in _AXES:
             raise SpiffyError(f"{model.name} cannot be grown: no rule for its parameter {name}")
     if any(is_traceable_wrapper_subclass(weight) for weight in model.module.parameters()):
-        raise SpiffyError(f"{model.name} cannot be grown: its weights are quantised")
+        raise SpiffyError(f"{model.name} cannot be grown: its weights are quantized")
     if any(weight.is_meta for weight in model.module.parameters()):
         raise SpiffyError(f"{model.name} cannot be grown: its weights are offloaded")
     if model.is_prepacked:

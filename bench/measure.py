@@ -28,8 +28,7 @@ from spiffy.bench.watch import (
     Watched,
     WatchedAdviser,
     decode,
-    token_text,
-    turn,
+    told,
 )
 from spiffy.calib.provenance import provenance
 from spiffy.runtime import BlockEdges, DiffusionLM
@@ -39,6 +38,7 @@ from spiffy.runtime.generate import collect
 from spiffy.runtime.models.text import Prompt
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas.bench import Interval, Machine, Result, Split, Walkthrough
+from spiffy.schemas.labels import budgets_in_words
 
 _DRAWS = 2000
 
@@ -286,7 +286,7 @@ def _result(
         name=method.name,
         kind=method.kind,
         budget=_usual_budget(once) if method.adviser is not None else method.budget,
-        note=_used(once),
+        note=budgets_in_words((row.budgets for row in once), once[-1].why),
         nfe=total("nfe"),
         positions_computed=total("positions_computed"),
         steps=total("steps"),
@@ -315,13 +315,6 @@ def _middle_repeat(rows: Sequence[Row]) -> int:
         nfe[row.repeat] += row.nfe
     middle = median_low(nfe.values())
     return min(repeat for repeat, forwards in nfe.items() if forwards == middle)
-
-
-def _used(rows: Sequence[Row]) -> str:
-    """What an adviser chose, in words; empty for other methods."""
-    used: Counter[str] = sum((Counter(row.budgets) for row in rows), Counter())
-    counts = ", ".join(f"{name} {count}" for name, count in used.most_common())
-    return f"forwards by drafts: {counts}; at the end {rows[-1].why}" if used else ""
 
 
 def _usual_budget(rows: Sequence[Row]) -> int:
@@ -367,20 +360,14 @@ def walkthrough(
     if look is None:
         return None
     first = {row.method: row for row in measured.rows if (row.prompt, row.repeat) == (0, 0)}
-    return Walkthrough(
+    return told(
+        model,
+        look.canvas,
+        look.forwards,
         prompt=text,
         method=look.method,
-        answer_start=look.canvas.prompt_length,
-        length=look.canvas.length,
-        turns=tuple(turn(model, look.canvas, forward) for forward in look.forwards),
         plain_nfe=first[baseline.name].nfe,
         text=first[look.method].text,
-        prompt_tokens=tuple(
-            token_text(model, token)
-            for token in look.forwards[0]
-            .root.ids[look.canvas.first : look.canvas.prompt_length]
-            .tolist()
-        ),
     )
 
 

@@ -12,7 +12,7 @@ from spiffy.bench.order import OrderNetwork, check_fits
 from spiffy.bench.order_drafter import OrderDrafter
 from spiffy.runtime import BlockEdges, DiffusionLM
 from spiffy.runtime.budget.auto import auto_budget
-from spiffy.runtime.decode import Adviser, Task, make_task
+from spiffy.runtime.decode import Adviser, make_task, median_task
 from spiffy.runtime.draft import (
     Candidates,
     Drafter,
@@ -22,13 +22,12 @@ from spiffy.runtime.draft import (
     graph_drafter,
 )
 from spiffy.runtime.draft.acceptance import acceptance_of
+from spiffy.runtime.forward.cache import NO_EDGES
 from spiffy.runtime.models.text import Prompt
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.bench import MethodKind
 
-#: FreeDave's own loop drafts inside a block, and spends a forward on storing it.
-NO_EDGES = BlockEdges(complete=False, first=False, fold=False)
 #: Caches with which edges change what a decode costs.
 _WITH_EDGES = ("none", "block")
 
@@ -159,6 +158,7 @@ def methods(
             found.append(Method(name, kind, settings, drafter, budget, edges=own))
 
     for n in budgets if settings.cache in _WITH_EDGES and edges != NO_EDGES else ():
+        # Its own loop drafts inside a block, and spends a forward on storing it.
         add("freedave", n, fixed(GraphDrafter(confidence_chain(n), model)), NO_EDGES)
     for n in budgets:
         add("chain", n, fixed(GraphDrafter(confidence_chain(n), model)))
@@ -178,7 +178,8 @@ def methods(
         for n in budgets:
             add("order", n, fixed(OrderDrafter(order, n, model)))
     if "auto" in kinds:
-        adviser = auto_budget(median_task(model, settings, prompts, edges), graph)
+        tasks = (make_task(model, prompt, settings, edges=edges) for prompt in prompts)
+        adviser = auto_budget(median_task(tasks), graph)
         found.append(Method("auto", "auto", settings, fixed(None), adviser=adviser))
     for n in budgets:
         add("perfect", n, lambda path, n=n: PerfectDrafter(path, n))  # type: ignore[misc]
@@ -190,12 +191,3 @@ def to_step_through(methods: Sequence[Method]) -> Method:
     order = ["model", "graph", "pruned", "paper", "order", "chain", "freedave", "perfect", "auto"]
     small = [method for method in methods if method.budget is None or method.budget <= 8]
     return min(small, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))
-
-
-def median_task(
-    model: DiffusionLM, settings: DecodingSettings, prompts: Sequence[Prompt], edges: BlockEdges
-) -> Task:
-    """The decoding of the prompt of median length."""
-    tasks = [make_task(model, prompt, settings, edges=edges) for prompt in prompts]
-    tasks.sort(key=lambda task: len(task.prompt))
-    return tasks[len(tasks) // 2]

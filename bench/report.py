@@ -18,7 +18,7 @@ from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench, Walkthrough
 from spiffy.schemas.html import presentable, visible
 from spiffy.schemas.io import write_atomically
-from spiffy.schemas.labels import policy_in_words
+from spiffy.schemas.labels import acceptance_in_words, device_in_words, policy_in_words
 
 if TYPE_CHECKING:
     from spiffy.bench.plots.style import Picture
@@ -242,7 +242,6 @@ def _conditions(bench: Bench) -> Pairs:
     machine, data, d = bench.machine, bench.data, bench.decoding
     by = "" if d.policy == "entropy-bounded" else f", by {d.score}"
     part = "" if d.sub_block_length is None else f", {d.sub_block_length} positions at a time"
-    threads = "" if machine.threads is None else f", {_counted(machine.threads, 'thread')}"
     load = (
         "not available"
         if machine.load is None
@@ -290,7 +289,10 @@ def _conditions(bench: Bench) -> Pairs:
             f"{_counted(data.repeats, 'counted decode')} of each prompt by each method, after "
             f"{data.warm_up} not counted (warm-up)",
         ),
-        ("Machine", f"{machine.device}, {machine.dtype}{threads}; {machine.system}"),
+        (
+            "Machine",
+            f"{device_in_words(machine.device, machine.dtype, machine.threads)}; {machine.system}",
+        ),
         ("Load averages", load),
         ("Versions", versions),
         ("Code revision", machine.git_revision or "not recorded"),
@@ -346,15 +348,5 @@ def _graph_conditions(graph: DraftGraph) -> Pairs:
         ("Made by", f"spiffy-dllm {record.tool_version}"),
     ]
     if graph.acceptance is not None:
-        pairs.append(("Acceptance model", describe_acceptance(graph)))
+        pairs.append(("Acceptance model", acceptance_in_words(graph.acceptance)))
     return pairs
-
-
-def describe_acceptance(graph: DraftGraph) -> str:
-    """Size of the acceptance model in one line."""
-    model = graph.acceptance
-    if model is None:
-        return "none: the nodes are the drafts"
-    parts = {"position": model.position, "commit": model.commit or {}, "token": model.token}
-    sizes = [f"{len(part)} {name}" for name, part in parts.items() if part]
-    return f"{' and '.join(sizes)} coefficients, {len(model.bigrams)} bigrams"

@@ -201,17 +201,28 @@ def step_through(
     task = make_task(model, ids, settings)
     task.drafter = Watched(graph_drafter(model, graph, settings, budget, selection))
     forwards = decode(task)
-    canvas = task.canvas
-    tail = forwards[0].root.ids[canvas.first : canvas.prompt_length].tolist()
-    return Walkthrough(
+    return told(
+        model,
+        task.canvas,
+        forwards,
         prompt=model.decode_text(ids.tolist()),
         method=f"{selection} {budget}",
+        plain_nfe=plain.stats.nfe,
+        text=collect(task).text,
+    )
+
+
+def told(
+    model: DiffusionLM, canvas: Canvas, forwards: Sequence[Forward], **facts: Any
+) -> Walkthrough:
+    """A decode's forwards as they are shown; `facts` are the fields that they do not tell."""
+    tail = forwards[0].root.ids[canvas.first : canvas.prompt_length].tolist()
+    return Walkthrough(
         answer_start=canvas.prompt_length,
         length=canvas.length,
         turns=tuple(turn(model, canvas, forward) for forward in forwards),
-        plain_nfe=plain.stats.nfe,
-        text=collect(task).text,
         prompt_tokens=tuple(token_text(model, token) for token in tail),
+        **facts,
     )
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spiffy.calib.folder import MANIFEST, RecordFolder, parts_of
 from spiffy.calib.frames import AppendFile, Place, Scan, read_record, scan_records
@@ -21,6 +21,7 @@ from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.io import write_atomically
+from spiffy.schemas.records import COUNTS, Budget
 from spiffy.schemas.workdir import AnswersManifest
 
 _RUN = 64  # characters of the manifest's digest, in front of the line
@@ -50,7 +51,7 @@ def answers_manifest(
     prompts: PromptSet,
     settings: DecodingSettings,
     graph: DraftGraph | None,
-    drafts: int | Literal["auto"] | None,
+    drafts: Budget | None,
     stop: Sequence[str],
     seed: int,
     edges: BlockEdges,
@@ -129,6 +130,6 @@ def _lines(places: Iterable[Place[About]], sums: Counter[str]) -> Iterator[bytes
         line = read_record(place)[_RUN:]
         answer = json.loads(line)
         sums["tokens"] += len(answer["token_ids"])
-        for name in ("nfe", "positions_computed", "steps"):
+        for name in COUNTS:
             sums[name] += answer[name]
         yield line + b"\n"

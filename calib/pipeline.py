@@ -23,6 +23,7 @@ from spiffy.graphs import (
     grow_paper,
     replay,
 )
+from spiffy.runtime.budget.estimates import ladder
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Vocabulary
 from spiffy.runtime.draft.acceptance import acceptance_weights
@@ -44,7 +45,6 @@ from spiffy.schemas.hub import is_hub_id
 from spiffy.schemas.records import MAX_PROMPTS
 from spiffy.schemas.workdir import ModelFacts
 
-_MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # budgets
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
 
 
@@ -253,7 +253,7 @@ def expected_steps(
 ) -> tuple[ExpectedSteps, ...]:
     """Replayed denoising steps per forward of drafts chosen by an acceptance model."""
     weights = acceptance_weights(acceptance, model.vocab_size)
-    budgets = [*(drafts for drafts in _MEASURED if drafts < budget), budget]
+    budgets = ladder(budget)
     drafters = [AcceptanceDrafter(weights, drafts, model) for drafts in budgets]
     found = [Replay(0, 0)] * len(drafters)
     for trace in traces:  # one at a time: they may come from disk

@@ -40,7 +40,6 @@ from spiffy.cli.options import (
     SkipBad,
     VersionOption,
     drafting_option,
-    draw,
     model_option,
     output_option,
     prompt_option,
@@ -133,11 +132,13 @@ class _Prompts:
 
     def draw(self, seed: int) -> PromptSet:
         """Draw them."""
-        found = draw(
+        from spiffy.calib.prompts import load_prompts
+
+        found = load_prompts(
             self.dataset,
             self.samples,
             seed,
-            test=True,
+            split="test",
             skip_bad=self.skip_bad,
             field=self.field,
         )

@@ -115,13 +115,13 @@ def summed_up(
 
 def profile_of(run: Run) -> CostProfile | None:
     """What a forward costs here; known already if "auto" was measured."""
-    from spiffy.bench.methods import median_task
     from spiffy.runtime.budget.auto import auto_profile
+    from spiffy.runtime.decode import make_task, median_task
 
     if run.artifact.differences(run.settings):
         return None
-    task = median_task(run.lm, run.settings, run.prompts, run.edges)
-    return auto_profile(task, run.artifact)
+    tasks = (make_task(run.lm, ids, run.settings, edges=run.edges) for ids in run.prompts)
+    return auto_profile(median_task(tasks), run.artifact)
 
 
 def write_files(out: Path, summary: Bench, found: Measurements) -> list[Path]:

@@ -29,7 +29,6 @@ from spiffy.cli.options import (
     SkipBad,
     Threads,
     VersionOption,
-    draw,
     model_option,
     note_toys,
     output_option,
@@ -130,13 +129,10 @@ class _Prompts:
 
     def draw(self, seed: int) -> PromptSet:
         """Draw them."""
-        return draw(
-            self.dataset,
-            self.samples,
-            seed,
-            test=False,
-            skip_bad=self.skip_bad,
-            field=self.field,
+        from spiffy.calib.prompts import load_prompts
+
+        return load_prompts(
+            self.dataset, self.samples, seed, skip_bad=self.skip_bad, field=self.field
         )
 
 
@@ -421,10 +417,10 @@ def _measured(graph: DraftGraph, tasks: Sequence[Task], traces: Traces) -> Draft
 def _timed(tasks: Sequence[Task], graph: DraftGraph) -> tuple[Task, CostProfile | None]:
     """The task of median length, and what forwards behind its prompt cost here."""
     from spiffy.runtime.budget.auto import auto_profile
+    from spiffy.runtime.decode import median_task
 
     with log.status("timing forwards"):
-        ordered = sorted(tasks, key=lambda task: len(task.prompt))
-        task = replace(ordered[len(ordered) // 2], drafter=None, path=[])
+        task = replace(median_task(tasks), drafter=None, path=[])
         return task, auto_profile(task, graph) if graph.nodes else None
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from spiffy.cli.common import console, log, note_if_inexact
 from spiffy.schemas import Objective
+from spiffy.schemas.labels import shown_budgets
 
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _MOST_COMPARED = 200_000  # distinct chains; rival rules unpack each, 2 kB and 40 microseconds
 _OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 _LARGE = 100e6  # parameters from which a roofline says something
-_SHOWN_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def summarise(graph: DraftGraph, traces: Traces) -> None:
@@ -53,7 +53,7 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
     table.add_column(f"this graph ({record.objective})", justify="right")
     for name in columns:
         table.add_column(f"{name} objective", justify="right")
-    for drafts in sorted({*(b for b in _SHOWN_BUDGETS if b < graph.budget), graph.budget}):
+    for drafts in shown_budgets(graph.budget):
         table.add_row(
             str(drafts),
             *([_cell(chosen.get(drafts))] if chosen else []),

@@ -25,7 +25,6 @@ from spiffy.cli.common import (
 from spiffy.cli.decode_out import decode_into
 from spiffy.cli.decode_runs import Runs, Way, compare, print_json, report
 from spiffy.cli.options import (
-    Budget,
     Decoding,
     Encoding,
     Field,
@@ -34,7 +33,6 @@ from spiffy.cli.options import (
     VersionOption,
     decoding_option,
     drafting_option,
-    draw,
     model_option,
     output_option,
     prompt_option,
@@ -45,6 +43,7 @@ from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.io import check_writable
+from spiffy.schemas.records import Budget
 
 if TYPE_CHECKING:
     from spiffy.calib.prompts import PromptSet
@@ -85,14 +84,14 @@ class _Prompts:
 
     def drawn(self, seed: int) -> PromptSet:
         """Read them: the one given, those of a file or data set, or standard input."""
-        from spiffy.calib.prompts import PromptSet
+        from spiffy.calib.prompts import PromptSet, load_prompts
 
         if self.prompts is not None:
-            drawn = draw(
+            drawn = load_prompts(
                 self.prompts,
                 self.samples,
                 seed,
-                test=True,
+                split="test",
                 skip_bad=self.skip_bad,
                 field=self.field,
             )
@@ -173,13 +172,11 @@ class _Drafting:
 
     def _auto(self, runs: Runs, artifact: DraftGraph) -> AutoBudget | None:
         from spiffy.runtime.budget.auto import auto_budget, auto_profile
-        from spiffy.runtime.decode import make_task
+        from spiffy.runtime.decode import make_task, median_task
 
-        tasks = [
+        task = median_task(
             make_task(runs.lm, ids, runs.settings, edges=runs.edges) for _, ids in runs.prompts
-        ]
-        tasks.sort(key=lambda task: len(task.prompt))
-        task = tasks[len(tasks) // 2]
+        )
         prior = auto_profile(task, artifact, remeasure=True) if self.remeasure else None
         return auto_budget(task, artifact, prior=prior)
 
@@ -332,9 +329,11 @@ def _verify(runs: Runs, json_lines: bool) -> None:
 def _answer(runs: Runs, output: _Output) -> None:
     """Decode every prompt and print its answer."""
     for prompt in runs.prompts:
-        for partial in runs.stream(prompt, runs.shown):
-            if output.stream:
+        if output.stream:
+            for partial in runs.stream(prompt, runs.shown):
                 write(partial)
+        else:
+            runs.decode(prompt, runs.shown)
         answer = runs.outputs[runs.shown][-1]
         if output.json:
             print_json(prompt[0], answer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from spiffy.cli.common import log, progress_bar
 from spiffy.cli.decode_runs import as_json
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spiffy.calib.ranks import Ranks
     from spiffy.cli.decode_runs import Runs
     from spiffy.schemas import DraftGraph
+    from spiffy.schemas.records import Budget
 
 
 def decode_into(
@@ -22,7 +23,7 @@ def decode_into(
     runs: Runs,
     prompts: PromptSet,
     graph: DraftGraph | None,
-    budget: int | Literal["auto"] | None,
+    budget: Budget | None,
     ranks: Ranks,
     batch_size: int,
 ) -> None:

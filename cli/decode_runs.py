@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -13,7 +12,8 @@ from rich.table import Table
 
 from spiffy.cli.common import log, note_if_inexact, note_of_ties
 from spiffy.cli.streams import write_utf8
-from spiffy.schemas.records import MAX_NODES
+from spiffy.schemas.labels import budgets_in_words
+from spiffy.schemas.records import COUNTS, MAX_NODES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,16 +66,19 @@ class Runs:
 
     def decode(self, prompt: tuple[int, Tensor], name: str) -> None:
         """Decode one prompt with one drafter."""
-        for _ in self.stream(prompt, name):
+        from spiffy.runtime.decode import run
+
+        task = self._begun(prompt, name)
+        for _ in run(self.lm, [task]):
             pass
+        self._keep(task, name)
 
     def stream(self, prompt: tuple[int, Tensor], name: str) -> Iterator[str]:
         """Decode one prompt; yields the text of each block when it is finished."""
         from spiffy.runtime.decode import run
-        from spiffy.runtime.generate import answer, collect
+        from spiffy.runtime.generate import answer
 
-        task = self._task(prompt, name)
-        task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
+        task = self._begun(prompt, name)
         printed, block = "", 0
         for _ in run(self.lm, [task]):
             cursor = task.path[-1] if task.path else None
@@ -84,6 +87,17 @@ class Runs:
                 full, _ = answer(task)
                 yield full[len(printed) :]
                 printed = full
+        self._keep(task, name)
+
+    def _begun(self, prompt: tuple[int, Tensor], name: str) -> Task:
+        task = self._task(prompt, name)
+        task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
+        return task
+
+    def _keep(self, task: Task, name: str) -> None:
+        """Keep an answer, and how many drafts memory allowed."""
+        from spiffy.runtime.generate import collect
+
         if task.stats.halvings:
             self.fitting[name] = task.most_drafts
             _note_fewer_drafts(task)
@@ -210,13 +224,9 @@ def report(runs: Runs) -> None:
 
 def note_budgets(outputs: Sequence[Output]) -> None:
     """Say what `auto` chose, and what that rests on."""
-    used: Counter[str] = sum((Counter(output.stats.budgets) for output in outputs), Counter())
-    if used:
-        counts = ", ".join(f"{name} {count}" for name, count in used.most_common())
-        log.print(
-            f"budget auto: forwards by drafts: {counts}; at the end {outputs[-1].stats.why}",
-            soft_wrap=True,
-        )
+    chosen = budgets_in_words((o.stats.budgets for o in outputs), outputs[-1].stats.why)
+    if chosen:
+        log.print(f"budget auto: {chosen}", soft_wrap=True)
 
 
 def as_json(index: int, output: Output) -> dict[str, Any]:
@@ -226,10 +236,7 @@ def as_json(index: int, output: Output) -> dict[str, Any]:
         "index": index,
         "text": output.text,
         "token_ids": output.token_ids,
-        "nfe": stats.nfe,
-        "positions_computed": stats.positions_computed,
-        "steps": stats.steps,
-        "accepted": stats.accepted,
+        **{name: getattr(stats, name) for name in COUNTS},
         "seconds": round(stats.seconds, 6),
     }
 

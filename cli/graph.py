@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,13 @@ from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
 from spiffy.schemas.errors import printable
 from spiffy.schemas.hub import graph_file
 from spiffy.schemas.io import check_writable, read_json, write_atomically
-from spiffy.schemas.labels import beyond_parent
+from spiffy.schemas.labels import (
+    acceptance_in_words,
+    beyond_parent,
+    device_in_words,
+    shown_budgets,
+)
+from spiffy.schemas.records import ExportFormat
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__
@@ -75,7 +80,7 @@ def show(file: File) -> None:
     shared = sum(len(node.parents) > 1 for node in graph.nodes)
     lines = [f"{shared} of {graph.budget} nodes are shared: several nodes lead to them"]
     if graph.expected_steps:
-        shown = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < graph.budget] + [graph.budget]
+        shown = shown_budgets(graph.budget)
         steps = ", ".join(f"{n}: {graph.expected_steps[n]:.2f}" for n in shown)
         lines.append(f"expected steps per forward at drafts {steps}")
     lines += [_acceptance_line(graph), *map(_profile_line, graph.cost_profiles)]
@@ -97,12 +102,8 @@ def _node_line(graph: DraftGraph, number: int) -> str:
 
 def _acceptance_line(graph: DraftGraph) -> str:
     model = graph.acceptance
-    if model is None:
-        return "acceptance model: none, the nodes are the drafts"
-    parts = {"position": model.position, "commit": model.commit or {}, "token": model.token}
-    sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items() if part)
-    line = f"acceptance model: {sizes} coefficients; {len(model.bigrams)} bigrams"
-    if model.expected_steps:
+    line = f"acceptance model: {acceptance_in_words(model)}"
+    if model is not None and model.expected_steps:
         steps = ", ".join(f"{p.drafts}: {p.steps:.2f}" for p in model.expected_steps if p.drafts)
         line += f"; expected steps at drafts {steps}"
     return line
@@ -110,11 +111,10 @@ def _acceptance_line(graph: DraftGraph) -> str:
 
 def _profile_line(profile: CostProfile) -> str:
     first, last = profile.points[0], profile.points[-1]
-    threads = "" if profile.threads is None else f", threads {profile.threads}"
+    where = device_in_words(profile.device, profile.dtype, profile.threads)
     return (
-        f"cost profile: {profile.device}, {profile.dtype}{threads}: "
-        f"{1000 * first.seconds:.3g} ms plain, {1000 * last.seconds:.3g} ms with {last.drafts} "
-        "drafts"
+        f"cost profile: {where}: {1000 * first.seconds:.3g} ms plain, "
+        f"{1000 * last.seconds:.3g} ms with {last.drafts} drafts"
     )
 
 
@@ -158,19 +158,11 @@ def plot(
     log.print(f"wrote {out}", soft_wrap=True)
 
 
-class Format(StrEnum):
-    """What `spiffy-graph export` writes."""
-
-    GRAPHML = "graphml"
-    DOT = "dot"
-    JSON = "json"
-
-
 @app.command()
 def export(
     file: File,
     format: Annotated[
-        Format,
+        ExportFormat,
         typer.Option(help="graphml (Gephi, yEd), dot (Graphviz), json (networkx node-link data)."),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write. Default: print it.")] = None,
@@ -181,7 +173,7 @@ def export(
     """
     from spiffy.graphs.export import exported
 
-    _put(exported(DraftGraph.find(file), format.value), out, file)
+    _put(exported(DraftGraph.find(file), format), out, file)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial, wraps
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -19,11 +19,10 @@ from spiffy.cli.common import log
 from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.notes import note
-from spiffy.schemas.records import MAX_NODES
+from spiffy.schemas.records import MAX_NODES, Budget, Objective
 
 if TYPE_CHECKING:
     from spiffy.calib.prompt_files import Text
-    from spiffy.calib.prompts import PromptSet
     from spiffy.runtime import BlockEdges
     from spiffy.runtime.models import DiffusionLM
     from spiffy.schemas import DecodingSettings
@@ -427,7 +426,7 @@ class Growth:
 
     budget: Annotated[int, drafting_option(help="Drafts per forward that the graph may hold.")] = 32
     objective: Annotated[
-        Literal["expected-steps", "paper", "transitions"],
+        Objective,
         drafting_option(
             help="expected-steps (steps that drafts save), paper (the published degree-1 "
             "accumulation: count of a node plus counts of its parents), or transitions (counts "
@@ -439,9 +438,6 @@ class Growth:
         """Refuse a budget that no artifact can hold."""
         if not 1 <= self.budget <= MAX_NODES:
             raise SpiffyError(f"--budget {self.budget}: must be between 1 and {MAX_NODES} drafts")
-
-
-Budget = int | Literal["auto"]
 
 
 def read_budget(word: str) -> Budget:
@@ -459,25 +455,3 @@ def read_budget(word: str) -> Budget:
             raise SpiffyError(f"--budget {word}: must be at least 1 draft")
         return int(word)
     raise SpiffyError(f"--budget {word!r}: give a number of drafts, or auto")
-
-
-def draw(
-    dataset: str,
-    samples: int | None,
-    seed: int,
-    *,
-    test: bool,
-    skip_bad: bool = False,
-    field: str | None = None,
-) -> PromptSet:
-    """Draw prompts, from the end of a data set that calibration or that tests use."""
-    from spiffy.calib.prompts import load_prompts
-
-    return load_prompts(
-        dataset,
-        samples,
-        seed,
-        split="test" if test else "calibration",
-        skip_bad=skip_bad,
-        field=field,
-    )

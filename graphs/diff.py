@@ -6,11 +6,10 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from spiffy.schemas import AcceptanceModel, DraftGraph, Node
-from spiffy.schemas.labels import written
+from spiffy.schemas.labels import shown_budgets, written
 
 _NAMED = 12  # nodes listed one by one
 _SHOWN = 32  # characters of a value
-_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def differences(a: DraftGraph, b: DraftGraph) -> list[str]:
@@ -115,7 +114,7 @@ def _expected(a: DraftGraph, b: DraftGraph) -> list[str]:
         return []
     if not a.expected_steps or not b.expected_steps:
         return ["expected steps: only one of them states any"]
-    budgets = [n for n in _BUDGETS if n <= min(a.budget, b.budget)]
+    budgets = [n for n in shown_budgets(min(a.budget, b.budget)) if n]
     pairs = [f"{n}: {a.expected_steps[n]:.3f} -> {b.expected_steps[n]:.3f}" for n in budgets]
     return [f"expected steps per forward at drafts {', '.join(pairs)}"] if pairs else []
 

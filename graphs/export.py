@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
 
 import networkx as nx
 
 from spiffy.schemas import DraftGraph
 from spiffy.schemas.labels import beyond_parent, written
-
-ExportFormat = Literal["graphml", "dot", "json"]
+from spiffy.schemas.records import ExportFormat
 
 
 def exported(artifact: DraftGraph, to: ExportFormat) -> str:

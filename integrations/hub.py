@@ -23,11 +23,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
 from spiffy.schemas.errors import said
 from spiffy.schemas.hub import GRAPH_FILE, Snapshot, answered, is_hub_id, snapshot, status_of
-from spiffy.schemas.labels import policy_in_words
+from spiffy.schemas.labels import device_in_words, policy_in_words, shown_budgets
 
 _BEGIN, _END = "<!-- spiffy draft graph -->", "<!-- /spiffy draft graph -->"
 _TAGS = ("draft-graph", "speculative-decoding", "diffusion-language-model", "spiffy")
-_BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
 _CODE, _REQUIREMENTS = "custom_generate/generate.py", "custom_generate/requirements.txt"
 # What is found in these where we wrote them; the second was written by earlier versions.
 _OURS = {_CODE: "Written by `spiffy-graph push`", _REQUIREMENTS: r"\Aspiffy-dllm>=\S+\s*\Z"}
@@ -127,8 +126,9 @@ def _steps_table(graph: DraftGraph) -> list[str]:
         columns["acceptance model, replayed"] = {p.drafts: p.steps for p in points}
     for way, measured in graph.measured_steps.items():
         columns[f"{_plain(way)}, decoded"] = {p.drafts: p.steps for p in measured}
-    asked = sorted({n for n in (*_BUDGETS, graph.budget) if n <= graph.budget})
-    rows = [n for n in asked if any(n in column for column in columns.values())]
+    rows = [
+        n for n in shown_budgets(graph.budget) if any(n in column for column in columns.values())
+    ]
     if not rows:
         return []
     prompts = "held-out prompts" if graph.calibration.held_out_samples else "the same prompts"
@@ -151,8 +151,7 @@ def _cost_table(profiles: Sequence[CostProfile]) -> list[str]:
         return []
     lines = ["| measured on | drafts | ms per forward |", "| --- | ---: | ---: |"]
     for profile in profiles:
-        threads = "" if profile.threads is None else f", {profile.threads} threads"
-        where = f"{_plain(profile.device)}, {_plain(profile.dtype)}{threads}"
+        where = _plain(device_in_words(profile.device, profile.dtype, profile.threads))
         ends = (profile.points[0], profile.points[-1])
         lines += [f"| {where} | {point.drafts} | {1000 * point.seconds:.3g} |" for point in ends]
     return [*lines, ""]

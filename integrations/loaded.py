@@ -11,11 +11,12 @@ from spiffy.runtime import decoding_settings, load_model
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Task, make_task
 from spiffy.runtime.draft import Drafter, graph_drafter
-from spiffy.runtime.generate import Budget, check_seed
+from spiffy.runtime.generate import check_seed
 from spiffy.runtime.models import DiffusionLM
 from spiffy.runtime.models.source import model_of_graph
 from spiffy.runtime.models.text import Prompt
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.records import Budget
 
 _LOADING = tuple(signature(load_model).parameters)[1:]  # without the name
 

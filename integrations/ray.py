@@ -17,11 +17,10 @@ import numpy as np
 from spiffy.calib.prompt_files import FIELDS, prompt_of
 from spiffy.integrations.loaded import Loaded
 from spiffy.runtime.decode import Task
-from spiffy.runtime.generate import Budget, Output, generate_batch
+from spiffy.runtime.generate import Output, generate_batch
 from spiffy.runtime.models.text import stop_strings
 from spiffy.schemas import SpiffyError
-
-_COUNTS = ("nfe", "positions_computed", "steps", "accepted")
+from spiffy.schemas.records import COUNTS, Budget
 
 Columns = Mapping[str, Any]  # each np.ndarray [rows] or a list
 
@@ -106,7 +105,7 @@ class Decoder:
             "text": ["" if out is None else out.text for out in found],
             "token_ids": [[] if out is None else out.token_ids for out in found],
         }
-        for name in _COUNTS:
+        for name in COUNTS:
             added[name] = [0 if out is None else getattr(out.stats, name) for out in found]
         added["seconds"] = [0.0 if out is None else out.stats.seconds for out in found]
         added["error"] = errors
@@ -126,7 +125,7 @@ class Decoder:
             )
         if self.index is not None and self.index not in batch:
             raise SpiffyError(f"no column {self.index!r}, which is to number the rows (index=)")
-        added = ("text", "token_ids", *_COUNTS, "seconds", "error")
+        added = ("text", "token_ids", *COUNTS, "seconds", "error")
         if taken := [self.prefix + name for name in added if self.prefix + name in batch]:
             raise SpiffyError(f"column {taken[0]!r} is there already: give a prefix= for new ones")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, SupportsIndex, get_args
 
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Stats, Task, decoded, make_task, run
@@ -14,8 +14,7 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.html import block, page, table
-
-Budget = int | Literal["auto"]  # drafts per forward
+from spiffy.schemas.records import Budget
 
 
 @dataclass

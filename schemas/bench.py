@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.html import block, inline, page, paragraph, table, visible
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
-from spiffy.schemas.records import CostProfile, ModelRecord, Node
+from spiffy.schemas.records import CostProfile, ModelRecord, Node, Record
 
 FORMAT = "spiffy.bench"
 VERSION = "1.1"
@@ -22,11 +22,7 @@ MethodKind = Literal[
 ]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, protected_namespaces=())
-
-
-class Interval(_Record):
+class Interval(Record):
     """A value and the ends of its 95% bootstrap interval, prompts resampled."""
 
     value: float
@@ -34,7 +30,7 @@ class Interval(_Record):
     high: float
 
 
-class Split(_Record):
+class Split(Record):
     """Where the seconds of decoding went.
 
     Attributes
@@ -61,7 +57,7 @@ class Split(_Record):
         return self.forward + self.draft + self.verify + self.rest
 
 
-class Tally(_Record):
+class Tally(Record):
     """Drafts of one kind: how many were verified, and how many of them came true."""
 
     drafted: int = 0
@@ -75,7 +71,7 @@ class RankTally(Tally):
     token_rank: int
 
 
-class Acceptance(_Record):
+class Acceptance(Record):
     """Which drafts came true.
 
     A draft is accepted if a walk passed through it.
@@ -99,7 +95,7 @@ class Acceptance(_Record):
     walk_lengths: tuple[int, ...] = ()
 
 
-class Result(_Record):
+class Result(Record):
     """One method over all prompts.
 
     Attributes
@@ -168,7 +164,7 @@ class Result(_Record):
         return self.accepted / self.nfe
 
 
-class Draft(_Record):
+class Draft(Record):
     """One verified draft of a forward.
 
     Attributes
@@ -186,7 +182,7 @@ class Draft(_Record):
     accepted: bool
 
 
-class Turn(_Record):
+class Turn(Record):
     """One forward of a decode.
 
     Attributes
@@ -210,7 +206,7 @@ class Turn(_Record):
     seconds: float
 
 
-class Walkthrough(_Record):
+class Walkthrough(Record):
     """One decode, forward by forward.
 
     Attributes
@@ -282,7 +278,7 @@ def _turn_html(number: int, turn: Turn, known: Mapping[int, str]) -> str:
     )
 
 
-class Machine(_Record):
+class Machine(Record):
     """Where it ran.
 
     Attributes
@@ -302,7 +298,7 @@ class Machine(_Record):
     git_revision: str | None = None
 
 
-class DataRecord(_Record):
+class DataRecord(Record):
     """What was decoded.
 
     Attributes
@@ -334,7 +330,7 @@ class DataRecord(_Record):
     system: str | None = None
 
 
-class Bench(_Record):
+class Bench(Record):
     """A whole run.
 
     Attributes
@@ -376,7 +372,7 @@ class Bench(_Record):
     weights: str | None = None
     adapter: str | None = None
     graph_model: str | None = None
-    compared_with: dict[str, str] = {}
+    compared_with: dict[str, str] = Field(default_factory=dict)
 
     def _repr_html_(self) -> str:
         """For notebooks: the table of results."""

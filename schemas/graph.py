@@ -20,6 +20,7 @@ from spiffy.schemas.hub import (
     refuse_revision,
 )
 from spiffy.schemas.io import MAX_BYTES, canonical_json, is_unicode, read_json, write_atomically
+from spiffy.schemas.labels import shown_budgets
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import (
     MAX_NODES,
@@ -162,7 +163,7 @@ class DraftGraph(Record):
         if self.nodes:
             parts.append(svg(self.nodes, record.roots))
         if self.expected_steps:
-            shown = sorted({*(n for n in (1, 2, 4, 8, 16, 32) if n < self.budget), self.budget})
+            shown = shown_budgets(self.budget)
             steps = [f"{self.expected_steps[n]:.2f}" for n in shown]
             headings = ["drafts", *map(str, shown)]
             parts.append(table(headings, [["expected steps per forward", *steps]]))

@@ -1,11 +1,12 @@
-"""Nodes and unmasking policies in words."""
+"""What artifacts and decodes hold, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from spiffy.schemas.decoding import DecodingSettings
-from spiffy.schemas.records import Fill, Node
+from spiffy.schemas.records import MAX_NODES, AcceptanceModel, Fill, Node
 
 
 def written(fill: Fill) -> str:
@@ -35,3 +36,32 @@ def beyond_parent(nodes: Sequence[Node], number: int) -> str:
     parent = node.parents[0]
     known = nodes[parent - 1].fill if parent else ()
     return written(tuple(pair for pair in node.fill if pair not in known))
+
+
+def shown_budgets(most: int) -> list[int]:
+    """Numbers of drafts that tables list where there are up to `most`: doubled, and that one."""
+    doubled = (1 << k for k in range(MAX_NODES.bit_length()))
+    return [*(drafts for drafts in doubled if drafts < most), most]
+
+
+def acceptance_in_words(model: AcceptanceModel | None) -> str:
+    """Size of an acceptance model."""
+    if model is None:
+        return "none, the nodes are the drafts"
+    parts = {"position": model.position, "commit": model.commit or {}, "token": model.token}
+    sizes = [f"{len(part)} {name}" for name, part in parts.items() if part]
+    return f"{' and '.join(sizes)} coefficients, {len(model.bigrams)} bigrams"
+
+
+def device_in_words(device: str, dtype: str, threads: int | None) -> str:
+    """What computes: `threads` of a CPU, None on other devices."""
+    if threads is None:
+        return f"{device}, {dtype}"
+    return f"{device}, {dtype}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def budgets_in_words(chosen: Iterable[Mapping[str, int]], why: str) -> str:
+    """What `auto` chose, answer by answer, and what that rests on in the end; "" if it did not."""
+    used: Counter[str] = sum(map(Counter, chosen), Counter())
+    counts = ", ".join(f"{name} {count}" for name, count in used.most_common())
+    return f"forwards by drafts: {counts}; at the end {why}" if used else ""

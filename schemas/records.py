@@ -41,6 +41,12 @@ Steps = Annotated[float, Field(ge=1, le=MAX_NODES + 1, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 #: How a graph is grown. Before 0.2, "paper" in an artifact means what is called "transitions" now.
 Objective = Literal["expected-steps", "paper", "transitions"]
+#: Formats of other graph tools.
+ExportFormat = Literal["graphml", "dot", "json"]
+#: What is counted of a decode and stated with every answer: fields of `runtime.decode.Stats`.
+COUNTS = ("nfe", "positions_computed", "steps", "accepted")
+#: Drafts per forward that somebody asks for.
+Budget = int | Literal["auto"]
 
 
 class Record(BaseModel):
@@ -240,5 +246,5 @@ class CostProfile(Record):
     def _curves(self) -> Iterator[tuple[str, tuple[CostPoint, ...]]]:
         yield "points", self.points
         for field, curves in (("drafting", self.drafting), ("turns", self.turns)):
-            for who, points in curves.items():
-                yield f"{field}.{who}", points
+            for way, points in curves.items():
+                yield f"{field}.{way}", points

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from spiffy.schemas.decoding import DecodingSettings
 from spiffy.schemas.io import canonical_json
-from spiffy.schemas.records import ModelRecord
+from spiffy.schemas.records import Budget, ModelRecord
 
 
 class _Record(BaseModel):
@@ -124,7 +124,7 @@ class AnswersManifest(RunManifest):
 
     format: Literal["spiffy.answers"] = "spiffy.answers"
     graph: str | None
-    drafts: int | Literal["auto"] | None
+    drafts: Budget | None
     stop: tuple[str, ...]
     prompts: int = Field(ge=1)
 

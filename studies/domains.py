@@ -22,7 +22,6 @@ from itertools import product
 from losslessness import ON, decode_all, fitting, versions
 from pages import add_into, command, expect, fill
 
-from spiffy.bench.methods import NO_EDGES
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
 from spiffy.calib.prompts import PromptSet, load_prompts
 from spiffy.calib.replay_drafts import replay_drafter
@@ -35,6 +34,7 @@ from spiffy.runtime.draft import (
     graph_drafter,
     way_of,
 )
+from spiffy.runtime.forward.cache import NO_EDGES
 from spiffy.runtime.generate import Output
 from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName
 

@@ -19,8 +19,8 @@ from statistics import fmean, median
 
 from pages import add_into, expect, fill
 
-from spiffy.runtime.budget.controller import LADDER, Controller
-from spiffy.runtime.budget.estimates import PLAIN, Choice, interpolated
+from spiffy.runtime.budget.controller import Controller
+from spiffy.runtime.budget.estimates import LADDER, PLAIN, Choice, interpolated
 
 #: Steps per forward by drafts, as an artifact of tiny-llada expects them.
 EXPECTED = {

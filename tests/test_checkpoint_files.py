@@ -456,11 +456,11 @@ def as_type(kind: torch.dtype) -> Any:
         (adapter_alone, "is an adapter (LoRA) of org/base"),
         (mixture, "LLaDA-MoE is not supported"),
         (smaller_embedding, "larger than the embedding: 'ns' has id 1023, and there are 1000 rows"),
-        (as_type(torch.int8), "(stored as I8) is of quantised weights"),
-        (as_type(torch.float8_e4m3fn), "(stored as F8_E4M3) is of quantised weights"),
+        (as_type(torch.int8), "(stored as I8) is of quantized weights"),
+        (as_type(torch.float8_e4m3fn), "(stored as F8_E4M3) is of quantized weights"),
         (
             weights(lambda w: {**w, "model.a.scales": torch.zeros(1)}),
-            "model.a.scales (stored as F32) is of quantised weights",
+            "model.a.scales (stored as F32) is of quantized weights",
         ),
         (
             weights(lambda w: {f"module.{key}": value for key, value in w.items()}),

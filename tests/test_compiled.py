@@ -142,7 +142,7 @@ def test_forwards_that_are_captured_give_the_same_tokens(
         return plain.module.model(input_ids=input_ids, **others)  # type: ignore[operator]
 
     graphs = Graphs(plain.module.model)  # type: ignore[arg-type]
-    captured = plain.but(compiled=Compiled(Captured(usual, graphs)))
+    captured = plain.replaced(compiled=Compiled(Captured(usual, graphs)))
     options = {"gen_length": 12, "block_length": 4}
     for sequences in (1, 3, 8):
         found = outcome(captured, tasks_of(captured, sequences, way, **options))
@@ -154,7 +154,7 @@ def test_forwards_that_are_captured_give_the_same_tokens(
 @torch.inference_mode()
 def test_what_a_captured_forward_gave_outlasts_the_next_one(plain: DiffusionLM) -> None:
     transformer: Any = plain.module.model
-    captured = plain.but(compiled=Compiled(Captured(transformer, Graphs(transformer))))
+    captured = plain.replaced(compiled=Compiled(Captured(transformer, Graphs(transformer))))
     prompts = [random_prompt(plain, 6, seed) for seed in (1, 2)]
     forwards = [(ids, torch.arange(6), [Group(1, 6, whole=6)]) for ids in prompts]
     found = [captured.hidden_states(*inputs) for inputs in forwards]

@@ -132,9 +132,9 @@ def test_an_unknown_entry_that_says_nothing_is_none(value: Any) -> None:
     "value", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}, {"load_in_4bit": True}]
 )
 @pytest.mark.parametrize("entry", ["quantization_config", "compression_config", "quantization"])
-def test_quantised_weights_are_refused_as_such(entry: str, value: dict[str, Any]) -> None:
+def test_quantized_weights_are_refused_as_such(entry: str, value: dict[str, Any]) -> None:
     message = refused("sdar-a", **{entry: value})
-    assert f"{entry}: the weights are quantised" in message
+    assert f"{entry}: the weights are quantized" in message
     assert str(value.get("quant_method", "not named")) in message
     assert "give the checkpoint that they were made from" in message
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import groupby, pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, groupby, pairwise
 from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 from helpers import own_examples, parity_model, random_prompt, states, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +30,7 @@ from spiffy.runtime.budget.estimates import (
 from spiffy.runtime.budget.shared import SharedController
 from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.generate import collect
+from spiffy.runtime.models.kept import KeptPerModule
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import DecodingSettings, DraftGraph, Node
 
@@ -467,12 +470,12 @@ def test_one_budget_serves_a_process_until_its_model_is_gone(graph: DraftGraph) 
     assert first is second is auto.auto_budget(longer, graph)
     other = setting.model_copy(update={"policy": "threshold"})
     assert auto.auto_budget(make_task(model, PROMPT, other), graph) is not first
-    known = len(auto._known)
+    known = len(auto._known._kept)
     del first, second, longer, model
     import gc
 
     gc.collect()
-    assert len(auto._known) < known
+    assert len(auto._known._kept) < known
 
 
 @pytest.mark.parametrize("name", ["llada-a", "dream-a", "sdar-a"])
@@ -530,3 +533,27 @@ def _artifact(name: str) -> DraftGraph:
     return artifact(
         model, setting, nodes=nodes, expected_steps=(1.0, 1.5, 1.7, 1.9, 2.0), cost_profiles=()
     )
+
+
+def test_of_what_is_kept_per_module_the_longest_unused_goes() -> None:
+    kept: KeptPerModule[int] = KeptPerModule()
+    module = torch.nn.Linear(1, 1)
+    made = count()
+    for key in range(16):
+        assert kept.get(module, key, lambda: next(made)) == key
+    assert kept.get(module, 0, lambda: next(made)) == 0  # used again
+    assert kept.get(module, 16, lambda: next(made)) == 16
+    assert kept.get(module, 0, lambda: next(made)) == 0
+    assert kept.get(module, 1, lambda: next(made)) == 17  # was the longest unused
+    assert kept.get(module, 1, lambda: next(made), anew=True) == 18
+
+
+def test_threads_may_keep_more_than_there_is_room_for() -> None:
+    kept: KeptPerModule[int] = KeptPerModule()
+    module = torch.nn.Linear(1, 1)
+
+    def use(first: int) -> bool:
+        return all(kept.get(module, (first, k), lambda k=k: k) == k for k in range(2000))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(use, range(4)))

@@ -34,7 +34,7 @@ from spiffy.graphs import count_chains, grow, replay
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import GraphDrafter
-from spiffy.runtime.forward.cache import BlockEdges
+from spiffy.runtime.forward.cache import NO_EDGES, BlockEdges
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
 from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.illada import ILLADA
@@ -323,7 +323,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "threshold": {"policy": "threshold", "threshold": 0.5},
     "entropy-bounded": {"policy": "entropy-bounded", "entropy_bound": 2.0},
 }
-PLAIN_EDGES = BlockEdges(complete=False, first=False, fold=False)
 COMBINATIONS = [
     pytest.param(layout, policy, id=f"{layout}-{policy}")
     for layout in LAYOUTS
@@ -389,8 +388,8 @@ def test_drafts_that_hit_leave_every_state_as_it_was(
 def test_block_edges_change_the_cost_and_never_the_tokens(layout: str) -> None:
     model, setting = setting_of(layout, "static")
     plainly = plain(layout, "static")
-    whole = decode(model, plainly.prompt, setting, edges=PLAIN_EDGES)
-    drafted = decode(model, plainly.prompt, setting, Oracle(plainly, depth=3), edges=PLAIN_EDGES)
+    whole = decode(model, plainly.prompt, setting, edges=NO_EDGES)
+    drafted = decode(model, plainly.prompt, setting, Oracle(plainly, depth=3), edges=NO_EDGES)
     assert states(whole) == states(drafted) == states(plainly)
     assert drafted.stats.nfe < whole.stats.nfe
     assert whole.stats.nfe > plainly.stats.nfe  # stores are forwards of their own

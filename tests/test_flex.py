@@ -55,7 +55,7 @@ def test_decoding_with_it_gives_the_same_tokens(name: str, way: str) -> None:
             asked.append(len(inputs))
             return super().__call__(*inputs)
 
-    other = model.but(compiled=Compiled(model.module.model, Counted()))  # type: ignore[arg-type]
+    other = model.replaced(compiled=Compiled(model.module.model, Counted()))  # type: ignore[arg-type]
     options: dict[str, Any] = {"gen_length": 8, "block_length": 4}
     if name == "llada-a":
         options["cache"] = "dual"

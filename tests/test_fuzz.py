@@ -294,10 +294,10 @@ def test_absurd_costs_and_expectations_change_no_token(data: st.DataObject) -> N
         acceptance=acceptance,
         cost_profiles=(profile,),
         measured_steps={
-            who: (
+            way: (
                 ExpectedSteps(drafts=data.draw(st.sampled_from(many[1:])), steps=data.draw(steps)),
             )
-            for who in ("graph", "model")
+            for way in ("graph", "model")
         },
     )
     assert set(expected_steps(graph)) == {"graph", "model"}

@@ -196,7 +196,7 @@ def test_a_published_models_alias_is_its_hub_id_in_a_card_and_in_new_graphs() ->
     assert card.data.base_model_revision == REVISION
     assert f"A draft graph for GSAI-ML/LLaDA-8B-Instruct at `{REVISION}`" in text
     # By its id weights can be compared wherever the graph is found.
-    facts = model_facts(parity_model("sdar-a").but(name="llada-8b"))
+    facts = model_facts(parity_model("sdar-a").replaced(name="llada-8b"))
     assert facts.id == "GSAI-ML/LLaDA-8B-Instruct"
 
 

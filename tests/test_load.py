@@ -484,10 +484,10 @@ def test_logits_of_a_few_tokens_are_those_of_the_head(dtype: str) -> None:
         # The last bit may differ, of the product and again where the bias is added.
         assert (few - whole).abs().max() <= whole.abs().max() * last_bit
 
-    class Quantised(torch.nn.Linear):
+    class Quantized(torch.nn.Linear):
         """Whose weights are not what they seem."""
 
-    model.module.lm_head = Quantised(1, 1)
+    model.module.lm_head = Quantized(1, 1)
     assert model.head_of(hidden, tokens) is None
 
 

@@ -36,7 +36,7 @@ from spiffy.runtime.draft import AcceptanceDrafter, Candidates, Drafter, GraphDr
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
 from spiffy.runtime.draft.ngrams import Bigrams
 from spiffy.runtime.draft.outlook import Rejected
-from spiffy.runtime.forward.cache import BlockEdges
+from spiffy.runtime.forward.cache import NO_EDGES, BlockEdges
 from spiffy.runtime.generate import answer_ids
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Cursor
@@ -79,9 +79,8 @@ SPECIAL: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("joint-sure",),
     ),
 }
-PLAIN_EDGES = BlockEdges(complete=False, first=False, fold=False)
 EDGES = dict.fromkeys((*LAYOUTS, *SPECIAL), BlockEdges()) | dict.fromkeys(
-    ("sdar-plain-edges", "sdar-plain-edges-edited"), PLAIN_EDGES
+    ("sdar-plain-edges", "sdar-plain-edges-edited"), NO_EDGES
 )
 POLICIES: dict[str, dict[str, Any]] = {
     "static-1": {"tokens_per_step": 1},

@@ -128,7 +128,7 @@ def test_it_cannot_be_copied_pickled_or_grown() -> None:
     ("options", "reason"),
     [
         ({"dtype": "float64"}, "float64 cannot be prepacked: drop --prepack"),
-        ({"device_map": "cpu"}, "neither quantised nor spread by a device map: drop --prepack"),
+        ({"device_map": "cpu"}, "neither quantized nor spread by a device map: drop --prepack"),
         ({"prepack": "yes"}, "prepack 'yes': give True, False or 'auto'"),
         ({"prepack": 1}, "prepack 1: give True, False or 'auto'"),
     ],

@@ -36,13 +36,13 @@ IDS = torch.tensor([[5, 9, 311, 311, 7, 42]])
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-def quantised(name: str, dtype: str = "float32", **options: Any) -> DiffusionLM:
+def quantized(name: str, dtype: str = "float32", **options: Any) -> DiffusionLM:
     return load_model(name, device="cpu", dtype=dtype, quantize="int8", **options)
 
 
 @pytest.mark.parametrize("checkpoint", ["llada-a", "dream-a", "sdar-a"])
 def test_linear_layers_are_rounded_per_row_and_the_rest_is_as_it_was(checkpoint: str) -> None:
-    model = quantised(str(PARITY / checkpoint))
+    model = quantized(str(PARITY / checkpoint))
     before = parity_model(checkpoint).module.state_dict()
     for name, weight in model.module.named_parameters():
         parts = [*stored_tensors(weight)]
@@ -66,8 +66,8 @@ def test_linear_layers_are_rounded_per_row_and_the_rest_is_as_it_was(checkpoint:
     ("checkpoint", "cache"),
     [("llada-a", "none"), ("dream-a", "dual"), ("llada-a", "prefix"), ("sdar-a", "block")],
 )
-def test_drafts_leave_a_quantised_models_tokens_as_they_are(checkpoint: str, cache: str) -> None:
-    model = quantised(str(PARITY / checkpoint))
+def test_drafts_leave_a_quantized_models_tokens_as_they_are(checkpoint: str, cache: str) -> None:
+    model = quantized(str(PARITY / checkpoint))
     settings = DecodingSettings.parse(cache=cache, block_length=8, gen_length=16, stop_at_eos=False)
     plainly = decode(model, random_prompt(model, 11), settings)
     drafted = decode(model, plainly.prompt, settings, Oracle(plainly, depth=3))
@@ -79,7 +79,7 @@ def test_drafts_leave_a_quantised_models_tokens_as_they_are(checkpoint: str, cac
     )
 
 
-def test_a_module_that_torchao_has_quantised_wraps() -> None:
+def test_a_module_that_torchao_has_quantized_wraps() -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     module = load_model(str(PARITY / "llada-a"), device="cpu").module
@@ -116,11 +116,11 @@ def test_a_checkpoint_that_transformers_loads_in_8_bits_wraps() -> None:
     assert states(decode(model, prompt, settings, Oracle(plainly, depth=3))) == states(plainly)
 
 
-def test_quantised_weights_count_as_other_weights_where_that_matters() -> None:
+def test_quantized_weights_count_as_other_weights_where_that_matters() -> None:
     """Recordings are of certain weights, and costs of certain kernels; graphs are of neither."""
-    plain, ours = parity_model("sdar-a"), quantised(str(PARITY / "sdar-a"))
+    plain, ours = parity_model("sdar-a"), quantized(str(PARITY / "sdar-a"))
     assert weights_digest(ours) != weights_digest(plain)
-    assert weights_digest(ours) == weights_digest(quantised(str(PARITY / "sdar-a")))
+    assert weights_digest(ours) == weights_digest(quantized(str(PARITY / "sdar-a")))
     settings = DecodingSettings.parse(cache="block", block_length=8, gen_length=16)
     prompt = random_prompt(plain, 11)
     costs = [conditions(make_task(model, prompt, settings)) for model in (plain, ours)]
@@ -129,27 +129,27 @@ def test_quantised_weights_count_as_other_weights_where_that_matters() -> None:
     assert costs[0] == costs[1]
 
 
-def test_broken_quantised_weights_are_named() -> None:
-    model = quantised(str(PARITY / "sdar-a"))
+def test_broken_quantized_weights_are_named() -> None:
+    model = quantized(str(PARITY / "sdar-a"))
     weight: Any = model.module.get_parameter(Q_PROJ)
     [*stored_tensors(weight)][1][3] = torch.nan
     assert model.broken_weights() == Q_PROJ
 
 
-def test_a_quantised_model_can_be_pickled() -> None:
-    model = quantised(str(PARITY / "llada-a"))
+def test_a_quantized_model_can_be_pickled() -> None:
+    model = quantized(str(PARITY / "llada-a"))
     other = pickle.loads(pickle.dumps(model))
     assert torch.equal(other.forward_logits(IDS), model.forward_logits(IDS))
 
 
-def test_threads_quantise_at_once_and_leave_torchs_compiler_as_it_was() -> None:
+def test_threads_quantize_at_once_and_leave_torchs_compiler_as_it_was() -> None:
     from torch._inductor import config as inductor
 
     before = inductor.epilogue_fusion, inductor.coordinate_descent_tuning
     found: list[torch.Tensor] = []
 
     def load() -> None:
-        found.append(quantised(str(PARITY / "sdar-a")).forward_logits(IDS))
+        found.append(quantized(str(PARITY / "sdar-a")).forward_logits(IDS))
 
     threads = [threading.Thread(target=load) for _ in range(3)]
     for thread in threads:
@@ -162,14 +162,14 @@ def test_threads_quantise_at_once_and_leave_torchs_compiler_as_it_was() -> None:
     assert (inductor.epilogue_fusion, inductor.coordinate_descent_tuning) == before
 
 
-def test_an_adapter_is_merged_before_its_model_is_quantised(tmp_path: Path) -> None:
+def test_an_adapter_is_merged_before_its_model_is_quantized(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="pip install 'spiffy-dllm[adapters]'")
     layer = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
     weights = {layer.format("A"): torch.full((2, 112), 0.1), layer.format("B"): torch.ones(64, 2)}
     save_file(weights, tmp_path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "layers_to_transform": [0]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    model = quantised(str(PARITY / "sdar-a"), adapter=str(tmp_path))
+    model = quantized(str(PARITY / "sdar-a"), adapter=str(tmp_path))
     name = "model.layers.0.mlp.down_proj.weight"
     expected = parity_model("sdar-a").module.state_dict()[name] + 0.2
     weight: Any = model.module.get_parameter(name)
@@ -192,7 +192,7 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
 
 
 def test_a_mixture_whose_experts_would_stay_is_refused() -> None:
-    assert "a mixture of experts cannot be quantised here" in refusal(quantize="int8")
+    assert "a mixture of experts cannot be quantized here" in refusal(quantize="int8")
 
 
 def test_a_dtype_that_torchao_does_not_take_is_refused_before_weights_are_read(
@@ -200,7 +200,7 @@ def test_a_dtype_that_torchao_does_not_take_is_refused_before_weights_are_read(
 ) -> None:
     shutil.copy(PARITY / "sdar-a" / "config.json", tmp_path)
     message = refusal(name=str(tmp_path), quantize="int8", dtype="float64")
-    assert message == f"{tmp_path}: float64 cannot be quantised: drop --dtype (dtype= in Python)"
+    assert message == f"{tmp_path}: float64 cannot be quantized: drop --dtype (dtype= in Python)"
 
 
 def test_layers_that_are_left_on_disk_are_refused() -> None:
@@ -212,7 +212,7 @@ def test_layers_that_are_left_on_disk_are_refused() -> None:
 # ---------------------------------------------------------------- commands
 
 
-def test_verify_of_a_quantised_model_passes(tmp_path: Path) -> None:
+def test_verify_of_a_quantized_model_passes(tmp_path: Path) -> None:
     graph = chain_graph("tiny-sdar", 2, block_length=8, gen_length=16)
     graph.save(tmp_path / "graph.json")
     model = ["--graph", str(tmp_path / "graph.json"), "--quantize", "int8", "--device", "cpu"]
@@ -250,6 +250,6 @@ def test_every_command_passes_both_options_on(
     assert str(done.exception) == "m a q"
 
 
-def test_quantised_weights_cannot_be_grown() -> None:
-    with pytest.raises(SpiffyError, match="cannot be grown: its weights are quantised"):
-        grow(quantised(str(PARITY / "sdar-a")), "0.3b")
+def test_quantized_weights_cannot_be_grown() -> None:
+    with pytest.raises(SpiffyError, match="cannot be grown: its weights are quantized"):
+        grow(quantized(str(PARITY / "sdar-a")), "0.3b")

@@ -17,11 +17,11 @@ from spiffy.calib.synthetic import final_answer, problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, BestOfDrafter, graph_drafter, way_of
+from spiffy.runtime.forward.cache import NO_EDGES
 from spiffy.runtime.generate import collect
 from spiffy.schemas import DraftGraph
 
 GEN_LENGTH = 64
-OFF = BlockEdges(complete=False, first=False, fold=False)
 EXACT_CACHES = {
     "tiny-llada": ("none", "dual"),
     "tiny-dream": ("none", "dual"),
@@ -100,7 +100,7 @@ def assert_lossless(
     prompts: int,
 ) -> None:
     most = (FEWER if temperature else PROMPTS)[kind]  # decoded plainly once for all tests
-    plain = decoded(name, kind, policy, temperature, 0, OFF, most)[:prompts]
+    plain = decoded(name, kind, policy, temperature, 0, NO_EDGES, most)[:prompts]
     ours = decoded(name, kind, policy, temperature, budget, edges, prompts)
     assert len(ours) == prompts
     for mine, theirs in zip(ours, plain, strict=True):
@@ -128,7 +128,7 @@ def test_what_was_fitted_knows_which_states_come_next(
     states than those that came next; by threshold, which makes fewer, 0.66.
     """
     lm, artifact = model(name), graph(name, policy)
-    plain = decoded(name, kind, policy, 0.0, 0, OFF, PROMPTS[kind])[: FEWER[kind]]
+    plain = decoded(name, kind, policy, 0.0, 0, NO_EDGES, PROMPTS[kind])[: FEWER[kind]]
     drafter = way_of(lm, artifact, plain[0].settings, 8, "model")
     assert isinstance(drafter, AcceptanceDrafter)
     ours = [make_task(lm, task.prompt, task.settings, drafter) for task in plain]
@@ -157,7 +157,7 @@ def test_the_prefix_cache_is_lossless_to_the_last_position(name: str) -> None:
 @pytest.mark.parametrize("policy", ["static", "threshold"])
 @pytest.mark.parametrize(("name", "kind"), WITH_EDGES)
 def test_decoding_without_block_edges_is_lossless(name: str, kind: str, policy: str) -> None:
-    assert_lossless(name, kind, policy, 0.0, 8, OFF, FEWER[kind])
+    assert_lossless(name, kind, policy, 0.0, 8, NO_EDGES, FEWER[kind])
 
 
 @pytest.mark.parametrize("policy", ["static", "threshold"])
@@ -178,7 +178,7 @@ def test_sampling_is_lossless(name: str, kind: str, policy: str, budget: int) ->
 def test_temperature_changes_the_answers(name: str) -> None:
     kind = EXACT_CACHES[name][-1]
     few = FEWER[kind]
-    mild, hot = (decoded(name, kind, "static", degree, 0, OFF, few) for degree in (0.6, 3.0))
+    mild, hot = (decoded(name, kind, "static", degree, 0, NO_EDGES, few) for degree in (0.6, 3.0))
     assert [collect(task).token_ids for task in mild] != [collect(task).token_ids for task in hot]
 
 
@@ -188,7 +188,7 @@ def test_it_solves_problems_it_has_not_seen(name: str) -> None:
     unseen = list(islice(problems("test", 0), PROMPTS[kind]))
     texts = load_prompts("synthetic", MOST, split="test").texts
     assert texts[: len(unseen)] == tuple(problem.question for problem in unseen)
-    plain = decoded(name, kind, "static", 0.0, 0, OFF, len(unseen))
+    plain = decoded(name, kind, "static", 0.0, 0, NO_EDGES, len(unseen))
     answers = [collect(task).text for task in plain]
     right = sum(
         final_answer(text) == final_answer(problem.answer)

@@ -350,15 +350,15 @@ def test_a_module_stays_known_without_its_model_and_learns_from_call_to_call() -
     counted = []
     for _ in range(2):
         drafted(module, batch(known, 6), graph=graph)
-        (budget,) = auto._known[module].values()
+        (budget,) = auto._known._kept[module].values()
         counted.append(budget.shared.mine.forwards)
     assert counted[1] > counted[0] > 0
-    before = len(auto._known)
+    before = len(auto._known._kept)
     del module, known, budget
     import gc
 
     gc.collect()
-    assert len(auto._known) < before
+    assert len(auto._known._kept) < before
 
 
 def test_importing_the_door_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -373,16 +373,16 @@ def test_a_module_that_computes_what_drafts_cannot_is_refused(
     assert words in refusal(lambda: wrap(Qwen3ForCausalLM(settings), None, "sdar"))
 
 
-def test_a_config_with_quantisation_is_taken_because_the_module_is_there() -> None:
+def test_a_config_with_quantization_is_taken_because_the_module_is_there() -> None:
     config = config_of("llada-a") | {"quantization_config": {"quant_method": "gptq"}}
     assert wrap(parity_model("llada-a").module, None, "llada", config).family.name == "llada"
 
 
-def test_a_quantised_checkpoint_is_refused_with_the_way_that_works(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_is_refused_with_the_way_that_works(tmp_path: Path) -> None:
     config = config_of("llada-a") | {"quantization_config": {"quant_method": "awq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(lambda: load_model(str(tmp_path)))
-    assert "the weights are quantised (awq), which is not supported" in message
+    assert "the weights are quantized (awq), which is not supported" in message
     assert "load them with transformers and spiffy.runtime.wrap() the module" in message
 
 

@@ -20,6 +20,7 @@ from spiffy.bench.plots.style import (
     targets,
 )
 from spiffy.schemas import AcceptanceModel, CostPoint, CostProfile
+from spiffy.schemas.labels import device_in_words, shown_budgets
 
 
 @styled
@@ -41,9 +42,9 @@ def cost(
     curves: list[tuple[str, tuple[CostPoint, ...], str, str]] = [
         ("forward alone", profile.points, INK, "."),
     ]
-    for who, points in profile.turns.items():
-        colour, marker = styles.get(who, (MUTED, "s"))
-        label = {"graph": "with drafting: graph", "model": "with drafting: model"}.get(who, who)
+    for way, points in profile.turns.items():
+        colour, marker = styles.get(way, (MUTED, "s"))
+        label = {"graph": "with drafting: graph", "model": "with drafting: model"}.get(way, way)
         curves.append((label, points, colour, marker))
     for label, points, colour, marker in curves:
         x, y = [p.drafts for p in points], [1000 * p.seconds for p in points]
@@ -73,8 +74,7 @@ def cost(
     title = "Cost of a forward, c(n)"
     axes.set_title(title)
     legend_below(figure, 2)
-    threads = "" if profile.threads is None else f", threads: {profile.threads}"
-    note = f"{profile.device}, {profile.dtype}{threads}."
+    note = f"{device_in_words(profile.device, profile.dtype, profile.threads)}."
     if profile.turns:
         note += " With drafting: averaged over roots, of which some have fewer drafts."
     text = f"Milliseconds by drafts: {'; '.join(words)}."
@@ -103,11 +103,12 @@ def expected(
     axes = figure.add_subplot()
     tips: dict[str, str] = {}
     words: list[str] = []
-    for who, (x, y, label, marker) in curves.items():
-        axes.plot(x, y, color=COLOURS[who], marker=marker, label=label)
+    for way, (x, y, label, marker) in curves.items():
+        axes.plot(x, y, color=COLOURS[way], marker=marker, label=label)
         told = [f"{label}, {n} drafts: {s:.3f} steps" for n, s in zip(x, y, strict=True)]
         tips |= targets(axes, x, y, told, name)
-        shown = [(n, f"{s:.2f}") for n, s in zip(x, y, strict=True) if n in (0, *_POWERS, x[-1])]
+        named = (0, *shown_budgets(x[-1]))
+        shown = [(n, f"{s:.2f}") for n, s in zip(x, y, strict=True) if n in named]
         words.append(f"{label} ({listed(shown)})")
     axes.set_ylim(bottom=1)
     axes.margins(x=0.03)
@@ -118,9 +119,6 @@ def expected(
     axes.set_title(title)
     legend_below(figure)
     return Picture(name, title, f"{title} by drafts: {'; '.join(words)}.", figure, tips)
-
-
-_POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @styled

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from spiffy.schemas.records import COUNTS
+
 if TYPE_CHECKING:
     from spiffy.runtime.generate import Output
 
@@ -46,7 +48,7 @@ class Counts:
         stats = output.stats
         self.answers += 1
         self.tokens += len(output.token_ids)
-        for name in ("nfe", "positions_computed", "steps", "accepted"):
+        for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(stats, name))
         self.budgets.update(stats.budgets)
 
@@ -55,10 +57,7 @@ class Counts:
         content: dict[str, Any] = {
             "answers": self.answers,
             "tokens": self.tokens,
-            "nfe": self.nfe,
-            "positions_computed": self.positions_computed,
-            "steps": self.steps,
-            "accepted": self.accepted,
+            **{name: getattr(self, name) for name in COUNTS},
             "seconds": round(self.seconds, 6),
             "steps_per_forward": self.steps / self.nfe if self.nfe else None,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else None,

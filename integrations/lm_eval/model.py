@@ -33,7 +33,8 @@ except ImportError:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from spiffy.runtime.generate import Budget, Output
+    from spiffy.runtime.generate import Output
+    from spiffy.schemas.records import Budget
 
 #: Of generation arguments that are no use here: what leaves an answer as it is.
 _NEUTRAL = {"num_beams": 1, "top_p": 1, "repetition_penalty": 1, "num_return_sequences": 1}

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple
 
@@ -29,10 +28,11 @@ from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.generate import answer, collect
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.runtime.models.source import Source
+from spiffy.runtime.models.source import served_name
 from spiffy.runtime.models.text import Prompt, given_ids
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.records import Budget
 
 _LOG = logging.getLogger("spiffy")
 
@@ -172,15 +172,6 @@ def _reason(task: Task) -> Literal["stop", "length"]:
     return "stop" if ended else "length"
 
 
-def _served_name(name: str) -> str:
-    """What clients call a model: in the hub's cache the hub id, of a folder its own name."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    own = folder.name if folder.name not in ("", "..") else folder.resolve().name
-    return Source(name).hub_id or own
-
-
 @dataclass(frozen=True)
 class Limits:
     """What an engine takes on.
@@ -216,7 +207,7 @@ class Engine:
         model: DiffusionLM,
         settings: DecodingSettings,
         graph: DraftGraph | None = None,
-        budget: int | Literal["auto"] = "auto",
+        budget: Budget = "auto",
         *,
         edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
         limits: Limits = Limits(),
@@ -225,7 +216,7 @@ class Engine:
         self.model, self.settings, self.graph = model, settings, graph
         self.edges, self.limits = edges, limits
         #: What the model is called: of a folder, its own name.
-        self.name = _served_name(model.name)
+        self.name = served_name(model.name)
         self.metrics = Metrics() if metrics is None else metrics
         self.max_length = model.max_length or _LONGEST
         self.is_auto = graph is not None and budget == "auto"

@@ -31,9 +31,10 @@ from spiffy.integrations.transformers.rows import (
 from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.draft import Drafter, Selection, lasting_drafter
-from spiffy.runtime.generate import Budget, check_drafting, check_seed
+from spiffy.runtime.generate import check_drafting, check_seed
 from spiffy.runtime.models import DiffusionLM, wrap
 from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.records import Budget
 
 
 def custom_generate(

@@ -28,7 +28,7 @@ def known_model(
         wanted = family or own[0], own[1] if mask_token_id is None else mask_token_id
         lm = known if wanted == own else _otherwise(known, *wanted)
     if lm.tokenizer is None and graph is not None and graph.model.fingerprint != lm.fingerprint:
-        return lm.but(fingerprint="")  # of the config alone: nothing to compare the graph's with
+        return lm.replaced(fingerprint="")  # of the config alone: not to compare
     return lm
 
 
@@ -39,7 +39,7 @@ def _otherwise(known: DiffusionLM, family: str, mask_token_id: int) -> Diffusion
     config = known.config if family == known.family.name else None
     lm = wrap(known.module, known.tokenizer, family, config, mask_token_id=mask_token_id)
     known.remember()  # for the calls that want nothing of the kind
-    return lm.but(eos_token_ids=known.eos_token_ids)
+    return lm.replaced(eos_token_ids=known.eos_token_ids)
 
 
 def family_of(module: Any, graph: DraftGraph | None, family: str | None) -> str:
@@ -63,7 +63,7 @@ def with_ends(lm: DiffusionLM, module: Any, generation_config: Any) -> Diffusion
     asked = _end_tokens(generation_config)
     if asked == _end_tokens(getattr(module, "generation_config", None)):
         return lm
-    return lm.but(eos_token_ids=asked)
+    return lm.replaced(eos_token_ids=asked)
 
 
 def _end_tokens(generation_config: Any) -> frozenset[int]:

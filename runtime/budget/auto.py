@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
-from torch import nn
 
 from spiffy.runtime.budget.cost import cost_profile, known_profile
 from spiffy.runtime.budget.estimates import PLAIN, Choice, interpolated
@@ -31,6 +30,7 @@ from spiffy.runtime.draft.acceptance import acceptance_of
 from spiffy.runtime.draft.artifact import same_steps
 from spiffy.runtime.draft.ngrams import Floats
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.kept import KeptPerModule
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import CostPoint, CostProfile, DecodingSettings, DraftGraph, ExpectedSteps
 from spiffy.schemas.records import MOST_UNASKED
@@ -70,7 +70,7 @@ def expected_steps(graph: DraftGraph) -> dict[Selection, tuple[ExpectedSteps, ..
     if acceptance is not None and acceptance.expected_steps:
         steps["model"] = acceptance.expected_steps
     return {
-        who: _as_measured(curve, graph.measured_steps.get(who, ())) for who, curve in steps.items()
+        way: _as_measured(curve, graph.measured_steps.get(way, ())) for way, curve in steps.items()
     }
 
 
@@ -166,10 +166,10 @@ class Pays:
 def auto_profile(task: Task, graph: DraftGraph, remeasure: bool = False) -> CostProfile:
     """Cost profile of drafting with a graph on this machine, measured unless it is known."""
 
-    def maker(who: Selection) -> Callable[[int], Drafter]:
-        return lambda drafts: way_of(task.model, graph, task.settings, drafts, who)
+    def maker(way: Selection) -> Callable[[int], Drafter]:
+        return lambda drafts: way_of(task.model, graph, task.settings, drafts, way)
 
-    makers: dict[str, Callable[[int], Drafter]] = {who: maker(who) for who in expected_steps(graph)}
+    makers: dict[str, Callable[[int], Drafter]] = {way: maker(way) for way in expected_steps(graph)}
     largest = min(graph.budget, MOST_UNASKED)
     return cost_profile(task, largest, makers, graph.cost_profiles, remeasure)
 
@@ -207,7 +207,7 @@ class AutoBudget:
         steps = steps or {"graph": _UNSTATED}
         if "model" in steps:
             fastest_search()  # compiles, which must not happen amid forwards that are timed
-        points = {who: [(p.drafts, p.steps) for p in curve] for who, curve in steps.items()}
+        points = {way: [(p.drafts, p.steps) for p in curve] for way, curve in steps.items()}
         seconds = [] if prior is None else _pairs(prior.points)
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
         self._drafters: dict[Choice, Drafter] = {}
@@ -278,10 +278,8 @@ _NO_DRAFTS = Advice(None, PLAIN)
 _UNSTATED = tuple(
     ExpectedSteps(drafts=n, steps=s) for n, s in ((0, 1.0), (1, 1.5), (3, 2.0), (8, 2.5), (32, 3.5))
 )
-_MOST_KEPT = 16  # per module
 
-_known: WeakKeyDictionary[nn.Module, dict[tuple[int, str, Selection], AutoBudget]]
-_known = WeakKeyDictionary()
+_known: KeptPerModule[AutoBudget] = KeptPerModule()
 
 
 def auto_budget(
@@ -304,11 +302,10 @@ def auto_budget(
         return None
     model, settings = task.model, task.settings
     same = settings.model_dump_json(exclude={"gen_length", "stop_at_eos"})
-    budgets = _known.setdefault(model.module, {})
     key = (id(graph), same, selection)  # it holds on to the graph
-    if prior is not None or key not in budgets:
-        if len(budgets) >= _MOST_KEPT:
-            del budgets[next(iter(budgets))]
-        prior = prior or known_profile(task, graph.cost_profiles)
-        budgets[key] = AutoBudget(model, graph, settings, selection, prior)
-    return budgets[key]
+
+    def make() -> AutoBudget:
+        known = prior or known_profile(task, graph.cost_profiles)
+        return AutoBudget(model, graph, settings, selection, known)
+
+    return _known.get(model.module, key, make, anew=prior is not None)

@@ -27,12 +27,10 @@ from spiffy.runtime.budget.estimates import (
     ForwardSteps,
     Pace,
     Points,
+    ladder,
 )
 from spiffy.runtime.budget.tries import Try
 from spiffy.runtime.draft import Selection
-
-#: Numbers of drafts that are tried.
-LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 _KEPT = 5  # forwards whose drafting counts
 _PLAN_EVERY = 6  # forwards,
@@ -101,8 +99,7 @@ class Controller:
     pace: Pace | None = None
 
     def __post_init__(self) -> None:
-        numbers = [*(n for n in LADDER if n < self.most), self.most]
-        self._choices = [PLAIN, *(Choice(way, n) for way in self.steps for n in numbers)]
+        self._choices = [PLAIN, *(Choice(way, n) for way in self.steps for n in ladder(self.most))]
         # By the acceptance model a forward has fewer drafts than it may have; plain ones are alike.
         self._forward = {way: ForwardSeconds(self.seconds) for way in self.steps}
         self._plain = next(iter(self._forward.values()))
@@ -434,7 +431,7 @@ class Controller:
             return min(hopeful, key=self.seconds_per_step)
         if best != PLAIN and self._age(PLAIN) > self._seldom_enough(best):
             return PLAIN
-        patience = min(1 << self._vain[None], _PATIENT) if best == PLAIN else 1
+        patience = min(1 << min(self._vain[None], 10), _PATIENT) if best == PLAIN else 1
         if self.forwards - self._looked < _LOOK_AGAIN * patience:
             return None
         # The machine may have drifted meanwhile; what seemed much dearer is looked at more seldom.
@@ -460,7 +457,7 @@ class Controller:
 
     def _in_vain(self, choice: Choice) -> int:
         """How many times as seldom it is looked at."""
-        return min(1 << self._vain[choice], _SELDOM)
+        return min(1 << min(self._vain[choice], 10), _SELDOM)
 
     def _age(self, choice: Choice) -> int:
         """Forwards since it was last tried."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from spiffy.runtime.budget.estimates import ladder
 from spiffy.runtime.decode import (
     Task,
     denoising_step,
@@ -40,7 +41,6 @@ from spiffy.schemas import CostPoint, CostProfile, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
-_BUDGETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _ROUNDS = 20
 _SITES = 3
 #: A forward this many times the price of a plain one never pays: walks are not that long.
@@ -202,8 +202,8 @@ def measure_cost(
         raise ValueError(f"largest {largest}: must be at least 1")
     stage = _Stage.set_for(task, limit / 4)
     timings = _Timings(task.model.device)
-    budgets = [n for n in _BUDGETS if n < largest] + [largest]
-    made = {who: {n: make(n) for n in budgets[1:]} for who, make in (drafters or {}).items()}
+    budgets = [0, *ladder(largest)]
+    made = {way: {n: make(n) for n in budgets[1:]} for way, make in (drafters or {}).items()}
     started = perf_counter()
 
     def late() -> bool:
@@ -214,11 +214,11 @@ def measure_cost(
         evaluation = timings.time("forward", n, at, partial(stage.forward, site, states))
         timings.time("step", 0, at, partial(stage.step, site, states, evaluation))
 
-    def turn(who: str, n: int, site: _Site, warm: bool) -> None:
+    def turn(way: str, n: int, site: _Site, warm: bool) -> None:
         at = site if warm else None
-        states = timings.time(who, n, at, partial(stage.draft, site, made[who][n]))
+        states = timings.time(way, n, at, partial(stage.draft, site, made[way][n]))
         # Choosing drafts also chills the processor's caches for the forward behind it.
-        after = f"forward after {who}"
+        after = f"forward after {way}"
         evaluation = timings.time(after, n, at, partial(stage.forward, site, states))
         timings.time("step", 0, at, partial(stage.step, site, states, evaluation))
 
@@ -227,8 +227,8 @@ def measure_cost(
     def turns(n: int, warm: bool) -> float:
         began = perf_counter()
         plain_turn(n, middle, warm)
-        for who in made if n else ():
-            turn(who, n, middle, warm)
+        for way in made if n else ():
+            turn(way, n, middle, warm)
         return perf_counter() - began
 
     def hopeless(n: int) -> bool:
@@ -257,22 +257,22 @@ def measure_cost(
             plain_turn(n, middle, warm=False)
             for site in [middle] if n else 2 * stage.sites:  # everything is compared with 0 drafts
                 plain_turn(n, site, warm=True)
-            for who in made if n else ():
-                turn(who, n, stage.sites[-1], warm=False)
+            for way in made if n else ():
+                turn(way, n, stage.sites[-1], warm=False)
                 for site in stage.sites:
-                    turn(who, n, site, warm=True)
+                    turn(way, n, site, warm=True)
 
     def points(of: Callable[[int], float], least: int = 1) -> tuple[CostPoint, ...]:
         return tuple(CostPoint(drafts=n, seconds=of(n)) for n in timed if n >= least)
 
-    def whole_turn(who: str, n: int) -> float:
-        return timings.of(who, n) + timings.of(f"forward after {who}", n)
+    def whole_turn(way: str, n: int) -> float:
+        return timings.of(way, n) + timings.of(f"forward after {way}", n)
 
     return CostProfile(
         points=points(partial(timings.of, "forward"), least=0),
         step_seconds=timings.of("step", 0),
-        drafting={who: points(partial(timings.of, who)) for who in made},
-        turns={who: points(partial(whole_turn, who)) for who in made},
+        drafting={way: points(partial(timings.of, way)) for way in made},
+        turns={way: points(partial(whole_turn, way)) for way in made},
         largest=largest,
         **conditions(task),
     )

@@ -43,6 +43,14 @@ class Choice(NamedTuple):
 PLAIN = Choice(None, 0)
 Points = Sequence[tuple[int, float]]
 
+#: Numbers of drafts that are tried, and told apart.
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def ladder(most: int) -> list[int]:
+    """Numbers of drafts to try where there may be up to `most`, that one too."""
+    return [*(drafts for drafts in LADDER if drafts < most), most]
+
 
 class Pace:
     """How many times slower than usual the machine is at present: other processes come and go.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.fields import head_dim
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import CacheName, CostPoint, CostProfile
 
@@ -97,14 +98,13 @@ class Shape:
         stacked = [p for name, p in module.named_parameters() if name.endswith("experts.down_proj")]
         chosen = config.num_experts_per_tok / len(stacked[0]) if stacked else 1.0
         heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             shared=sum(sizes.values()) - experts - embedding - (0 if tied else head),
             experts=experts,
             experts_share=chosen,
             layers=config.num_hidden_layers,
-            width=heads * head_dim,
-            kv_width=config.num_key_value_heads * head_dim,
+            width=heads * head_dim(config),
+            kv_width=config.num_key_value_heads * head_dim(config),
             head=head,
         )
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import local
 
-from spiffy.runtime.budget.controller import LADDER, Controller
-from spiffy.runtime.budget.estimates import Choice, ForwardSteps, Pace, Points
+from spiffy.runtime.budget.controller import Controller
+from spiffy.runtime.budget.estimates import Choice, ForwardSteps, Pace, Points, ladder
 from spiffy.runtime.draft import Selection
 
 #: Numbers of sequences that are told apart; others count as the next smaller one,
@@ -175,5 +175,5 @@ class SharedController:
         known = self.crowds[nearest]
         if not known.has_seen_plain:
             return ()
-        numbers = [0, *(n for n in LADDER if n < self.most), self.most]
+        numbers = [0, *ladder(self.most)]
         return [(n, known.plain_seconds((1 + n) * crowd / nearest - 1)) for n in numbers]

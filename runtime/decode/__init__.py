@@ -15,7 +15,16 @@ from spiffy.runtime.decode.loop import (
     looked_at,
     may_complete,
 )
-from spiffy.runtime.decode.task import Advice, Adviser, Stats, Task, decoded, make_task, planned
+from spiffy.runtime.decode.task import (
+    Advice,
+    Adviser,
+    Stats,
+    Task,
+    decoded,
+    make_task,
+    median_task,
+    planned,
+)
 
 __all__ = [
     "Advice",
@@ -33,6 +42,7 @@ __all__ = [
     "looked_at",
     "make_task",
     "may_complete",
+    "median_task",
     "planned",
     "run",
 ]

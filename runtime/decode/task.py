@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -233,6 +233,12 @@ def planned(model: DiffusionLM, settings: DecodingSettings, prompt_length: int) 
         ends_with_prompt=family.blocks_end_with_prompt,
         cut=family.cuts_last_block,
     )
+
+
+def median_task(tasks: Iterable[Task]) -> Task:
+    """Of some tasks the one whose prompt is of median length."""
+    ordered = sorted(tasks, key=lambda task: len(task.prompt))
+    return ordered[len(ordered) // 2]
 
 
 def decoded(task: Task, ids: Tensor, stop: int) -> list[int]:

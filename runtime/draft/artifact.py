@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
-from torch import nn
-
 from spiffy.runtime.draft.acceptance import acceptance_of, acceptance_weights
 from spiffy.runtime.draft.best_of import BestOfDrafter, Standing
 from spiffy.runtime.draft.by_graph import GraphDrafter, confidence_chain
 from spiffy.runtime.draft.by_model import AcceptanceDrafter
 from spiffy.runtime.draft.candidates import Drafter, Selection
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.kept import KeptPerModule
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.records import MOST_UNASKED
 
-_MOST_KEPT = 16  # per module
-
-_Kept = dict[tuple[int, str, int], tuple[DraftGraph, Standing]]
-_standings: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_standings: KeptPerModule[tuple[DraftGraph, Standing]] = KeptPerModule()
 
 
 def graph_drafter(
@@ -61,14 +55,10 @@ def lasting_drafter(
     """`graph_drafter` for calls that make one each: it knows what those before it have learned."""
     drafter = graph_drafter(model, graph, settings, budget, selection)
     if isinstance(drafter, BestOfDrafter):
-        known = _standings.setdefault(model.module, {})
         same = settings.model_dump_json(exclude={"gen_length", "stop_at_eos"})
         key = (id(graph), same, budget)  # it holds on to the graph
-        if key not in known:
-            if len(known) >= _MOST_KEPT:
-                del known[next(iter(known))]
-            known[key] = graph, drafter.standing
-        drafter.standing = known[key][1]
+        own = graph, drafter.standing
+        _, drafter.standing = _standings.get(model.module, key, lambda: own)
     return drafter
 
 

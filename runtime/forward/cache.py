@@ -45,6 +45,8 @@ class BlockEdges:
     fold: bool = True
 
 
+NO_EDGES = BlockEdges(complete=False, first=False, fold=False)
+
 Forwards = Generator[list[Row], list[RowOutput], Evaluation]
 
 

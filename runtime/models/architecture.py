@@ -8,7 +8,7 @@ from typing import Any
 
 from spiffy.runtime.models.block_size import check_block_sizes
 from spiffy.runtime.models.family import Architecture, Family
-from spiffy.runtime.models.fields import check_entries
+from spiffy.runtime.models.fields import check_entries, head_dim
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import said
 
@@ -78,7 +78,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 def _check_turning(config: Any) -> None:
     """Refuse heads of which RoPE cannot turn the part that is stated: pairs, at most all."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_dim(config)
     part = config.rope_parameters.get("partial_rotary_factor") or 1
     turning = int(head * part)
     if part > 1 or turning < 2 or turning % 2:

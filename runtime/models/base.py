@@ -95,7 +95,7 @@ class DiffusionLM:
         self.compiled = compiled
         self.packed_head = packed_head
         self.mask_token_id = int(config["mask_token_id"])
-        head: Any = module.lm_head  # whose weight, if quantised, may have any shape
+        head: Any = module.lm_head  # whose weight, if quantized, may have any shape
         self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
         settings: Any = getattr(module, "config", None)
         self._attention = attention_of(settings) or "sdpa"
@@ -113,7 +113,7 @@ class DiffusionLM:
             return None
         return cls(module, **{name: fact for name, fact in facts.items() if name != "attention"})
 
-    def but(self, **facts: Any) -> DiffusionLM:
+    def replaced(self, **facts: Any) -> DiffusionLM:
         """The same model, for one use, with other facts, such as `eos_token_ids`."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__ | facts)
@@ -178,7 +178,7 @@ class DiffusionLM:
         """Where token ids are expected."""
         head: Any = self.module.lm_head
         weight = getattr(head, "weight", None)
-        if weight is None:  # quantised, in buffers
+        if weight is None:  # quantized, in buffers
             weight = next(iter((*head.parameters(), *head.buffers())))
         if weight.is_meta:  # offloaded by a device map: accelerate brings it there and back
             return torch.device(head._hf_hook.execution_device)
@@ -186,7 +186,7 @@ class DiffusionLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the weights, or of those that are not quantised."""
+        """Floating-point type of the weights, or of those that are not quantized."""
         head: Any = self.module.lm_head
         own = getattr(head, "weight", None)
         for weight in chain(() if own is None else (own,), self.module.parameters()):
@@ -319,7 +319,7 @@ class DiffusionLM:
         Returns
         -------
         [..., M, J] in the model's dtype, or None if the head's weights are not at hand (offloaded,
-        quantised).
+        quantized).
         """
         head = self.module.lm_head
         if type(head) is not torch.nn.Linear or type(head.weight) is not nn.Parameter:

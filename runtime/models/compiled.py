@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from spiffy.runtime.models.attention import Group, Masked
 from spiffy.runtime.models.base import Compiled, DiffusionLM
 from spiffy.runtime.models.device import median_seconds
+from spiffy.runtime.models.fields import head_dim
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import said
 from spiffy.schemas.notes import note
@@ -163,7 +164,7 @@ def _hidden(model: DiffusionLM, way: Callable[..., Any], groups: list[Group]) ->
     positions = sum(group.rows * group.length for group in groups)
     ids = torch.arange(positions, device=model.device) % model.vocab_size
     places = torch.arange(positions, device=model.device) % groups[0].length
-    return model.but(compiled=Compiled(way)).hidden_states(ids, places, groups)
+    return model.replaced(compiled=Compiled(way)).hidden_states(ids, places, groups)
 
 
 def _seconds(model: DiffusionLM, way: Callable[..., Any]) -> float:
@@ -177,11 +178,11 @@ def _masked(model: DiffusionLM) -> Masked | None:
     from spiffy.runtime.models.flex import Shape, better_masked
 
     config: Any = model.module.config
-    heads, width = config.num_attention_heads, getattr(config, "head_dim", None)
+    heads = config.num_attention_heads
     shape = Shape(
         heads,
         heads // (getattr(config, "num_key_value_heads", None) or heads),
-        width or config.hidden_size // heads,
+        head_dim(config),
         config.num_hidden_layers,
     )
     return better_masked(shape, model.dtype, model.device)

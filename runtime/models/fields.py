@@ -121,7 +121,7 @@ IDLE = frozenset(
 
 # Dropout, token ids and weights of losses go by many names.
 _IDLE_ENDS = ("_dropout", "_pdrop", "_token_id", "_token_ids", "_loss_coef")
-_QUANTISED = ("quantization_config", "compression_config", "quantization")
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
 _WINDOWS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
 _NEUTRAL: tuple[object, ...] = (False, 0, "", [], {})
 
@@ -147,7 +147,7 @@ def check_entries(name: str, family: str, config: Config, entries: Entries) -> N
         Names the first such entry, or one that nobody has declared and that is not false, 0, empty
         or null.
     """
-    _refuse_quantised(name, config)
+    _refuse_quantized(name, config)
     refuse_windows(name, family, config)
     declared = entries.reads | entries.idle
     fixed = {entry: values for entry, values in PLAIN.items() if entry not in declared}
@@ -186,21 +186,21 @@ def _refuse_value(
     )
 
 
-def _refuse_quantised(name: str, config: Config) -> None:
-    for entry in _QUANTISED:
+def _refuse_quantized(name: str, config: Config) -> None:
+    for entry in _QUANTIZED:
         if stated := config.get(entry):
             method = stated.get("quant_method") if isinstance(stated, dict) else stated
             raise SpiffyError(
-                f"{name}: config.json: {entry}: the weights are quantised "
+                f"{name}: config.json: {entry}: the weights are quantized "
                 f"({method or 'by a method that is not named'}), which is not supported: load them "
                 "with transformers and spiffy.runtime.wrap() the module, or give the checkpoint "
                 "that they were made from"
             )
 
 
-def without_quantisation(config: Config) -> dict[str, Any]:
+def without_quantization(config: Config) -> dict[str, Any]:
     """The config without what says how the weights are stored."""
-    return {entry: value for entry, value in config.items() if entry not in _QUANTISED}
+    return {entry: value for entry, value in config.items() if entry not in _QUANTIZED}
 
 
 def refuse_windows(name: str, family: str, config: Config) -> None:
@@ -246,6 +246,12 @@ def usual_fields(config: Config, *, partial: bool = False) -> dict[str, Any]:
         "pad_token_id": None,
         "attn_implementation": "sdpa",
     }
+
+
+def head_dim(config: Any) -> int:
+    """Dimensions of a head, by one of transformers' configs."""
+    stated: int | None = getattr(config, "head_dim", None)
+    return stated or config.hidden_size // config.num_attention_heads
 
 
 def check_head_dim(config: Config) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from spiffy.runtime.models.family import Family
-from spiffy.runtime.models.fields import ROPE, USUAL, rope
+from spiffy.runtime.models.fields import ROPE, USUAL, head_dim, rope
 from spiffy.schemas.graph import FINGERPRINT
 
 # Of transformers' configs, as the families fill them. What is false or missing says nothing.
@@ -64,7 +64,7 @@ def fingerprint(
     facts = {name: getattr(module_config, name, None) for name in _COMPUTED}
     facts |= {
         "family": family.name,
-        "head_dim": _head_dim(module_config),
+        "head_dim": head_dim(module_config),
         "rope": _rope(family, config),
         "mask": mask_token_id,
         "eos": sorted(eos_token_ids),
@@ -91,7 +91,7 @@ def differences(family: Family, one: Any, other: Any) -> Iterator[tuple[str, Any
         values = [getattr(settings, entry, None) for settings in (one, other)]
         if None not in values and values[0] != values[1]:
             yield entry, values[0], values[1]
-    heads = [_head_dim(settings) for settings in (one, other)]
+    heads = [head_dim(settings) for settings in (one, other)]
     if heads[0] != heads[1]:
         yield "head_dim", heads[0], heads[1]
     try:
@@ -100,11 +100,6 @@ def differences(family: Family, one: Any, other: Any) -> Iterator[tuple[str, Any
         return
     if turns[0] != turns[1]:
         yield "RoPE", turns[0], turns[1]
-
-
-def _head_dim(settings: Any) -> int:
-    own: int | None = getattr(settings, "head_dim", None)
-    return own or settings.hidden_size // settings.num_attention_heads
 
 
 def _rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from spiffy.runtime.models.families import family_of
 from spiffy.runtime.models.identity import fingerprint
 from spiffy.runtime.models.prepack import check_prepack, prepack_if_faster
 from spiffy.runtime.models.prepack import prepack as prepack_layers
-from spiffy.runtime.models.quantise import check_quantise, quantise
+from spiffy.runtime.models.quantize import check_quantize, quantize_layers
 from spiffy.runtime.models.quiet import loading, quiet_transformers
 from spiffy.runtime.models.source import Source, read_json
 from spiffy.runtime.models.tokens import (
@@ -111,7 +111,7 @@ def load_model(
     device = _device(device)
     dtype = _dtype(dtype, device)
     if quantize is not None:
-        check_quantise(name, quantize, facts, config, dtype)
+        check_quantize(name, quantize, facts, config, dtype)
     others = quantize is not None or device_map is not None
     if prepack is True:
         check_prepack(name, device, dtype, others)
@@ -128,14 +128,14 @@ def load_model(
     if (lora or quantize) and any(value.is_meta for value in module.parameters()):
         raise SpiffyError(
             f"{name}: device_map leaves layers off the devices: they can neither take an adapter "
-            "nor be quantised"
+            "nor be quantized"
         )
     if lora is not None:
         with loading(name, "the adapter cannot be merged"):
             module = merge(lora, module, name, facts, config)
     if quantize is not None:
-        with loading(name, "weights cannot be quantised"):
-            quantise(module, device if device_map is None else None)
+        with loading(name, "weights cannot be quantized"):
+            quantize_layers(module, device if device_map is None else None)
     if device_map is None:
         module = module.to(device)
     mask = config["mask_token_id"]

@@ -89,7 +89,7 @@ def check_prepack(name: str, device: torch.device, dtype: torch.dtype, others: b
     Parameters
     ----------
     others
-        Whether the weights are to be quantised, or spread by a device map.
+        Whether the weights are to be quantized, or spread by a device map.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def check_prepack(name: str, device: torch.device, dtype: torch.dtype, others: b
     """
     if device.type != "cpu" or others:
         raise SpiffyError(
-            f"{name}: weights are prepacked for a CPU, and neither quantised nor spread by a "
+            f"{name}: weights are prepacked for a CPU, and neither quantized nor spread by a "
             f"device map: drop {option('prepack')}"
         )
     if dtype not in DTYPES:

@@ -34,20 +34,16 @@ def loading(name: str, failure: str = "weights cannot be loaded") -> Iterator[No
 def quiet_transformers() -> Iterator[None]:
     """No load reports, no bars: we raise instead, in one line. One at a time (`_ONE_LOAD`)."""
     with _ONE_LOAD:
-        yield from _without_reports()
-
-
-def _without_reports() -> Iterator[None]:
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        level = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
 @contextmanager

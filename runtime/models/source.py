@@ -269,6 +269,15 @@ class Source:
         )
 
 
+def served_name(name: str) -> str:
+    """What others call a model: in the hub's cache the hub id, of a folder its own name."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    own = folder.name if folder.name not in ("", "..") else folder.resolve().name
+    return Source(name).hub_id or own
+
+
 def model_of_graph(graph: DraftGraph, place: str) -> tuple[str, str | None]:
     """Name and revision of the model that a graph belongs to, which was found at `place`.
 

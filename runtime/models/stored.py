@@ -14,8 +14,8 @@ from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import option
 
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
-# How quantised checkpoints (GPTQ, AWQ, bitsandbytes, FP8, HQQ, ...) call what stands for a weight.
-_QUANTISED = (
+# How quantized checkpoints (GPTQ, AWQ, bitsandbytes, FP8, HQQ, ...) call what stands for a weight.
+_QUANTIZED = (
     *(".qweight", ".qzeros", ".scales", ".g_idx", ".SCB", ".absmax", ".weight_scale"),
     *(".weight_scale_inv", ".weight_packed", ".quant_map", "._scale", "._data", ".zeros"),
 )
@@ -48,7 +48,7 @@ def refuse_other_forms(name: str, stored: Mapping[str, Any]) -> None:
     Raises
     ------
     SpiffyError
-        If they are quantised, an adapter's, or have a wrapper's word before their names.
+        If they are quantized, an adapter's, or have a wrapper's word before their names.
     """
     for key, tensor in stored.items():
         if ".lora_" in key:
@@ -57,9 +57,9 @@ def refuse_other_forms(name: str, stored: Mapping[str, Any]) -> None:
                 f"{option('adapter')}"
             )
         kind = str(tensor.get_dtype())
-        if kind in _INTEGERS or kind.startswith(("F8", "F6", "F4")) or key.endswith(_QUANTISED):
+        if kind in _INTEGERS or kind.startswith(("F8", "F6", "F4")) or key.endswith(_QUANTIZED):
             raise SpiffyError(
-                f"{name}: {key} (stored as {kind}) is of quantised weights, which are not "
+                f"{name}: {key} (stored as {kind}) is of quantized weights, which are not "
                 "supported: load them with transformers and spiffy.runtime.wrap() the module, or "
                 "give the checkpoint that they were made from"
             )
@@ -69,7 +69,7 @@ def refuse_other_forms(name: str, stored: Mapping[str, Any]) -> None:
 
 
 def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a parameter consists of: itself, or what a quantised one holds."""
+    """The plain tensors that a parameter consists of: itself, or what a quantized one holds."""
     parts: Any = parameter
     if not is_traceable_wrapper_subclass(parts):
         yield parameter.to_dense() if parameter.is_mkldnn else parameter

@@ -46,6 +46,7 @@ class TextCodec:
         self.tokenizer = tokenizer
         self.name = name
         self._given = frozenset(control)
+        self._plain_tokenizers: dict[int, Tokenizer] = {}  # by plane
 
     def encode(
         self, prompt: str | Sequence[Message], *, raw: bool = False, system: str | None = None
@@ -267,10 +268,6 @@ class TextCodec:
     def _backend(self) -> Tokenizer | None:
         """The tokenizers library's object, which tokenizers in pure Python do not have."""
         return getattr(self.tokenizer, "backend_tokenizer", None)
-
-    @cached_property
-    def _plain_tokenizers(self) -> dict[int, Tokenizer]:
-        return {}
 
     def _plain_tokenizer(self, plane: int) -> Tokenizer:
         """The tokenizer, for text in which stand-ins hide spelled special tokens.

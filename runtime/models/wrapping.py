@@ -1,4 +1,4 @@
-"""From a module that is loaded already to a model: quantised, adapted, spread, as its user had it.
+"""From a module that is loaded already to a model: quantized, adapted, spread, as its user had it.
 
 The family's facts are ours, the weights and the way they are computed the user's. What cannot be
 seen from outside, whether the attention keeps to the mask that drafts need, is tried out.
@@ -17,7 +17,7 @@ from spiffy.runtime.models.attention import Group, KeyValues, attention_of
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.families import FAMILIES
 from spiffy.runtime.models.family import Family
-from spiffy.runtime.models.fields import refuse_windows, without_quantisation
+from spiffy.runtime.models.fields import refuse_windows, without_quantization
 from spiffy.runtime.models.identity import differences, fingerprint
 from spiffy.runtime.models.tokens import check_tokenizer, end_tokens, with_mask_token
 from spiffy.schemas import SpiffyError
@@ -40,7 +40,7 @@ def wrap(
 ) -> DiffusionLM:
     """Make a model of a module that is loaded already.
 
-    Quantised by bitsandbytes, torchao, GPTQ or AWQ, with adapters, spread over devices: whatever
+    Quantized by bitsandbytes, torchao, GPTQ or AWQ, with adapters, spread over devices: whatever
     transformers computes, as long as its attention keeps to a mask. That is tried out with a few
     tokens. The module is put into evaluation mode, and otherwise left as it is.
 
@@ -87,7 +87,7 @@ def wrap(
         )
     own = settings.to_dict()
     refuse_windows(name, family, own)
-    stated = _stated(own, settings) if config is None else without_quantisation(config)
+    stated = _stated(own, settings) if config is None else without_quantization(config)
     if mask_token_id is not None:
         stated = {**stated, "mask_token_id": mask_token_id}
     stated = with_mask_token(stated, tokenizer, facts.published_mask(stated))

@@ -12,14 +12,14 @@ from spiffy.runtime.models.family import Family
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import option
 
-#: What weights can be quantised to.
+#: What weights can be quantized to.
 KINDS = ("int8",)
 
 
-def check_quantise(
+def check_quantize(
     name: str, kind: str, family: Family, config: Mapping[str, Any], dtype: torch.dtype
 ) -> None:
-    """Refuse what cannot be quantised, before anything is loaded.
+    """Refuse what cannot be quantized, before anything is loaded.
 
     Raises
     ------
@@ -34,23 +34,23 @@ def check_quantise(
             f"{option('quantize')} needs torchao: pip install 'spiffy-dllm[quantize]'"
         )
     if dtype == torch.float64:
-        raise SpiffyError(f"{name}: float64 cannot be quantised: drop {option('dtype')}")
+        raise SpiffyError(f"{name}: float64 cannot be quantized: drop {option('dtype')}")
     if family.merged(config):
         raise SpiffyError(
-            f"{name}: a mixture of experts cannot be quantised here: its experts, which are nearly "
+            f"{name}: a mixture of experts cannot be quantized here: its experts, which are nearly "
             "all of it, would stay as they are"
         )
 
 
-def quantise(module: Any, device: torch.device | None) -> None:
-    """Quantise the linear layers of a transformer to int8, one scale per row; in place.
+def quantize_layers(module: Any, device: torch.device | None) -> None:
+    """Quantize the linear layers of a transformer to int8, one scale per row; in place.
 
     Parameters
     ----------
     module
         The family's transformers module; its `lm_head` stays as it is.
     device
-        Where to put each layer before it is quantised; None leaves them where they are.
+        Where to put each layer before it is quantized; None leaves them where they are.
     """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
