@@ -19,9 +19,9 @@ from spiffy.calib.prompts import PromptSet
 from spiffy.calib.workdir import run_facts
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
-from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.io import write_atomically
-from spiffy.schemas.records import COUNTS, Budget
+from spiffy.schemas.records import COUNTS
 from spiffy.schemas.workdir import AnswersManifest
 
 _RUN = 64  # characters of the manifest's digest, in front of the line

@@ -41,9 +41,8 @@ from spiffy.cli.options import (
 )
 from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
-from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas import Budget, DraftGraph, SpiffyError
 from spiffy.schemas.io import check_writable
-from spiffy.schemas.records import Budget
 
 if TYPE_CHECKING:
     from spiffy.calib.prompts import PromptSet

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from spiffy.calib.prompts import PromptSet
     from spiffy.calib.ranks import Ranks
     from spiffy.cli.decode_runs import Runs
-    from spiffy.schemas import DraftGraph
-    from spiffy.schemas.records import Budget
+    from spiffy.schemas import Budget, DraftGraph
 
 
 def decode_into(

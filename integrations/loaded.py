@@ -15,8 +15,7 @@ from spiffy.runtime.generate import check_seed
 from spiffy.runtime.models import DiffusionLM
 from spiffy.runtime.models.source import model_of_graph
 from spiffy.runtime.models.text import Prompt
-from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-from spiffy.schemas.records import Budget
+from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
 
 _LOADING = tuple(signature(load_model).parameters)[1:]  # without the name
 

@@ -19,8 +19,8 @@ from spiffy.integrations.loaded import Loaded
 from spiffy.runtime.decode import Task
 from spiffy.runtime.generate import Output, generate_batch
 from spiffy.runtime.models.text import stop_strings
-from spiffy.schemas import SpiffyError
-from spiffy.schemas.records import COUNTS, Budget
+from spiffy.schemas import Budget, SpiffyError
+from spiffy.schemas.records import COUNTS
 
 Columns = Mapping[str, Any]  # each np.ndarray [rows] or a list
 

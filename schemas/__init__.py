@@ -11,6 +11,7 @@ from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.graph import DraftGraph
 from spiffy.schemas.records import (
     AcceptanceModel,
+    Budget,
     CalibrationRecord,
     CostPoint,
     CostProfile,
@@ -23,6 +24,7 @@ from spiffy.schemas.records import (
 
 __all__ = [
     "AcceptanceModel",
+    "Budget",
     "CacheName",
     "CalibrationRecord",
     "CostPoint",

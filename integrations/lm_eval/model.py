@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from spiffy.integrations.lm_eval import launch
 from spiffy.integrations.lm_eval.counts import Counts
-from spiffy.schemas import DecodingSettings, SpiffyError
+from spiffy.schemas import Budget, DecodingSettings, SpiffyError
 from spiffy.schemas.errors import said
 
 try:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from spiffy.runtime.generate import Output
-    from spiffy.schemas.records import Budget
 
 #: Of generation arguments that are no use here: what leaves an answer as it is.
 _NEUTRAL = {"num_beams": 1, "top_p": 1, "repetition_penalty": 1, "num_return_sequences": 1}

@@ -30,9 +30,8 @@ from spiffy.runtime.generate import answer, collect
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.source import served_name
 from spiffy.runtime.models.text import Prompt, given_ids
-from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
-from spiffy.schemas.records import Budget
 
 _LOG = logging.getLogger("spiffy")
 

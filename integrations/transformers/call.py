@@ -33,8 +33,7 @@ from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.draft import Drafter, Selection, lasting_drafter
 from spiffy.runtime.generate import check_drafting, check_seed
 from spiffy.runtime.models import DiffusionLM, wrap
-from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.records import Budget
+from spiffy.schemas import Budget, DraftGraph, SpiffyError
 
 
 def custom_generate(

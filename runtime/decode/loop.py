@@ -48,8 +48,8 @@ def denoise(task: Task) -> Decoding:
     while not root.finished:
         task.roots.append(root.step)
         states = drafting.draft(root)
-        states, evaluation = yield from _evaluated(task, cache, root, states, drafting.asked_for)
-        walk = _walked(task, cache, root, states, evaluation)
+        states, evaluation = yield from _verify(task, cache, root, states, drafting.expected)
+        walk = _walk(task, cache, root, states, evaluation)
         drafting.learn(root, states, walk)
         cache.settle(walk.state, walk.last)
         root = walk.end
@@ -81,7 +81,7 @@ class _Walked(NamedTuple):
     reading: Reading | None
 
 
-def _walked(
+def _walk(
     task: Task, cache: Cache, root: Cursor, states: Tensor, evaluation: Evaluation
 ) -> _Walked:
     """Step from one true state to the next, for as long as the forward tells about them."""
@@ -97,7 +97,7 @@ def _walked(
         last, cursor = cursor, denoising_step(task, cursor, reading, first_only)
         task.path.append(cursor)
         task.stats.steps += 1
-        verified = _verified(task, cache, states, evaluation, root, cursor)
+        verified = _find_verified(task, cache, states, evaluation, root, cursor)
         if verified is None or cursor.finished:
             break
         hops += verified != state or cursor.block > last.block
@@ -125,8 +125,8 @@ class _Drafting:
             task.adviser.begin(task.canvas)
 
     @property
-    def asked_for(self) -> bool:
-        """Whether forwards are to tell what follows a state that completes its block."""
+    def expected(self) -> bool:
+        """Whether there may be drafts: forwards then tell what follows those that end a block."""
         return self.drafter is not None
 
     def draft(self, root: Cursor) -> Tensor:
@@ -248,7 +248,7 @@ def looked_at(task: Task, cursor: Cursor, first_only: bool = False) -> Tensor:
     return task.canvas.masked(cursor, task.model.mask_token_id)
 
 
-def _verified(
+def _find_verified(
     task: Task, cache: Cache, states: Tensor, evaluation: Evaluation, root: Cursor, cursor: Cursor
 ) -> int | None:
     """The state of the root's forward that tells what the next step has to know, if any does."""
@@ -266,10 +266,10 @@ class TooLargeError(Exception):
     """Thrown into a decode in place of outputs: its rows did not fit into memory."""
 
 
-def _evaluated(
+def _verify(
     task: Task, cache: Cache, root: Cursor, states: Tensor, drafting: bool
 ) -> Generator[list[Row], list[RowOutput], tuple[Tensor, Evaluation]]:
-    """Evaluate the root and as many of its drafts as memory allows; returns those states.
+    """Run the forward over the root and as many drafts as memory allows; returns those states.
 
     A cache changes only after the outputs of a forward have come, so one that failed can be asked
     for again with fewer drafts. Drafts are no matter of tokens.
