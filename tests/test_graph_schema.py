@@ -177,6 +177,17 @@ def test_a_digest_of_another_version_is_no_fault() -> None:
     assert "digest" in " ".join(audit(graph, graph.digest()).checked)
 
 
+def test_more_drafts_may_bring_less_but_no_forward_makes_more_steps_than_it_has_states() -> None:
+    """On few held-out prompts a draft that comes true can cost a forward later on."""
+    found = audit(a_graph(expected_steps=(1.0, 2.0, 1.4, 1.9, 2.0)), None)
+    assert "expected steps" in found.checked
+    assert found.wrong == []
+    for steps, wrong in ((9.0, []), (9.001, ["9.001 steps of a forward with 8 drafts"])):
+        points = {"graph": [{"drafts": 8, "steps": steps}]}
+        graph = DraftGraph.model_validate_json(json.dumps(content() | {"measured_steps": points}))
+        assert audit(graph, None).wrong == [f"measured_steps.graph: {text}" for text in wrong]
+
+
 def test_cost_profiles_survive_a_round_trip(tmp_path: Path) -> None:
     points = (CostPoint(drafts=0, seconds=0.1), CostPoint(drafts=8, seconds=0.125))
     profile = CostProfile(device="cpu", dtype="float32", points=points)
