@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 FORMAT = "spiffy.draft-graph"
-MAJOR, MINOR = 1, 4
+MAJOR, MINOR = 1, 5
 _PREFIX_EXACT = 4  # the first minor version whose prefix cache is exact
 # How fingerprints of a model's meaning begin; older ones were of its files' bytes.
 FINGERPRINT = "m1-"
