@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from spiffy.calib.fit import fit_acceptance
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.provenance import provenance
-from spiffy.calib.record import Recorder, Trace
+from spiffy.calib.record import Recorder, Trace, spread
 from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.graphs import (
     ChainCounts,
@@ -21,7 +22,7 @@ from spiffy.graphs import (
     grow_by_transitions,
     grow_counted,
     grow_paper,
-    replay,
+    replay_prefixes,
 )
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Vocabulary
@@ -45,6 +46,7 @@ from spiffy.schemas.records import MAX_PROMPTS
 from spiffy.schemas.workdir import ModelFacts
 
 _MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # budgets
+_REPLAYED = 200  # prompts that the acceptance model's drafts are replayed on, at most
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
 
 
@@ -74,6 +76,14 @@ class Traces:
     def held_out(self) -> Sequence[Trace]:
         """Prompts that the graph is measured on; none if there is only one prompt."""
         return _Some(self.prompts, self.held_out_indices())
+
+    @cached_property
+    def counts(self) -> ChainCounts:
+        """Chains of those that grow."""
+        counts = ChainCounts()
+        for trace in self.growing:
+            counts.add(trace.chains)
+        return counts
 
     def held_out_indices(self) -> Sequence[int]:
         """Their places among all prompts."""
@@ -228,39 +238,39 @@ def steps_per_forward(prompts: Iterable[Prompt], fills: Sequence[Fill]) -> list[
 
     One prompt is looked at at a time.
     """
-    graphs = [set(fills[:budget]) for budget in range(len(fills) + 1)]
-    found = [Replay(0, 0)] * len(graphs)
-    for prompt in prompts:
-        found = [
-            sofar + replay([prompt], graph) for sofar, graph in zip(found, graphs, strict=True)
-        ]
+    found = replay_prefixes(prompts, fills)
     return [round(replayed.steps_per_forward, 6) for replayed in found]
 
 
 def chain_counts(traces: Traces) -> ChainCounts:
-    """Chains of all prompts that the graph is grown on."""
-    counts = ChainCounts()
-    for trace in traces.growing:
-        counts.add(trace.chains)
-    return counts
+    """Chains of all prompts that the graph is grown on, counted once."""
+    return traces.counts
 
 
 def expected_steps(
     model: Vocabulary,
-    traces: Iterable[Trace],
+    traces: Sequence[Trace],
     acceptance: AcceptanceModel,
     budget: int,
+    on_prompt: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[ExpectedSteps, ...]:
-    """Replayed denoising steps per forward of drafts chosen by an acceptance model."""
+    """Replayed denoising steps per forward of drafts chosen by an acceptance model.
+
+    Of many prompts up to 200, evenly spread: what the others would add is below a percent, and each
+    takes seconds. `on_prompt` is called after each with how many are done, and of how many.
+    """
     weights = acceptance_weights(acceptance, model.vocab_size)
     budgets = [*(drafts for drafts in _MEASURED if drafts < budget), budget]
     drafters = [AcceptanceDrafter(weights, drafts, model) for drafts in budgets]
     found = [Replay(0, 0)] * len(drafters)
-    for trace in traces:  # one at a time: they may come from disk
+    shown = spread(len(traces), _REPLAYED)
+    for done, k in enumerate(shown, start=1):
+        trace = traces[k]  # one at a time: they may come from disk
         found = [
             sofar + replay_drafter([trace], drafter)
             for sofar, drafter in zip(found, drafters, strict=True)
         ]
+        on_prompt(done, len(shown))
     points = [(0, 1.0), *zip(budgets, (r.steps_per_forward for r in found), strict=True)]
     return tuple(ExpectedSteps(drafts=n, steps=round(steps, 6)) for n, steps in points)
 
@@ -296,15 +306,16 @@ def build_graph(
     objective: Objective = "expected-steps",
     switches: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     command: Sequence[str] = (),
+    on_replay: Callable[[int, int], None] = lambda done, of: None,
 ) -> DraftGraph:
     """Grow a graph of up to `budget` nodes and put it into an artifact.
 
     `switches` are the block edges that the traces were recorded with; `command` is the command line
-    to put on record, if there is one.
+    to put on record, if there is one; `on_replay` is the `on_prompt` of `expected_steps`.
     """
     facts, origin = model_facts(model), Origin.of(prompts)
     return build_from_facts(
-        facts, origin, settings, traces, budget, seed, objective, switches, command
+        facts, origin, settings, traces, budget, seed, objective, switches, command, on_replay
     )
 
 
@@ -318,6 +329,7 @@ def build_from_facts(
     objective: Objective = "expected-steps",
     switches: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     command: Sequence[str] = (),
+    on_replay: Callable[[int, int], None] = lambda done, of: None,
 ) -> DraftGraph:
     """Build the graph without the model: the traces say everything."""
     counts = chain_counts(traces)
@@ -327,7 +339,7 @@ def build_from_facts(
     if objective == "expected-steps" and counts:
         acceptance = fit_acceptance(model, settings, traces.growing)
     if acceptance is not None:
-        steps = expected_steps(model, measured, acceptance, budget)
+        steps = expected_steps(model, measured, acceptance, budget, on_replay)
         acceptance = acceptance.model_copy(update={"expected_steps": steps})
     return DraftGraph(
         model=model.record(),
