@@ -75,6 +75,25 @@ def read_json(path: Path) -> Any:
         raise SpiffyError(f"{path}: not valid JSON: {error}") from None
 
 
+def strict_text(path: Path, content: Any) -> str:
+    """What a file holds, for strict validation: as canonical JSON.
+
+    Raises
+    ------
+    SpiffyError
+        If it is nested too deeply, or holds a number or characters that there is no JSON for.
+    """
+    try:
+        text = canonical_json(content)
+    except RecursionError:
+        raise SpiffyError(f"{path}: nested too deeply") from None
+    except ValueError:
+        raise SpiffyError(f"{path}: holds a number that is not finite") from None
+    if not is_unicode(text):
+        raise SpiffyError(f"{path}: holds half a character (lone surrogate)")
+    return text
+
+
 def is_unicode(text: str) -> bool:
     """Whether text can be encoded: JSON and shells can smuggle in half of a surrogate pair."""
     try:
