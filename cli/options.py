@@ -461,7 +461,7 @@ def draw(
     """Draw prompts, from the end of a data set that calibration or that tests use."""
     from spiffy.calib.prompts import load_prompts
 
-    return load_prompts(
+    drawn = load_prompts(
         dataset,
         samples,
         seed,
@@ -469,3 +469,10 @@ def draw(
         skip_bad=skip_bad,
         field=field,
     )
+    if samples is not None and len(drawn.texts) < samples:
+        log.print(
+            f"{dataset} holds {len(drawn.texts)} prompts, fewer than --samples {samples}: all are "
+            "taken",
+            soft_wrap=True,
+        )
+    return drawn

@@ -28,7 +28,8 @@ def canonical_json(content: Any) -> str:
     )
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`: of a key that occurs twice only one would stay."""
     if len(pairs) > _MAX_KEYS:
         raise ValueError(f"an object of {len(pairs)} entries, more than {_MAX_KEYS}")
     content = dict(pairs)
@@ -60,7 +61,7 @@ def read_json(path: Path) -> Any:
             )
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except SpiffyError:
         raise
     except FileNotFoundError:
