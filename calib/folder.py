@@ -176,6 +176,20 @@ def check_same(
         )
 
 
+def check_no_record(path: Path) -> None:
+    """Refuse to write over what a folder of records consists of.
+
+    Raises
+    ------
+    SpiffyError
+        If that is what `path` is.
+    """
+    if (path.name == MANIFEST or path.suffix == ".bin") and (path.parent / MANIFEST).is_file():
+        raise SpiffyError(
+            f"{path}: belongs to a work directory, which would be lost: give another name"
+        )
+
+
 def parts_of(out: Path) -> Path:
     """The folder in which what a file will hold lies until all is there."""
     return out.with_name(f"{out.name}.parts")

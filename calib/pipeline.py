@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spiffy.calib.fit import fit_acceptance
+from spiffy.calib.prompt_files import question
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.provenance import provenance
 from spiffy.calib.record import Recorder, Trace, spread
@@ -46,6 +47,7 @@ from spiffy.schemas.records import MAX_PROMPTS
 from spiffy.schemas.workdir import ModelFacts
 
 _MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # budgets
+_SHOWN = 40  # characters of a prompt
 _REPLAYED = 200  # prompts that the acceptance model's drafts are replayed on, at most
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
 
@@ -155,13 +157,14 @@ def prepare(
     seed: int = 0,
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     left_out: list[str] | None = None,
+    repeated: list[str] | None = None,
 ) -> list[Task]:
     """Set up the recorded decode of every prompt that can be decoded, of equal ones once.
 
     Else a graph would be measured on prompts that it was grown on.
 
     `edges` says what decoding with the graph will allow: chains hold no draft beyond it. `left_out`
-    takes what is wrong with the other prompts.
+    takes what is wrong with the other prompts, `repeated` which of them are prompts once more.
 
     Raises
     ------
@@ -177,14 +180,22 @@ def prepare(
         try:
             ids = model.encode(text, raw=prompts.raw, system=prompts.system)
             if (first := seen.setdefault(ids.numpy().tobytes(), number)) != number:
-                problems.append(f"prompt {number} is prompt {first} once more")
+                if repeated is not None:
+                    repeated.append(f"prompt {number} is prompt {first} once more")
                 continue
             tasks.append(make_task(model, ids, settings, recorder, seed, len(tasks), edges))
         except SpiffyError as problem:
-            problems.append(str(problem))
+            problems.append(f"{_beginning(text)}: {problem}")
     if not tasks:
         raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {problems[-1]}")
     return tasks
+
+
+def _beginning(text: Any) -> str:
+    """A prompt as its file's owner knows it: numbers are of those drawn, not of lines."""
+    known = question(text) if isinstance(text, str | list) else str(text)
+    words = " ".join(known[:_SHOWN].split())
+    return f"{words!r}{'...' if len(known) > _SHOWN else ''}"
 
 
 def groups(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:

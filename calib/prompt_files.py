@@ -332,9 +332,7 @@ def _check_utf8(content: bytes) -> None:
         raise SpiffyError(f"line {line}: not UTF-8 text") from None
 
 
-def _separator(
-    text: str, field: str | None, separators: str, guessed: bool = False
-) -> str | None:
+def _separator(text: str, field: str | None, separators: str, guessed: bool = False) -> str | None:
     """What separates the names in the first row of a table, if one is the prompt's.
 
     Spreadsheets write semicolons where commas are decimal. Where it is `guessed` that this is a

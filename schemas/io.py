@@ -29,7 +29,7 @@ def canonical_json(content: Any) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `object_pairs_hook`: of a key that occurs twice only one would stay."""
+    """An object of JSON (an `object_pairs_hook`): of a key that stands twice one would be lost."""
     if len(pairs) > _MAX_KEYS:
         raise ValueError(f"an object of {len(pairs)} entries, more than {_MAX_KEYS}")
     content = dict(pairs)

@@ -11,7 +11,8 @@ from helpers import chain_graph
 from rich.console import Console
 from test_cli import Call, call
 
-from spiffy.cli import calibrate, common, lm_eval
+from spiffy.cli import calibrate, calibration_runs, common, lm_eval
+from spiffy.runtime.budget import auto
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import check_writable
 
@@ -48,6 +49,59 @@ def test_a_graph_that_will_be_replaced_is_named(
     other = graph.parent / "other.json"
     assert calibrate._Output(out=other).path_for("tiny-sdar", writes=True) == other
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_names_the_graph_that_will_be_replaced(
+    rank: int, graph: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    work = ("--workdir", graph.parent / "work", "--dataset", graph.parent / "none.jsonl")
+    code, _, log = call("calibrate", "--model", "tiny-sdar", "--out", graph, *work)
+    assert code == 2
+    assert "no such file" in log
+    assert ("is there already, and will be replaced" in log) == (rank == 0)
+
+
+def test_nothing_is_written_over_a_work_directory(graph: Path, call: Call, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    data = tmp_path / "p.jsonl"
+    data.write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "one"}\n')
+    run = ("--model", "tiny-sdar", "--gen-length", 8, "--workdir", work)
+    shard = (*run, "--shard", "0/2", "--batch-size", 1, "--dataset", data)
+    code, _, log = call("calibrate", *shard)
+    assert code == 0
+    assert f"{data} holds 3 prompts, fewer than --samples 50: all are taken" in log
+    assert "1 of 3 prompts are others once more, and decoded once" in log
+    assert "cannot be decoded" not in log
+    assert call("calibrate", *shard, "--shard", "1/2")[0] == 0
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    for name in before:
+        for command in (("merge", work), (*run, "--dataset", data)):
+            code, _, log = call("calibrate", *command, "--out", work / name)
+            assert code == 2
+            assert f"{work / name}: belongs to a work directory" in log
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    code, _, log = call("calibrate", "merge", work, "--out", graph)
+    assert code == 0
+    assert f"{graph} is there already, and will be replaced" in log
+
+
+def test_much_memory_is_named_before_it_is_taken(
+    graph: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ("--model", "tiny-sdar", "--gen-length", 8, "--samples", 2, "--out", graph)
+    monkeypatch.setattr(calibrate, "predict", lambda *_: None)
+    monkeypatch.setattr(auto, "auto_profile", lambda *_: None)
+    assert "of memory" not in call("calibrate", *run)[2]
+    monkeypatch.setattr(calibration_runs, "_MUCH", 8 * 8 * 8)
+    code, _, log = call("calibrate", *run)
+    assert code == 0
+    assert "the states of 2 prompts take up to" in log
+    assert "of memory: with --workdir DIR they lie on disk" in log
+    work = ("--workdir", graph.parent / "work")
+    assert "of memory" not in call("calibrate", *run, *work)[2]
 
 
 def test_a_link_is_not_replaced_by_a_file(tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def test_other_prompts_than_most_do_not_scale_the_curve(calibrated: Calibrated) 
         few = ExpectedSteps(drafts=8, steps=1 + 3 * share, replayed=4.0)
         corrected = graph.model_copy(update={"measured_steps": {"graph": (few,)}})
         after = expected_steps(corrected)["graph"]
-        assert [p.steps - 1 for p in after] == pytest.approx([share * (p.steps - 1) for p in before])
+        assert [p.steps - 1 for p in after] == pytest.approx(
+            [share * (p.steps - 1) for p in before]
+        )
 
 
 def test_older_points_state_no_replay_and_keep_their_digest() -> None:

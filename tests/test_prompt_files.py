@@ -167,7 +167,11 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     ),
     "the same by no name": ("p", b"Text, please: what is 2+2?\nAnd 3+3?\n", "known column"),
     "a sentence before it": ("p", b"Is this it?,text\nAnd 3+3?,x\n", "known column"),
-    "a key twice": ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1: .*'prompt' occurs twice"),
+    "a key twice": (
+        "p.jsonl",
+        b'{"prompt": "a", "prompt": "b"}',
+        "line 1: .*'prompt' occurs twice",
+    ),
     "a column twice": ("p.csv", b"id,prompt,prompt\n1,a,b\n", "line 1: .*'prompt' twice"),
     "pointer": ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "spreadsheet": ("p.csv", b"PK\x03\x04....", "save it as CSV"),
