@@ -13,7 +13,7 @@ from test_cli import Call, call
 
 from spiffy.cli import calibrate, calibration_runs, common, lm_eval
 from spiffy.runtime.budget import auto
-from spiffy.schemas import SpiffyError
+from spiffy.schemas import DraftGraph, Node, SpiffyError
 from spiffy.schemas.io import check_writable
 
 assert call  # a fixture
@@ -102,6 +102,26 @@ def test_much_memory_is_named_before_it_is_taken(
     assert "of memory: with --workdir DIR they lie on disk" in log
     work = ("--workdir", graph.parent / "work")
     assert "of memory" not in call("calibrate", *run, *work)[2]
+
+
+def test_a_node_is_shown_however_deep_it_lies(graph: Path, call: Call) -> None:
+    shallow = DraftGraph.load(graph)
+    fills = [tuple((rank, 0) for rank in range(n + 1)) for n in range(300)]
+    nodes = [Node(fill=fill, parents=(n,), count=1) for n, fill in enumerate(fills)]
+    side = Node(fill=((0, 1),), parents=(0,), count=1)
+    deep = shallow.model_copy(update={"nodes": (*nodes, side), "expected_steps": ()})
+    deep.save(graph)
+    code, printed, _ = call("graph", "show", graph)
+    lines = printed.splitlines()
+    start = lines.index("root")
+    assert code == 0
+    assert [line.lstrip("│├└─ ").split(":")[0] for line in lines[start + 1 : start + 302]] == [
+        str(number) for number in range(1, 302)
+    ]
+    assert lines[start + 1].startswith("├── 1: +0.0")
+    assert lines[start + 2].startswith("│   └── 2: +1.0")
+    assert lines[start + 3].startswith("│       └── 3: +2.0")
+    assert lines[start + 301].startswith("└── 301: +0.1")
 
 
 def test_a_link_is_not_replaced_by_a_file(tmp_path: Path) -> None:

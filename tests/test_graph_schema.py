@@ -22,6 +22,7 @@ from spiffy.schemas import (
     CostProfile,
     DecodingSettings,
     DraftGraph,
+    ExpectedSteps,
     ModelRecord,
     Node,
     SpiffyError,
@@ -167,6 +168,39 @@ def test_settings_that_only_one_graph_has_are_a_difference() -> None:
     assert differences(plain, parts) == ["decoding: sub_block_length None -> 8"]
     assert differences(parts, plain) == ["decoding: sub_block_length 8 -> None"]
     assert differences(plain, a_graph()) == []
+
+
+def test_what_differs_is_shown_where_it_differs() -> None:
+    nodes = tuple(Node(fill=((k, 0),), parents=(0,), count=9 - k) for k in range(7))
+    flat = (1.0,) + (1.5,) * 7
+    graph = a_graph(nodes, expected_steps=flat)
+    other = a_graph(nodes, expected_steps=(*flat[:3], 1.75, *flat[4:]))
+    (line,) = differences(graph, other)
+    assert "3: 1.500 -> 1.750" in line
+    assert "7: 1.500 -> 1.500" in line  # the largest
+    assert "5: " not in line
+    (line,) = differences(graph, a_graph(nodes, expected_steps=(*flat[:4], 1.5001, *flat[5:])))
+    assert "4: 1.500000 -> 1.500100" in line
+    fewer = a_graph(nodes[:6], expected_steps=flat[:7])
+    assert all(line.startswith("nodes: 1 removed") for line in differences(graph, fewer))
+
+
+def test_measured_steps_are_compared_because_auto_drafts_by_them() -> None:
+    def measured(**points: tuple[float, float | None]) -> DraftGraph:
+        steps = {
+            way: (ExpectedSteps(drafts=4, steps=value, replayed=replayed),)
+            for way, (value, replayed) in points.items()
+        }
+        return a_graph().model_copy(update={"measured_steps": steps})
+
+    one = measured(graph=(2.0, 1.5))
+    assert differences(one, one) == []
+    said = differences(one, measured(graph=(2.5, 1.5), model=(3.0, None)))
+    assert said == [
+        "measured steps by the graph at drafts 4: 2.000 -> 2.500",
+        "measured steps by the model: only one of them states any",
+    ]
+    assert len(differences(one, measured(graph=(2.0, 1.75)))) == 1
 
 
 def test_a_digest_of_another_version_is_no_fault() -> None:
