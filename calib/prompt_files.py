@@ -122,8 +122,8 @@ def _records(content: bytes, suffix: str, field: str | None) -> _Records:
     content = _utf8(content)
     if suffix in _TABLES:
         text = content.decode("utf-8", "surrogateescape")
-        separator = _separator(text, field, _TABLES[suffix]) or _TABLES[suffix][0]
-        return _table(text, separator, field)
+        named = _separator(text, field, _TABLES[suffix])
+        return _table(text, named or _TABLES[suffix][0], field)
     begins = content.lstrip()[:1]
     if suffix in _LINES or begins in (b"", b"{", b"[", b'"'):
         return _json(content)
