@@ -18,7 +18,7 @@ from math import gcd
 import numpy as np
 from scipy.optimize import minimize
 
-from spiffy.calib.record import Trace
+from spiffy.calib.record import Trace, spread
 from spiffy.runtime.draft import AcceptanceDrafter, Vocabulary
 from spiffy.runtime.draft.acceptance import (
     OFFSETS,
@@ -34,6 +34,7 @@ from spiffy.schemas import AcceptanceModel, DecodingSettings
 FOLDS = 4
 MAX_PAIRS = 4096  # bigrams that ship: at most some 60 kB of JSON
 _MAX_STATES = 12_000  # states that the regressions look at, spread evenly
+_MAX_PROMPTS = 256  # that these are taken from: laying out a root takes a millisecond
 _DEPTH = 10
 _RIDGE = 1e-3
 _DECAY = 0.7  # deeper states count less: fewer walks get there
@@ -88,19 +89,20 @@ def fit_acceptance(
     nothing = AcceptanceWeights.of({}, None, {"log_p": 1.0}, (), model.vocab_size)
     layout = AcceptanceDrafter(nothing, 0, model)
     # Twice over the traces instead of holding all examples of hundreds of prompts.
-    states = sum(len(example.choice) for example in _examples(traces, layout))
+    shown = spread(len(traces), _MAX_PROMPTS)
+    states = sum(len(example.choice) for example in _examples(traces, shown, layout))
     if states < _FEW:
         return None
     # Blocks that take a denoising step per position have so many roots.
     roots = settings.block_length - (settings.cache == "dual")
     stride = _out_of_step(-(-states // _MAX_STATES), roots)
-    examples = list(islice(_examples(traces, layout), 0, None, stride))
+    examples = list(islice(_examples(traces, shown, layout), 0, None, stride))
     pairs: list[Pairs] = [Counter() for _ in range(FOLDS)]
     for prompt, trace in enumerate(traces):
         pairs[prompt % FOLDS].update(_pairs(trace, model.mask_token_id))
     folds = []
     for fold in range(FOLDS):
-        others = pairs[:fold] + pairs[fold + 1 :] if len(traces) > 1 else pairs
+        others = pairs[:fold] + pairs[fold + 1 :]  # of one prompt alone: none, so it counts nothing
         folds.append(replace(nothing, bigrams=_weights(others, model.vocab_size).bigrams))
 
     token = _fit_tokens(examples, folds)
@@ -132,8 +134,11 @@ def _unscaled(w: Floats, scale: Floats) -> Floats:
     return coefficients
 
 
-def _examples(traces: Iterable[Trace], layout: AcceptanceDrafter) -> Iterator[_Example]:
-    for prompt, trace in enumerate(traces):
+def _examples(
+    traces: Sequence[Trace], shown: Iterable[int], layout: AcceptanceDrafter
+) -> Iterator[_Example]:
+    for prompt in shown:
+        trace = traces[prompt]
         ids = [cursor.ids.cpu().numpy() for cursor in trace.path]
         for step, root in enumerate(trace.roots):
             if root is None or not len(root.candidates.positions):

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from spiffy.calib.frames import AppendFile, Place, Scan
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.decoding import first_problem
-from spiffy.schemas.io import canonical_json, read_json, write_atomically
+from spiffy.schemas.io import canonical_json, read_json, strict_text, write_atomically
 from spiffy.schemas.workdir import RunManifest
 
 MANIFEST = "manifest.json"
@@ -70,7 +70,7 @@ class RecordFolder(Generic[Run, About]):
         self.notes: list[str] = []
         if rank == 0:
             self._make()
-        self._file = self.file(folder / f"{self.file.records}-{rank:04}.bin")
+        self._file = self.file(folder / f"{self.file.records}-{rank:04}.bin", self.scan)
         try:
             if rank == 0 and not (folder / MANIFEST).exists():
                 text = canonical_json(manifest.content())
@@ -85,7 +85,7 @@ class RecordFolder(Generic[Run, About]):
                 )
             if self._file.damaged:
                 self.notes.append(f"{self._file.path}: damaged records are recorded again")
-            self.places = self.recorded(folder, self.manifest)
+            self.places = self.recorded(folder, self.manifest, self._file)
         except BaseException:
             self._file.close()
             raise
@@ -102,8 +102,10 @@ class RecordFolder(Generic[Run, About]):
         raise NotImplementedError
 
     @classmethod
-    def recorded(cls, folder: Path, manifest: Run) -> dict[int, Place[About]]:
-        """Where the record of every number lies.
+    def recorded(
+        cls, folder: Path, manifest: Run, own: AppendFile | None = None
+    ) -> dict[int, Place[About]]:
+        """Where the record of every number lies; what `own` has found is not looked for again.
 
         Raises
         ------
@@ -113,7 +115,9 @@ class RecordFolder(Generic[Run, About]):
         places: dict[int, Place[About]] = {}
         run = manifest.digest()
         for path in sorted(folder.glob(f"{cls.file.records}-*.bin")):
-            for place in cls.scan(path).places:
+            seen = own is not None and own.path == path
+            found: Scan[About] = own.found if own is not None and seen else cls.scan(path)
+            for place in found.places:
                 if place.about.run != run:
                     raise SpiffyError(
                         f"{path}: recorded with other settings than {folder / MANIFEST} states: "
@@ -145,11 +149,15 @@ def read_manifest(folder: Path, kind: type[Run]) -> Run:
     """
     if not (folder / MANIFEST).is_file():
         raise SpiffyError(f"{folder}: not a work directory (it has no {MANIFEST})")
-    content = read_json(folder / MANIFEST)
+    path = folder / MANIFEST
+    text = strict_text(path, read_json(path))
     try:
-        return kind.model_validate_json(canonical_json(content))
+        return kind.model_validate_json(text)
     except ValidationError as error:
-        raise SpiffyError(f"{folder / MANIFEST}: {first_problem(error)}") from None
+        raise SpiffyError(
+            f"{path}: {first_problem(error)} (made by another version, or damaged: record again "
+            "into another folder)"
+        ) from None
 
 
 def check_same(folder: Path, theirs: RunManifest, ours: RunManifest, free: frozenset[str]) -> None:
@@ -163,6 +171,20 @@ def check_same(folder: Path, theirs: RunManifest, ours: RunManifest, free: froze
     if difference := theirs.difference(ours, free):
         raise SpiffyError(
             f"{folder}: recorded with {difference}: use the same settings, or another directory"
+        )
+
+
+def check_no_record(path: Path) -> None:
+    """Refuse to write over what a folder of records consists of.
+
+    Raises
+    ------
+    SpiffyError
+        If that is what `path` is.
+    """
+    if (path.name == MANIFEST or path.suffix == ".bin") and (path.parent / MANIFEST).is_file():
+        raise SpiffyError(
+            f"{path}: belongs to a work directory, which would be lost: give another name"
         )
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Generic, TypeVar
+from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
+
+from safetensors import SafetensorError
 
 from spiffy.schemas import SpiffyError
 
@@ -56,7 +58,7 @@ def scan_records(path: Path, about: Callable[[bytes], About]) -> Scan[About]:
     Raises
     ------
     SpiffyError
-        If it cannot be read.
+        If it cannot be read, or holds whole records that say nothing of what they are about.
     """
     places: list[Place[About]] = []
     end = position = damaged = 0
@@ -74,11 +76,30 @@ def scan_records(path: Path, about: Callable[[bytes], About]) -> Scan[About]:
                     position = at + 1
                     continue
                 damaged += at > end
-                places.append(Place(path, at + _HEADER, length, about(payload)))
+                with readable(path, at + _HEADER):
+                    places.append(Place(path, at + _HEADER, length, about(payload)))
                 end = position = at + _HEADER + length
     except OSError as error:
         raise SpiffyError(f"{path}: cannot be read ({error.strerror})") from None
     return Scan(tuple(places), end, damaged)
+
+
+@contextmanager
+def readable(path: Path, offset: int) -> Iterator[None]:
+    """Refuse a record that is whole, but holds something else than this version writes.
+
+    Raises
+    ------
+    SpiffyError
+        If what reads it fails.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, RecursionError, SafetensorError):
+        raise SpiffyError(
+            f"{path}: the record at byte {offset} was written by another version: record again "
+            "into another folder"
+        ) from None
 
 
 def _next_magic(file: BinaryIO, position: int) -> int:
@@ -140,8 +161,15 @@ def _lock(file: int) -> None:
 class AppendFile:
     """The file that one process appends to; nobody else can, as long as it lives.
 
+    Parameters
+    ----------
+    scan
+        Finds the records that are there.
+
     Attributes
     ----------
+    found
+        What was there on opening.
     dropped
         Bytes that were cut off on opening: a record that was being written when its process died.
 
@@ -155,7 +183,9 @@ class AppendFile:
     records: ClassVar[str] = "records"
     option: ClassVar[str] = "--workdir"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, scan: Callable[[Path], Scan[Any]] = lambda path: scan_records(path, len)
+    ) -> None:
         self.path = path
         if find_spec("fcntl") is None:
             raise SpiffyError(
@@ -168,11 +198,11 @@ class AppendFile:
             raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
         try:
             _lock(self._file)
-            found = scan_records(path, len)
-            self.end, self.damaged = found.end, found.damaged
-            self.dropped = os.fstat(self._file).st_size - found.end
+            self.found = scan(path)
+            self.end, self.damaged = self.found.end, self.found.damaged
+            self.dropped = os.fstat(self._file).st_size - self.end
             if self.dropped:
-                os.ftruncate(self._file, found.end)
+                os.ftruncate(self._file, self.end)
         except BlockingIOError:
             self.close()
             raise SpiffyError(
@@ -182,9 +212,12 @@ class AppendFile:
         except OSError as error:
             self.close()
             raise SpiffyError(f"{path}: cannot be written ({error.strerror})") from None
+        except BaseException:
+            self.close()
+            raise
 
-    def append(self, payload: bytes) -> None:
-        """Write one record behind the others; `sync` makes it last.
+    def append(self, payload: bytes) -> int:
+        """Write one record behind the others; `sync` makes it last. Returns where its payload lies.
 
         Raises
         ------
@@ -201,6 +234,7 @@ class AppendFile:
             self._cut()
             raise self._unwritable(error) from None
         self.end = at
+        return at - len(payload)
 
     def sync(self) -> None:
         """Wait until the disk holds everything.

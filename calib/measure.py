@@ -1,7 +1,9 @@
 """Steps per forward of what will really be run: held-out prompts, decoded with drafts.
 
 Replays do without what rejected drafts say, so they expect a little less than comes. Here some
-held-out prompts are decoded for real, and every answer is compared with the recorded one.
+held-out prompts are decoded for real, and every answer is compared with the recorded one. The same
+prompts are replayed in the same way: how the two compare holds for all prompts, and what these few
+bring does not.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import torch
 
 from spiffy.calib.pipeline import Traces
 from spiffy.calib.record import Trace
+from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.runtime.decode import Task, make_task, run
-from spiffy.runtime.draft import Selection, way_of
+from spiffy.runtime.draft import Drafter, Selection, way_of
 from spiffy.runtime.draft.acceptance import acceptance_of
 from spiffy.schemas import DraftGraph, ExpectedSteps, SpiffyError
 from spiffy.schemas.notes import note
@@ -55,6 +58,7 @@ def measure_steps(
         if left <= 0:
             break
         steps = forwards = 0
+        same: list[Trace] = []
         for task, trace in held_out:
             ours = _decoded(graph, task, way, n)
             left -= ours.stats.positions_computed
@@ -66,8 +70,16 @@ def measure_steps(
             # A step that commits nothing needs no forward, with drafts or without.
             steps += len(ours.roots) + ours.stats.accepted
             forwards += len(ours.roots)
+            same.append(trace)
         if forwards:
-            found[way].append(ExpectedSteps(drafts=n, steps=round(max(steps / forwards, 1.0), 6)))
+            replayed = replay_drafter(same, _drafter(graph, held_out[0][0], way, n))
+            found[way].append(
+                ExpectedSteps(
+                    drafts=n,
+                    steps=round(max(steps / forwards, 1.0), 6),
+                    replayed=round(max(replayed.steps_per_forward, 1.0), 6),
+                )
+            )
     if differing:
         note(
             f"{differing} of {decoded} decodes with drafts of held-out prompts differ from those "
@@ -98,9 +110,13 @@ def _choices(graph: DraftGraph) -> Iterator[tuple[int, Selection]]:
     return product(budgets, _ways(graph)) if most else iter(())
 
 
+def _drafter(graph: DraftGraph, task: Task, way: Selection, drafts: int) -> Drafter:
+    return way_of(task.model, graph, task.settings, drafts, way)
+
+
 def _decoded(graph: DraftGraph, task: Task, way: Selection, drafts: int) -> Task:
     """Decode a prompt with drafts."""
-    drafter = way_of(task.model, graph, task.settings, drafts, way)
+    drafter = _drafter(graph, task, way, drafts)
     ours = make_task(
         task.model, task.prompt, task.settings, drafter, task.seed, task.sequence, task.edges
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from spiffy.calib.fit import fit_acceptance
+from spiffy.calib.prompt_files import question
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.provenance import provenance
-from spiffy.calib.record import Recorder, Trace
+from spiffy.calib.record import Recorder, Trace, spread
 from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.graphs import (
     ChainCounts,
@@ -21,7 +23,7 @@ from spiffy.graphs import (
     grow_by_transitions,
     grow_counted,
     grow_paper,
-    replay,
+    replay_prefixes,
 )
 from spiffy.runtime.budget.estimates import ladder
 from spiffy.runtime.decode import Task, make_task, run
@@ -45,6 +47,8 @@ from spiffy.schemas.hub import is_hub_id
 from spiffy.schemas.records import MAX_PROMPTS
 from spiffy.schemas.workdir import ModelFacts
 
+_SHOWN = 40  # characters of a prompt
+_REPLAYED = 200  # prompts that the acceptance model's drafts are replayed on, at most
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
 
 
@@ -74,6 +78,14 @@ class Traces:
     def held_out(self) -> Sequence[Trace]:
         """Prompts that the graph is measured on; none if there is only one prompt."""
         return _Some(self.prompts, self.held_out_indices())
+
+    @cached_property
+    def counts(self) -> ChainCounts:
+        """Chains of those that grow."""
+        counts = ChainCounts()
+        for trace in self.growing:
+            counts.add(trace.chains)
+        return counts
 
     def held_out_indices(self) -> Sequence[int]:
         """Their places among all prompts."""
@@ -145,13 +157,14 @@ def prepare(
     seed: int = 0,
     edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     left_out: list[str] | None = None,
+    repeated: list[str] | None = None,
 ) -> list[Task]:
     """Set up the recorded decode of every prompt that can be decoded, of equal ones once.
 
     Else a graph would be measured on prompts that it was grown on.
 
     `edges` says what decoding with the graph will allow: chains hold no draft beyond it. `left_out`
-    takes what is wrong with the other prompts.
+    takes what is wrong with the other prompts, `repeated` which of them are prompts once more.
 
     Raises
     ------
@@ -167,14 +180,22 @@ def prepare(
         try:
             ids = model.encode(text, raw=prompts.raw, system=prompts.system)
             if (first := seen.setdefault(ids.numpy().tobytes(), number)) != number:
-                problems.append(f"prompt {number} is prompt {first} once more")
+                if repeated is not None:
+                    repeated.append(f"prompt {number} is prompt {first} once more")
                 continue
             tasks.append(make_task(model, ids, settings, recorder, seed, len(tasks), edges))
         except SpiffyError as problem:
-            problems.append(str(problem))
+            problems.append(f"{_beginning(text)}: {problem}")
     if not tasks:
         raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {problems[-1]}")
     return tasks
+
+
+def _beginning(text: Any) -> str:
+    """A prompt as its file's owner knows it: numbers are of those drawn, not of lines."""
+    known = question(text) if isinstance(text, str | list) else str(text)
+    words = " ".join(known[:_SHOWN].split())
+    return f"{words!r}{'...' if len(known) > _SHOWN else ''}"
 
 
 def groups(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
@@ -228,39 +249,39 @@ def steps_per_forward(prompts: Iterable[Prompt], fills: Sequence[Fill]) -> list[
 
     One prompt is looked at at a time.
     """
-    graphs = [set(fills[:budget]) for budget in range(len(fills) + 1)]
-    found = [Replay(0, 0)] * len(graphs)
-    for prompt in prompts:
-        found = [
-            sofar + replay([prompt], graph) for sofar, graph in zip(found, graphs, strict=True)
-        ]
+    found = replay_prefixes(prompts, fills)
     return [round(replayed.steps_per_forward, 6) for replayed in found]
 
 
 def chain_counts(traces: Traces) -> ChainCounts:
-    """Chains of all prompts that the graph is grown on."""
-    counts = ChainCounts()
-    for trace in traces.growing:
-        counts.add(trace.chains)
-    return counts
+    """Chains of all prompts that the graph is grown on, counted once."""
+    return traces.counts
 
 
 def expected_steps(
     model: Vocabulary,
-    traces: Iterable[Trace],
+    traces: Sequence[Trace],
     acceptance: AcceptanceModel,
     budget: int,
+    on_prompt: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[ExpectedSteps, ...]:
-    """Replayed denoising steps per forward of drafts chosen by an acceptance model."""
+    """Replayed denoising steps per forward of drafts chosen by an acceptance model.
+
+    Of many prompts up to 200, evenly spread: what the others would add is below a percent, and each
+    takes seconds. `on_prompt` is called after each with how many are done, and of how many.
+    """
     weights = acceptance_weights(acceptance, model.vocab_size)
     budgets = ladder(budget)
     drafters = [AcceptanceDrafter(weights, drafts, model) for drafts in budgets]
     found = [Replay(0, 0)] * len(drafters)
-    for trace in traces:  # one at a time: they may come from disk
+    shown = spread(len(traces), _REPLAYED)
+    for done, k in enumerate(shown, start=1):
+        trace = traces[k]  # one at a time: they may come from disk
         found = [
             sofar + replay_drafter([trace], drafter)
             for sofar, drafter in zip(found, drafters, strict=True)
         ]
+        on_prompt(done, len(shown))
     points = [(0, 1.0), *zip(budgets, (r.steps_per_forward for r in found), strict=True)]
     return tuple(ExpectedSteps(drafts=n, steps=round(steps, 6)) for n, steps in points)
 
@@ -296,15 +317,16 @@ def build_graph(
     objective: Objective = "expected-steps",
     switches: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
     command: Sequence[str] = (),
+    on_replay: Callable[[int, int], None] = lambda done, of: None,
 ) -> DraftGraph:
     """Grow a graph of up to `budget` nodes and put it into an artifact.
 
     `switches` are the block edges that the traces were recorded with; `command` is the command line
-    to put on record, if there is one.
+    to put on record, if there is one; `on_replay` is the `on_prompt` of `expected_steps`.
     """
     facts, origin = model_facts(model), Origin.of(prompts)
     return build_from_facts(
-        facts, origin, settings, traces, budget, seed, objective, switches, command
+        facts, origin, settings, traces, budget, seed, objective, switches, command, on_replay
     )
 
 
@@ -318,6 +340,7 @@ def build_from_facts(
     objective: Objective,
     switches: BlockEdges,
     command: Sequence[str],
+    on_replay: Callable[[int, int], None] = lambda done, of: None,
 ) -> DraftGraph:
     """Build the graph without the model: the traces say everything."""
     counts = chain_counts(traces)
@@ -327,7 +350,7 @@ def build_from_facts(
     if objective == "expected-steps" and counts:
         acceptance = fit_acceptance(model, settings, traces.growing)
     if acceptance is not None:
-        steps = expected_steps(model, measured, acceptance, budget)
+        steps = expected_steps(model, measured, acceptance, budget, on_replay)
         acceptance = acceptance.model_copy(update={"expected_steps": steps})
     return DraftGraph(
         model=model.record(),

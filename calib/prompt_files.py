@@ -11,6 +11,7 @@ import json
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import option, said
-from spiffy.schemas.io import is_unicode
+from spiffy.schemas.io import is_unicode, unique_keys
 
 Text = str | list[dict[str, Any]]  # a user's message, or a conversation
 Found = list[tuple[Text, Mapping[str, Any]]]  # prompts and their records
@@ -42,6 +43,8 @@ _LINES = (".jsonl", ".ndjson", ".json")
 _PACKED = (".gz", ".bz2", ".xz")
 _SUFFIXES = (*_LINES, *_TABLES, ".parquet", ".txt", *_PACKED)
 _AS_PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value)'\s*:")
+_SENTENCE = re.compile(r"[?!:]|\.(\s|$)")
+_WORDS = 4  # of a column's name
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # beside role and content
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -119,19 +122,22 @@ def _records(content: bytes, suffix: str, field: str | None) -> _Records:
     content = _utf8(content)
     if suffix in _TABLES:
         text = content.decode("utf-8", "surrogateescape")
-        return _table(text, _separator(text, field, _TABLES[suffix]) or _TABLES[suffix][0])
+        named = _separator(text, field, _TABLES[suffix])
+        return _table(text, named or _TABLES[suffix][0], field)
     begins = content.lstrip()[:1]
     if suffix in _LINES or begins in (b"", b"{", b"[", b'"'):
         return _json(content)
     text = content.decode("utf-8", "surrogateescape")
-    separator = _separator(text, field, _TABLES[".csv"])
+    separator = None
+    if suffix != ".txt" or field is not None:  # texts begin with any word, of columns too
+        separator = _separator(text, field, _TABLES[".csv"], guessed=True)
     if separator is None:
         _check_utf8(content)
+        known = "by its name a table (.csv)" if suffix == ".txt" else "a table with a known column"
         raise SpiffyError(
-            "is neither JSON nor a table with a known column: give plain text to --prompt or to "
-            "standard input"
+            f"is neither JSON nor {known}: give plain text to --prompt or to standard input"
         )
-    return _table(text, separator)
+    return _table(text, separator, field)
 
 
 def prompts_of(name: str, records: _Records, field: str | None, skipped: list[str] | None) -> Found:
@@ -246,7 +252,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
     try:
         _check_unicode(json.dumps(kept, ensure_ascii=False, allow_nan=False))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise SpiffyError("holds a message with values that are not JSON") from None
     return {"role": _role(turn), "content": content, **kept}
 
@@ -307,7 +313,8 @@ def _parsed(content: bytes) -> Any:
     """The value of a JSON text, or what is wrong with it."""
     try:
         # A mark of the byte order stands within files that were joined, too.
-        return json.loads(content.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return json.loads(text, object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return _NotJsonError("not UTF-8 text", line)
@@ -325,28 +332,40 @@ def _check_utf8(content: bytes) -> None:
         raise SpiffyError(f"line {line}: not UTF-8 text") from None
 
 
-def _separator(text: str, field: str | None, separators: str) -> str | None:
+def _separator(text: str, field: str | None, separators: str, guessed: bool = False) -> str | None:
     """What separates the names in the first row of a table, if one is the prompt's.
 
-    Spreadsheets write semicolons where commas are decimal.
+    Spreadsheets write semicolons where commas are decimal. Where it is `guessed` that this is a
+    table all have to be such as columns have.
     """
     for separator in separators:
         names = _names(next(_rows(text, separator), ("", []))[1])
-        if field in names or (field is None and any(name.lower() in FIELDS for name in names)):
+        if field in names:
+            return separator
+        likely = not guessed or all(map(_is_name, names))
+        if field is None and likely and any(name.lower() in FIELDS for name in names):
             return separator
     return None
+
+
+def _is_name(cell: str) -> bool:
+    """Whether a column may be called so, and it is no part of a sentence."""
+    return len(cell.split()) <= _WORDS and not _SENTENCE.search(cell)
 
 
 def _names(cells: list[str] | SpiffyError) -> list[str]:
     return [] if isinstance(cells, SpiffyError) else [cell.strip() for cell in cells]
 
 
-def _table(text: str, separator: str) -> _Records:
+def _table(text: str, separator: str, field: str | None) -> _Records:
     """Records of a table in text; its first row names the columns."""
     rows = _rows(text, separator)
     where, first = next(rows, ("", []))
     if isinstance(first, SpiffyError):
         return [(where, first)]
+    twice = [name for name, times in Counter(_names(first)).items() if times > 1]
+    if asked := [name for name in twice if name == field or name.lower() in FIELDS]:
+        return [(where, _LostError(f"names the column {asked[0]!r} twice"))]
     return ((where, _by_name(_names(first), cells)) for where, cells in rows)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,13 +120,20 @@ def load_prompts(
             dataset, tuple(problem.question for problem in drawn), tuple(map(asdict, drawn))
         )
     skipped: list[str] | None = [] if skip_bad else None
-    name = dataset
+    name, drawn_first = dataset, False
+
+    def chosen(many: int) -> list[int]:
+        # Calibration draws from one end of a shuffled deck and tests from the other.
+        order = random.Random(seed).sample(range(many), many)
+        return (order if split == "calibration" else order[::-1])[:samples]
+
+    draw = None if samples is None else chosen
     if dataset == "humaneval" and (packaged := _packaged_humaneval()):
         found = read_prompts(packaged, field)
     elif dataset in HUB_DATASETS:
-        found = _from_hub(dataset, HUB_DATASETS[dataset], field, skipped)
+        found, drawn_first = _from_hub(dataset, HUB_DATASETS[dataset], field, skipped, draw)
     elif (place := _hub_place(dataset)) is not None:
-        found = _from_hub(dataset, place, field, skipped)
+        found, drawn_first = _from_hub(dataset, place, field, skipped, draw)
     else:
         if not Path(dataset).exists():
             raise SpiffyError(
@@ -137,11 +144,8 @@ def load_prompts(
     if not found:
         why = f": {skipped[0]}" if skipped else ""
         raise SpiffyError(f"{dataset}: holds no prompts{why}")
-    if samples is not None:
-        # Calibration draws from one end of a shuffled deck and tests from the other.
-        order = random.Random(seed).sample(range(len(found)), len(found))
-        chosen = (order if split == "calibration" else order[::-1])[:samples]
-        found = [found[k] for k in chosen]
+    if samples is not None and not drawn_first:
+        found = [found[k] for k in chosen(len(found))]
     texts, records = zip(*found, strict=True)
     return PromptSet(name, texts, records, len(skipped or ()))
 
@@ -163,7 +167,14 @@ def _hub_place(name: str) -> HubDataset | None:
     return HubDataset(found[1], found[2], found[3] or "train", None)
 
 
-def _from_hub(name: str, source: HubDataset, field: str | None, skipped: list[str] | None) -> Found:
+def _from_hub(
+    name: str,
+    source: HubDataset,
+    field: str | None,
+    skipped: list[str] | None,
+    chosen: Callable[[int], list[int]] | None,
+) -> tuple[Found, bool]:
+    """Prompts, and whether they are those `chosen` of so many: millions need not be read for 50."""
     try:
         load_dataset = import_module("datasets").load_dataset
     except ImportError:
@@ -179,14 +190,20 @@ def _from_hub(name: str, source: HubDataset, field: str | None, skipped: list[st
         raise SpiffyError(
             f"dataset {name!r} ({where}) could not be loaded: {reason}; pass a file"
         ) from None
-    return prompts_of(name, _decoded(name, rows), field or source.field, skipped)
+    numbers: Iterable[int] = count()
+    # With broken records left out, only reading all tells how many there are to draw from.
+    draws = chosen is not None and skipped is None and hasattr(rows, "select")
+    if chosen is not None and draws:
+        numbers = chosen(len(rows))
+        rows = rows.select(numbers)
+    return prompts_of(name, _decoded(name, rows, numbers), field or source.field, skipped), draws
 
 
-def _decoded(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def _decoded(name: str, rows: Iterable[Any], numbers: Iterable[int]) -> Iterator[tuple[str, Any]]:
     """Numbered records; pictures and sounds among them are decoded only now."""
     try:
-        for number, row in enumerate(rows, start=1):
-            yield f"record {number}", row
+        for number, row in zip(numbers, rows, strict=False):
+            yield f"record {number + 1}", row
     except Exception as error:  # of the libraries that decode them, or missing
         raise SpiffyError(
             f"dataset {name!r} could not be read: {said(error)}; pass a file of its prompts"

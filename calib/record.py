@@ -6,17 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from torch import Tensor
 
 from spiffy.graphs import Chain, Fill, Prompt
 from spiffy.runtime.decode import Task
 from spiffy.runtime.draft import Candidates
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
+from spiffy.runtime.draft.ngrams import Ints
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas.records import MAX_RANK
 
 # Deeper futures are never worth a draft (docs/calibration.md).
 MAX_DEPTH = 12
+
+
+def spread(count: int, most: int) -> Sequence[int]:
+    """Up to `most` of the numbers below `count`, evenly."""
+    return range(count) if count <= most else [k * count // most for k in range(most)]
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,12 @@ class Trace:
     @cached_property
     def chains(self) -> Prompt:
         """The chain of every forward, in draft coordinates."""
-        states = [cursor.ids.tolist() for cursor in self.path]
+        states = np.stack([cursor.ids.cpu().numpy() for cursor in self.path])
         return [_chain(root, states, step) for step, root in enumerate(self.roots)]
 
 
-def _chain(root: Root | None, states: list[list[int]], step: int) -> Chain | None:
+def _chain(root: Root | None, states: Ints, step: int) -> Chain | None:
+    """From states int64 [states, positions], of which the root is number `step`."""
     if root is None:
         return None
     ranks = {position: rank for rank, position in enumerate(root.candidates.positions.tolist())}
@@ -109,14 +117,11 @@ def _chain(root: Root | None, states: list[list[int]], step: int) -> Chain | Non
     return tuple(chain)
 
 
-def _fill(
-    ranks: dict[int, int], tokens: list[list[int]], before: list[int], after: list[int]
-) -> Fill | None:
+def _fill(ranks: dict[int, int], tokens: list[list[int]], before: Ints, after: Ints) -> Fill | None:
     """What was filled in since the root, or None if no draft node can say it."""
     pairs = []
-    for position, (old, new) in enumerate(zip(before, after, strict=True)):
-        if old == new:
-            continue
+    changed = np.flatnonzero(before != after)  # few, where prompts are long
+    for position, new in zip(changed.tolist(), after[changed].tolist(), strict=True):
         rank = ranks.get(position)
         if rank is None or rank > MAX_RANK or new not in tokens[rank]:
             return None

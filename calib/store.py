@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from spiffy.calib.frames import AppendFile, Place, Scan, read_record, scan_records
+from spiffy.calib.frames import AppendFile, Place, Scan, read_record, readable, scan_records
 from spiffy.calib.record import Root, Trace
 from spiffy.runtime.draft import Candidates
 from spiffy.runtime.step.canvas import Cursor
@@ -146,9 +146,11 @@ def read(place: Place[About]) -> Trace:
     Raises
     ------
     SpiffyError
-        If it has changed since it was found.
+        If it has changed since it was found, or another version wrote it.
     """
-    return decode(read_record(place))
+    payload = read_record(place)
+    with readable(place.path, place.offset):
+        return decode(payload)
 
 
 class Stored(Sequence[Trace]):

@@ -29,6 +29,7 @@ from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.io import canonical_json
 from spiffy.schemas.workdir import Manifest
 
+_LONG = 500  # characters of the name of joined sets: an artifact takes 1000
 _SAMPLED = 64  # values of each parameter that the digest of the weights looks at
 
 
@@ -100,8 +101,23 @@ class WorkDir(RecordFolder[Manifest, About]):
         return scan(path)
 
     def missing(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
-        """Groups of tasks of which not all are recorded yet."""
-        known = self.places.keys()
+        """Groups of tasks of which not all are recorded yet.
+
+        Raises
+        ------
+        SpiffyError
+            If what is recorded of a task began with other ids. The manifest knows the texts, and a
+            chat template may write the date, or be rendered otherwise by another transformers.
+        """
+        known = self.places
+        for task in tasks:
+            place = known.get(task.sequence)
+            if place is not None and place.about.tokens != tokens_digest(task.prompt):
+                raise SpiffyError(
+                    f"{place.path}: prompt {task.sequence} had other token ids when it was "
+                    "recorded (a chat template that writes the date, or another version of "
+                    "transformers?): record all into another --workdir"
+                )
         whole = groups(tasks, self.manifest.batch_size)
         return [group for group in whole if any(t.sequence not in known for t in group)]
 
@@ -133,7 +149,10 @@ class WorkDir(RecordFolder[Manifest, About]):
                         task.stats.positions_computed,
                         self.manifest.digest(),
                     )
-                    self._file.append(encode(trace, about))
+                    payload = encode(trace, about)
+                    at = self._file.append(payload)
+                    place = Place(self._file.path, at, len(payload), about)
+                    self.places[task.sequence] = place
                 on_prompt(done)
             self._file.sync()
             if stopped():
@@ -147,7 +166,8 @@ class WorkDir(RecordFolder[Manifest, About]):
         SpiffyError
             If some prompts are not recorded.
         """
-        self.places = self.recorded(self.folder, self.manifest)
+        if any(k not in self.places for k in range(self.manifest.prompts)):  # others have recorded
+            self.places = self.recorded(self.folder, self.manifest)
         _check_complete([self.folder], self.places, self.manifest.prompts)
         return _traces([self.places[k] for k in range(self.manifest.prompts)])
 
@@ -230,7 +250,10 @@ def join(folders: Sequence[Path]) -> Joined:
     for place in sorted(found, key=lambda place: (place.about.tokens, place.about.run)):
         once.setdefault(place.about.tokens, place)
     # Files have any names; which they are must not decide anything.
-    name = MERGED + "+".join(sorted({name if name in DATASETS else "jsonl" for name in names}))
+    of_hub = {name for name in names if name in DATASETS or "/" in name}
+    name = MERGED + "+".join(sorted(of_hub | {"jsonl" for _ in names - of_hub}))
+    if len(name) > _LONG:
+        name = f"{MERGED}{len(sets)} sets"
     digest = hashlib.sha256(canonical_json(list(once)).encode()).hexdigest()
     traces = _traces(list(once.values()))
     texts = {text for manifest in manifests.values() for text in manifest.prompt_digests}

@@ -24,6 +24,7 @@ from spiffy.cli.common import (
     INTERRUPTED,
     decodable,
     log,
+    note_fewer,
     note_if_inexact,
     note_of_ties,
     note_skipped,
@@ -143,6 +144,7 @@ class _Prompts:
             field=self.field,
         )
         note_skipped(found.skipped, found.dataset)
+        note_fewer(found, self.samples)
         return found
 
     def note_toys(self, artifact: DraftGraph) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spiffy.calib.folder import check_no_record
 from spiffy.calib.ranks import Ranks
+from spiffy.cli.calibration_runs import (
+    Recording,
+    fitting,
+    measured,
+    note_left_out,
+    recorded,
+    timed,
+)
 from spiffy.cli.calibration_tables import predict, shape_like, summarise
-from spiffy.cli.common import compile_search, log, note_skipped, progress_bar, resumable, run_app
+from spiffy.cli.common import compile_search, log, note_fewer, resumable, run_app
 from spiffy.cli.options import (
     Adapter,
     Compile,
@@ -33,7 +41,6 @@ from spiffy.cli.options import (
     note_toys,
     output_option,
     prompt_option,
-    recording_option,
     spread,
     tell_of_bfloat16,
 )
@@ -42,10 +49,7 @@ from spiffy.schemas import SpiffyError
 from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
-    from spiffy.calib.pipeline import Traces
     from spiffy.calib.prompts import PromptSet
-    from spiffy.calib.workdir import WorkDir
-    from spiffy.runtime.decode import Task
     from spiffy.runtime.models.base import DiffusionLM
     from spiffy.schemas import CostProfile, DraftGraph
 
@@ -131,47 +135,11 @@ class _Prompts:
         """Draw them."""
         from spiffy.calib.prompts import load_prompts
 
-        return load_prompts(
+        found = load_prompts(
             self.dataset, self.samples, seed, skip_bad=self.skip_bad, field=self.field
         )
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """How the plain decodes are recorded."""
-
-    batch_size: Annotated[int, recording_option(help="Prompts decoded together.")] = 8
-    workdir: Annotated[
-        Path | None,
-        recording_option(
-            help="Keep what is recorded here: after an interruption the same command goes on."
-        ),
-    ] = None
-    shard: Annotated[
-        str | None,
-        recording_option(
-            help="I/N: record only this share of the prompts (0/4 to 3/4), for "
-            "'spiffy-calibrate merge'. Needs --workdir."
-        ),
-    ] = None
-
-    def check(self, ranks: Ranks) -> None:
-        """Refuse what cannot be, before anything is loaded."""
-        if self.batch_size < 1:
-            raise SpiffyError(f"--batch-size {self.batch_size}: must be at least 1")
-        if self.workdir is None and (ranks.world > 1 or self.share() != (0, 1)):
-            raise SpiffyError("several ranks or --shard: give --workdir, which they share")
-
-    def share(self) -> tuple[int, int]:
-        """Which of how many shards; (0, 1) is everything."""
-        if self.shard is None:
-            return 0, 1
-        number, _, count = self.shard.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise SpiffyError(
-                f"--shard {self.shard}: must be I/N with I from 0 to N - 1, such as 0/4"
-            )
-        return int(number), int(count)
+        note_fewer(found, self.samples)
+        return found
 
 
 @dataclass(frozen=True)
@@ -213,8 +181,8 @@ class _Output:
         path = self.out or _beside(model)
         if writes or self.out is not None:
             check_writable(path)
-        if writes and path.exists():
-            log.print(f"{path} is there already, and will be replaced", soft_wrap=True)
+        if writes:
+            _note_replaced(path)
         if self.report is not None:
             _check_report(self.report, path)
         if self.predict_for is not None:
@@ -246,7 +214,7 @@ def calibrate(
     encoding: Encoding,
     decoding: Decoding,
     growth: Growth,
-    recording: _Recording,
+    recording: Recording,
     output: _Output,
     version: VersionOption = False,
 ) -> None:
@@ -267,8 +235,8 @@ def calibrate(
         raise SpiffyError(f"--seed {decoding.seed}: must be between -2^53 and 2^53")
     ranks = Ranks.from_environment()
     recording.check(ranks)
-    path = output.path_for(model.model, writes=recording.share() == (0, 1))
     with resumable(recording.workdir, ranks):
+        path = output.path_for(model.model, writes=recording.share() == (0, 1))
         with log.status("loading"):
             drawn = prompts.draw(decoding.seed)  # cheap to refuse, before torch is imported
             drawn = replace(drawn, raw=encoding.raw, system=encoding.system)
@@ -279,37 +247,47 @@ def calibrate(
             settings = decoding.settings(lm)
             set_threads(lm, settings, threads)
             left_out: list[str] = []
-            tasks = prepare(lm, drawn, settings, decoding.seed, edges, left_out)
+            repeated: list[str] = []
+            tasks = prepare(lm, drawn, settings, decoding.seed, edges, left_out, repeated)
         encoding.note_spelled(lm, drawn.texts)
         note_toys(prompts.dataset, lm)
-        _note_left_out(drawn, left_out)
-        traces = _recorded(recording, lm, drawn, tasks, ranks)
+        note_left_out(drawn, left_out, repeated)
+        traces = recorded(recording, lm, drawn, tasks, ranks)
         if traces is None:
             return
         with log.status("fitting") as status:
             compile_search(status)
         command = ("spiffy-calibrate", *sys.argv[1:])
-        graph = build_graph(
-            lm,
-            drawn,
-            settings,
-            traces,
-            growth.budget,
-            decoding.seed,
-            growth.objective,
-            edges,
-            command,
-        )
+        with fitting() as on_replay:
+            graph = build_graph(
+                lm,
+                drawn,
+                settings,
+                traces,
+                growth.budget,
+                decoding.seed,
+                growth.objective,
+                edges,
+                command,
+                on_replay,
+            )
         output.write(graph, None, path)  # hours of decoding must not hang on what comes now
         log.print(f"wrote {path}, to be written again with what is measured now", soft_wrap=True)
-        graph = _measured(graph, tasks, traces)
-        task, measured = _timed(tasks, graph)
-        output.write(graph, measured, path)
+        try:
+            graph = measured(graph, tasks, traces)
+        except SpiffyError as problem:  # no bad input: that was decoded once
+            log.print(
+                f"error: {problem}; {path} holds the whole graph, without measured steps",
+                soft_wrap=True,
+            )
+            raise typer.Exit(1) from None
+        task, costs = timed(tasks, graph)
+        output.write(graph, costs, path)
         summarise(graph, traces)
-        if measured is not None:
-            predict(graph, measured, task, output.predict_for)
+        if costs is not None:
+            predict(graph, costs, task, output.predict_for)
         log.print(f"wrote {path}", soft_wrap=True)
-        output.write_report(graph, measured)
+        output.write_report(graph, costs)
 
 
 def _beside(model: str) -> Path:
@@ -321,107 +299,11 @@ def _beside(model: str) -> Path:
     return Path(f"{model.rsplit('/', 1)[-1].lower()}.json")
 
 
-def _note_left_out(drawn: PromptSet, problems: Sequence[str]) -> None:
-    """Say how many prompts are not recorded, and why."""
-    note_skipped(drawn.skipped, drawn.dataset)
-    if problems:
-        log.print(
-            f"{len(problems)} of {len(drawn.texts)} prompts cannot be decoded and are left out; "
-            f"what is wrong with the first: {problems[0]}",
-            soft_wrap=True,
-        )
-
-
-def _recorded(
-    recording: _Recording,
-    model: DiffusionLM,
-    drawn: PromptSet,
-    tasks: Sequence[Task],
-    ranks: Ranks,
-) -> Traces | None:
-    """Decode the prompts plainly; the traces, for the rank that has all of them."""
-    if recording.workdir is not None:
-        return _record_in_workdir(recording, recording.workdir, model, drawn, tasks, ranks)
-    from spiffy.calib.pipeline import record
-
-    with progress_bar() as bar:
-        line = bar.add_task("decoding prompts", total=len(tasks))
-        return record(
-            model, tasks, recording.batch_size, lambda done: bar.update(line, completed=done)
-        )
-
-
-def _record_in_workdir(
-    recording: _Recording,
-    workdir: Path,
-    model: DiffusionLM,
-    drawn: PromptSet,
-    tasks: Sequence[Task],
-    ranks: Ranks,
-) -> Traces | None:
-    """Record this rank's share of the shard; the traces, for the rank that has all of them."""
-    from spiffy.calib.workdir import WorkDir, manifest_of
-
-    share, first = recording.share(), tasks[0]
-    manifest = manifest_of(
-        model, drawn, first.settings, len(tasks), recording.batch_size, first.seed, first.edges
-    )
-    with ranks.sharing(lambda: WorkDir(workdir, manifest, ranks.rank)) as work:
-        _record_into(work, model, tasks, ranks, share)
-    if ranks.rank > 0:
-        return None
-    if share != (0, 1):
-        number, count = share
-        log.print(
-            f"recorded shard {number}/{count} in {workdir}; join with spiffy-calibrate merge",
-            soft_wrap=True,
-        )
-        return None
-    return work.traces()
-
-
-def _record_into(
-    work: WorkDir, model: DiffusionLM, tasks: Sequence[Task], ranks: Ranks, share: tuple[int, int]
-) -> None:
-    """Record what is missing of this shard and this rank, until done or interrupted."""
-    from spiffy.calib.pipeline import groups
-    from spiffy.calib.workdir import until_interrupted
-
-    for note in work.notes:
-        log.print(note, soft_wrap=True)
-    number, count = share
-    ours = groups(tasks, work.manifest.batch_size)[number::count]
-    numbers = {task.sequence for group in ours for task in group}
-    todo = [group for group in work.missing(tasks) if group[0].sequence in numbers]
-    left = sum(len(group) for group in todo)
-    if left < len(numbers):
-        log.print(f"{len(numbers) - left} of {len(numbers)} prompts are recorded already")
-    mine = todo[ranks.rank :: ranks.world]
-    of = f" (rank {ranks.rank} of {ranks.world})" if ranks.world > 1 else ""
-    with progress_bar() as bar, until_interrupted(log.print) as stopped:
-        line = bar.add_task(f"decoding prompts{of}", total=sum(map(len, mine)))
-        work.record(model, mine, lambda done: bar.update(line, completed=done), stopped)
-        if stopped():
-            raise KeyboardInterrupt
-
-
-def _measured(graph: DraftGraph, tasks: Sequence[Task], traces: Traces) -> DraftGraph:
-    """The graph with steps per forward as held-out prompts have them, decoded with drafts."""
-    from spiffy.calib.measure import decodes, measure_steps
-
-    with progress_bar() as bar:
-        line = bar.add_task("decoding held-out prompts with drafts", total=decodes(graph, traces))
-        return measure_steps(graph, tasks, traces, lambda: bar.advance(line))
-
-
-def _timed(tasks: Sequence[Task], graph: DraftGraph) -> tuple[Task, CostProfile | None]:
-    """The task of median length, and what forwards behind its prompt cost here."""
-    from spiffy.runtime.budget.auto import auto_profile
-    from spiffy.runtime.decode import median_task
-
-    with log.status("timing forwards"):
-        task = replace(median_task(tasks), drafter=None, path=[])
-        return task, auto_profile(task, graph) if graph.nodes else None
+def _note_replaced(path: Path) -> None:
+    """Say that a file will be replaced; not if traces of hours would be lost with it."""
+    check_no_record(path)
+    if path.exists():
+        log.print(f"{path} is there already, and will be replaced", soft_wrap=True)
 
 
 def _check_report(report: Path, artifact: Path) -> None:
@@ -430,6 +312,7 @@ def _check_report(report: Path, artifact: Path) -> None:
 
     require_matplotlib()
     check_writable(report)
+    check_no_record(report)
     if report.resolve() == artifact.resolve():
         raise SpiffyError(f"--report {report}: would replace the artifact, give another name")
 
@@ -452,6 +335,7 @@ def merge(
     """
     growth.check()
     check_writable(out)
+    _note_replaced(out)
     budget, objective = growth.budget, growth.objective
     with log.status("joining"):
         from spiffy.calib.pipeline import build_from_facts
@@ -460,6 +344,9 @@ def merge(
 
         joined = join(workdirs)
         manifest = joined.manifest
+    if joined.repeated:
+        log.print(f"{joined.repeated} prompts were there more than once and are counted once")
+    with fitting() as on_replay:
         graph = build_from_facts(
             manifest.model,
             joined.origin,
@@ -471,9 +358,8 @@ def merge(
             BlockEdges(**manifest.edges),
             # Without the directories: how the prompts were split decides nothing.
             ("spiffy-calibrate", "merge", "--budget", str(budget), "--objective", objective),
+            on_replay,
         )
-    if joined.repeated:
-        log.print(f"{joined.repeated} prompts were there more than once and are counted once")
     graph.save(out)
     summarise(graph, joined.traces)
     log.print(f"wrote {out}", soft_wrap=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spiffy.calib.prompt_files import Text
+    from spiffy.calib.prompts import PromptSet
     from spiffy.calib.ranks import Ranks
     from spiffy.runtime.models import DiffusionLM
 
@@ -108,6 +109,16 @@ def note_of_ties(lm: DiffusionLM) -> None:
         "please report it (docs/losslessness.md)",
         soft_wrap=True,
     )
+
+
+def note_fewer(drawn: PromptSet, samples: int | None) -> None:
+    """Say that a data set holds fewer prompts than were asked for."""
+    if samples is not None and len(drawn.texts) < samples:
+        log.print(
+            f"{drawn.dataset} holds {len(drawn.texts)} prompts, fewer than --samples {samples}: "
+            "all are taken",
+            soft_wrap=True,
+        )
 
 
 def note_skipped(lines: int, dataset: str) -> None:

@@ -15,6 +15,7 @@ from spiffy.cli.common import (
     console,
     decodable,
     log,
+    note_fewer,
     note_skipped,
     progress_bar,
     ready_to_draft,
@@ -95,6 +96,7 @@ class _Prompts:
                 field=self.field,
             )
             note_skipped(drawn.skipped, self.prompts)
+            note_fewer(drawn, self.samples)
             return drawn
         if self.prompt is not None:
             return PromptSet("--prompt", (self.prompt,))

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
-from rich.tree import Tree
 
 from spiffy.cli.common import console, log, run_app
 from spiffy.cli.options import VersionOption
@@ -73,10 +71,7 @@ def show(file: File) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    trees = [Tree(Text("root"))]
-    for number, node in enumerate(graph.nodes, start=1):
-        trees.append(trees[node.parents[0]].add(Text(_node_line(graph, number))))
-    console.print(trees[0])
+    console.print("\n".join(_tree(graph)), highlight=False, soft_wrap=True)
     shared = sum(len(node.parents) > 1 for node in graph.nodes)
     lines = [f"{shared} of {graph.budget} nodes are shared: several nodes lead to them"]
     if graph.expected_steps:
@@ -85,6 +80,23 @@ def show(file: File) -> None:
         lines.append(f"expected steps per forward at drafts {steps}")
     lines += [_acceptance_line(graph), *map(_profile_line, graph.cost_profiles)]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _tree(graph: DraftGraph) -> list[str]:
+    """A line for every node, however deep: in a width it would run out of columns."""
+    below: dict[int, list[int]] = {}
+    for number, node in enumerate(graph.nodes, start=1):
+        below.setdefault(node.parents[0], []).append(number)
+    lines, left = ["root"], [(number, "") for number in reversed(below.get(0, []))]
+    plain = console.options.ascii_only
+    while left:
+        number, before = left.pop()
+        last = below[graph.nodes[number - 1].parents[0]][-1] == number
+        fork = ("`-- " if last else "+-- ") if plain else ("└── " if last else "├── ")
+        lines.append(f"{before}{fork}{_node_line(graph, number)}")
+        before += "    " if last else ("|   " if plain else "│   ")
+        left += [(child, before) for child in reversed(below.get(number, []))]
+    return lines
 
 
 def _node_line(graph: DraftGraph, number: int) -> str:

@@ -16,7 +16,7 @@ from spiffy.graphs.baselines import (
 from spiffy.graphs.chains import Chain, Fill, Prompt, count_chains, transitions
 from spiffy.graphs.counts import ChainCounts, chain_from_bytes, chain_to_bytes, grow_counted
 from spiffy.graphs.grow import grow, grow_on_replay
-from spiffy.graphs.replay import Replay, replay
+from spiffy.graphs.replay import Replay, replay, replay_prefixes
 
 __all__ = [
     "Chain",
@@ -38,5 +38,6 @@ __all__ = [
     "grow_on_replay",
     "grow_paper",
     "replay",
+    "replay_prefixes",
     "transitions",
 ]

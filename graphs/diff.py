@@ -10,12 +10,14 @@ from spiffy.schemas.labels import shown_budgets, written
 
 _NAMED = 12  # nodes listed one by one
 _SHOWN = 32  # characters of a value
+_SEEN = 0.001  # steps that three digits show
 
 
 def differences(a: DraftGraph, b: DraftGraph) -> list[str]:
     """Sentences that say what `b` has otherwise than `a`; none if they draft the same.
 
-    Cost profiles are left out, like in the digest: they belong to machines.
+    Cost profiles are left out, like in the digest: they belong to machines. So is provenance, by
+    which nothing is drafted.
     """
     return [
         *_fields("model", a.model.model_dump(), b.model.model_dump()),
@@ -23,6 +25,7 @@ def differences(a: DraftGraph, b: DraftGraph) -> list[str]:
         *_fields("calibration", a.calibration.model_dump(), b.calibration.model_dump()),
         *_nodes(a.nodes, b.nodes, a.calibration.roots, b.calibration.roots),
         *_expected(a, b),
+        *_measured(a, b),
         *_acceptance(a.acceptance, b.acceptance),
     ]
 
@@ -114,9 +117,39 @@ def _expected(a: DraftGraph, b: DraftGraph) -> list[str]:
         return []
     if not a.expected_steps or not b.expected_steps:
         return ["expected steps: only one of them states any"]
-    budgets = [n for n in shown_budgets(min(a.budget, b.budget)) if n]
-    pairs = [f"{n}: {a.expected_steps[n]:.3f} -> {b.expected_steps[n]:.3f}" for n in budgets]
-    return [f"expected steps per forward at drafts {', '.join(pairs)}"] if pairs else []
+    pairs = _pairs(dict(enumerate(a.expected_steps)), dict(enumerate(b.expected_steps)))
+    return [f"expected steps per forward at drafts {pairs}"] if pairs else []
+
+
+def _measured(a: DraftGraph, b: DraftGraph) -> list[str]:
+    """Of what is not in the digest this alone decides what is drafted, with `--budget auto`."""
+    lines = []
+    for way in sorted({*a.measured_steps, *b.measured_steps}):
+        before, after = (graph.measured_steps.get(way, ()) for graph in (a, b))
+        if before == after:
+            continue
+        if not before or not after:
+            lines.append(f"measured steps by the {way}: only one of them states any")
+            continue
+        curves = [{p.drafts: p.steps for p in points} for points in (before, after)]
+        pairs = _pairs(*curves) or "the same, compared with other replays or at other numbers"
+        lines.append(f"measured steps by the {way} at drafts {pairs}")
+    return lines
+
+
+def _pairs(a: Mapping[int, float], b: Mapping[int, float]) -> str:
+    """What two curves say at common numbers of drafts; nothing if that is the same.
+
+    Of many numbers the powers of two, the last, and where they differ most.
+    """
+    common = sorted(a.keys() & b.keys() - {0})
+    most = max(common, key=lambda n: abs(b[n] - a[n]), default=0)
+    if not common or a[most] == b[most]:
+        return ""
+    digits = 3 if abs(b[most] - a[most]) > _SEEN else 6  # as many as artifacts have
+    listed = {*shown_budgets(common[-1]), most}
+    shown = [n for n in common if n in listed]
+    return ", ".join(f"{n}: {a[n]:.{digits}f} -> {b[n]:.{digits}f}" for n in shown)
 
 
 def _acceptance(a: AcceptanceModel | None, b: AcceptanceModel | None) -> list[str]:
@@ -143,7 +176,6 @@ def _acceptance(a: AcceptanceModel | None, b: AcceptanceModel | None) -> list[st
         )
     steps_a, steps_b = ({p.drafts: p.steps for p in m.expected_steps} for m in (a, b))
     if steps_a != steps_b:
-        common = sorted(steps_a.keys() & steps_b.keys() - {0})
-        pairs = [f"{n}: {steps_a[n]:.3f} -> {steps_b[n]:.3f}" for n in common]
-        lines.append(f"acceptance model: expected steps at drafts {', '.join(pairs)}")
+        pairs = _pairs(steps_a, steps_b) or "other numbers"
+        lines.append(f"acceptance model: expected steps at drafts {pairs}")
     return lines

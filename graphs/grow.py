@@ -64,7 +64,12 @@ class Trie:
             if self.parent[node] in self.accepted:
                 self._accept(node)
                 continue
-            # Not reached yet, but a waiting node above may now reach further down.
+            # Not reached yet. Accepting a waiting node above would reach it if all between the two
+            # have fills in the graph, so only the nearest above whose fill is missing can gain: any
+            # further up would still wait for that fill. (The climb ends there, because a node in
+            # the graph below an accepted one is accepted.) It gains just this worth, which counted
+            # for nothing as long as this fill was missing; gains of nodes that do not lead here
+            # stay as they are. No chain holds a fill twice, so no worth is added twice.
             above = self.parent[node]
             while self.fill[above] in self.graph and self.parent[above] not in self.accepted:
                 above = self.parent[above]

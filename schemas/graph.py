@@ -19,7 +19,7 @@ from spiffy.schemas.hub import (
     note_other_weights,
     refuse_revision,
 )
-from spiffy.schemas.io import MAX_BYTES, canonical_json, is_unicode, read_json, write_atomically
+from spiffy.schemas.io import MAX_BYTES, canonical_json, read_json, strict_text, write_atomically
 from spiffy.schemas.labels import shown_budgets
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import (
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 FORMAT = "spiffy.draft-graph"
-MAJOR, MINOR = 1, 4
+MAJOR, MINOR = 1, 5
 _PREFIX_EXACT = 4  # the first minor version whose prefix cache is exact
 # How fingerprints of a model's meaning begin; older ones were of its files' bytes.
 FINGERPRINT = "m1-"
@@ -252,14 +252,8 @@ class DraftGraph(Record):
         migrated = minor < _PREFIX_EXACT and _is_prefix(content) and content.get("exact") is False
         if migrated:  # it drafted with one suffix for all states, which is `prefix-shared` now
             content["exact"] = True
-        try:
-            text = canonical_json({key: content[key] for key in content if key in cls.model_fields})
-        except RecursionError:
-            raise SpiffyError(f"{path}: nested too deeply") from None
-        except ValueError:
-            raise SpiffyError(f"{path}: holds a number that is not finite") from None
-        if not is_unicode(text):
-            raise SpiffyError(f"{path}: holds half a character (lone surrogate)")
+        known_fields = {key: content[key] for key in content if key in cls.model_fields}
+        text = strict_text(path, known_fields)
         try:
             # pydantic's JSON mode stays strict and still takes arrays for tuples.
             graph = cls.model_validate_json(text)

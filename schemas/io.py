@@ -28,7 +28,8 @@ def canonical_json(content: Any) -> str:
     )
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (an `object_pairs_hook`): of a key that stands twice one would be lost."""
     if len(pairs) > _MAX_KEYS:
         raise ValueError(f"an object of {len(pairs)} entries, more than {_MAX_KEYS}")
     content = dict(pairs)
@@ -60,7 +61,7 @@ def read_json(path: Path) -> Any:
             )
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except SpiffyError:
         raise
     except FileNotFoundError:
@@ -73,6 +74,25 @@ def read_json(path: Path) -> Any:
         raise SpiffyError(f"{path}: nested too deeply") from None
     except ValueError as error:
         raise SpiffyError(f"{path}: not valid JSON: {error}") from None
+
+
+def strict_text(path: Path, content: Any) -> str:
+    """What a file holds, for strict validation: as canonical JSON.
+
+    Raises
+    ------
+    SpiffyError
+        If it is nested too deeply, or holds a number or characters that there is no JSON for.
+    """
+    try:
+        text = canonical_json(content)
+    except RecursionError:
+        raise SpiffyError(f"{path}: nested too deeply") from None
+    except ValueError:
+        raise SpiffyError(f"{path}: holds a number that is not finite") from None
+    if not is_unicode(text):
+        raise SpiffyError(f"{path}: holds half a character (lone surrogate)")
+    return text
 
 
 def is_unicode(text: str) -> bool:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from spiffy.schemas.decoding import CacheName, PolicyName
 
@@ -39,7 +48,7 @@ Drafts = Annotated[int, Field(ge=0, le=MAX_NODES)]
 Seconds = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
 Steps = Annotated[float, Field(ge=1, le=MAX_NODES + 1, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-#: How a graph is grown. Before 0.2, "paper" in an artifact means what is called "transitions" now.
+#: How a graph is grown.
 Objective = Literal["expected-steps", "paper", "transitions"]
 #: Formats of other graph tools.
 ExportFormat = Literal["graphml", "dot", "json"]
@@ -141,10 +150,25 @@ Pair = tuple[Token, Token, Annotated[int, Field(ge=1, le=_MAX_COUNT >> 16)]]  # 
 
 
 class ExpectedSteps(Record):
-    """Denoising steps per forward with at most `drafts` drafts."""
+    """Denoising steps per forward with at most `drafts` drafts.
+
+    Attributes
+    ----------
+    replayed
+        Of measured steps, what a replay of the very prompts that were decoded says.
+    """
 
     drafts: Drafts
     steps: Steps
+    replayed: Steps | None = None  # since 1.5
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `replayed` where it is not given: the digests of older files stay."""
+        content: dict[str, Any] = write(self)
+        if self.replayed is None:
+            content.pop("replayed", None)
+        return content
 
 
 class AcceptanceModel(Record):

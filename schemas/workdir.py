@@ -38,6 +38,13 @@ class ModelFacts(_Record):
         )
 
 
+#: Compared last, in this order: numbers say better than digests that there are more prompts now.
+_LAST = ("drawn", "prompts", "dataset_sha256", "prompt_digests")
+_OF_WEIGHTS = {"weights": "--model, --revision, --adapter, --quantize"}
+_SHOWN = 40  # characters of a value
+_IN_PYTHON = ("score", "steps_per_block", "schedule", "stop_at_eos")  # settings without an option
+
+
 class RunManifest(_Record):
     """What a run that can go on was begun with; one with anything else is refused.
 
@@ -54,6 +61,8 @@ class RunManifest(_Record):
     """
 
     unusual: ClassVar[dict[str, object]] = {}
+    #: Options that decide fields of other names.
+    options: ClassVar[dict[str, str]] = {}
 
     format: str  # these two come first: of another kind of folder, or version, nothing else is said
     version: Literal[1] = 1
@@ -78,15 +87,28 @@ class RunManifest(_Record):
         return hashlib.sha256(canonical_json(self.content()).encode()).hexdigest()
 
     def difference(self, other: RunManifest, free: frozenset[str] = frozenset()) -> str | None:
-        """The first setting that differs, in words, "batch_size 8, not 4"; None if none does.
+        """The first setting that differs, in words: "batch_size 8, not 4 (--batch-size)".
 
-        `free` names fields that may differ.
+        None if none does. `free` names fields that may differ.
         """
         ours, theirs = _flat(self), _flat(other)
-        for name in {**ours, **theirs}:  # what is None may be left out of one of them
+        names = {**ours, **theirs}  # what is None may be left out of one of them
+        for name in sorted(names, key=lambda name: _LAST.index(name) + 1 if name in _LAST else 0):
             if ours.get(name) != theirs.get(name) and name not in free:
-                return f"{name} {ours.get(name)}, not {theirs.get(name)}"
+                return self._in_words(name, ours.get(name), theirs.get(name))
         return None
+
+    def _in_words(self, name: str, ours: object, theirs: object) -> str:
+        group, _, setting = name.rpartition(".")
+        option = f"--{group if group in ('model', 'edges') else setting.replace('_', '-')}"
+        option = self.options.get(name, "" if setting in _IN_PYTHON else option)
+        if name in ("weights", "dataset_sha256"):
+            said = f"other {'weights' if name == 'weights' else 'prompts'}"
+        elif name in ("drawn", "prompts"):
+            said = f"{ours} prompts{' drawn' if name == 'drawn' else ''}, not {theirs}"
+        else:
+            said = f"{name} {_value(ours)}, not {_value(theirs)}"
+        return f"{said} ({option})" if option else said
 
 
 class Manifest(RunManifest):
@@ -101,6 +123,12 @@ class Manifest(RunManifest):
     """
 
     unusual = {"raw": False, "system": None}  # as before there were such options
+    options = {
+        **_OF_WEIGHTS,
+        "drawn": "--samples",
+        "prompts": "",
+        "dataset_sha256": "--dataset, --field, --seed",
+    }
 
     format: Literal["spiffy.workdir"] = "spiffy.workdir"
     batch_size: int = Field(ge=1)
@@ -122,6 +150,14 @@ class AnswersManifest(RunManifest):
         How many there are.
     """
 
+    options = {
+        **_OF_WEIGHTS,
+        "drafts": "--budget",
+        "dataset": "--prompts",
+        "prompts": "--prompts, --samples",
+        "dataset_sha256": "--prompts, --field, --seed",
+    }
+
     format: Literal["spiffy.answers"] = "spiffy.answers"
     graph: str | None
     drafts: Budget | None
@@ -136,3 +172,8 @@ def _flat(manifest: RunManifest) -> dict[str, object]:
         inner = value if isinstance(value, dict) else {}
         flat |= {f"{name}.{key}": item for key, item in inner.items()} or {name: value}
     return flat
+
+
+def _value(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

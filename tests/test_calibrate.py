@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from helpers import decode, parity_model, random_prompt
 from test_graphs import READINGS, Growth
 
-from spiffy.calib.pipeline import Traces, build_graph, chain_counts, grow_by, prepare
+from spiffy.calib import fit, pipeline, record
+from spiffy.calib.pipeline import (
+    Traces,
+    build_graph,
+    chain_counts,
+    expected_steps,
+    grow_by,
+    prepare,
+)
 from spiffy.calib.prompts import PromptSet, load_prompts
-from spiffy.calib.record import Recorder, Trace
+from spiffy.calib.record import Recorder, Root, Trace, spread
 from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.calib.synthetic import final_answer, problems
 from spiffy.graphs import (
@@ -23,11 +36,11 @@ from spiffy.graphs import (
     grow_paper,
     replay,
 )
-from spiffy.runtime import BlockEdges, decoding_settings
+from spiffy.runtime import BlockEdges, decoding_settings, load_model
 from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, GraphDrafter
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
-from spiffy.schemas import DraftGraph, Objective, SpiffyError
+from spiffy.schemas import AcceptanceModel, DraftGraph, Objective, SpiffyError
 
 LAYOUTS = [("llada-a", "none"), ("llada-a", "dual"), ("dream-a", "dual"), ("sdar-a", "block")]
 
@@ -112,6 +125,106 @@ def test_a_chain_names_the_states_that_follow(name: str, cache: str) -> None:
     assert seen >= len(trace.roots) // 2
 
 
+def behind(trace: Trace, prefix: int) -> Trace:
+    """The same decode behind more prompt."""
+    front = torch.zeros(prefix, dtype=torch.int64)
+    path = [replace(cursor, ids=torch.cat((front, cursor.ids))) for cursor in trace.path]
+    roots = [
+        root
+        and Root(replace(root.candidates, positions=root.candidates.positions + prefix), root.room)
+        for root in trace.roots
+    ]
+    return Trace(path, roots)
+
+
+def test_chains_are_found_without_looking_at_a_long_prompt_token_by_token() -> None:
+    _, _, (trace,) = traced("llada-a", "none", prompts=1)
+    lines = 0
+
+    def on_line(frame: object, event: str, _: object) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return on_line
+
+    def on_call(frame: FrameType, event: str, _: object) -> Any:
+        return on_line if frame.f_code.co_filename == record.__file__ else None
+
+    found = []
+    for prefix in (0, 1000):
+        lines, longer, before = 0, behind(trace, prefix), sys.gettrace()
+        sys.settrace(on_call)
+        try:
+            chains = longer.chains
+        finally:
+            sys.settrace(before)
+        found.append((chains, lines))
+    assert found[0][1] > 100
+    assert found[0] == found[1]
+
+
+def test_chains_are_counted_once() -> None:
+    _, _, prompts = traced("llada-a", "none", prompts=2)
+    traces = Traces(tuple(prompts), 0, 0)
+    assert chain_counts(traces) is chain_counts(traces)
+    assert chain_counts(traces).chains() == count_chains([prompts[0].chains])
+
+
+def test_of_many_prompts_some_are_replayed_and_each_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _, prompts = traced("llada-a", "dual", prompts=5)
+    model_of = AcceptanceModel(position={"logit": 1.0}, token={"log_p": 1.0}, bigrams=())
+    told: list[tuple[int, int]] = []
+    every = expected_steps(model, prompts, model_of, 4, lambda *done: told.append(done))
+    assert told == [(k, 5) for k in range(1, 6)]
+    monkeypatch.setattr(pipeline, "_REPLAYED", 2)
+    told.clear()
+    some = expected_steps(model, prompts, model_of, 4, lambda *done: told.append(done))
+    assert told == [(1, 2), (2, 2)]
+    assert some == expected_steps(model, [prompts[0], prompts[2]], model_of, 4)
+    assert some != every
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 3), (1, 3), (3, 3), (4, 3), (99, 7), (99, 98)])
+def test_what_is_spread_is_spread_evenly(count: int, most: int) -> None:
+    found = [*spread(count, most)]
+    assert len(found) == len(set(found)) == min(count, most)
+    assert found == sorted(found)
+    ends = [*found, count]
+    gaps = [after - before for before, after in pairwise(ends)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_no_regression_sees_the_answer_that_it_is_fitted_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one prompt alone there is no other to count bigrams on; of two, the other."""
+    model, _, prompts = traced("llada-a", "none", prompts=3)
+    settings = decoding_settings(model, gen_length=24, block_length=8, cache="none")
+    monkeypatch.setattr(fit, "_FEW", 10)
+    counted: list[list[int]] = []
+    seen: list[set[int]] = []
+
+    def look(examples: Any, folds: Any) -> Any:
+        counted.append([len(weights.bigrams.pairs.keys) for weights in folds])
+        seen.append({example.prompt for example in examples})
+        return fit_tokens(examples, folds)
+
+    fit_tokens = fit._fit_tokens
+    monkeypatch.setattr(fit, "_fit_tokens", look)
+    alone = fit.fit_acceptance(model, settings, prompts[:1])
+    assert counted[-1][0] == 0 < min(counted[-1][1:])
+    assert alone is not None
+    assert alone.bigrams
+    assert {alone.token[name] for name in ("left_bigram", "right_bigram")} == {0.0}
+    fit.fit_acceptance(model, settings, prompts[:2])
+    assert min(counted[-1]) > 0
+    assert seen[-1] == {0, 1}
+    monkeypatch.setattr(fit, "_MAX_PROMPTS", 2)
+    fit.fit_acceptance(model, settings, prompts)
+    assert seen[-1] == {0, 1}  # of three, evenly
+
+
 @pytest.mark.parametrize(
     ("objective", "growth"),
     [("expected-steps", grow), ("paper", grow_paper), ("transitions", grow_by_transitions)],
@@ -159,13 +272,28 @@ def test_no_prompt_both_grows_and_measures(prompts: int, held_out: int) -> None:
 
 
 def test_equal_prompts_are_decoded_once() -> None:
-    model, problems = parity_model("llada-a"), []
+    model = parity_model("llada-a")
+    problems: list[str] = []
+    repeated: list[str] = []
     one, two = random_prompt(model, 5), random_prompt(model, 6)
     prompts = PromptSet("p.jsonl", (one, two, one.clone()), ({}, {}, {}))
     settings = decoding_settings(model, gen_length=8, block_length=8)
-    tasks = prepare(model, prompts, settings, left_out=problems)
+    tasks = prepare(model, prompts, settings, left_out=problems, repeated=repeated)
     assert [task.sequence for task in tasks] == [0, 1]
-    assert problems == ["prompt 3 is prompt 1 once more"]
+    assert repeated == ["prompt 3 is prompt 1 once more"]
+    assert problems == []
+
+
+def test_a_prompt_that_cannot_be_decoded_is_known_by_how_it_begins() -> None:
+    model = load_model("tiny-sdar", device="cpu")
+    text = "Tom has " + "3 apples, and then " * 2000
+    problems: list[str] = []
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": text[4:]}]
+    settings = decoding_settings(model, gen_length=8)
+    prepare(model, PromptSet("p.jsonl", ("one", text, chat)), settings, left_out=problems)
+    assert len(problems) == 2
+    assert problems[0].startswith("'Tom has 3 apples, and then 3 apples, and'...: ")
+    assert problems[1].startswith("'has 3 apples, and then 3 apples, and the'...: ")
 
 
 def test_prompts_come_from_question_and_prompt_fields(tmp_path: Path) -> None:

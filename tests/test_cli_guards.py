@@ -13,9 +13,10 @@ import pytest
 from helpers import Call, chain_graph
 from rich.console import Console
 
-from spiffy.cli import bench, calibrate, common, lm_eval
+from spiffy.cli import bench, calibrate, calibration_runs, common, lm_eval
 from spiffy.runtime import generate, load_model
-from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.runtime.budget import auto
+from spiffy.schemas import DraftGraph, Node, SpiffyError
 from spiffy.schemas.io import check_writable
 
 
@@ -49,6 +50,79 @@ def test_a_graph_that_will_be_replaced_is_named(
     other = graph.parent / "other.json"
     assert calibrate._Output(out=other).path_for("tiny-sdar", writes=True) == other
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_names_the_graph_that_will_be_replaced(
+    rank: int, graph: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    work = ("--workdir", graph.parent / "work", "--dataset", graph.parent / "none.jsonl")
+    code, _, log = call("calibrate", "--model", "tiny-sdar", "--out", graph, *work)
+    assert code == 2
+    assert "no such file" in log
+    assert ("is there already, and will be replaced" in log) == (rank == 0)
+
+
+def test_nothing_is_written_over_a_work_directory(graph: Path, call: Call, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    data = tmp_path / "p.jsonl"
+    data.write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "one"}\n')
+    run = ("--model", "tiny-sdar", "--gen-length", 8, "--workdir", work)
+    shard = (*run, "--shard", "0/2", "--batch-size", 1, "--dataset", data)
+    code, _, log = call("calibrate", *shard)
+    assert code == 0
+    assert f"{data} holds 3 prompts, fewer than --samples 50: all are taken" in log
+    assert "1 of 3 prompts are others once more, and decoded once" in log
+    assert "cannot be decoded" not in log
+    assert call("calibrate", *shard, "--shard", "1/2")[0] == 0
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    for name in before:
+        for command in (("merge", work), (*run, "--dataset", data)):
+            code, _, log = call("calibrate", *command, "--out", work / name)
+            assert code == 2
+            assert f"{work / name}: belongs to a work directory" in log
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    code, _, log = call("calibrate", "merge", work, "--out", graph)
+    assert code == 0
+    assert f"{graph} is there already, and will be replaced" in log
+
+
+def test_much_memory_is_named_before_it_is_taken(
+    graph: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ("--model", "tiny-sdar", "--gen-length", 8, "--samples", 2, "--out", graph)
+    monkeypatch.setattr(calibrate, "predict", lambda *_: None)
+    monkeypatch.setattr(auto, "auto_profile", lambda *_: None)
+    assert "of memory" not in call("calibrate", *run)[2]
+    monkeypatch.setattr(calibration_runs, "_MUCH", 8 * 8 * 8)
+    code, _, log = call("calibrate", *run)
+    assert code == 0
+    assert "the states of 2 prompts take up to" in log
+    assert "of memory: with --workdir DIR they lie on disk" in log
+    work = ("--workdir", graph.parent / "work")
+    assert "of memory" not in call("calibrate", *run, *work)[2]
+
+
+def test_a_node_is_shown_however_deep_it_lies(graph: Path, call: Call) -> None:
+    shallow = DraftGraph.load(graph)
+    fills = [tuple((rank, 0) for rank in range(n + 1)) for n in range(300)]
+    nodes = [Node(fill=fill, parents=(n,), count=1) for n, fill in enumerate(fills)]
+    side = Node(fill=((0, 1),), parents=(0,), count=1)
+    deep = shallow.model_copy(update={"nodes": (*nodes, side), "expected_steps": ()})
+    deep.save(graph)
+    code, printed, _ = call("graph", "show", graph)
+    lines = printed.splitlines()
+    start = lines.index("root")
+    assert code == 0
+    assert [line.lstrip("│├└─ ").split(":")[0] for line in lines[start + 1 : start + 302]] == [
+        str(number) for number in range(1, 302)
+    ]
+    assert lines[start + 1].startswith("├── 1: +0.0")
+    assert lines[start + 2].startswith("│   └── 2: +1.0")
+    assert lines[start + 3].startswith("│       └── 3: +2.0")
+    assert lines[start + 301].startswith("└── 301: +0.1")
 
 
 def test_a_link_is_not_replaced_by_a_file(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_another_input_or_setting_is_refused_and_what_is_there_stays(
         (("--gen-length", "20"), "decoding.gen_length 16, not 20"),
         (("--seed", "1"), "seed 0, not 1"),
         (("--edges", "none"), "edges.complete True, not False"),
-        (("--samples", "3"), "dataset_sha256"),
+        (("--samples", "3"), "prompts, not 3 (--prompts, --samples)"),
     ):
         code, log = run(*arguments, *words, "--out", out)
         assert (code, log.count("error: ")) == (2, 1)
@@ -278,7 +278,7 @@ def test_another_input_or_setting_is_refused_and_what_is_there_stays(
     budget = [word if word != "2" else "3" for word in arguments]
     assert "drafts 2, not 3" in run(*budget, "--out", out)[1]
     prompts.write_text(prompts.read_text().replace("buys 4", "buys 5"))
-    assert "dataset_sha256" in run(*arguments, "--out", out)[1]
+    assert "other prompts (--prompts, --field" in run(*arguments, "--out", out)[1]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert not out.exists()
 

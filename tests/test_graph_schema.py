@@ -22,6 +22,7 @@ from spiffy.schemas import (
     CostProfile,
     DecodingSettings,
     DraftGraph,
+    ExpectedSteps,
     ModelRecord,
     Node,
     SpiffyError,
@@ -124,7 +125,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     raw = (tmp_path / "graph.json").read_bytes()
     stored = json.loads(raw.decode("utf-8"))
     assert stored["format"] == "spiffy.draft-graph"
-    assert stored["version"] == "1.4"
+    assert stored["version"] == "1.5"
     assert [node["fill"] for node in stored["nodes"]] == [
         [[0, 0]],
         [[1, 0]],
@@ -169,12 +170,56 @@ def test_settings_that_only_one_graph_has_are_a_difference() -> None:
     assert differences(plain, a_graph()) == []
 
 
+def test_what_differs_is_shown_where_it_differs() -> None:
+    nodes = tuple(Node(fill=((k, 0),), parents=(0,), count=9 - k) for k in range(7))
+    flat = (1.0,) + (1.5,) * 7
+    graph = a_graph(nodes, expected_steps=flat)
+    other = a_graph(nodes, expected_steps=(*flat[:3], 1.75, *flat[4:]))
+    (line,) = differences(graph, other)
+    assert "3: 1.500 -> 1.750" in line
+    assert "7: 1.500 -> 1.500" in line  # the largest
+    assert "5: " not in line
+    (line,) = differences(graph, a_graph(nodes, expected_steps=(*flat[:4], 1.5001, *flat[5:])))
+    assert "4: 1.500000 -> 1.500100" in line
+    fewer = a_graph(nodes[:6], expected_steps=flat[:7])
+    assert all(line.startswith("nodes: 1 removed") for line in differences(graph, fewer))
+
+
+def test_measured_steps_are_compared_because_auto_drafts_by_them() -> None:
+    def measured(**points: tuple[float, float | None]) -> DraftGraph:
+        steps = {
+            way: (ExpectedSteps(drafts=4, steps=value, replayed=replayed),)
+            for way, (value, replayed) in points.items()
+        }
+        return a_graph().model_copy(update={"measured_steps": steps})
+
+    one = measured(graph=(2.0, 1.5))
+    assert differences(one, one) == []
+    said = differences(one, measured(graph=(2.5, 1.5), model=(3.0, None)))
+    assert said == [
+        "measured steps by the graph at drafts 4: 2.000 -> 2.500",
+        "measured steps by the model: only one of them states any",
+    ]
+    assert len(differences(one, measured(graph=(2.0, 1.75)))) == 1
+
+
 def test_a_digest_of_another_version_is_no_fault() -> None:
     graph = a_graph()
     found = audit(graph, "0" * 64)  # the loader has refused those that are wrong
     assert not any("digest" in problem for problem in found.wrong)
     assert "digest: of another version of the format" in found.unchecked
     assert "digest" in " ".join(audit(graph, graph.digest()).checked)
+
+
+def test_more_drafts_may_bring_less_but_no_forward_makes_more_steps_than_it_has_states() -> None:
+    """On few held-out prompts a draft that comes true can cost a forward later on."""
+    found = audit(a_graph(expected_steps=(1.0, 2.0, 1.4, 1.9, 2.0)), None)
+    assert "expected steps" in found.checked
+    assert found.wrong == []
+    for steps, wrong in ((9.0, []), (9.001, ["9.001 steps of a forward with 8 drafts"])):
+        points = {"graph": [{"drafts": 8, "steps": steps}]}
+        graph = DraftGraph.model_validate_json(json.dumps(content() | {"measured_steps": points}))
+        assert audit(graph, None).wrong == [f"measured_steps.graph: {text}" for text in wrong]
 
 
 def test_cost_profiles_survive_a_round_trip(tmp_path: Path) -> None:

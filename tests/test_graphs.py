@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import combinations
@@ -27,6 +28,7 @@ from spiffy.graphs import (
     grow_on_replay,
     grow_paper,
     replay,
+    replay_prefixes,
     transitions,
 )
 from spiffy.graphs.optimum import optimum
@@ -94,6 +96,29 @@ def test_replay_counts_only_the_roots_where_walks_end() -> None:
     result = replay([prompt], {A, AB})
     assert (result.steps, result.forwards) == (6, 3)
     assert result.steps_per_forward == 2.0
+
+
+@given(chain_counts(), st.randoms(use_true_random=False))
+def test_all_budgets_are_replayed_as_each_by_itself(
+    counts: Counter[Chain], order: random.Random
+) -> None:
+    chains: list[Chain | None] = [None, *counts.elements()]
+    order.shuffle(chains)
+    fills = sorted({fill for chain in counts for fill in chain})
+    order.shuffle(fills)  # a chain's later fill may come first
+    prompts = [chains, chains[::2]]
+    each = [replay(prompts, set(fills[:budget])) for budget in range(len(fills) + 1)]
+    assert replay_prefixes(prompts, fills) == each
+
+
+def test_replaying_all_budgets_takes_no_graph_for_each() -> None:
+    fills: list[Fill] = [((i, j),) for i in range(1000) for j in range(2)]
+    tracemalloc.start()
+    found = replay_prefixes([[(fill,) for fill in fills[:50]]], fills)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found[-1].forwards == 25  # each hops over the root behind it
+    assert most < 10e6  # 2,000 sets of up to 2,000 fills take some 100 MB
 
 
 def test_a_hop_needs_every_state_on_the_way() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from spiffy.calib import measure
 from spiffy.calib.measure import decodes, measure_steps
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
+from spiffy.graphs import replay
 from spiffy.runtime import decoding_settings, generate, load_model
 from spiffy.runtime.budget.auto import expected_steps
 from spiffy.schemas import DraftGraph, ExpectedSteps, SpiffyError
@@ -49,6 +52,44 @@ def test_steps_are_those_of_decoding_with_drafts(calibrated: Calibrated) -> None
             steps = sum(output.stats.steps for output in outputs)
             accepted = sum(output.stats.accepted for output in outputs)
             assert point.steps == pytest.approx(steps / (steps - accepted), abs=1e-6)
+
+
+def replayed(graph: DraftGraph, traces: Traces, drafts: int, numbers: Sequence[int]) -> float:
+    """What chains, rather than drafters, say of these prompts and the first nodes."""
+    fills = {node.fill for node in graph.nodes[:drafts]}
+    return replay([traces.prompts[k].chains for k in numbers], fills).steps_per_forward
+
+
+def test_what_was_measured_is_compared_with_a_replay_of_the_same_prompts(
+    calibrated: Calibrated, tmp_path: Path
+) -> None:
+    tasks, traces, graph = calibrated
+    found = measure_steps(graph, tasks, traces)
+    for point in found.measured_steps["graph"]:
+        known = replayed(graph, traces, point.drafts, traces.held_out_indices())
+        assert point.replayed == pytest.approx(known, abs=1e-6)
+    assert all(point.replayed for point in found.measured_steps["model"])
+    found.save(tmp_path / "graph.json")
+    assert DraftGraph.load(tmp_path / "graph.json") == found
+
+
+def test_other_prompts_than_most_do_not_scale_the_curve(calibrated: Calibrated) -> None:
+    """Four prompts that draft better than the others, by decodes and by replays alike."""
+    _, _, graph = calibrated
+    before = expected_steps(graph)["graph"]
+    for share in (1.0, 0.5):
+        few = ExpectedSteps(drafts=8, steps=1 + 3 * share, replayed=4.0)
+        corrected = graph.model_copy(update={"measured_steps": {"graph": (few,)}})
+        after = expected_steps(corrected)["graph"]
+        assert [p.steps - 1 for p in after] == pytest.approx(
+            [share * (p.steps - 1) for p in before]
+        )
+
+
+def test_older_points_state_no_replay_and_keep_their_digest() -> None:
+    assert ExpectedSteps(drafts=8, steps=3.0).model_dump() == {"drafts": 8, "steps": 3.0}
+    known = {"drafts": 8, "steps": 3.0, "replayed": 2.5}
+    assert ExpectedSteps.model_validate(known).model_dump() == known
 
 
 def test_the_replayed_curve_goes_through_what_was_measured(calibrated: Calibrated) -> None:
@@ -90,6 +131,7 @@ def test_in_a_less_exact_dtype_such_a_decode_is_left_out(
     accepted = sum(output.stats.accepted for output in outputs)
     (point,) = (p for p in found.measured_steps["graph"] if p.drafts == 8)
     assert point.steps == pytest.approx(steps / (steps - accepted), abs=1e-6)
+    assert point.replayed == pytest.approx(replayed(graph, traces, 8, others), abs=1e-6)
 
 
 def test_one_prompt_has_nothing_held_out_to_measure(calibrated: Calibrated) -> None:

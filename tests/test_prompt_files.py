@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from spiffy.calib import prompts
+from spiffy.calib import prompt_files, prompts
 from spiffy.calib.prompts import load_prompts, prompt_digest
 from spiffy.schemas import SpiffyError
 
@@ -160,6 +160,19 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "gzip": ("p.jsonl.gz", b"\x1f\x8b....", "cannot be read"),
     "broken xz": ("p.jsonl.xz", lzma.compress(b"{}")[:9], "cannot be read"),
     "plain text": ("p.txt", b"Tom has 3 apples.\n", "give plain text to --prompt"),
+    "text with a word of tables": (
+        "p.txt",
+        b"Text, please: what is 2+2?\nAnd 3+3?\n",
+        "neither JSON nor by its name a table .*give plain text to --prompt",
+    ),
+    "the same by no name": ("p", b"Text, please: what is 2+2?\nAnd 3+3?\n", "known column"),
+    "a sentence before it": ("p", b"Is this it?,text\nAnd 3+3?,x\n", "known column"),
+    "a key twice": (
+        "p.jsonl",
+        b'{"prompt": "a", "prompt": "b"}',
+        "line 1: .*'prompt' occurs twice",
+    ),
+    "a column twice": ("p.csv", b"id,prompt,prompt\n1,a,b\n", "line 1: .*'prompt' twice"),
     "pointer": ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "spreadsheet": ("p.csv", b"PK\x03\x04....", "save it as CSV"),
     "empty": ("p.csv", b"", "holds no prompts"),
@@ -245,6 +258,61 @@ def test_datasets_of_the_hub_are_named_as_there(monkeypatch: pytest.MonkeyPatch)
     ]
     with pytest.raises(SpiffyError, match="no such file"):
         load_prompts("folder/p.jsonl")
+
+
+def test_a_dataset_of_the_hub_is_drawn_from_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    records = [{"question": f"question {k}"} for k in range(40)]
+    records[7] = {"question": ""}  # drawn by no seed below
+    read: list[int] = []
+
+    class Rows:
+        def __init__(self, numbers: list[int]) -> None:
+            self.numbers = numbers
+
+        def __len__(self) -> int:
+            return len(self.numbers)
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            for number in self.numbers:
+                read.append(number)
+                yield records[number]
+
+        def select(self, numbers: list[int]) -> Rows:
+            return Rows([self.numbers[k] for k in numbers])
+
+    def load(*_: object, **__: object) -> Rows:
+        return Rows([*range(40)])
+
+    monkeypatch.setattr(prompts, "import_module", lambda name: SimpleNamespace(load_dataset=load))
+    path = tmp_path / "p.jsonl"
+    good = [record if record["question"] else {"question": "-"} for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in good))
+    for seed, split in ((0, "calibration"), (1, "test")):
+        read.clear()
+        found = load_prompts("owner/set", 5, seed, split)  # type: ignore[arg-type]
+        assert found.texts == load_prompts(str(path), 5, seed, split).texts  # type: ignore[arg-type]
+        assert len(read) == 5
+    with pytest.raises(SpiffyError, match="record 8: needs a non-empty"):
+        load_prompts("owner/set", 40)
+    skipping = load_prompts("owner/set", 40, skip_bad=True)
+    assert (len(skipping.texts), skipping.skipped) == (39, 1)
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    """As Parquet may hold it, which no reader of JSON has looked at."""
+    deep: list[object] = []
+    for _ in range(200_000):
+        deep = [deep]
+    turn = {"role": "user", "content": "x", "tool_calls": deep}
+    with pytest.raises(SpiffyError, match="values that are not JSON"):
+        prompt_files.prompt_of({"messages": [turn]})
+
+
+def test_columns_of_other_words_may_stand_twice(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("note,prompt,note\na,b,c\n")
+    assert load_prompts(str(tmp_path / "p.csv")).texts == ("b",)
 
 
 def test_a_dataset_whose_pictures_cannot_be_decoded_is_refused(

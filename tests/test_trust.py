@@ -483,9 +483,9 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: c.update(expected_steps=[1.0, 3.0, 3.0, 3.0, 3.0]),
         "3.0 steps of a forward with 1 drafts",
     ),
-    "falling steps": (
-        lambda c: c.update(expected_steps=[1.0, 2.0, 1.2, 2.0, 2.0]),
-        "falls from 2.0 to 1.2 at 2 drafts",
+    "measured steps beyond drafts": (
+        lambda c: c["measured_steps"]["graph"][0].update(steps=4000.0),
+        "measured_steps.graph: 4000.0 steps of a forward with",
     ),
     "roots": (lambda c: c["calibration"].update(roots=10**6), "calibration.roots"),
     "data": (lambda c: c["calibration"].update(seed=8), "drawn with seed 8 have digest"),

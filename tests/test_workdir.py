@@ -16,15 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Call, decode, parity_model, random_prompt
+from safetensors.numpy import save
 
-from spiffy.calib import store
+from spiffy.calib import frames, store
 from spiffy.calib.audit import audit
 from spiffy.calib.pipeline import groups, prepare, record
 from spiffy.calib.prompts import PromptSet
@@ -300,8 +302,16 @@ def test_other_settings_are_refused_by_name(run: Calibrate, tmp_path: Path) -> N
     assert run(*base, *data)[0] == 0
     before = (tmp_path / "work" / "traces-0000.bin").read_bytes()
     other = prompts_file(tmp_path / "q.jsonl", range(3))
+    for name in ("more", "others"):
+        (tmp_path / name).mkdir()
+    more = prompts_file(tmp_path / "more" / "p.jsonl", range(3))
+    others = prompts_file(tmp_path / "others" / "p.jsonl", [0, 5])
     for setting, *arguments in (
-        ("batch_size 8, not 4", *data, "--batch-size", 4),
+        ("2 prompts drawn, not 3 (--samples)", "--dataset", more),
+        ("with other prompts (--dataset, --field, --seed)", "--dataset", others),
+        ("system none, not be brief (--system)", *data, "--system", "be brief"),
+        ("decoding.gen_length 16, not 8 (--gen-length)", *data, "--gen-length", 8),
+        ("batch_size 8, not 4 (--batch-size)", *data, "--batch-size", 4),
         ("decoding.policy", *data, "--policy", "threshold"),
         ("--threshold is read by --policy threshold or joint", *data, "--threshold", 0.5),
         ("--max-post-steps is read by --policy joint", *data, "--max-post-steps", 2),
@@ -347,8 +357,8 @@ def test_other_weights_of_the_same_configuration_are_told_apart() -> None:
     # What is None may be left out of what is written: it differs from either side.
     sub = settings.model_copy(update={"sub_block_length": 4})
     theirs = manifest_of(model, prompts, sub, 1, 1)
-    assert ours.difference(theirs) == "decoding.sub_block_length None, not 4"
-    assert theirs.difference(ours) == "decoding.sub_block_length 4, not None"
+    assert ours.difference(theirs) == "decoding.sub_block_length none, not 4 (--sub-block-length)"
+    assert theirs.difference(ours) == "decoding.sub_block_length 4, not none (--sub-block-length)"
     weight = next(model.module.parameters())
     kept = weight.detach().clone()
     with torch.no_grad():
@@ -369,10 +379,14 @@ def test_unusable_work_directories_are_refused_in_one_line(
     (tmp_path / "file").write_text("")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "manifest.json").write_text('{"format": "spiffy.workdir", "version": 9}')
+    (tmp_path / "endless").mkdir()
+    (tmp_path / "endless" / "manifest.json").write_text('{"seed": 1e999}')
     for name, message in (
         ("full", "not empty and no work directory"),
         ("file", "cannot be a work directory"),
-        ("old", "version"),
+        ("old", "version: "),
+        ("old", "(made by another version, or damaged: record again into another folder)"),
+        ("endless", "manifest.json: holds a number that is not finite"),
     ):
         code, log = run(*base, tmp_path / name)
         assert code == 2
@@ -389,6 +403,98 @@ def test_unusable_work_directories_are_refused_in_one_line(
     code, log = run(*base, tmp_path / "readonly")
     assert (code, "Read-only file system" in log) == (2, True)
     assert not (tmp_path / "out.json").exists()
+
+
+def work_of(folder: Path, texts: tuple[str, ...] = ("abc", "abd")) -> tuple[list[Any], Manifest]:
+    """Tasks of two prompts and the manifest to record them with."""
+    model = load_model("tiny-sdar", device="cpu")
+    settings = decoding_settings(model, gen_length=8, block_length=8)
+    prompts = PromptSet("x", texts)
+    tasks = prepare(model, prompts, settings)
+    return tasks, manifest_of(model, prompts, settings, len(tasks), 1)
+
+
+_FOREIGN = {
+    "fewer fields": '{"prompt": 0}',
+    "no object": "[]",
+    "not JSON": "{",
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("kind", [*_FOREIGN, "no safetensors", "other arrays"])
+def test_whole_records_of_another_version_are_refused_in_one_line(
+    tmp_path: Path, kind: str
+) -> None:
+    _, manifest = work_of(tmp_path)
+    WorkDir(tmp_path / "work", manifest).__exit__()
+    about = _FOREIGN.get(kind, json.dumps(asdict(replace(ABOUT, run=manifest.digest()))))
+    arrays = {"a": np.zeros(1)}
+    payload = save(arrays, {"about": about}) if about is not None else save(arrays, {"b": ""})
+    file = TraceFile(tmp_path / "work" / "traces-0000.bin")
+    file.append(b"abc" if kind == "no safetensors" else payload)
+    file.close()
+    before = file.path.read_bytes()
+    message = "traces-0000.bin: the record at byte 48 was written by another version: record again"
+    if kind == "other arrays":
+        stored = Stored(scan(file.path).places)
+        with pytest.raises(SpiffyError, match=message):
+            stored[0]
+        return
+    for _ in range(2):  # the lock is let go
+        with pytest.raises(SpiffyError, match=message):
+            WorkDir(tmp_path / "work", manifest)
+    with pytest.raises(SpiffyError, match=message):
+        join([tmp_path / "work"])
+    assert file.path.read_bytes() == before
+
+
+def test_a_prompt_that_is_encoded_otherwise_now_is_refused(tmp_path: Path) -> None:
+    """Equal texts, other ids: a template that writes the date, another transformers."""
+    tasks, manifest = work_of(tmp_path)
+    later, _ = work_of(tmp_path, ("abc", "abe"))
+    with WorkDir(tmp_path / "work", manifest) as work:
+        work.record(tasks[0].model, work.missing(tasks)[:1])
+    with WorkDir(tmp_path / "work", manifest) as work:
+        assert work.missing(later) == [later[1:]]  # what is not recorded yet can be any
+        work.record(later[1].model, work.missing(later))
+    with WorkDir(tmp_path / "work", manifest) as work:
+        assert work.missing(later) == []
+        with pytest.raises(SpiffyError, match="prompt 1 had other token ids when it was recorded"):
+            work.missing(tasks)
+
+
+def test_a_file_is_read_once_where_nobody_else_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, manifest = work_of(tmp_path)
+    scans: list[Path] = []
+    scan_all = frames.scan_records
+
+    def counted(path: Path, about: Any) -> Any:
+        scans.append(path)
+        return scan_all(path, about)
+
+    monkeypatch.setattr(store, "scan_records", counted)
+    monkeypatch.setattr(frames, "scan_records", counted)
+    with WorkDir(tmp_path / "work", manifest) as work:
+        work.record(tasks[0].model, work.missing(tasks))
+        kept = work.traces()
+    assert len(scans) == 1
+    again, _ = work_of(tmp_path)
+    with WorkDir(tmp_path / "work", manifest) as work:
+        assert work.missing(again) == []
+        found = work.traces()
+    assert len(scans) == 2
+    for ours, theirs in zip(found.prompts, kept.prompts, strict=True):
+        assert_same(ours, theirs)
+    # What another rank has recorded meanwhile is found.
+    with WorkDir(tmp_path / "two", manifest) as first:
+        third, _ = work_of(tmp_path)
+        with WorkDir(tmp_path / "two", manifest, rank=1) as second:
+            second.record(third[1].model, second.missing(third)[1:])
+        first.record(third[0].model, first.missing(third)[:1])
+        assert len(first.traces().prompts) == 2
 
 
 @pytest.mark.parametrize(("times", "recorded"), [(1, 2), (2, 0)])
@@ -520,6 +626,17 @@ def test_a_repository_may_move_on_meanwhile(tmp_path: Path) -> None:
         assert workdir.manifest == begun  # as it was recorded first
         assert not workdir.missing(tasks)
     assert join([tmp_path / "a", tmp_path / "b"]).repeated == 2
+
+
+def test_joined_sets_of_the_hub_keep_their_names(tmp_path: Path) -> None:
+    folders = []
+    for k, name in enumerate(("owner/name", "gsm8k", "p.jsonl", "q.csv")):
+        tasks, manifest = work_of(tmp_path, (f"abc{k}",))
+        manifest = manifest.model_copy(update={"dataset": name})
+        folders.append(tmp_path / str(k))
+        with WorkDir(folders[-1], manifest) as work:
+            work.record(tasks[0].model, work.missing(tasks))
+    assert join(folders).origin.dataset == "merged: gsm8k+jsonl+owner/name"
 
 
 def test_directories_of_other_settings_are_not_joined(tmp_path: Path) -> None:

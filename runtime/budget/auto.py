@@ -77,12 +77,17 @@ def expected_steps(graph: DraftGraph) -> dict[Selection, tuple[ExpectedSteps, ..
 def _as_measured(
     replayed: tuple[ExpectedSteps, ...], measured: tuple[ExpectedSteps, ...]
 ) -> tuple[ExpectedSteps, ...]:
-    """A replayed curve, its accepted drafts scaled to those of the points measured."""
+    """A replayed curve, its accepted drafts scaled as those of the points measured were.
+
+    Few prompts are measured, and the curve is of many: what others than these few bring must not
+    pass for what replays leave out, so each point is compared with a replay of the same prompts.
+    (Before 1.5 none is stated; then the curve has to do.)
+    """
     curve = [(p.drafts, p.steps) for p in replayed]
     scale = [
         (p.drafts, float(np.clip((p.steps - 1) / (at - 1), 0.2, 5)))
         for p in measured
-        if (at := interpolated(curve, p.drafts)) > 1
+        if (at := p.replayed or interpolated(curve, p.drafts)) > 1
     ]
     if not scale:
         return replayed
