@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -16,6 +16,21 @@ ROOT = Path(__file__).resolve().parent.parent
 def add_into(parser: argparse.ArgumentParser) -> None:
     """Add the option; a page that cannot be written is refused before hours of measuring."""
     parser.add_argument("--into", type=page, nargs="*", default=[], help="Markdown files to fill")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of option: a whole number that is not below another.
+
+    Without it a study ends in the middle of what it has measured: there is no median of nothing.
+    """
+
+    def number(text: str) -> int:
+        found = int(text)
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return found
+
+    return number
 
 
 def expect(parser: argparse.ArgumentParser, pages: Sequence[Path], *keys: str) -> None:
