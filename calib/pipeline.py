@@ -173,7 +173,8 @@ def prepare(
         except SpiffyError as problem:
             problems.append(str(problem))
     if not tasks:
-        raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {problems[-1]}")
+        why = problems[-1] if problems else "there is none"
+        raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {why}")
     return tasks
 
 
