@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
-from pages import add_into, at_least, command, expect, fill, machine, whole
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 
 from graphs import LAYOUTS, Case, cases, fitted
 from spiffy.calib.replay_drafts import replay_drafter
@@ -122,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

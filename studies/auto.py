@@ -30,7 +30,7 @@ wait_passively()  # as the commands do, before torch is imported
 # ruff: noqa: E402
 from fresh import forgetting_costs
 from losslessness import POLICIES
-from pages import add_into, at_least, command, expect, fill, load_average, machine, whole
+from pages import add_into, at_least, command, expect, fill, load_average, machine, start, whole
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -217,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fresh import forgetting_costs
-from pages import add_into, at_least, expect, fill
+from pages import add_into, at_least, expect, fill, start
 
 from spiffy.bench.tables import markdown
 from spiffy.schemas.bench import Bench, Result
@@ -227,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

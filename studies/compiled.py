@@ -25,7 +25,7 @@ from time import perf_counter
 
 import torch
 from fresh import forgetting_costs
-from pages import add_into, at_least, command, expect, fill, machine, whole
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from serving import calibrated, questions
 from torch._dynamo.utils import counters
 
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,7 +11,6 @@ what that model's cost; in bfloat16 where the processor multiplies tiles of it (
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ hush()
 
 # ruff: noqa: E402
 from fresh import forgetting_costs
-from pages import at_least
+from pages import at_least, start
 from rich.table import Table
 
 from spiffy.bench.grow import grow, grow_graph
@@ -200,4 +199,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

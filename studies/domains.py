@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from losslessness import ON, decode_all, differing, enough, fitting, versions
-from pages import add_into, at_least, command, expect, fill
+from pages import add_into, at_least, command, expect, fill, start
 
 from spiffy.bench.methods import NO_EDGES
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
@@ -216,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

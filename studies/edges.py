@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from losslessness import OFF, ON, POLICIES, decode_all, versions
-from pages import add_into, at_least, command, expect, fill
+from pages import add_into, at_least, command, expect, fill, start
 from rich.progress import track
 
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
@@ -156,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -457,4 +457,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    pages.start(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from losslessness import versions
-from pages import add_into, at_least, command, expect, fill
+from pages import add_into, at_least, command, expect, fill, start
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -47,7 +47,7 @@ wait_passively()  # as servers do, before torch is imported
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from pages import add_into, at_least, command, expect, fill, machine
+from pages import add_into, at_least, command, expect, fill, machine, start
 from scipy.stats import t as student
 from serving import Server, calibrated, percentile, questions, serving
 
@@ -347,4 +347,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

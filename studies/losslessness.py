@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any, get_args
 
 import torch
-from pages import add_into, at_least, command, expect, fill, machine, whole
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -471,4 +471,4 @@ def versions() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

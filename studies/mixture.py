@@ -20,7 +20,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from pages import add_into, at_least, command, expect, fill, machine, whole
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -68,8 +68,8 @@ def walks(task: Task) -> Iterator[list[torch.Tensor]]:
     """The states of each forward's walk, its root included, in the order of the forwards."""
     states = [task.canvas.start(task.prompt, task.model.mask_token_id), *task.path]
     ends = [*task.roots, len(states) - 1]
-    for start, stop in pairwise(ends):
-        yield [cursor.ids for cursor in states[start : stop + 1]]
+    for at, until in pairwise(ends):
+        yield [cursor.ids for cursor in states[at : until + 1]]
 
 
 def ended_by_edit(every: Sequence[Sequence[list[torch.Tensor]]], mask: int) -> tuple[int, int]:
@@ -169,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -36,7 +36,7 @@ wait_passively()  # as the commands do, before torch is imported
 # ruff: noqa: E402
 import torch
 from overhead_host import in_papers_terms
-from pages import add_into, at_least, command, expect, fill, load_average, machine
+from pages import add_into, at_least, command, expect, fill, load_average, machine, start
 from timing import timed
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -232,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -27,6 +27,17 @@ def add_into(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--into", type=page, nargs="*", default=[], help="Markdown files to fill")
 
 
+def start(main: Callable[[], int | None]) -> None:
+    """Run a study, and leave with its exit code; what cannot be done is said in one line."""
+    from spiffy.schemas import SpiffyError
+
+    try:
+        sys.exit(main())
+    except SpiffyError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A type of option: a whole number that is not below another.
 

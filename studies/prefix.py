@@ -27,7 +27,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from pages import add_into, at_least, command, expect, fill, machine, whole
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from rich.progress import track
 
 from spiffy.bench.grow import SHAPES, grow
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -21,7 +21,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from pages import add_into, at_least, command, expect, fill, machine, numbers, whole, words
+from pages import add_into, at_least, command, expect, fill, machine, numbers, start, whole, words
 from rich.progress import track
 
 from spiffy.bench.grow import SHAPES, grow
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

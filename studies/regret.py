@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
 
-from pages import add_into, at_least, expect, fill
+from pages import add_into, at_least, expect, fill, start
 
 from spiffy.runtime.budget.controller import LADDER, Controller
 from spiffy.runtime.budget.estimates import PLAIN, Choice, interpolated
@@ -214,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from losslessness import ON, decode_all, differing, enough, fitting, versions
-from pages import add_into, at_least, command, expect, fill
+from pages import add_into, at_least, command, expect, fill, start
 from rich.progress import Progress
 
 from spiffy.bench.methods import Method, methods
@@ -398,4 +398,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import httpx
-from pages import add_into, at_least, command, expect, fill, machine
+from pages import add_into, at_least, command, expect, fill, machine, start
 from serving import Server, calibrated, questions, serving
 
 from spiffy.runtime import decoding_settings, generate, load_model
@@ -279,4 +279,4 @@ def table(report: Report) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

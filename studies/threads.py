@@ -18,7 +18,7 @@ import sys
 from itertools import product
 from statistics import median
 
-from pages import add_into, at_least, command, expect, fill, machine
+from pages import add_into, at_least, command, expect, fill, machine, start
 from rich.progress import track
 
 from spiffy.cli.threads import LOOKS, usable_cpus
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

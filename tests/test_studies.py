@@ -23,6 +23,7 @@ from spiffy.calib.prompts import PromptSet
 from spiffy.runtime import decoding_settings, generate, load_model
 from spiffy.runtime.budget.cost import cache_folder
 from spiffy.runtime.generate import Output
+from spiffy.schemas import SpiffyError
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -285,3 +286,18 @@ def test_a_model_and_its_compiled_self_start_from_the_same_costs(
     assert len(folders) == 8
     assert tmp_path / "users" not in folders
     assert len(set(folders)) == 1
+
+
+def test_what_a_model_cannot_do_ends_a_study_with_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> None:
+        raise SpiffyError("no room")
+
+    with pytest.raises(SystemExit) as ended:
+        pages.start(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no room\n"
+    with pytest.raises(SystemExit) as ended:
+        pages.start(lambda: 1)
+    assert ended.value.code == 1
