@@ -115,6 +115,7 @@ def machines(benches: Sequence[Bench]) -> str:
             threads(ran.threads),
             ran.dtype,
             f"torch {ran.versions['torch']}",
+            f"commit {(ran.git_revision or 'unknown')[:7]}",
         )
         found.setdefault(", ".join(facts), []).append(line)
     if len(found) == 1:

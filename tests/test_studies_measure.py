@@ -282,13 +282,20 @@ def test_lines_of_the_headline_that_ran_on_other_machines_are_named(tmp_path: Pa
 
     def ran(device: str, repeats: int = 3) -> Any:
         machine = SimpleNamespace(
-            device=device, threads=1, dtype="float32", versions={"torch": "2"}
+            device=device,
+            threads=1,
+            dtype="float32",
+            versions={"torch": "2"},
+            git_revision="3f0069d123",
         )
         data = SimpleNamespace(samples=8, repeats=repeats, left_out=0)
         return SimpleNamespace(machine=machine, data=data, decoding=SimpleNamespace(gen_length=64))
 
     alike = bench.machines([ran("Xeon"), ran("Xeon")])
-    assert alike == "8 prompts, 3 repeats, up to 64 tokens, Xeon, 1 thread, float32, torch 2"
+    assert (
+        alike
+        == "8 prompts, 3 repeats, up to 64 tokens, Xeon, 1 thread, float32, torch 2, commit 3f0069d"
+    )
     told = bench.machines([ran("Xeon"), ran("Xeon with AMX"), ran("Xeon"), ran("Xeon", 1)])
     assert [part.split(":")[0] for part in told.split("; ")] == ["lines 1, 3", "lines 2", "lines 4"]
     case = bench.Case("tiny-sdar", "block", "static", "synthetic", samples=8)
