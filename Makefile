@@ -15,7 +15,7 @@ help:
 	@echo "make demo          four tiny models with and without drafts, and a real model's size"
 	@echo "make test          run the whole test suite"
 	@echo "make bench         every way of drafting side by side: README's table, docs/results.md"
-	@echo "make results       measure the other tables in docs/ again (more than three hours)"
+	@echo "make results       measure the other tables in docs/ again (hours)"
 	@echo "     GSM8K=FILE    for both: its JSONL file; tables with its prompts are left out without"
 	@echo "make lint types    ruff and who may import whom; mypy --strict on the installed layout"
 	@echo "make imports       which room of the package imports which"

@@ -126,9 +126,10 @@ def measure(
     records: Sequence[Mapping[str, Any]],
     repeats: int,
     warm_up: int,
+    seed: int = 0,
 ) -> Measurements:
     """Decode every prompt by every method, `repeats` times: all `rounds`, gathered."""
-    return gathered([*rounds(model, methods, prompts, records, repeats, warm_up)])
+    return gathered([*rounds(model, methods, prompts, records, repeats, warm_up, seed)])
 
 
 def until_stopped(

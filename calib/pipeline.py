@@ -187,7 +187,8 @@ def prepare(
         except SpiffyError as problem:
             problems.append(f"{_beginning(text)}: {problem}")
     if not tasks:
-        raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {problems[-1]}")
+        why = problems[-1] if problems else "there is none"
+        raise SpiffyError(f"{prompts.dataset}: no prompt can be decoded: {why}")
     return tasks
 
 

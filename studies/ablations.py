@@ -14,11 +14,9 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
-import torch
-from pages import add_into, command, expect, fill
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 
-from graphs import LAYOUTS, Case, cases
-from spiffy.calib.fit import fit_acceptance
+from graphs import LAYOUTS, Case, cases, fitted
 from spiffy.calib.replay_drafts import replay_drafter
 from spiffy.runtime.draft import AcceptanceDrafter
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, acceptance_weights
@@ -77,9 +75,7 @@ def without(features: frozenset[str], rerank: bool) -> Iterator[None]:
 def steps(case: Case, features: frozenset[str], rerank: bool) -> list[float]:
     """Steps per forward on the held-out prompts, fitted and drafted without these features."""
     with without(features, rerank):
-        fitted = fit_acceptance(case.model, case.settings, case.calibration)
-        assert fitted is not None  # enough prompts, and a policy that has one
-        weights = acceptance_weights(fitted, case.model.vocab_size)
+        weights = acceptance_weights(fitted(case), case.model.vocab_size)
         return [
             replay_drafter(
                 case.held_out, AcceptanceDrafter(weights, n, case.model)
@@ -91,31 +87,34 @@ def steps(case: Case, features: frozenset[str], rerank: bool) -> list[float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=[name for name, _ in LAYOUTS])
-    parser.add_argument("--calibrate", type=int, default=60, help="calibration problems")
-    parser.add_argument("--samples", type=int, default=100, help="test problems")
-    parser.add_argument("--gen-length", type=int, default=64)
+    names = [name for name, _ in LAYOUTS]
+    parser.add_argument("--models", nargs="+", default=names, choices=names)
+    parser.add_argument("--calibrate", type=at_least(1), default=60, help="calibration problems")
+    parser.add_argument("--samples", type=at_least(1), default=100, help="test problems")
+    parser.add_argument("--gen-length", type=at_least(1), default=64)
     add_into(parser)
     args = parser.parse_args()
+    whole(parser, args, "models")
     expect(parser, args.into, "ablations")
     columns: list[str] = []
     rows: dict[str, list[str]] = {name: [] for name in WITHOUT}
     for case in cases(args):
         print(case.name, flush=True)
         columns.append(case.name)
-        whole: list[float] = []
+        complete: list[float] = []
         for name, (features, rerank) in WITHOUT.items():
             found = steps(case, features, rerank)
-            whole = whole or found
-            gains = [f"{a / b - 1:+.1%}" for a, b in zip(found, whole, strict=True)]
+            complete = complete or found
+            gains = [f"{a / b - 1:+.1%}" for a, b in zip(found, complete, strict=True)]
             cells = [f"{value:.2f}" for value in found] if name == WHOLE else gains
             rows[name].append(", ".join(cells))
+            print(f"  {name}: {rows[name][-1]}", flush=True)
     table = [f"| without | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     table += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     note = (
-        f"`{command()}` ({args.calibrate} calibration problems, {args.samples} test problems; "
-        f"torch {torch.__version__}, float32, CPU; steps per forward at {DRAFTS[0]} and "
-        f"{DRAFTS[1]} drafts on held-out problems, and their change)"
+        f"`{command(args)}` ({args.calibrate} generated calibration problems, {args.samples} test "
+        f"problems; {machine()}, float32; steps per forward at {DRAFTS[0]} and {DRAFTS[1]} drafts "
+        f"on held-out problems, and their change)"
     )
     block = "\n".join([note, "", *table])
     print(block)
@@ -123,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

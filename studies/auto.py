@@ -3,18 +3,17 @@
 Part of `make results`; the table is in docs/results-time.md.
 
 Every tiny model is calibrated on generated problems and decodes others, plainly and with the
-drafts that should pay on this machine: one right after the other, and plainly once more, in turns
-first, second and third, so that whatever else the machine does hits all alike. Every prompt counts
-with the median of its repeats' ratios, the mean of the plain ones over ours. What plain decoding
-seems to gain over itself says how much of a ratio is chance. `auto` starts knowing nothing, and
-learning counts.
+drafts that should pay on this machine, and plainly once more, each three times a race. A decode
+right after a heavy one is slower by some percent: in a race each way comes once right after each,
+itself too, in an order drawn anew, so that this, and whatever else the machine does, hits all
+alike. Every prompt counts with the median of its races' ratios, plain decoding's median (the mean
+of its two) over ours. What plain decoding seems to gain over itself says how much of a ratio is
+chance. `auto` starts knowing nothing, and learning counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -22,17 +21,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from statistics import mean, median
+from statistics import median
 
 from spiffy.cli.threads import set_threads, usable_cpus, wait_passively
 
 wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
-import torch
 from fresh import forgetting_costs
 from losslessness import POLICIES
-from pages import add_into, command, expect, fill
+from pages import add_into, at_least, command, expect, fill, load_average, machine, start, whole
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -40,7 +38,6 @@ from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.budget.auto import auto_budget
-from spiffy.runtime.budget.cost import device_name
 from spiffy.runtime.decode import Adviser, make_task, run
 from spiffy.runtime.generate import Output, collect
 from spiffy.schemas import CacheName, DecodingSettings, PolicyName
@@ -52,6 +49,9 @@ CASES: tuple[tuple[str, CacheName], ...] = (
     ("tiny-sdar", "block"),
 )
 BUDGET = 16
+OURS = 1  # of the ways of a race: plain, ours, plain again
+#: Three ways, each once after each and after itself, if it goes round.
+CYCLE = (0, 0, 1, 0, 2, 1, 1, 2, 2)
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,24 @@ def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Name
     chance: list[list[float]] = [[] for _ in questions]
     nfe = [0, 0]
     differing = set[int]()
+    decode(model, settings, questions[0], None)  # the first one follows a plain one, too
     for repeat in range(args.repeats):
         for k, question in enumerate(questions):
-            turn = (repeat + k) % 3
-            plain, ours, again = race(model, settings, question, (None, adviser, None), turn)
-            seconds = plain.stats.seconds, again.stats.seconds
-            ratios[k].append(mean(seconds) / ours.stats.seconds)
-            chance[k].append(seconds[0] / seconds[1])
-            nfe[0] += plain.stats.nfe
-            nfe[1] += ours.stats.nfe
-            used += Counter(ours.stats.budgets)
-            if plain.token_ids != ours.token_ids:
-                differing.add(k)
+            outputs: tuple[list[Output], ...] = [], [], []
+            for way in order(repeat, k):
+                advised = adviser if way == OURS else None
+                outputs[way].append(decode(model, settings, question, advised))
+            plain, ours, again = (
+                median(output.stats.seconds for output in decoded) for decoded in outputs
+            )
+            ratios[k].append((plain + again) / 2 / ours)
+            chance[k].append(plain / again)
+            for output in outputs[OURS]:
+                nfe[0] += outputs[0][0].stats.nfe
+                nfe[1] += output.stats.nfe
+                used += Counter(output.stats.budgets)
+                if output.token_ids != outputs[0][0].token_ids:
+                    differing.add(k)
     return Row(
         name,
         cache,
@@ -119,29 +125,27 @@ def measure(name: str, cache: CacheName, policy: PolicyName, args: argparse.Name
     )
 
 
-def race(
-    model: DiffusionLM,
-    settings: DecodingSettings,
-    question: str,
-    advisers: Sequence[Adviser | None],
-    first: int,
-) -> list[Output]:
-    """Decode a question in several ways, the `first` one first; outputs in the ways' order."""
-    order = [*range(first, len(advisers)), *range(first)]
-    outputs = {way: decode(model, settings, question, advisers[way]) for way in order}
-    return [outputs[way] for way in range(len(advisers))]
+def order(repeat: int, prompt: int) -> list[int]:
+    """The ways of a race: after a plain decode each follows each once, and the last is plain."""
+    generator = random.Random(f"{repeat} {prompt}")
+    ways = generator.sample(range(3), 3)
+    turned = [CYCLE[k:] + CYCLE[:k] for k in range(len(CYCLE))]
+    return [ways[k] for k in generator.choice([t for t in turned if ways[t[-1]] == 0])]
 
 
 def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     """Bootstrap interval of the median, 95%."""
     generator = random.Random(0)
     medians = sorted(median(generator.choices(values, k=len(values))) for _ in range(draws))
-    return medians[draws // 40], medians[-draws // 40]
+    return medians[draws // 40], medians[-1 - draws // 40]
 
 
 def _shares(used: Counter[str]) -> str:
     """The three most used choices with their shares of the forwards."""
-    return ", ".join(f"{name} {count / used.total():.0%}" for name, count in used.most_common(3))
+    return ", ".join(
+        f"{name} {count / used.total():.0%}" if 200 * count >= used.total() else f"{name} <1%"
+        for name, count in used.most_common(3)
+    )
 
 
 def _ratio(values: Sequence[float]) -> str:
@@ -179,17 +183,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = list(dict.fromkeys(name for name, _ in CASES))
     parser.add_argument("--models", nargs="+", default=names, choices=names)
-    parser.add_argument("--samples", type=int, default=15, help="test problems")
-    parser.add_argument("--repeats", type=int, default=6, help="races per problem")
-    parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
+    parser.add_argument("--samples", type=at_least(1), default=15, help="test problems")
+    parser.add_argument("--repeats", type=at_least(1), default=2, help="races per problem")
+    parser.add_argument("--calibrate", type=at_least(1), default=30, help="calibration problems")
     parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--threads", type=int, help="default: as the commands choose them")
+    parser.add_argument("--threads", type=at_least(1), help="default: as the commands choose them")
     parser.add_argument("--busy", action="store_true", help="beside a process that works")
     add_into(parser)
     args = parser.parse_args()
     key = "auto-busy" if args.busy else "auto"
+    whole(parser, args, "models")
     expect(parser, args.into, key)
-    load = os.getloadavg()[0]
+    load = load_average()
     spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if args.busy else None
     try:
         todo = list(cases(args.models))
@@ -197,14 +202,14 @@ def main() -> None:
         for case in track(todo, description="racing"):
             with forgetting_costs():
                 rows.append(measure(*case, args))
+            print("\n".join(table(rows[-1:], args.samples).splitlines()[2:]), flush=True)
     finally:
         if spin is not None:
             spin.kill()
     note = (
-        f"`{command()}` ({args.samples} problems, {args.repeats} races each; "
-        f"{device_name(torch.device('cpu'))}, {usable_cpus()} cores, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, float32; load average {load:.1f} at the start, "
-        f"{os.getloadavg()[0]:.1f} at the end)"
+        f"`{command(args)}` ({args.samples} generated problems, {args.repeats} races each, of nine "
+        f"decodes; against plain decoding; {machine()} at the end, {usable_cpus()} cores, float32; "
+        f"load average {load} at the start, {load_average()} at the end)"
     )
     block = f"{note}\n\n{table(rows, args.samples)}"
     print(f"\n{block}")
@@ -212,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

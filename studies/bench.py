@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fresh import forgetting_costs
-from pages import add_into, expect, fill
+from pages import add_into, at_least, expect, fill, start
 
 from spiffy.bench.tables import markdown
 from spiffy.schemas.bench import Bench, Result
@@ -98,16 +98,39 @@ def measure(case: Case, out: Path, gen_length: int) -> Bench:
     return Bench.load(folder / "bench.json")
 
 
-def threads(number: int) -> str:
+def threads(number: int | None) -> str:
     """How many, in words."""
-    return f"{number} thread" + "s" * (number != 1)
+    return "a GPU" if number is None else f"{number} thread" + "s" * (number != 1)
 
 
 def machines(benches: Sequence[Bench]) -> str:
-    """What the runs ran on, in a few words."""
-    ran = [bench.machine for bench in benches]
-    facts = ([m.device for m in ran], [threads(m.threads) for m in ran], [m.dtype for m in ran])
-    return ", ".join(" or ".join(dict.fromkeys(found)) for found in facts)
+    """What the runs ran on, how often, in a few words; which lines, where they are not alike."""
+    found: dict[str, list[int]] = {}
+    for line, bench in enumerate(benches, start=1):
+        ran, data = bench.machine, bench.data
+        facts = (
+            f"{data.samples} prompts, {data.repeats} repeat{'s' * (data.repeats != 1)}",
+            f"up to {bench.decoding.gen_length} tokens",
+            ran.device,
+            threads(ran.threads),
+            ran.dtype,
+            f"torch {ran.versions['torch']}",
+            f"commit {(ran.git_revision or 'unknown')[:7]}",
+        )
+        found.setdefault(", ".join(facts), []).append(line)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"lines {', '.join(map(str, at))}: {facts}" for facts, at in found.items())
+
+
+def same(bench: Bench, case: Case, gen_length: int) -> bool:
+    """Whether an earlier run is of what is asked for."""
+    data = bench.data
+    return (bench.decoding.gen_length, data.samples + data.left_out, data.repeats) == (
+        gen_length,
+        case.samples,
+        case.repeats,
+    )
 
 
 def describe(bench: Bench) -> str:
@@ -116,7 +139,8 @@ def describe(bench: Bench) -> str:
     return (
         f"### {bench.model.id}, cache {bench.decoding.cache}, {bench.decoding.policy}, "
         f"{data.dataset}\n\n"
-        f"{data.samples} prompts not calibrated on, {data.repeats} repeats; {machine.device}, "
+        f"{data.samples} prompts not calibrated on, {data.repeats} repeats, up to "
+        f"{bench.decoding.gen_length} tokens; {machine.device}, "
         f"{threads(machine.threads)}, {machine.dtype}, torch {machine.versions['torch']}."
     )
 
@@ -164,7 +188,7 @@ def main() -> None:
     """Measure every case, print the tables, and put them into Markdown files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the runs")
-    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--gen-length", type=at_least(1), default=64)
     parser.add_argument("--gsm8k", help="JSONL file with GSM8K's train or test split")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--reuse", action="store_true", help="take the runs that are there")
@@ -175,18 +199,26 @@ def main() -> None:
     # docs/results.md has what GSM8K's prompts gave, too: without them it stays as it is.
     keys = ("bench", "headline") if args.gsm8k else ("headline",)
     expect(parser, args.into, *keys)
-    benches = []
+    if args.gsm8k and not Path(args.gsm8k).is_file():
+        parser.error(f"--gsm8k {args.gsm8k} is no file")
+    if not any(args.only in case.name for case in cases(args.gsm8k)):
+        parser.error(f"--only {args.only}: no case has this in its name")
+    benches: list[Bench] = []
     for case in cases(args.gsm8k):
         if args.only in case.name:
             done = args.out / case.name / "bench.json"
-            reuse = args.reuse and done.is_file()
-            benches.append(Bench.load(done) if reuse else measure(case, args.out, args.gen_length))
+            found = Bench.load(done) if args.reuse and done.is_file() else None
+            if found is not None and not same(found, case, args.gen_length):
+                print(f"{done}: of another length or number of prompts, measured anew", flush=True)
+                found = None
+            benches.append(found or measure(case, args.out, args.gen_length))
+            print(f"\n{describe(benches[-1])}\n\n{markdown(shown(benches[-1]))}", flush=True)
     command = "`make bench`" if not args.gsm8k else "`make bench GSM8K=FILE`"
     tables = "\n\n".join(f"{describe(b)}\n\n{markdown(shown(b))}" for b in benches)
     synthetic = [bench for bench in benches if bench.data.dataset == "synthetic"]
     note = (
-        f"{command}: generated word problems that neither training nor calibration saw; "
-        f"{machines(synthetic)}"
+        f"{command}: generated word problems that neither training nor calibration saw; `auto` "
+        f"keeps over repeats what it has learned; {machines(synthetic)}"
     )
     blocks = {"bench": f"{command}\n\n{tables}", "headline": f"{note}\n\n{headline(synthetic)}"}
     for block in blocks.values():
@@ -196,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

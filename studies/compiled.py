@@ -1,7 +1,8 @@
 """What compiling a transformer gains, plain and with `auto` (docs/results-time.md).
 
 Every model decodes generated problems that neither training nor calibration saw, as it is and
-compiled, in turns, so that what else the machine does hits all alike; one thread. Stated are the
+compiled, in turns, so that what else the machine does hits all alike; one thread, and weights as
+torch has them (the commands prepack those of large models that are not compiled). Stated are the
 medians over prompts of milliseconds per forward and of ratios of seconds, how many answers differ,
 and how long compiling takes in a fresh process, where torch remembers nothing and where it
 remembers the time before.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -25,11 +25,11 @@ from time import perf_counter
 
 import torch
 from fresh import forgetting_costs
-from pages import add_into, expect, fill
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from serving import calibrated, questions
 from torch._dynamo.utils import counters
 
-from spiffy.bench.grow import grow, grow_graph
+from spiffy.bench.grow import SHAPES, grow, grow_graph
 from spiffy.runtime import DiffusionLM, generate, load_model
 from spiffy.runtime.generate import Output
 from spiffy.runtime.models.compiled import compile_transformer
@@ -117,14 +117,16 @@ def main() -> None:
     """Print the table, or put it into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=CACHES, default=list(CACHES))
-    parser.add_argument("--shape", help="of a real model, such as 0.3b")
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--shape", choices=[*SHAPES], help="of a real model, such as 0.3b")
+    parser.add_argument("--prompts", type=at_least(1), default=20)
+    parser.add_argument("--gen-length", type=at_least(1), default=64)
     parser.add_argument("--graphs", type=Path, help="folder of calibrated graphs, to use again")
     parser.add_argument("--compile", choices=CACHES, help=argparse.SUPPRESS)
     add_into(parser)
     args = parser.parse_args()
     key = "compiled" if args.shape is None else f"compiled-{args.shape}"
+    if args.shape is None:
+        whole(parser, args, "models")
     expect(parser, args.into, key)
     torch.set_num_threads(1)
     if args.compile is not None:
@@ -135,15 +137,14 @@ def main() -> None:
         for name in args.models:
             lines.append(line(name, args, args.graphs or Path(temporary)))
             print(lines[-1], flush=True)
-    shape = "" if args.shape is None else f" --shape {args.shape}"
-    text = (
-        f"`python studies/compiled.py --models {' '.join(args.models)}{shape} --prompts "
-        f"{args.prompts} --gen-length {args.gen_length}` (one thread, torch {torch.__version__}, "
-        f"{platform.machine()})\n\n"
-    ) + "\n".join(lines)
+    note = (
+        f"`{command(args)}` (generated problems; against plain decoding, not compiled, not "
+        f"prepacked; {machine()}, float32)"
+    )
+    text = "\n".join([note, "", *lines])
     print(f"\n{text}")
     fill(args.into, key, text)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,7 +11,6 @@ what that model's cost; in bfloat16 where the processor multiplies tiles of it (
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ hush()
 
 # ruff: noqa: E402
 from fresh import forgetting_costs
+from pages import at_least, start
 from rich.table import Table
 
 from spiffy.bench.grow import grow, grow_graph
@@ -59,6 +59,8 @@ class Line:
         Token positions computed with `auto`, over plain decoding's.
     speeds
         Tokens per second, plain and with `auto`: of each the median over prompts.
+    ratio
+        How many times as fast `auto` is: the median prompt.
     """
 
     name: str
@@ -67,12 +69,7 @@ class Line:
     nfe: tuple[int, int, int]
     positions: float
     speeds: tuple[float, float]
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast `auto` is."""
-        plain, ours = self.speeds
-        return ours / plain
+    ratio: float
 
 
 def calibrated(model: DiffusionLM, cache: CacheName, prompts: int) -> DraftGraph:
@@ -120,6 +117,7 @@ def race(
         (nfe[0], nfe[1], nfe[2]),
         positions[1] / positions[0],
         (median(rates[0]), median(rates[1])),
+        median(ours / plain for plain, ours in zip(*rates, strict=True)),
     )
 
 
@@ -147,8 +145,8 @@ def table(lines: Sequence[Line], prompts: int) -> Table:
 def main() -> int:
     """Print the table; exit code 1 if a token differs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--calibrate", type=int, default=20, help="prompts to calibrate on")
+    parser.add_argument("--prompts", type=at_least(1), default=8)
+    parser.add_argument("--calibrate", type=at_least(1), default=20, help="prompts to calibrate on")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where graphs are written")
     parser.add_argument("--small", action="store_true", help=f"leave the shape of {SHAPE} out")
     args = parser.parse_args()
@@ -201,4 +199,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

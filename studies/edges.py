@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from losslessness import OFF, ON, POLICIES, decode_all, versions
-from pages import add_into, expect, fill
+from pages import add_into, at_least, command, expect, fill, start
 from rich.progress import track
 
 from spiffy.calib.pipeline import Traces, build_graph, prepare, record
@@ -141,20 +141,19 @@ def table(measured: Sequence[Group], samples: int) -> str:
 def main() -> None:
     """Print the table, or put it into Markdown files between its markers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=8, help="test problems")
-    parser.add_argument("--calibrate", type=int, default=20, help="calibration problems")
-    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--samples", type=at_least(1), default=8, help="test problems")
+    parser.add_argument("--calibrate", type=at_least(1), default=20, help="calibration problems")
+    parser.add_argument("--gen-length", type=at_least(1), default=64)
     add_into(parser)
     args = parser.parse_args()
     expect(parser, args.into, "edges")
     total = len(LAYOUTS) * len(BLOCK_LENGTHS) * len(POLICIES)
     measured = list(track(groups(args), description="block edges", total=total))
-    command = f"python studies/edges.py --samples {args.samples} --calibrate {args.calibrate}"
-    note = f"`{command} --gen-length {args.gen_length}` ({versions()})"
+    note = f"`{command(args)}` (generated problems; against plain decoding; {versions()})"
     block = f"{note}\n\n{table(measured, args.samples)}"
     print(f"\n{block}")
     fill(args.into, "edges", block)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -4,23 +4,25 @@ Every tiny model decodes generated problems plainly, once to calibrate and once,
 measure. Nearly all is replayed from these recordings, exactly: how close growth comes to the
 best of all graphs, what the baselines, the paper's pruning and the acceptance model are worth on
 the problems held out, and whether a graph per phase of the block would gain anything. What rejected
-drafts say is in no plain decode: with them the problems are decoded, and the tokens compared.
+drafts say is in no plain decode: with them the problems are decoded, each alone, and the tokens
+compared with those of plain decoding alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import takewhile
 from math import exp, log
 from pathlib import Path
 
 import pages
 import torch
+from phases import phases
 from rich.progress import track
 
 from spiffy.calib.fit import fit_acceptance
@@ -46,11 +48,12 @@ from spiffy.graphs import (
 from spiffy.graphs.grow import Trie
 from spiffy.graphs.optimum import optimum
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.decode import make_task, run
+from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GeometricMeanDrafter
 from spiffy.runtime.draft.acceptance import acceptance_weights
 from spiffy.runtime.forward.cache import BlockEdges
-from spiffy.schemas import CacheName, DecodingSettings, PolicyName
+from spiffy.runtime.generate import answer_ids
+from spiffy.schemas import AcceptanceModel, CacheName, DecodingSettings, PolicyName
 
 LAYOUTS: tuple[tuple[str, CacheName], ...] = (
     ("tiny-llada", "none"),
@@ -93,6 +96,12 @@ class Case:
         """Model and policy."""
         return f"{self.model.name} {self.settings.policy}"
 
+    @property
+    def prompts(self) -> list[torch.Tensor]:
+        """The held-out prompts, encoded."""
+        starts = [trace.path[0].ids for trace in self.held_out]
+        return [start[start != self.model.mask_token_id] for start in starts]
+
     @cached_property
     def counts(self) -> Counter[Chain]:
         """Chains of the calibration prompts."""
@@ -124,13 +133,31 @@ def optimality(case: Case) -> Iterator[str]:
     for budget in PROVEN:
         ours = trie.value(set(grow(case.counts, budget)))
         best = optimum(case.counts, budget)
-        gap = (best.bound - ours) / best.bound
+        gap = (best.bound - ours) / max(best.bound, 1)
         proven = "yes" if best.value == best.bound else f"at most {best.bound}"
         yield f"| {case.name} | {budget} | {ours} | {best.value} | {proven} | {gap:.2%} |"
 
 
-def held_out(case: Case) -> dict[str, list[float]]:
-    """Steps per forward on the held-out prompts, by method, at every number of drafts."""
+def fitted(case: Case) -> AcceptanceModel:
+    """The acceptance model of the calibration prompts.
+
+    Raises
+    ------
+    SystemExit
+        If they are too few for one: before all else is measured.
+    """
+    found = fit_acceptance(case.model, case.settings, case.calibration)
+    if found is None:
+        raise SystemExit(f"{case.name}: too few problems to fit a model to, give more --calibrate")
+    return found
+
+
+def held_out(case: Case) -> tuple[dict[str, list[float]], int]:
+    """Steps per forward on the held-out prompts, by method, at every number of drafts.
+
+    And how many answers of real decodes with drafts are not plain decoding's.
+    """
+    weights = acceptance_weights(fitted(case), case.model.vocab_size)
     chains = [trace.chains for trace in case.held_out]
 
     def static(fills: Sequence[Fill]) -> list[float]:
@@ -161,35 +188,29 @@ def held_out(case: Case) -> dict[str, list[float]]:
             lambda n: prune(large[: POOL * n], case.model, n, "sum")
         ),
     }
-    fitted = fit_acceptance(case.model, case.settings, case.calibration)
-    if fitted is not None:
-        weights = acceptance_weights(fitted, case.model.vocab_size)
-        drafters = {n: AcceptanceDrafter(weights, n, case.model) for n in DRAFTS}
-        steps[MODEL] = drawn(drafters.__getitem__)
-        steps[ASKING] = [decoded(case, drafters[n]) for n in track(DRAFTS, description="decoding")]
+    drafters = {n: AcceptanceDrafter(weights, n, case.model) for n in DRAFTS}
+    steps[MODEL] = drawn(drafters.__getitem__)
+    # Without what replays leave out: drafts in the first forward of a block with a block cache.
+    edges = BlockEdges(first=case.settings.cache != "block")
+    plain = [alone(case, prompt, None, edges) for prompt in case.prompts]
+    steps[ASKING], differing = [], 0
+    for n in DRAFTS:
+        ours = [alone(case, prompt, drafters[n], edges) for prompt in case.prompts]
+        found = sum(task.stats.steps for task in ours), sum(task.stats.nfe for task in ours)
+        steps[ASKING].append(found[0] / found[1])
+        differing += sum(answer_ids(a) != answer_ids(b) for a, b in zip(ours, plain, strict=True))
     futures = [[needed(trace, at) for at in range(len(trace.roots))] for trace in case.held_out]
     for name, ranks in BOUNDS.items():
         steps[name] = [perfect(futures, n, ranks) for n in DRAFTS]
-    return steps
+    return steps, differing
 
 
-def decoded(case: Case, drafter: Drafter) -> float:
-    """Steps per forward of real decodes of the held-out prompts.
-
-    Without what replays leave out: drafts in the first forward of a block with a block cache.
-    """
-    edges = BlockEdges(first=case.settings.cache != "block")
-    steps = forwards = 0
-    for trace in case.held_out:
-        start = trace.path[0].ids
-        prompt = start[start != case.model.mask_token_id]
-        task = make_task(case.model, prompt, case.settings, drafter, edges=edges)
-        for _ in run(case.model, [task]):
-            pass
-        assert torch.equal(task.path[-1].ids, trace.path[-1].ids), "drafts changed the tokens"
-        steps += task.stats.steps
-        forwards += task.stats.nfe
-    return steps / forwards
+def alone(case: Case, prompt: torch.Tensor, drafter: Drafter | None, edges: BlockEdges) -> Task:
+    """A real decode of a held-out prompt, by itself."""
+    task = make_task(case.model, prompt, case.settings, drafter, edges=edges)
+    for _ in run(case.model, [task]):
+        pass
+    return task
 
 
 def perfect(futures: Sequence[Sequence[Sequence[int]]], drafts: int, ranks: int) -> float:
@@ -230,77 +251,6 @@ def needed(trace: Trace, at: int) -> list[int]:
             lambda p: p[1], zip(ranks.tolist(), possible.tolist(), strict=True)
         )
     ]
-
-
-# What may tell one phase of a block from another, known before the forward; higher is earlier.
-def _share(trace: Trace, at: int) -> float:
-    root = trace.roots[at]
-    return 0.0 if root is None else float(len(root.candidates.positions))
-
-
-def _confidence(trace: Trace, at: int) -> float:
-    root = trace.roots[at]
-    return 0.0 if root is None else float(root.candidates.log_p[0, 0])
-
-
-def _median_confidence(trace: Trace, at: int) -> float:
-    root = trace.roots[at]
-    return 0.0 if root is None else float(root.candidates.log_p[:, 0].median())
-
-
-PHASES: dict[str, Callable[[Trace, int], float]] = {
-    "positions still masked": _share,
-    "confidence of the best position": _confidence,
-    "median confidence": _median_confidence,
-}
-
-
-def phased(
-    case: Case, feature: Callable[[Trace, int], float], parts: int, growth: Growth
-) -> list[float]:
-    """Steps per forward on the held-out prompts with one graph per phase."""
-    seen = [
-        (feature(trace, at), chain)
-        for trace in case.calibration
-        for at, chain in enumerate(trace.chains)
-        if chain
-    ]
-    values = sorted(value for value, _ in seen)
-    limits = [values[len(values) * k // parts] for k in range(1, parts)]
-
-    def phase(value: float) -> int:
-        return sum(value >= limit for limit in limits)
-
-    counts = [Counter(chain for value, chain in seen if phase(value) == k) for k in range(parts)]
-    grown = [growth(chains, max(DRAFTS)) for chains in counts]
-    found = []
-    for drafts in DRAFTS:
-        graphs = [set(fills[:drafts]) for fills in grown]
-        # A state's chain as far as the graph of its own phase goes: then any graph accepts it.
-        prompts = [
-            [
-                None if chain is None else _inside(chain, graphs[phase(feature(trace, at))])
-                for at, chain in enumerate(trace.chains)
-            ]
-            for trace in case.held_out
-        ]
-        everything = {fill for graph in graphs for fill in graph}
-        found.append(replay(prompts, everything).steps_per_forward)
-    return found
-
-
-def _inside(chain: Chain, graph: set[Fill]) -> Chain:
-    length = next((k for k, fill in enumerate(chain) if fill not in graph), len(chain))
-    return chain[:length]
-
-
-def phases(case: Case, one: Sequence[float]) -> Iterator[tuple[str, list[float]]]:
-    """What graphs per phase gain over one graph, as shares, by split and number of drafts."""
-    for label, feature in PHASES.items():
-        for parts in (2, 3):
-            several = phased(case, feature, parts, grow)
-            gains = [b / a - 1 for a, b in zip(one, several, strict=True)]
-            yield f"{parts} by {label}", gains
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -345,7 +295,7 @@ def gain_table(measured: Sequence[tuple[Case, dict[str, list[float]]]]) -> str:
                 f"{accepted[GREEDY]:.2f}",
                 f"{accepted[MODEL]:.2f}",
                 f"{accepted[ASKING]:.2f}",
-                f"{accepted[ASKING] / accepted[best]:.2f}x",
+                f"{accepted[ASKING] / accepted[best]:.2f}x" if accepted[best] else "-",
                 f"{accepted[bound]:.2f}",
             )
             lines.append(f"| {case.name} | {drafts} | {' | '.join(cells)} |")
@@ -455,7 +405,7 @@ def report(measured: Sequence[tuple[Case, dict[str, list[float]]]]) -> str:
     lines = _head("gain of graphs per phase at drafts", *DRAFTS, "mean")
     splits: dict[str, list[list[float]]] = {}
     for case, steps in track(measured, description="phases"):
-        for label, gains in phases(case, steps[GREEDY]):
+        for label, gains in phases(case.calibration, case.held_out, steps[GREEDY], DRAFTS):
             splits.setdefault(label, []).append(gains)
     for label, all_gains in splits.items():
         columns = list(zip(*all_gains, strict=True))
@@ -473,21 +423,31 @@ def report(measured: Sequence[tuple[Case, dict[str, list[float]]]]) -> str:
 def main() -> None:
     """Print the tables, or put them into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=[name for name, _ in LAYOUTS])
-    parser.add_argument("--calibrate", type=int, default=60, help="calibration problems")
-    parser.add_argument("--samples", type=int, default=40, help="test problems")
-    parser.add_argument("--gen-length", type=int, default=64)
+    names = [name for name, _ in LAYOUTS]
+    parser.add_argument("--models", nargs="+", default=names, choices=names)
+    number = pages.at_least(1)
+    parser.add_argument("--calibrate", type=number, default=60, help="calibration problems")
+    parser.add_argument("--samples", type=number, default=40, help="test problems")
+    parser.add_argument("--gen-length", type=number, default=64)
     pages.add_into(parser)
     parser.add_argument("--plot", type=Path, help="SVG to write (needs matplotlib)")
     args = parser.parse_args()
+    pages.whole(parser, args, "models")
     pages.expect(parser, args.into, "graphs")
-    recorded = track(cases(args), description="decoding", total=len(args.models) * len(POLICIES))
-    measured = [(case, held_out(case)) for case in recorded]
+    if args.plot and not (find_spec("matplotlib") and args.plot.parent.is_dir()):
+        parser.error(f"--plot {args.plot}: it takes matplotlib, and a folder that is there")
+    total, differing = len(set(args.models)) * len(POLICIES), 0
+    measured: list[tuple[Case, dict[str, list[float]]]] = []
+    for case in track(cases(args), description="decoding", total=total):
+        steps, wrong = held_out(case)
+        measured.append((case, steps))
+        differing += wrong
+        print(f"\n{steps_table(case.name, steps)}", flush=True)
+    answers = sum(len(DRAFTS) * len(case.held_out) for case, _ in measured)
     note = (
-        f"`{pages.command()}` (torch {torch.__version__}, Python "
-        f"{platform.python_version()}, float32, CPU; {args.calibrate} generated calibration "
-        f"problems, {args.samples} test problems; cache none, tiny-sdar block; graphs look "
-        f"{MAX_DEPTH} steps ahead)"
+        f"`{pages.command(args)}` ({pages.machine()}, float32; {args.calibrate} generated "
+        f"calibration problems, {args.samples} test problems; cache none, tiny-sdar block; graphs "
+        f"look {MAX_DEPTH} steps ahead; answers that drafts changed: {differing} of {answers})"
     )
     block = f"{note}\n\n{report(measured)}"
     print(f"\n{block}")
@@ -497,4 +457,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    pages.start(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from losslessness import versions
-from pages import add_into, expect, fill
+from pages import add_into, at_least, command, expect, fill, start
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -91,7 +91,7 @@ def line(name: str, cache: str, way: str, content: dict[str, Any]) -> str:
     checked = counts.get("verified")
     identical = "-" if checked is None else f"{checked['identical']} of {checked['answers']}"
     return (
-        f"| {name} | {cache} | {way} | {value:.2f} ± {error:.2f} | {counts['nfe']} "
+        f"| {name} | {cache} | {way} | {value:.3f} ± {error:.3f} | {counts['nfe']} "
         f"| {counts['positions_computed']} | {counts['steps_per_forward']:.2f} | {identical} |"
     )
 
@@ -99,8 +99,8 @@ def line(name: str, cache: str, way: str, content: dict[str, Any]) -> str:
 def main() -> None:
     """Print the table, or put it into Markdown files between its markers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=40, help="test problems")
-    parser.add_argument("--calibrate", type=int, default=20, help="calibration problems")
+    parser.add_argument("--samples", type=at_least(2), default=40, help="test problems")
+    parser.add_argument("--calibrate", type=at_least(1), default=20, help="calibration problems")
     add_into(parser)
     args = parser.parse_args()
     expect(parser, args.into, "harness")
@@ -122,12 +122,13 @@ def main() -> None:
                 more = ["--verify-share", "0.1"]
             content = evaluate(task, model_args, folder / f"{name}-{way}", more)
             lines.append(line(name, cache, way, content))
+            print(lines[-1], flush=True)
     harness = content["lm_eval_version"]
-    command = f"python studies/harness.py --samples {args.samples} --calibrate {args.calibrate}"
-    block = f"`{command}` (lm-evaluation-harness {harness}, {versions()})\n\n" + "\n".join(lines)
+    note = f"`{command(args)}` (generated problems; lm-evaluation-harness {harness}; {versions()})"
+    block = "\n".join([note, "", *lines])
     print(f"\n{block}")
     fill(args.into, "harness", block)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -1,15 +1,19 @@
 """What a server gives as more and more clients ask: throughput, latency (docs/results-serving.md).
 
 A closed loop: every client asks, waits for its answer, and asks again. Answers have unequal
-lengths, else plain decoding's sequences would go in step, which no clients do; one that is under
-way at the end counts with the share of it that its time before the end is. Servers of one model,
-without drafts, with as many as pay, and with eight for every answer whoever else asks, run beside
-each other and are measured in turns, each as often first as last and behind each other (where
-turns are a multiple of six), so that what else the machine does, and what the last one left of its
-caches, hits all alike; only one of them is asked at a time. Ratios have their 95% bootstrap
-interval, turns resampled. One process of the same kind is up to some percent faster than another as
-long as both live, which no number of turns shows: with `--servers` there are several of each, for
-so many turns one after the other, and the interval resamples those. Temperature 0, generated
+lengths, else plain decoding's sequences would go in step, which no clients do. A turn begins to
+count once every client has had an answer, and what is under way at its end ends among as many as
+before: all go on asking until then. So rates and latencies are those of a server that is as full
+all the time, however short a turn is; an answer that is under way at the beginning or at the end
+counts with the share of its time in between, and a latency where the answer began in between.
+Servers of one model, without drafts, with as many as pay, and with eight for every answer whoever
+else asks, run beside each other and are measured in turns, each as often first as last and behind
+each other (where turns are a multiple of six), so that what else the machine does, and what the
+last one left of its caches, hits all alike; only one of them is asked at a time. Ratios have their
+95% interval (Student's, of the jackknife over turns, which few turns do not make too narrow). One
+process of the same kind is up to some percent faster than another as long as both live, which no
+number of turns shows: with `--servers` there are several of each, for so many turns one after the
+other, and the interval is over those. Temperature 0, generated
 problems that neither training nor calibration saw. The first line is `generate` in Python, one
 question after the other: what servers should gain with a single client. An answer differs if it is
 not the first one that plain decoding gave, which is a near-tie of floating point at most
@@ -26,10 +30,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count, cycle
@@ -37,21 +39,19 @@ from math import lcm
 from pathlib import Path
 from time import perf_counter
 
-from spiffy.cli.threads import set_threads, wait_passively
+from spiffy.cli.threads import set_threads, usable_cpus, wait_passively
 
 wait_passively()  # as servers do, before torch is imported
 
 # ruff: noqa: E402
 import httpx
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from pages import add_into, expect, fill
-from rich.console import Console
-from scipy.stats import bootstrap
+from pages import add_into, at_least, command, expect, fill, machine, start
+from scipy.stats import t as student
 from serving import Server, calibrated, percentile, questions, serving
 
-from spiffy.bench.grow import grow
+from spiffy.bench.grow import SHAPES, grow
 from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
 from spiffy.runtime.generate import Budget
 from spiffy.runtime.models.prepack import prepack_if_faster
@@ -60,8 +60,7 @@ from spiffy.schemas import DraftGraph
 WAYS: dict[str, Budget | None] = {"none": None, "auto": "auto", "8 each": 8}
 Floats = NDArray[np.float64]
 ALONE = 0  # clients: no server at all
-_FEW = 6  # turns that make no interval
-log = Console(stderr=True, highlight=False, markup=False)
+_FEW = 4  # turns, or servers: fewer make no interval
 
 
 @dataclass
@@ -83,16 +82,62 @@ class Measured:
         each = len(self.tokens) // servers if servers > 1 else 1
         return np.array(self.tokens).reshape(-1, each).sum(1)
 
-    def add(self, began: float, ended: float, end: float, tokens: int) -> None:
-        """Count an answer; of one that was under way at the `end`, the share until then."""
-        took = ended - began
-        self.latencies.append(took)
-        self.tokens[-1] += tokens * (min(ended, end) - began) / took
+    def add(self, began: float, ended: float, start: float, end: float, tokens: int) -> bool:
+        """Count an answer, as far as it was under way in a turn; whether it began in it."""
+        within = max(0.0, min(ended, end) - max(began, start))
+        self.tokens[-1] += tokens * within / (ended - began)
+        if start <= began < end:
+            self.latencies.append(ended - began)
+            return True
+        return False
 
     @property
     def rate(self) -> float:
         """Tokens per second, of all clients."""
         return sum(self.tokens) / self.seconds
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer: its request's number, when it was asked for and came, and its tokens and text."""
+
+    number: int
+    began: float
+    ended: float
+    tokens: int
+    text: str
+
+
+async def closed_loop(
+    answer: Callable[[int], Awaitable[tuple[int, str]]], clients: int, seconds: float
+) -> tuple[float, list[Asked]]:
+    """Ask for some seconds, once every client has had an answer; when that began, and all answers.
+
+    All go on asking until the last answer that was asked for before the end has come.
+    """
+    clock, numbers = asyncio.get_running_loop().time, count()
+    found: list[Asked] = []
+    start = end = float("inf")
+    waiting, counted = clients, 0  # for their first answer; answers on their way that count
+
+    async def client() -> None:
+        nonlocal start, end, waiting, counted
+        first = True
+        while clock() < end or counted:
+            number, began = next(numbers), clock()
+            counts = began < end
+            counted += counts
+            tokens, text = await answer(number)
+            counted -= counts
+            found.append(Asked(number, began, clock(), tokens, text))
+            waiting -= first
+            if first and not waiting:
+                start = clock()
+                end = start + seconds
+            first = False
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return start, found
 
 
 async def ask(
@@ -104,35 +149,31 @@ async def ask(
     known: dict[tuple[str, int], str],
     into: Measured | None,
 ) -> None:
-    """Let clients ask for some seconds; what is under way then is waited for."""
-    numbers = count()
-    if into is not None:
-        into.begin(seconds)
-    end = perf_counter() + seconds
+    """Let clients ask for some seconds."""
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=server.address, timeout=600, limits=limits) as http:
 
-        async def client() -> None:
-            while perf_counter() < end:
-                number = next(numbers)
-                prompt, length = prompts[number % len(prompts)], lengths[number % len(lengths)]
-                began = perf_counter()
-                response = await http.post(
-                    "/v1/chat/completions",
-                    json={
-                        "messages": [{"role": "user", "content": prompt}],
-                        "max_tokens": length,
-                    },
-                )
-                ended = perf_counter()
-                answer = response.raise_for_status().json()
-                if into is None:
-                    continue
-                text = answer["choices"][0]["message"]["content"]
-                into.add(began, ended, end, answer["usage"]["completion_tokens"])
-                into.differing += text != known[prompt, length]
+        async def answer(number: int) -> tuple[int, str]:
+            prompt, length = asked(number, prompts, lengths)
+            messages = [{"role": "user", "content": prompt}]
+            request = {"messages": messages, "max_tokens": length}
+            response = await http.post("/v1/chat/completions", json=request)
+            found = response.raise_for_status().json()
+            text: str = found["choices"][0]["message"]["content"]
+            return found["usage"]["completion_tokens"], text
 
-        await asyncio.gather(*(client() for _ in range(clients)))
+        start, answers = await closed_loop(answer, clients, seconds)
+    if into is None:
+        return
+    into.begin(seconds)
+    for each in answers:
+        if into.add(each.began, each.ended, start, start + seconds, each.tokens):
+            into.differing += each.text != known[asked(each.number, prompts, lengths)]
+
+
+def asked(number: int, prompts: Sequence[str], lengths: Sequence[int]) -> tuple[str, int]:
+    """The prompt and the length of a request."""
+    return prompts[number % len(prompts)], lengths[number % len(lengths)]
 
 
 @dataclass
@@ -165,7 +206,7 @@ class Alone:
             messages = [{"role": "user", "content": prompt}]
             answer = generate(self.model, messages, gen_length=length, **options)
             if into is not None:
-                into.add(began, perf_counter(), end, len(answer.token_ids))
+                into.add(began, perf_counter(), end - seconds, end, len(answer.token_ids))
                 into.differing += answer.text != known[prompt, length]
 
     def plainly(self, prompts: Sequence[str], lengths: Sequence[int]) -> dict[tuple[str, int], str]:
@@ -173,7 +214,7 @@ class Alone:
         options = self.graph.decoding.model_dump(exclude={"gen_length"})
         answers = {}
         for number in range(lcm(len(prompts), len(lengths))):
-            prompt, length = prompts[number % len(prompts)], lengths[number % len(lengths)]
+            prompt, length = asked(number, prompts, lengths)
             messages = [{"role": "user", "content": prompt}]
             answer = generate(self.model, messages, gen_length=length, **options)
             answers[prompt, length] = answer.text
@@ -220,9 +261,10 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
                         by_itself.ask(WAYS[way], *what)
                     else:
                         asyncio.run(ask(server, clients, *what))
-            log.print(
-                f"{clients} clients:", *(f"{w} {m.rate:.1f}" for w, m in found[clients].items())
-            )
+            empty = [way for way, m in found[clients].items() if not m.latencies or not m.rate]
+            if empty:
+                raise SystemExit(f"{clients} clients, {empty[0]}: no answer, give more --seconds")
+            print(table({clients: found[clients]}, args.ways, args.servers), flush=True)
     return found
 
 
@@ -234,32 +276,33 @@ def order(ways: Sequence[str], turn: int) -> Sequence[str]:
 
 
 def ratio(ours: Measured, plain: Measured, servers: int) -> str:
-    """Throughput over another's with its interval, turns or servers resampled."""
+    """Throughput over another's, with its 95% interval over turns, or over servers if several."""
+    a, b = ours.by_server(servers), plain.by_server(servers)
+    over = a.sum() / b.sum()
+    if len(a) < _FEW:
+        return f"{over:.2f}x"
+    low, high = over * np.exp(_spread(a, b) * np.array([-1, 1]))
+    return f"{over:.2f}x, {low:.2f} to {high:.2f}"
 
-    def over(a: Floats, b: Floats, axis: int = -1) -> Floats:
-        total: Floats = a.sum(axis) / b.sum(axis)
-        return total
 
-    pair = (ours.by_server(servers), plain.by_server(servers))
-    told = f"{over(*pair):.2f}x"
-    if len(pair[0]) < _FEW:
-        return told
-    found = bootstrap(pair, over, paired=True, vectorized=True, method="percentile", rng=0)
-    low, high = found.confidence_interval
-    return f"{told}, {low:.2f} to {high:.2f}"
+def _spread(a: Floats, b: Floats) -> float:
+    """Half the interval of the logarithm of a ratio of sums, by the jackknife over pairs."""
+    others, n = np.log((a.sum() - a) / (b.sum() - b)), len(a)
+    error = np.sqrt((n - 1) * np.mean((others - others.mean()) ** 2))
+    return float(student.ppf(0.975, n - 1) * error)
 
 
 def table(found: dict[int, dict[str, Measured]], ways: Sequence[str], servers: int) -> str:
     """Markdown: throughput against the server without drafts, and latencies."""
     heads = " | ".join(f"{way}: tokens/s | p50, p95 (s)" for way in ways)
     lines = [f"| clients | {heads} | differing |", "| ---: |" + " ---: |" * (2 * len(ways) + 1)]
+    digits = int(min(m.rate for by_way in found.values() for m in by_way.values()) < 30)
     for clients, by_way in found.items():
         plain, cells = by_way["none"], []
         for way, measured in by_way.items():
             over = "" if way == "none" else f" ({ratio(measured, plain, servers)})"
-            middle, late = (percentile(measured.latencies, share) for share in (0.5, 0.95))
-            rate = f"{measured.rate:.0f}" if plain.rate >= 30 else f"{measured.rate:.1f}"
-            cells += [f"{rate}{over}", f"{middle:.2f}, {late:.2f}"]
+            late = [f"{percentile(measured.latencies, share):.2f}" for share in (0.5, 0.95)]
+            cells += [f"{measured.rate:.{digits}f}{over}", ", ".join(late)]
         wrong = sum(measured.differing for measured in by_way.values())
         total = sum(len(measured.latencies) for measured in by_way.values())
         lines.append(f"| {clients or 'no server'} | {' | '.join(cells)} | {wrong} of {total} |")
@@ -272,36 +315,36 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-sdar")
     parser.add_argument("--shape", help="of a real model, such as 0.3b")
     parser.add_argument("--cache", default="block")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=30, help="per way and number of clients")
-    parser.add_argument("--turns", type=int, default=6, help="that these are split into")
-    parser.add_argument("--servers", type=int, default=1, help="of each kind; they share the turns")
+    parser.add_argument("--clients", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--max-batch", type=at_least(1), default=16)
+    parser.add_argument("--seconds", type=float, default=30, help="per way and clients, counted")
+    parser.add_argument("--turns", type=at_least(1), default=6, help="that these are split into")
+    parser.add_argument("--servers", type=at_least(1), default=1, help="of each kind")
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS], help="with none")
     parser.add_argument("--warm-up", type=float, default=5, help="seconds before, not counted")
-    parser.add_argument("--prompts", type=int, default=40)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 40, 56, 32, 48])
+    parser.add_argument("--prompts", type=at_least(1), default=40)
+    parser.add_argument("--lengths", type=at_least(1), nargs="+", default=[64, 40, 56, 32, 48])
     parser.add_argument("--graphs", type=Path, help="folder of calibrated graphs, to use again")
     add_into(parser)
     args = parser.parse_args()
     if args.turns % args.servers or "none" not in args.ways:
         parser.error("--turns has to be a multiple of --servers, and none one of --ways")
+    if args.shape is not None and args.shape not in SHAPES:
+        parser.error(f"--shape {args.shape} is none of {', '.join(SHAPES)}")
+    if args.seconds <= 0:
+        parser.error("--seconds has to be above 0")
     shape = f" --shape {args.shape}" if args.shape else ""
     several = f" --servers {args.servers}" if args.servers > 1 else ""
     key = f"load {args.model}{shape}{several}"
     expect(parser, args.into, key)
     found = measure(args)
-    ways = "" if args.ways == [*WAYS] else f" --ways {' '.join(args.ways)}"
     block = (
-        f"`python studies/load.py --model {args.model} --cache {args.cache}{shape} --clients "
-        f"{' '.join(map(str, args.clients))}{ways}{several} --max-batch {args.max_batch} --seconds "
-        f"{args.seconds:g} --turns {args.turns} --warm-up {args.warm_up:g} --lengths "
-        f"{' '.join(map(str, args.lengths))}` (torch {torch.__version__}, {os.cpu_count()} CPUs, "
-        f"{platform.machine()})\n\n{table(found, args.ways, args.servers)}"
+        f"`{command(args)}` (generated problems; against the server without drafts; {machine()}, "
+        f"{usable_cpus()} cores)\n\n{table(found, args.ways, args.servers)}"
     )
     print(f"\n{block}")
     fill(args.into, key, block)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

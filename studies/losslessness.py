@@ -15,15 +15,13 @@ rows a forward then pads and multiplies in one go, in float32 and in bfloat16.
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, get_args
 
 import torch
-from pages import add_into, expect, fill
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -38,6 +36,8 @@ from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName, 
 OFF = BlockEdges(complete=False, first=False, fold=False)
 ON = BlockEdges()
 EDGES = {"off": OFF, "on": ON}
+MODELS = ("tiny-llada", "tiny-dream", "tiny-sdar", "tiny-llada2")
+CACHES: tuple[CacheName, ...] = get_args(CacheName)
 POLICIES: tuple[PolicyName, ...] = ("static", "threshold")
 BUDGETS = (1, 8, 32)
 PREFIX_CACHES: tuple[CacheName, ...] = ("prefix", "prefix-shared")
@@ -97,7 +97,13 @@ def decode_all(
 def fitting(
     dataset: str, samples: int, model: DiffusionLM, settings: DecodingSettings
 ) -> PromptSet:
-    """Test prompts of a data set that the model has room for; the name says how many are left."""
+    """Test prompts of a data set that the model has room for; the name says how many are left.
+
+    Raises
+    ------
+    SystemExit
+        If none is.
+    """
     drawn = load_prompts(dataset, samples, split="test")
     kept = []
     for text in drawn.texts:
@@ -106,10 +112,24 @@ def fitting(
         except SpiffyError:
             continue
         kept.append(text)
+    if not kept:
+        raise SystemExit(f"{model.name} has room for none of the prompts of {dataset}: draw more")
     name = drawn.dataset
     if len(kept) < len(drawn.texts):
         name = f"{name} ({len(kept)} of {len(drawn.texts)})"
     return PromptSet(name, tuple(kept))
+
+
+def enough(graph: DraftGraph, drafts: int) -> None:
+    """See that a graph has as many nodes as drafts are asked for.
+
+    Raises
+    ------
+    SystemExit
+        If it has not.
+    """
+    if len(graph.nodes) < drafts:
+        raise SystemExit(f"a graph of {len(graph.nodes)} nodes, not {drafts}: more --calibrate")
 
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
@@ -130,7 +150,9 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
             **of,  # type: ignore[arg-type]
         )
 
-    for cache in args.caches or model.family.caches:
+    for cache in model.family.caches:
+        if args.caches and cache not in args.caches:
+            continue
         for policy in POLICIES:
             settings = decoding_settings(
                 model, gen_length=args.gen_length, cache=cache, policy=policy
@@ -208,9 +230,9 @@ def share(name: str, args: argparse.Namespace) -> Iterator[Sharing]:
         graph = build_graph(model, prompts, base, traces, SHARING)
         for label, questions, gen_length in tried:
             settings = base.model_copy(update={"gen_length": gen_length})
-            drafter = graph_drafter(model, graph, settings, SHARING)
             found = {"plain": decode_all(model, settings, questions, None, ON)}
             for cache in PREFIX_CACHES:
+                drafter = graph_drafter(model, graph, settings, SHARING)  # has learned nothing yet
                 ours = settings.model_copy(update={"cache": cache})
                 found[cache] = decode_all(model, ours, questions, drafter, ON)
             yield Sharing(
@@ -286,7 +308,7 @@ def keep_company(name: str, args: argparse.Namespace) -> Iterator[Company]:
     questions = [problem.question for problem in islice(problems("test"), args.company_samples)]
     models = {dtype: load_model(name, device="cpu", dtype=dtype) for dtype in DTYPES}
     first = models[DTYPES[0]]
-    for cache in args.caches or [c for c in first.family.caches if c in ("none", "dual", "block")]:
+    for cache in [c for c in first.family.caches if c in ("none", "dual", "block")]:
         for policy in POLICIES:
             settings = decoding_settings(
                 first, gen_length=args.gen_length, cache=cache, policy=policy
@@ -383,82 +405,70 @@ def losslessness(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Print the tables, or put them into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--models", nargs="+", default=["tiny-llada", "tiny-dream", "tiny-sdar", "tiny-llada2"]
-    )
-    parser.add_argument("--samples", type=int, default=12, help="test problems")
-    parser.add_argument("--caches", nargs="*", help="of the first table; default: all exact ones")
-    parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
-    parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument(
-        "--tables",
-        nargs="+",
-        choices=("losslessness", "sharing", "company"),
-        default=["losslessness", "sharing", "company"],
-    )
-    parser.add_argument(
-        "--near-samples", type=int, default=20, help="test problems of the second table"
-    )
-    parser.add_argument(
-        "--company-samples", type=int, default=64, help="test problems of the third table"
-    )
-    parser.add_argument("--dataset", help="name or JSONL file of more prompts for it")
-    parser.add_argument("--dataset-samples", type=int, default=10, help="how many of those")
-    parser.add_argument("--dataset-gen-length", type=int, default=128)
+    given, several = parser.add_argument, {"nargs": "+"}
+    given("--models", **several, choices=MODELS, default=[*MODELS])
+    given("--samples", type=at_least(1), default=12, help="test problems")
+    given("--caches", **several, choices=CACHES, help="of the first table; default: all exact ones")
+    given("--calibrate", type=at_least(1), default=30, help="calibration problems")
+    given("--gen-length", type=at_least(1), default=64)
+    given("--tables", **several, choices=TABLES, default=[*TABLES])
+    given("--near-samples", type=at_least(1), default=20, help="test problems of the second table")
+    given("--company-samples", type=at_least(1), default=64, help="test problems of the third one")
+    given("--dataset", help="name or JSONL file of more prompts for the second table")
+    given("--dataset-samples", type=at_least(1), default=10, help="how many of those")
+    given("--dataset-gen-length", type=at_least(1), default=128)
     add_into(parser)
     args = parser.parse_args()
+    whole(parser, args, "models", "caches")
     expect(parser, args.into, *args.tables)
-    command = "python studies/losslessness.py --models"
-    size = f"--calibrate {args.calibrate} --gen-length {args.gen_length}"
-    blocks: dict[str, str] = {}
-    if "losslessness" in args.tables:
-        rows = measured(measure, args.models, args)
-        chosen = f" --caches {' '.join(args.caches)}" if args.caches else ""
-        blocks["losslessness"] = (
-            f"`{command} {' '.join(args.models)} --tables losslessness{chosen} --samples "
-            f"{args.samples} {size}` ({versions()})\n\n{losslessness(rows)}"
-        )
-    if "sharing" in args.tables:
-        beside = measured(share, args.models, args)
-        models = dict.fromkeys(row.model for row in beside)
-        more = ""
-        if args.dataset:
-            more = (
-                f" --dataset {Path(args.dataset).name} --dataset-samples {args.dataset_samples} "
-                f"--dataset-gen-length {args.dataset_gen_length}"
-            )
-        blocks["sharing"] = (
-            f"`{command} {' '.join(models)} --tables sharing --near-samples {args.near_samples} "
-            f"{size}{more}` ({versions()})\n\n{sharing(beside)}"
-        )
-    if "company" in args.tables:
-        kept = measured(keep_company, args.models, args)
-        blocks["company"] = (
-            f"`{command} {' '.join(args.models)} --tables company --company-samples "
-            f"{args.company_samples} {size}` ({versions().replace('float32, ', '')})\n\n"
-            f"{company(kept)}"
-        )
-    for key, block in blocks.items():
-        print(f"\n{block}")
+    for key in dict.fromkeys(args.tables):  # each is kept once it is done
+        of, table = TABLES[key]
+        rows = measured(of, args.models, args)
+        if not rows:
+            print(f"\n{key}: nothing of {', '.join(args.models)} belongs there")
+            continue
+        block = f"`{command(_of(key, args))}` ({machine()}{SAID[key]})\n\n{table(rows)}"
+        print(f"\n{block}", flush=True)
         fill(args.into, key, block)
 
 
-Line = TypeVar("Line")
+Measure = Callable[[str, argparse.Namespace], Iterator[Any]]
+TABLES: dict[str, tuple[Measure, Callable[[Sequence[Any]], str]]] = {
+    "losslessness": (measure, losslessness),
+    "sharing": (share, sharing),
+    "company": (keep_company, company),
+}
+SAID = {
+    "losslessness": ", float32; generated problems; against plain decoding without block edges",
+    "sharing": ", float32; against plain decoding",
+    "company": "; generated problems; against plain decoding alone",
+}
+#: Options that a table does not depend on.
+OTHERS = {
+    "losslessness": {"near_samples", "company_samples"},
+    "sharing": {"samples", "caches", "company_samples"},
+    "company": {"samples", "caches", "near_samples"},
+}
 
 
-def measured(
-    of: Callable[[str, argparse.Namespace], Iterator[Line]],
-    models: Sequence[str],
-    args: argparse.Namespace,
-) -> list[Line]:
+def _of(table: str, args: argparse.Namespace) -> argparse.Namespace:
+    """What one table is made of."""
+    given = {**vars(args), "tables": [table]}
+    without = OTHERS[table]
+    if table != "sharing" or not args.dataset:
+        without = without | {"dataset", "dataset_samples", "dataset_gen_length"}
+    return argparse.Namespace(**{name: given[name] for name in given if name not in without})
+
+
+def measured(of: Measure, models: Sequence[str], args: argparse.Namespace) -> list[Any]:
     """All lines of a table, model by model."""
     return [line for name in models for line in track(of(name, args), description=name, total=None)]
 
 
 def versions() -> str:
     """What the counts depend on besides the command."""
-    return f"torch {torch.__version__}, Python {platform.python_version()}, float32, CPU"
+    return f"{machine()}, float32"
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -3,7 +3,8 @@
 Part of `make results`; the table is in docs/results.md. The model is calibrated on generated
 problems for every policy and decodes others, plainly and with 1, 8 and 32 drafts; tokens are
 compared. Of a drafted decode's walks, those are counted that ended because a step replaced a
-committed token: a draft only fills masks, so it cannot hold such a state.
+committed token: a draft only fills masks, so it cannot hold such a state. The last walk of each is
+not among them: it ends because the answer does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from pages import add_into, command, expect, fill
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from rich.progress import track
 
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -54,7 +55,7 @@ class Row:
     right: int
     differing: int
     edits: int  # tokens replaced
-    walks: int
+    walks: int  # that another one follows
     ended_by_edit: int
 
 
@@ -64,11 +65,17 @@ def edited(before: torch.Tensor, after: torch.Tensor, mask_token_id: int) -> int
 
 
 def walks(task: Task) -> Iterator[list[torch.Tensor]]:
-    """The states of each forward's walk, its root included."""
+    """The states of each forward's walk, its root included, in the order of the forwards."""
     states = [task.canvas.start(task.prompt, task.model.mask_token_id), *task.path]
     ends = [*task.roots, len(states) - 1]
-    for start, stop in pairwise(ends):
-        yield [cursor.ids for cursor in states[start : stop + 1]]
+    for at, until in pairwise(ends):
+        yield [cursor.ids for cursor in states[at : until + 1]]
+
+
+def ended_by_edit(every: Sequence[Sequence[list[torch.Tensor]]], mask: int) -> tuple[int, int]:
+    """Of the walks of several decodes those that another follows, and those that an edit ended."""
+    followed = [walk for one in every for walk in one[:-1]]
+    return len(followed), sum(edited(walk[-2], walk[-1], mask) > 0 for walk in followed)
 
 
 def measure(
@@ -93,7 +100,7 @@ def measure(
             outputs.append(collect(task))
         plain = plain or [output.token_ids for output in outputs]
         mask = model.mask_token_id
-        all_walks = [walk for task in tasks for walk in walks(task)]
+        every = [[*walks(task)] for task in tasks]
         rows.append(
             Row(
                 policy,
@@ -107,9 +114,8 @@ def measure(
                     for output, problem in zip(outputs, chosen, strict=True)
                 ),
                 sum(o.token_ids != p for o, p in zip(outputs, plain, strict=True)),
-                sum(edited(a, b, mask) for walk in all_walks for a, b in pairwise(walk)),
-                len(all_walks),
-                sum(edited(walk[-2], walk[-1], mask) > 0 for walk in all_walks),
+                sum(edited(a, b, mask) for one in every for walk in one for a, b in pairwise(walk)),
+                *ended_by_edit(every, mask),
             )
         )
     return rows
@@ -124,10 +130,11 @@ def table(rows: Sequence[Row], problems: int) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
         first = next(r for r in rows if r.policy == row.policy)
+        so = f"{row.ended_by_edit / row.walks:.1%}" if row.drafts and row.walks else "-"
         yield (
             f"| {row.policy} | {row.drafts} | {row.nfe:,} | {first.nfe / row.nfe:.2f}x "
             f"| {row.positions:,} | {row.tokens / row.steps:.2f} | {row.right} of {problems} "
-            f"| {row.edits} | {row.ended_by_edit / row.walks:.1%} |"
+            f"| {row.edits} | {so} |"
         )
 
 
@@ -135,12 +142,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny-llada2")
-    parser.add_argument("--problems", type=int, default=40)
-    parser.add_argument("--calibrate", type=int, default=30)
-    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--problems", type=at_least(1), default=40)
+    parser.add_argument("--calibrate", type=at_least(1), default=30)
+    parser.add_argument("--gen-length", type=at_least(1), default=64)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     add_into(parser)
     args = parser.parse_args()
+    whole(parser, args, "policies")
     expect(parser, args.into, "mixture")
     model = load_model(args.model, device="cpu", dtype="float32")
     rows: list[Row] = []
@@ -148,11 +156,11 @@ def main() -> None:
         settings = decoding_settings(model, gen_length=args.gen_length, **POLICIES[policy])
         set_threads(model, settings, None)
         rows += measure(model, policy, settings, args)
+        print("\n".join(list(table(rows, args.problems))[-len(BUDGETS) :]), flush=True)
     differing = sum(row.differing for row in rows)
     lines = [
-        f"`{command()}` ({args.problems} problems, {args.calibrate} to calibrate on, "
-        f"{torch.get_num_threads()} thread, float32, torch {torch.__version__}); answers that "
-        f"differ from plain decoding's: {differing}",
+        f"`{command(args)}` ({args.problems} generated problems, {args.calibrate} to calibrate on; "
+        f"{machine()}, float32); answers that differ from plain decoding's: {differing}",
         "",
         *table(rows, args.problems),
     ]
@@ -161,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

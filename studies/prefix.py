@@ -18,7 +18,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -28,10 +27,10 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from pages import add_into, expect, fill
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from rich.progress import track
 
-from spiffy.bench.grow import grow
+from spiffy.bench.grow import SHAPES, grow
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.decode import make_task, run
 from spiffy.runtime.draft import GraphDrafter
@@ -105,14 +104,15 @@ def alone(case: Case, shape: str, forwards: int) -> Cost:
 def main() -> None:
     """Print the table, or put it into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", default="0.3b")
-    parser.add_argument("--prefix", type=int, nargs="+", default=[128, 1024, 4096])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--drafts", type=int, nargs="+", default=[0, 8])
-    parser.add_argument("--forwards", type=int, default=12)
+    parser.add_argument("--shape", default="0.3b", choices=[*SHAPES])
+    parser.add_argument("--prefix", type=at_least(1), nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--blocks", type=at_least(1), nargs="+", default=[8, 32])
+    parser.add_argument("--drafts", type=at_least(0), nargs="+", default=[0, 8])
+    parser.add_argument("--forwards", type=at_least(1), default=12)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     add_into(parser)
     args = parser.parse_args()
+    whole(parser, args, "shape", "prefix", "blocks", "drafts")
     expect(parser, args.into, "prefix")
     if not os.access(PROCESS / "clear_refs", os.W_OK):
         parser.error("peaks of memory are set back as Linux does: start it there")
@@ -130,16 +130,11 @@ def main() -> None:
             f"| {case.prefix} | {case.block} | {case.drafts} | {cost.ms:.0f} | "
             f"{cost.later / 1e6:.0f} | {cost.first / 1e6:.0f} |"
         )
-    given = {"prefix": args.prefix, "blocks": args.blocks, "drafts": args.drafts}
-    options = "".join(f" --{name} {' '.join(map(str, each))}" for name, each in given.items())
-    command = f"studies/prefix.py --shape {args.shape}{options} --forwards {args.forwards}"
-    text = (
-        f"`python {command}` (one thread, torch {torch.__version__}, {platform.machine()}, float32)"
-        "\n\n" + "\n".join(lines)
-    )
+    note = f"`{command(args)}` (tiny-sdar grown, random prompts; {machine(1)}, float32)"
+    text = "\n".join([note, "", *lines])
     print(text)
     fill(args.into, "prefix", text)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

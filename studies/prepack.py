@@ -10,20 +10,22 @@ head over as many positions.
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+from spiffy.cli.threads import wait_passively
+
+wait_passively()  # as the commands do, before torch is imported
+
+# ruff: noqa: E402
 import torch
-from pages import add_into, expect, fill
-from real_sizes import numbers, words
+from pages import add_into, at_least, command, expect, fill, machine, numbers, start, whole, words
 from rich.progress import track
 
-from spiffy.bench.grow import grow
+from spiffy.bench.grow import SHAPES, grow
 from spiffy.runtime import DiffusionLM, load_model
-from spiffy.runtime.budget.cost import device_name
 from spiffy.runtime.models.attention import Group
 from spiffy.runtime.models.prepack import prepack
 from spiffy.schemas import SpiffyError
@@ -75,12 +77,14 @@ def rows(shape: str, dtype: str, sizes: Sequence[int], repeats: int) -> Iterator
 def main() -> None:
     """Print the table, or put it into a Markdown file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", type=words, default=["0.3b", "qwen3-0.6b", "qwen3-1.7b"])
-    parser.add_argument("--dtypes", type=words, default=["float32", "bfloat16"])
-    parser.add_argument("--positions", type=numbers, default=[4, 8, 16, 40, 72])
-    parser.add_argument("--repeats", type=int, default=10)
+    dtypes = words("float32", "bfloat16", "float16")
+    parser.add_argument("--shapes", type=words(*SHAPES), default="0.3b,qwen3-0.6b,qwen3-1.7b")
+    parser.add_argument("--dtypes", type=dtypes, default="float32,bfloat16")
+    parser.add_argument("--positions", type=numbers(), default="4,8,16,40,72")
+    parser.add_argument("--repeats", type=at_least(1), default=10)
     add_into(parser)
     args = parser.parse_args()
+    whole(parser, args, "shapes", "dtypes", "positions")
     expect(parser, args.into, "prepack")
     heads = " | ".join(map(str, args.positions))
     lines = [
@@ -91,10 +95,8 @@ def main() -> None:
     for shape, dtype in track(cases, description="timing"):
         lines += rows(shape, dtype, args.positions, args.repeats)
     note = (
-        f"`python studies/prepack.py --shapes {','.join(args.shapes)} --dtypes "
-        f"{','.join(args.dtypes)}` (tiny-sdar grown, no prefix; "
-        f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, Python {platform.python_version()})"
+        f"`{command(args)}` (tiny-sdar grown, no prefix, medians; against the same weights as "
+        f"torch has them; {machine()})"
     )
     block = "\n".join([note, "", *lines])
     print(f"\n{block}")
@@ -102,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

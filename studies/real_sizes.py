@@ -4,6 +4,8 @@ A grown model decodes the tiny model's tokens by the tiny model's states, and a 
 the real model's costs (`spiffy.bench.grow`). So acceptance is the tiny model's, here that of
 generated problems which neither training nor calibration saw; times are the real model's on this
 machine. The draft graph is calibrated on the tiny model. Ways of decoding take turns prompt by
+prompt, in an order drawn anew for each and for each case. A speedup is plain decoding's seconds of
+all prompts over ours, both with the median of their repeats, and the least and the most of a single
 prompt. Beside each stands what was predicted of it, and below them what drafts would bring that
 always come true.
 
@@ -19,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,17 +28,35 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
+from zlib import crc32
 
+from spiffy.cli.threads import wait_passively
+
+wait_passively()  # as the commands do, before torch is imported
+
+# ruff: noqa: E402
 import torch
 from accelerate import dispatch_model
 from fresh import forgetting_costs
 from losslessness import decode_all
-from pages import add_into, command, expect, fill
+from pages import (
+    add_into,
+    at_least,
+    command,
+    expect,
+    fill,
+    load_average,
+    machine,
+    numbers,
+    start,
+    words,
+)
 from rich.console import Console
 
-from spiffy.bench.grow import grow, grow_graph
-from spiffy.bench.measure import measure, results
+from spiffy.bench.grow import SHAPES, grow, grow_graph
+from spiffy.bench.measure import Row, measure, results
 from spiffy.bench.methods import Method, methods
 from spiffy.calib.measure import measure_steps
 from spiffy.calib.pipeline import build_graph, prepare, record
@@ -80,6 +98,8 @@ class Line:
         The machine's part that ran it.
     kernels
         See `DiffusionLM.kernels`.
+    seconds
+        Of every prompt, plain and in this way: medians over repeats.
     of_tiny
         Answers that are not the tiny model's.
     predicted
@@ -94,6 +114,7 @@ class Line:
     parameters: int
     prompts: int
     result: Result
+    seconds: tuple[tuple[float, float], ...]
     of_tiny: int
     predicted: float | None
 
@@ -174,7 +195,9 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
             records=[{} for _ in questions],
             repeats=args.repeats,
             warm_up=0,
+            seed=crc32(repr(case).encode()),  # of the order: with few prompts one is no chance
         )
+    plain = seconds(measured.rows, found[0].name)
     return [
         Line(
             case,
@@ -184,6 +207,7 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
             parameters,
             len(questions),
             result,
+            tuple(zip(plain, seconds(measured.rows, result.name), strict=True)),
             sum(
                 row.text != expected[row.prompt]
                 for row in measured.rows
@@ -193,6 +217,15 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
         )
         for result in results(found, measured)
     ]
+
+
+def seconds(rows: Sequence[Row], method: str) -> list[float]:
+    """Of every prompt: the median over its repeats."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if row.method == method:
+            found.setdefault(row.prompt, []).append(row.seconds)
+    return [median(found[prompt]) for prompt in sorted(found)]
 
 
 def where(model: DiffusionLM) -> str:
@@ -229,8 +262,7 @@ def streamed(model: DiffusionLM, folder: Path | None) -> Iterator[None]:
 def table(lines: Sequence[Line]) -> str:
     """Markdown: a table per case; of each plain decoding first, then fixed budgets and auto.
 
-    Seconds are medians over repeats and means over prompts, speedups medians over prompts, counts
-    sums over prompts.
+    Seconds are medians over repeats and means over prompts, counts sums over prompts.
     """
     found = []
     for case in dict.fromkeys(line.case for line in lines):
@@ -240,7 +272,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 _HEADS = (
-    "| | ms per forward | s per prompt | NFE | positions | speedup | predicted "
+    "| | ms per forward | s per prompt | NFE | positions | speedup by all seconds | predicted "
     "| differ (plain, tiny) |",
     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
@@ -258,23 +290,29 @@ def _heading(line: Line) -> str:
 
 def _row(line: Line) -> str:
     result = line.result
-    seconds = result.seconds
-    total = seconds.forward + seconds.draft + seconds.verify + seconds.rest
     way = result.name
     if result.kind not in ("plain", "auto"):
         perfect = "perfect " * (result.kind == "perfect")
         way = f"{result.budget} {perfect}draft{'s' * (result.budget != 1)}"
     cells = (
         f"{way} ({result.note})" if result.note else way,
-        f"{1000 * seconds.forward / result.nfe:.0f}",
-        f"{total / line.prompts:.2f}",
+        f"{1000 * result.seconds.forward / result.nfe:.0f}",
+        f"{sum(ours for _, ours in line.seconds) / line.prompts:.2f}",
         str(result.nfe),
         str(result.positions_computed),
-        f"{result.speedup.value:.2f}x",
+        speedup(line.seconds),
         "" if line.predicted is None else f"{line.predicted:.2f}x",
         f"{result.differing}, {line.of_tiny} of {line.prompts}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def speedup(pairs: Sequence[tuple[float, float]]) -> str:
+    """Of seconds, plain and ours by prompt: of all together, and where each prompt lies."""
+    total = sum(plain for plain, _ in pairs) / sum(ours for _, ours in pairs)
+    each = [plain / ours for plain, ours in pairs]
+    spread = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
+    return f"{total:.2f}x{spread}"
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -288,36 +326,29 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                             yield Case(name, shape, block, dtype, weights, policy)
 
 
-def words(text: str) -> list[str]:
-    """A list, from its form on the command line."""
-    return [word.strip() for word in text.split(",")]
-
-
-def numbers(text: str) -> list[int]:
-    """A list of numbers, from its form on the command line."""
-    return [int(word) for word in words(text)]
-
-
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", type=words, default=["0.3b", "qwen3-0.6b", "qwen3-1.7b"])
-    parser.add_argument("--models", type=words, default=["tiny-sdar", "tiny-llada", "tiny-dream"])
-    parser.add_argument("--blocks", type=numbers, default=[4, 8], help="of SDAR; others: 32")
-    parser.add_argument("--dtypes", type=words, default=["float32"])
-    parser.add_argument("--weights", type=words, default=["memory"], help="memory, disk, or both")
-    parser.add_argument("--policies", type=words, default=["static"])
-    parser.add_argument("--budgets", type=numbers, default=[1, 2, 4, 8])
-    parser.add_argument("--timing", type=float, default=20, help="seconds, for predictions")
-    parser.add_argument("--perfect", type=numbers, default=[4], help="drafts that come true")
-    parser.add_argument("--prompts", type=int, default=2, help="test problems")
-    parser.add_argument("--repeats", type=int, default=1, help="decodes of each in every way")
-    parser.add_argument("--calibrate", type=int, default=30, help="calibration problems")
-    parser.add_argument("--gen-length", type=int, default=64)
+    given = parser.add_argument
+    given("--shapes", type=words(*SHAPES), default="0.3b,qwen3-0.6b,qwen3-1.7b")
+    given("--models", type=words(*CACHE), default="tiny-sdar,tiny-llada,tiny-dream")
+    given("--blocks", type=numbers(), default="4,8", help="of SDAR; others: 32")
+    given("--dtypes", type=words("float32", "bfloat16", "float16"), default="float32")
+    given("--weights", type=words("memory", "disk"), default="memory", help="memory, disk, or both")
+    given("--policies", type=words("static", "threshold"), default="static")
+    given("--budgets", type=numbers(most=NODES), default="1,2,4,8")
+    given("--timing", type=float, default=20, help="seconds, for predictions")
+    given("--perfect", type=numbers(most=NODES), default="4", help="drafts that come true")
+    given("--prompts", type=at_least(1), default=2, help="test problems")
+    given("--repeats", type=at_least(1), default=2, help="decodes of each in every way")
+    given("--calibrate", type=at_least(1), default=30, help="calibration problems")
+    given("--gen-length", type=at_least(1), default=64)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
+    parser.add_argument(
+        "--threads", type=at_least(1), default=torch.get_num_threads(), help="of a CPU"
+    )
     parser.add_argument("--no-prepack", action="store_true", help="of weights")
     parser.add_argument("--offload", type=Path, help="folder on the disk to stream from")
     parser.add_argument("--key", default="real-sizes", help="markers that the table goes between")
@@ -332,30 +363,40 @@ def main() -> int:
 
     Returns
     -------
-    1 if an answer in float32 is not plain decoding's or not the tiny model's, else 0.
+    1 if an answer in float32 is not plain decoding's or not the tiny model's, or no case runs,
+    else 0.
+
+    Raises
+    ------
+    SystemExit
+        If there are pages and a case does not run: they would hold some of the table.
     """
     args = arguments()
     torch.set_num_threads(args.threads)
-    load = os.getloadavg()[0]
+    load = load_average()
     lines: list[Line] = []
     for case in cases(args):
         try:
             with log.status(str(case)), forgetting_costs():
                 lines += run(case, args)
         except SpiffyError as misfit:  # such as a shape that does not hold this model
+            if args.into:
+                raise SystemExit(f"{case}: {misfit}") from None
             log.print(f"left out: {misfit}", soft_wrap=True)
             continue
         note = (
-            f"`{command()}` (torch {torch.__version__}, Python {platform.python_version()}; load "
-            f"average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end)"
+            f"`{command(args)}` ({args.prompts} generated problems, {args.repeats} decodes of each "
+            f"in every way; against plain decoding; {machine()}; load average {load} at the start, "
+            f"{load_average()} at the end)"
         )
         block = f"{note}\n\n{table(lines)}"
         print(f"\n{block}", flush=True)
-    if lines:  # all cases, or the page would hold some of them
-        fill(args.into, args.key, block)
+    if not lines:
+        return 1
+    fill(args.into, args.key, block)
     wrong = [line for line in lines if line.case.dtype == "float32"]
     return int(any(line.result.differing or line.of_tiny for line in wrong))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,9 @@ def calibrated(model: str, folder: Path, *options: str) -> Path:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that a share of all does not exceed."""
+    """The smallest value that at least a share of all does not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(0, ceil(round(share * len(ordered), 6)) - 1)]
 
 
 def _serve_grown(shape: str) -> None:

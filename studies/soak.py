@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import random
 import sys
 import tempfile
@@ -27,8 +26,7 @@ from statistics import median
 from typing import Any
 
 import httpx
-import torch
-from pages import add_into, expect, fill
+from pages import add_into, at_least, command, expect, fill, machine, start
 from serving import Server, calibrated, questions, serving
 
 from spiffy.runtime import decoding_settings, generate, load_model
@@ -36,6 +34,7 @@ from spiffy.runtime import decoding_settings, generate, load_model
 _STUCK_SECONDS = 120
 _COMPARED_SECONDS = 3  # comparing one answer takes less
 _GROWTH = 0.05  # of memory
+_LEAST = 0.2  # minutes
 _QUESTIONS = 12
 _GEN_LENGTH = 64
 _MEMORY, _IDLE = "memory kept", "server idle afterwards"  # true or not, in the end
@@ -227,12 +226,14 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-sdar")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--budget", default="auto", help="drafts for every answer")
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--max-waiting", type=int, default=12)
+    parser.add_argument("--clients", type=at_least(1), default=32)
+    parser.add_argument("--max-batch", type=at_least(1), default=16)
+    parser.add_argument("--max-waiting", type=at_least(1), default=12)
     parser.add_argument("--seed", type=int, default=0)
     add_into(parser)
     args = parser.parse_args()
+    if not args.minutes >= _LEAST:
+        parser.error(f"--minutes {args.minutes:g}: memory is looked at for {_LEAST} at least")
     expect(parser, args.into, "soak")
     report, cases = Report(), good_cases(args.model)
     room = ("--max-batch", str(args.max_batch), "--max-waiting", str(args.max_waiting))
@@ -258,10 +259,7 @@ def main() -> None:
     first, last = median(settled[:fifth]), median(settled[-fifth:])
     report.expect(last <= first * (1 + _GROWTH), _MEMORY, (first, last))
     block = (
-        f"`python studies/soak.py --model {args.model} --minutes {args.minutes:g} --clients "
-        f"{args.clients} --max-batch {args.max_batch} --max-waiting {args.max_waiting} --budget "
-        f"{args.budget}` (torch "
-        f"{torch.__version__}, {platform.machine()}, float32)\n\n"
+        f"`{command(args)}` (generated problems; {machine()}, float32)\n\n"
         f"{table(report)}\n\nMemory: {first / 1e6:.0f} MB in the second fifth of the time, "
         f"{last / 1e6:.0f} MB in the last (medians; between {min(settled) / 1e6:.0f} and "
         f"{max(settled) / 1e6:.0f} MB)."
@@ -281,4 +279,4 @@ def table(report: Report) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -2,8 +2,9 @@
 
     python studies/threads.py --into docs/cpu.md
 
-Quiet, and beside a process that keeps a core busy. Each line is measured in a process of its own,
-because OpenMP's waiting is settled when it starts.
+Quiet, and beside a process that keeps a core busy. Each line is measured in processes of its own,
+because OpenMP's waiting is settled when it starts: in several, in turns with all other lines, for
+one is faster than another of its kind as long as both live. Stated are their medians.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
+from itertools import product
+from statistics import median
 
-import torch
-from pages import add_into, expect, fill
+from pages import add_into, at_least, command, expect, fill, machine, start
+from rich.progress import track
 
 from spiffy.cli.threads import LOOKS, usable_cpus
-from spiffy.runtime.budget.cost import device_name
 
 TIMED = """
 import json, sys
@@ -50,30 +53,35 @@ WAITING = {
 }
 
 
-def timed(threads: int, waiting: str, model: str) -> dict[str, float]:
-    """Median milliseconds by number of positions."""
-    command = [sys.executable, "-c", TIMED, str(threads), model, ",".join(map(str, POSITIONS))]
+def timed(threads: int, waiting: str, busy: bool, model: str) -> dict[str, float]:
+    """Median milliseconds by number of positions, in a process of its own."""
+    given = [sys.executable, "-c", TIMED, str(threads), model, ",".join(map(str, POSITIONS))]
     env = {**os.environ, **WAITING[waiting]}
     env.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        done = subprocess.run(given, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    finally:
+        if spin is not None:
+            spin.kill()
+            spin.wait()
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
-def table(model: str, busy: bool) -> list[str]:
-    """Lines of a Markdown table."""
-    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+def table(model: str, processes: int) -> list[str]:
+    """Lines of a Markdown table, quiet ones first."""
+    ways = [(1, "passive"), *((usable_cpus(), w) for w in WAITING if usable_cpus() > 1)]
+    cases = [(threads, waiting, busy) for busy, (threads, waiting) in product((False, True), ways)]
+    found: dict[tuple[int, str, bool], list[dict[str, float]]] = {case: [] for case in cases}
+    for turn in track(range(processes), description="timing"):
+        for case in random.Random(turn).sample(cases, len(cases)):
+            found[case].append(timed(*case, model))
     lines = []
-    try:
-        for threads in sorted({1, usable_cpus()}):
-            for waiting in WAITING if threads > 1 else ("passive",):
-                found = timed(threads, waiting, model)
-                cells = " | ".join(f"{found[str(n)]:.1f}" for n in POSITIONS)
-                beside = "a busy process" if busy else "nothing"
-                lines.append(f"| {threads} | {waiting} | {beside} | {cells} |")
-    finally:
-        if spin is not None:
-            spin.kill()
+    for (threads, waiting, busy), times in found.items():
+        cells = " | ".join(f"{median(each[str(n)] for each in times):.1f}" for n in POSITIONS)
+        beside = "a busy process" if busy else "nothing"
+        lines.append(f"| {threads} | {waiting} | {beside} | {cells} |")
     return lines
 
 
@@ -81,18 +89,18 @@ def main() -> None:
     """Print a Markdown table, or put it into a file between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="tiny-sdar")
+    parser.add_argument("--processes", type=at_least(1), default=3, help="of each line")
     add_into(parser)
     args = parser.parse_args()
     expect(parser, args.into, "threads")
     block = "\n".join(
         (
-            f"`python studies/threads.py --model {args.model}` (milliseconds of a forward by its "
-            f"positions, float32, {device_name(torch.device('cpu'))})",
+            f"`{command(args)}` (milliseconds of a forward by its positions, medians, no prefix; "
+            f"{machine(usable_cpus())} at most, float32)",
             "",
             "| threads | waiting | beside | " + " | ".join(map(str, POSITIONS)) + " |",
             "| ---: | --- | --- |" + " ---: |" * len(POSITIONS),
-            *table(args.model, busy=False),
-            *table(args.model, busy=True),
+            *table(args.model, args.processes),
         )
     )
     print(block)
@@ -100,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -50,6 +51,8 @@ def study(name: str) -> Any:
     """The module of a study."""
     with pytest.MonkeyPatch.context() as patch:  # a study may import another
         patch.setattr(sys, "path", [str(PARITY.parent.parent / "studies"), *sys.path])
+        for waiting in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):  # some set them
+            patch.setenv(waiting, os.environ.get(waiting, ""))
         return importlib.import_module(name)
 
 

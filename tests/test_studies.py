@@ -1,4 +1,4 @@
-"""What studies write into pages, and that they measure what they say."""
+"""What studies write into pages, and what they refuse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import chain_graph, study
-from torch import Tensor
 
 from spiffy.bench.order import OrderNetwork, OrderShape
 from spiffy.bench.order_training import Report, Training
@@ -23,11 +22,8 @@ from spiffy.calib.pipeline import Traces
 from spiffy.calib.prompts import PromptSet
 from spiffy.runtime import decoding_settings, generate, load_model
 from spiffy.runtime.budget.cost import cache_folder
-from spiffy.runtime.decode import loop
-from spiffy.runtime.draft import GraphDrafter, confidence_chain
-from spiffy.runtime.forward.pack import forward
 from spiffy.runtime.generate import Output
-from spiffy.runtime.models import DiffusionLM
+from spiffy.schemas import SpiffyError
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -79,18 +75,98 @@ def test_a_place_that_is_missing_is_told_before_measuring(
     assert keys[-1] in capsys.readouterr().err
 
 
-def test_notes_name_files_of_this_disk_without_their_folders(
+def test_a_page_with_a_marker_twice_loses_no_text(tmp_path: Path) -> None:
+    page = marked(tmp_path / "a.md", "x", "x")
+    before = page.read_text()
+    with pytest.raises(SystemExit, match="once"):
+        pages.fill([page], "x", "new")
+    assert page.read_text() == before
+
+
+def test_notes_say_all_options_and_name_files_without_their_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "gsm8k.jsonl"
     data.touch()
-    inside = str(ROOT / "docs" / "results.md")
-    given = ["--dataset", str(data), "humaneval", "a/b", "--samples", "8", "--save", inside]
-    monkeypatch.setattr(sys, "argv", ["/x/studies/domains.py", *given, "--into", "docs/rival.md"])
-    assert pages.command() == (
-        "python studies/domains.py --dataset gsm8k.jsonl humaneval a/b --samples 8 "
-        "--save docs/results.md"
+    monkeypatch.setattr(sys, "argv", ["/x/studies/domains.py", "--into=docs/rival.md"])
+    args = argparse.Namespace(
+        dataset=[str(data), "humaneval", "a/b"],
+        samples=8,
+        shapes=pages.words()("0.3b, qwen3"),
+        budgets=pages.numbers()("1,2"),
+        seconds=24.0,
+        save=ROOT / "docs" / "results.md",
+        busy=True,
+        raw=False,
+        only="",
+        threads=None,
+        into=[Path("docs/rival.md")],
     )
+    assert pages.command(args) == (
+        "python studies/domains.py --dataset gsm8k.jsonl humaneval a/b --samples 8 "
+        "--shapes 0.3b,qwen3 --budgets 1,2 --seconds 24 --save docs/results.md --busy"
+    )
+
+
+MISUSED = [
+    ("ablations", "--models tiny-sdr", "tiny-sdr"),
+    ("ablations", "--models tiny-sdar --into PAGE", "--models"),
+    ("auto", "--models tiny-sdar --into PAGE", "--models"),
+    ("auto", "--repeats 0", "below 1"),
+    ("bench", "--only nothing", "nothing"),
+    ("compiled", "--prompts 0", "below 1"),
+    ("compiled", "--models tiny-sdar --into PAGE", "--models"),
+    ("graphs", "--models tiny-sdr", "tiny-sdr"),
+    ("graphs", "--models tiny-sdar --into PAGE", "--models"),
+    ("harness", "--samples 1", "below 2"),
+    ("load", "--shape huge", "huge"),
+    ("load", "--ways auto", "none"),
+    ("losslessness", "--models tiny-sdr", "tiny-sdr"),
+    ("losslessness", "--caches duel", "duel"),
+    ("losslessness", "--caches dual --into PAGE", "--caches"),
+    ("mixture", "--policies static --into PAGE", "--policies"),
+    ("overhead", "--forwards 1", "below 2"),
+    ("prefix", "--drafts 8 --into PAGE", "--drafts"),
+    ("prepack", "--repeats 0", "below 1"),
+    ("real_sizes", "--shapes 0.3b,huge", "huge"),
+    ("real_sizes", "--models tiny-sdr", "tiny-sdr"),
+    ("real_sizes", "--budgets 17", "above 16"),
+    ("rival", "--only nothing", "nothing"),
+    ("soak", "--minutes 0.01", "0.01"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "told"), MISUSED)
+def test_what_cannot_be_measured_or_kept_is_told_before_measuring(
+    name: str,
+    words: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module, page = study(name), tmp_path / "page.md"
+    page.touch()
+    monkeypatch.setattr(
+        sys, "argv", [f"studies/{name}.py", *words.replace("PAGE", str(page)).split()]
+    )
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_pages_take_all_models_in_any_order(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=["a", "b"])
+    parser.add_argument("--sizes", type=pages.numbers(), default="1,2")
+    pages.add_into(parser)
+    page = marked(tmp_path / "a.md", "x")
+    given = parser.parse_args(["--models", "b", "a", "--sizes", "1,2", "--into", str(page)])
+    pages.whole(parser, given, "models", "sizes")
+    pages.whole(parser, parser.parse_args(["--models", "a"]), "models", "sizes")  # no page
+    with pytest.raises(SystemExit):
+        pages.whole(parser, parser.parse_args(["--sizes", "1", "--into", str(page)]), "sizes")
 
 
 class _AskedError(Exception):
@@ -184,47 +260,6 @@ def test_a_kept_order_network_is_taken_for_what_it_was_made_of_and_nothing_else(
     assert capsys.readouterr().out.count("training anew") == 5
 
 
-def test_the_head_of_a_walk_is_what_the_walk_asks_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several states at once, where it is dear; what drafting asks of it is drafting's."""
-    overhead, model = study("overhead"), load_model("tiny-llada", device="cpu")
-    settings = decoding_settings(
-        model, gen_length=32, block_length=8, cache="none", stop_at_eos=False
-    )
-    asked, drafting, seconds = [0], [False], [0.0]  # calls by turn
-    by_drafting = [0]
-    head, candidates = model.head, loop._candidates
-
-    def heard(hidden: Tensor) -> Tensor:
-        seconds[0] += 1
-        by_drafting[0] += drafting[0]
-        asked[-1] += not drafting[0]
-        return head(hidden)
-
-    def ranked(*args: Any) -> Any:
-        drafting[0] = True
-        try:
-            return candidates(*args)
-        finally:
-            drafting[0] = False
-
-    def forwarded(*args: Any) -> Any:
-        asked.append(0)
-        return forward(*args)
-
-    monkeypatch.setattr(DiffusionLM, "head_is_dear", True)
-    monkeypatch.setattr(model, "head", heard)
-    monkeypatch.setattr(loop, "_candidates", ranked)
-    monkeypatch.setattr(overhead, "forward", forwarded)
-    monkeypatch.setattr(overhead.timed.__wrapped__, "__defaults__", (lambda: seconds[0],))
-    prompt = model.encode("Tom has 3 pens and buys 4 pens. How many pens are there now?")
-    drafter = GraphDrafter(confidence_chain(4), model)
-    turns = overhead.take_apart(model, settings, prompt, drafter, 32)
-    calls = asked[2 : 2 + len(turns)]  # without what came before the first forward, and that one
-    assert [turn.ms["head"] for turn in turns] == [1000 * number for number in calls]
-    assert any(number < turn.steps for number, turn in zip(calls, turns, strict=True))
-    assert by_drafting[0] > 0
-
-
 def test_a_model_and_its_compiled_self_start_from_the_same_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,3 +286,18 @@ def test_a_model_and_its_compiled_self_start_from_the_same_costs(
     assert len(folders) == 8
     assert tmp_path / "users" not in folders
     assert len(set(folders)) == 1
+
+
+def test_what_a_model_cannot_do_ends_a_study_with_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> None:
+        raise SpiffyError("no room")
+
+    with pytest.raises(SystemExit) as ended:
+        pages.start(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no room\n"
+    with pytest.raises(SystemExit) as ended:
+        pages.start(lambda: 1)
+    assert ended.value.code == 1
