@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.status import Status
 
 from spiffy.cli.bench_run import (
     FILES,
@@ -19,10 +18,13 @@ from spiffy.cli.bench_run import (
     profile_of,
     summed_up,
     write_files,
+    write_rows,
 )
 from spiffy.cli.common import (
     INTERRUPTED,
+    Doing,
     decodable,
+    doing,
     log,
     note_fewer,
     note_if_inexact,
@@ -239,7 +241,7 @@ class _Methods:
             kind = next((kind for kind in KINDS if kind == word), None)
             if kind is None:
                 raise SpiffyError(
-                    f"--methods {self.methods!r}: {word!r} is none; give all, or of {_KINDS}"
+                    f"--methods {self.methods}: no method {word!r}; give all, or some of {_KINDS}"
                 )
             found.append(kind)
         return found
@@ -272,8 +274,8 @@ class _Methods:
         for word in map(str.strip, self.budgets.split(",")):
             if not word.isdecimal() or not 1 <= int(word) <= artifact.budget:
                 raise SpiffyError(
-                    f"--budgets {self.budgets!r}: {word!r} is no number from 1 to "
-                    f"{artifact.budget}, the graph's drafts"
+                    f"--budgets {self.budgets}: {word!r} is no number of drafts from 1 to the "
+                    f"graph's {artifact.budget}"
                 )
             found.append(int(word))
         return sorted(set(found))
@@ -341,15 +343,17 @@ def bench(
     artifact = DraftGraph.find(graph)
     methods.check(artifact)
     encoding.check()
+    decoding.check()
     shape.check()
     output.make_folder()
-    with log.status("loading") as status:
+    with doing("loading") as status:
         from spiffy.bench.measure import load_average, machine
 
         load = load_average()
         run = _prepared(artifact, graph, model, shape, prompts, encoding, decoding, methods, status)
     found, stopped_by = measured(run, methods.execute_code)
-    with log.status("summing up"):
+    write_rows(output.out, found)  # first: what follows may fail, after hours
+    with doing("summing up"):
         profile = None
         if stopped_by is None:  # what stopped it would stop that, too
             try:
@@ -357,7 +361,7 @@ def bench(
             except (KeyboardInterrupt, Exception) as problem:  # hours of rows are to be written
                 stopped_by = problem
         summary = summed_up(run, found, machine(run.lm, load), profile)
-        written = write_files(output.out, summary, found)
+        written = write_files(output.out, summary)
     note_if_inexact(run.settings)
     print_table(summary)
     log.print(f"wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
@@ -380,7 +384,7 @@ def _prepared(
     encoding: Encoding,
     decoding: Decoding,
     methods: _Methods,
-    status: Status,
+    status: Doing,
 ) -> Run:
     """Load the model, draw the prompts, set up the methods."""
     from spiffy.bench.methods import methods as methods_of

@@ -124,14 +124,18 @@ def profile_of(run: Run) -> CostProfile | None:
     return auto_profile(median_task(tasks), run.artifact)
 
 
-def write_files(out: Path, summary: Bench, found: Measurements) -> list[Path]:
-    """Write all files of a run; returns those that people read."""
+def write_rows(out: Path, found: Measurements) -> None:
+    """Write every decode that was counted, a line each."""
+    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in found.rows)
+    write_atomically(out / "rows.jsonl", lines)
+
+
+def write_files(out: Path, summary: Bench) -> list[Path]:
+    """Write what a run is summed up in; returns the files that people read."""
     from spiffy.bench.report import require_matplotlib, write_report
     from spiffy.bench.tables import markdown
 
     summary.save(out / "bench.json")
-    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in found.rows)
-    write_atomically(out / "rows.jsonl", lines)
     write_atomically(out / "table.md", markdown(summary) + "\n")
     written = [out / "table.md"]
     try:

@@ -20,7 +20,14 @@ from spiffy.cli.calibration_runs import (
     timed,
 )
 from spiffy.cli.calibration_tables import predict, shape_like, summarise
-from spiffy.cli.common import compile_search, log, note_fewer, resumable, run_app
+from spiffy.cli.common import (
+    compile_search,
+    doing,
+    log,
+    note_fewer,
+    resumable,
+    run_app,
+)
 from spiffy.cli.options import (
     Adapter,
     Compile,
@@ -230,6 +237,7 @@ def calibrate(
     """
     growth.check()
     encoding.check()
+    decoding.check()
     threads = read_threads(model.threads)
     if abs(decoding.seed) >= 1 << 53:
         raise SpiffyError(f"--seed {decoding.seed}: must be between -2^53 and 2^53")
@@ -237,7 +245,7 @@ def calibrate(
     recording.check(ranks)
     with resumable(recording.workdir, ranks):
         path = output.path_for(model.model, writes=recording.share() == (0, 1))
-        with log.status("loading"):
+        with doing("loading"):
             drawn = prompts.draw(decoding.seed)  # cheap to refuse, before torch is imported
             drawn = replace(drawn, raw=encoding.raw, system=encoding.system)
             edges = decoding.block_edges()
@@ -255,7 +263,7 @@ def calibrate(
         traces = recorded(recording, lm, drawn, tasks, ranks)
         if traces is None:
             return
-        with log.status("fitting") as status:
+        with doing("fitting") as status:
             compile_search(status)
         command = ("spiffy-calibrate", *sys.argv[1:])
         with fitting() as on_replay:
@@ -337,7 +345,7 @@ def merge(
     check_writable(out)
     _note_replaced(out)
     budget, objective = growth.budget, growth.objective
-    with log.status("joining"):
+    with doing("joining"):
         from spiffy.calib.pipeline import build_from_facts
         from spiffy.calib.workdir import join
         from spiffy.runtime import BlockEdges

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from spiffy.calib.ranks import Ranks
-from spiffy.cli.common import log, note_skipped, progress_bar
+from spiffy.cli.common import (
+    doing,
+    log,
+    note_skipped,
+    progress_bar,
+)
 from spiffy.cli.options import recording_option
 from spiffy.schemas import SpiffyError
 
@@ -67,7 +72,7 @@ def note_left_out(drawn: PromptSet, problems: Sequence[str], repeated: Sequence[
     note_skipped(drawn.skipped, drawn.dataset)
     if repeated:
         log.print(
-            f"{len(repeated)} of {len(drawn.texts)} prompts are others once more, and decoded once"
+            f"{len(repeated)} of {len(drawn.texts)} prompts repeat another one, and are not decoded again"
         )
     if problems:
         log.print(
@@ -182,6 +187,6 @@ def timed(tasks: Sequence[Task], graph: DraftGraph) -> tuple[Task, CostProfile |
     from spiffy.runtime.budget.auto import auto_profile
     from spiffy.runtime.decode import median_task
 
-    with log.status("timing forwards"):
+    with doing("timing forwards"):
         task = replace(median_task(tasks), drafter=None, path=[])
         return task, auto_profile(task, graph) if graph.nodes else None

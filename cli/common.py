@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Timer
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -21,7 +23,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.status import Status
 
 from spiffy.cli.streams import OutputError, guarded_streams
 from spiffy.cli.threads import wait_passively
@@ -46,6 +47,7 @@ _TALKATIVE = ("torchao", "torch.utils._pytree")
 
 INTERRUPTED = 130  # exit code
 
+_LONG_SECONDS = 5.0  # without a word, where no terminal shows a spinner
 _SILENT_SECONDS = 60.0  # between two lines about progress, where no bar is drawn
 _WIDE = 1000  # columns: nothing is cut or broken where no terminal has a width
 
@@ -172,15 +174,55 @@ def warn_of_differences(artifact: DraftGraph, settings: DecodingSettings) -> Non
         )
 
 
-def compile_search(status: Status) -> None:
+class Doing(Protocol):
+    """Says what goes on."""
+
+    def update(self, status: str, /) -> None:
+        """Something else goes on from now on."""
+        ...
+
+
+class _Lines:
+    """`Doing` where no terminal shows a spinner: a line about what takes long."""
+
+    def __init__(self) -> None:
+        self._timer: Timer | None = None
+
+    def update(self, status: str, /) -> None:
+        self.stop()
+        self._timer = Timer(_LONG_SECONDS, log.print, (f"{status} ...",))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+@contextmanager
+def doing(what: str) -> Iterator[Doing]:
+    """Say what goes on: by a spinner, or where no terminal shows one by a line if it takes long."""
+    if log.is_terminal:
+        with log.status(what) as status:
+            yield status
+        return
+    lines = _Lines()
+    lines.update(what)
+    try:
+        yield lines
+    finally:
+        lines.stop()
+
+
+def compile_search(status: Doing) -> None:
     """Compile what searches for drafts while `status` says so, not amid the first prompt."""
     from spiffy.runtime.draft import fastest_search
 
-    status.update("compiling the search for drafts: half a minute, the first time")
+    status.update("compiling the search for drafts: half a minute or more, the first time")
     fastest_search()
 
 
-def ready_to_draft(artifact: DraftGraph, status: Status) -> None:
+def ready_to_draft(artifact: DraftGraph, status: Doing) -> None:
     """`compile_search` for an artifact that needs it."""
     if artifact.acceptance is not None:
         compile_search(status)
@@ -217,6 +259,9 @@ def run_app(app: Callable[[], None]) -> None:
     """Run a typer app; bad input and failed output end in one line and exit code 2."""
     wait_passively()
     hush()
+    if isinstance(app, typer.Typer):
+        for command in app.registered_commands:
+            command.help = paragraphs(inspect.getdoc(command.callback) or "")
     try:
         with guarded_streams():
             for out in (console, log):
@@ -227,6 +272,11 @@ def run_app(app: Callable[[], None]) -> None:
         if not error.is_closed_pipe:
             _complain(str(error))
         sys.exit(2)
+
+
+def paragraphs(text: str) -> str:
+    """A docstring with a line for each paragraph: its own breaks are not those of a terminal."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 def _run(app: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ from spiffy.calib.ranks import Ranks
 from spiffy.cli.common import (
     console,
     decodable,
+    doing,
     log,
     note_fewer,
     note_skipped,
@@ -105,6 +106,10 @@ class _Prompts:
         if sys.stdin.isatty():
             log.print("reading the prompt from standard input, end with Ctrl-D")
         text = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
+        if not text.strip():
+            raise SpiffyError(
+                "no prompt: give --prompt TEXT, --prompts FILE, or text on standard input"
+            )
         return PromptSet("standard input", (text.removeprefix("\ufeff").strip("\r\n"),))
 
 
@@ -276,6 +281,7 @@ def decode(
     """
     prompts.check()
     encoding.check()
+    decoding.check()
     artifact = None if graph is None else DraftGraph.find(graph)
     if artifact is None and model.model is None:
         raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
@@ -287,7 +293,7 @@ def decode(
     with resumable(output.out, ranks):
         drawn = prompts.drawn(decoding.seed)
         drawn = replace(drawn, raw=encoding.raw, system=encoding.system)
-        with log.status("loading") as status:
+        with doing("loading") as status:
             edges = decoding.block_edges()
             lm = replace(model, device=ranks.device(model.device)).load(artifact, graph)
             settings = decoding.settings(lm, artifact, model.any_model)

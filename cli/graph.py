@@ -24,7 +24,12 @@ from spiffy.schemas.labels import (
 from spiffy.schemas.records import ExportFormat
 
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Look into draft graphs: print, compare, draw, check, publish, describe the format.\n\n"
+    "Examples: spiffy-graph show llada.json; spiffy-graph diff old.json new.json; spiffy-graph "
+    "plot llada.json --out graph.html",
 )
 File = Annotated[
     str,
@@ -132,8 +137,8 @@ def _profile_line(profile: CostProfile) -> str:
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(help="Draft graph.")],
-    b: Annotated[str, typer.Argument(help="Another one.")],
+    a: Annotated[str, typer.Argument(metavar="FIRST", help="Draft graph.")],
+    b: Annotated[str, typer.Argument(metavar="SECOND", help="Another one.")],
 ) -> None:
     """Say in words what changed from one artifact to another; exit code 1 if anything did.
 

@@ -18,6 +18,7 @@ import typer
 from spiffy.cli.common import log
 from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.decoding import check_setting
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import MAX_NODES, Budget, Objective
 
@@ -320,6 +321,18 @@ class Decoding:
         ),
     ] = "all"
 
+    def _given(self) -> dict[str, Any]:
+        """By the names of `DecodingSettings`; those that are not given are None."""
+        others = ("seed", "edges")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+
+    def check(self) -> None:
+        """Refuse what no model and no graph can make right, before anything is loaded."""
+        self.block_edges()
+        for name, value in self._given().items():
+            if value is not None:
+                check_setting(name, value)
+
     def settings(
         self,
         model: DiffusionLM,
@@ -338,22 +351,7 @@ class Decoding:
         """
         from spiffy.runtime import decoding_settings
 
-        found = decoding_settings(
-            model,
-            artifact,
-            any_model=any_model,
-            policy=self.policy,
-            tokens_per_step=self.tokens_per_step,
-            threshold=self.threshold,
-            entropy_bound=self.entropy_bound,
-            edit_threshold=self.edit_threshold,
-            max_post_steps=self.max_post_steps,
-            sub_block_length=self.sub_block_length,
-            block_length=self.block_length,
-            gen_length=self.gen_length,
-            cache=self.cache,
-            temperature=self.temperature,
-        )
+        found = decoding_settings(model, artifact, any_model=any_model, **self._given())
         for name, policies in _READ_BY.items():
             if getattr(self, name) is not None and not {found.policy, *compared} & {*policies}:
                 raise SpiffyError(

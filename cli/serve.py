@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spiffy.cli.common import (
-    log,
+    doing,
     note_if_inexact,
     ready_to_draft,
     run_app,
@@ -149,6 +149,7 @@ def serve(
     Example: spiffy-serve --model tiny-sdar --graph sdar.json
     """
     serving.check()
+    decoding.check()
     _require_server()
     artifact = None if graph is None else DraftGraph.find(graph)
     if artifact is None and model.model is None:
@@ -157,7 +158,7 @@ def serve(
         raise SpiffyError("--budget counts drafts: give --graph")
     drafts = read_budget("auto" if budget is None else budget)
     threads = read_threads(model.threads)
-    with log.status("loading") as status:
+    with doing("loading") as status:
         from spiffy.integrations.serve.app import build
         from spiffy.integrations.serve.engine import Engine
         from spiffy.integrations.serve.listen import address_of, bind
@@ -174,7 +175,7 @@ def serve(
             note_if_inexact(settings)
             ready_to_draft(artifact, status)
         engine = Engine(lm, settings, artifact, drafts, edges=edges, limits=serving.limits())
-    with log.status("warming up"):
+    with doing("warming up"):
         apart(lambda: warm_up(engine, _QUESTION))
     server = build(engine, serving.access(), decoding.seed)
     address = address_of(sock)

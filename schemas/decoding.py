@@ -159,6 +159,26 @@ class DecodingSettings(BaseModel):
             raise SpiffyError(f"decoding settings: {first_problem(error)}") from None
 
 
+def check_setting(name: str, value: object) -> None:
+    """Refuse a value that no settings can have, whatever the others are.
+
+    Raises
+    ------
+    SpiffyError
+        Names the command's option, and what it takes.
+    """
+    try:
+        DecodingSettings(**{name: value})  # type: ignore[arg-type]
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_input=False):
+            if problem["loc"] != (name,):  # may be right beside others
+                continue
+            takes = problem["msg"].replace("Input should be", "must be")
+            if problem["type"] == "literal_error":
+                takes = f"choose {problem['ctx']['expected'].replace(chr(39), '')}"
+            raise SpiffyError(f"--{name.replace('_', '-')} {value}: {takes}") from None
+
+
 def first_problem(error: ValidationError) -> str:
     """Describe the first problem of a pydantic error in one line, with where it is."""
     problem = error.errors(include_url=False, include_input=False)[0]

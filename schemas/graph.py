@@ -367,7 +367,9 @@ class DraftGraph(Record):
             )
         for what, expected, received in facts:
             if expected != received:
-                advice = "" if what == "family" else ", or take this one with --any-model"
+                advice = ", or take this one with --any-model"
+                if what == "family":
+                    advice = " (--any-model takes those of the same family)" if any_model else ""
                 raise SpiffyError(
                     f"the graph was calibrated for {ours.id}: {what} {expected}, this model has "
                     f"{received}; calibrate one for this model{advice}"

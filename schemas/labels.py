@@ -63,5 +63,10 @@ def device_in_words(device: str, dtype: str, threads: int | None) -> str:
 def budgets_in_words(chosen: Iterable[Mapping[str, int]], why: str) -> str:
     """What `auto` chose, answer by answer, and what that rests on in the end; "" if it did not."""
     used: Counter[str] = sum(map(Counter, chosen), Counter())
-    counts = ", ".join(f"{name} {count}" for name, count in used.most_common())
-    return f"forwards by drafts: {counts}; at the end {why}" if used else ""
+    parts = [f"{used['plain']} plain"] if used["plain"] else []
+    for way, who in (("graph", "the graph"), ("model", "the acceptance model")):
+        named = (name.split() for name, _ in used.most_common() if name.startswith(way))
+        counts = [f"{used[' '.join(name)]} with up to {name[1]}" for name in named]
+        if counts:
+            parts.append(f"{', '.join(counts)} drafts by {who}")
+    return f"forwards: {'; '.join(parts)}; at the end {why}" if used else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,8 +74,8 @@ def test_nothing_is_written_over_a_work_directory(graph: Path, call: Call, tmp_p
     shard = (*run, "--shard", "0/2", "--batch-size", 1, "--dataset", data)
     code, _, log = call("calibrate", *shard)
     assert code == 0
-    assert f"{data} holds 3 prompts, fewer than --samples 50: all are taken" in log
-    assert "1 of 3 prompts are others once more, and decoded once" in log
+    assert f"{data.name} holds 3 prompts, fewer than --samples 50: all are taken" in log
+    assert "1 of 3 prompts repeat another one, and are not decoded again" in log
     assert "cannot be decoded" not in log
     assert call("calibrate", *shard, "--shard", "1/2")[0] == 0
     before = {path.name: path.read_bytes() for path in work.iterdir()}
@@ -251,3 +252,111 @@ def test_what_is_no_drafter_is_refused(drafter: Any, graph: bool, why: str) -> N
     model = load_model("tiny-sdar", device="cpu")
     with pytest.raises(SpiffyError, match=why):
         generate(model, "a", drafter=drafter, graph=chain_graph("tiny-sdar") if graph else None)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (("--policy", "foo"), "--policy foo: choose static, threshold, sequential, "),
+        (("--cache", "prefx"), "--cache prefx: choose none, prefix, prefix-shared, dual or block"),
+        (("--threshold", "1.5"), "--threshold 1.5: must be less than or equal to 1"),
+        (("--gen-length", "0"), "--gen-length 0: must be greater than or equal to 1"),
+        (("--edges", "foo"), "foo"),
+    ],
+)
+@pytest.mark.parametrize("command", ["calibrate", "decode", "bench", "serve"])
+def test_what_no_model_can_make_right_is_refused_before_one_is_loaded(
+    command: str,
+    given: tuple[str, ...],
+    why: str,
+    graph: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("spiffy.runtime.load_model", load)
+    what: dict[str, tuple[object, ...]] = {
+        "calibrate": ("--model", "tiny-sdar", "--out", tmp_path / "new.json"),
+        "decode": ("--graph", graph, "--prompt", "a"),
+        "bench": ("--graph", graph, "--out", tmp_path / "run"),
+        "serve": ("--graph", graph, "--port", 0),
+    }
+    monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, what[command]), *given])
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"spiffy.cli.{command}").main()
+    assert stop.value.code == 2
+    assert why in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_takes_long_is_named_where_no_terminal_shows_a_spinner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(common, "log", Console(file=io.StringIO(), width=80))
+    written = common.log.file
+    assert isinstance(written, io.StringIO)
+    with common.doing("loading"):
+        pass
+    assert written.getvalue() == ""
+    monkeypatch.setattr(common, "_LONG_SECONDS", 0.0)
+    with common.doing("loading") as status:
+        while "loading ..." not in written.getvalue():
+            time.sleep(0.001)
+        status.update("compiling")
+        while "compiling ..." not in written.getvalue():
+            time.sleep(0.001)
+
+
+def test_help_breaks_no_line_within_a_paragraph() -> None:
+    text = "One line,\nbroken.\n\nAnother one,\n    further in."
+    assert common.paragraphs(text) == "One line, broken.\n\nAnother one, further in."
+
+
+def test_no_prompt_at_all_is_not_called_an_empty_one(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    code, _, log = call("decode", "--model", "tiny-sdar")
+    assert (code, "no prompt: give --prompt TEXT" in log) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--model", "tiny-lada"), "did you mean tiny-llada or tiny-llada2"),
+        (("--model", "tiny-llada", "--revision", "v2"), "tiny-llada ships with the package"),
+    ],
+)
+def test_a_name_that_is_nearly_one_and_a_revision_of_what_has_none(
+    options: tuple[str, ...], why: str, call: Call
+) -> None:
+    code, _, log = call("decode", *options, "--prompt", "a")
+    assert (code, why in log) == (2, True)
+
+
+def test_a_graph_of_another_family_is_refused_with_any_model_too(graph: Path, call: Call) -> None:
+    found = ("--graph", graph, "--model", "tiny-llada", "--prompt", "a")
+    for given, why in (((), "calibrate one for this model"), (("--any-model",), "same family")):
+        code, _, log = call("decode", *found, *given)
+        assert (code, why in log, "--any-model" in log) == (2, True, bool(given))
+
+
+def test_rows_are_kept_if_summing_up_fails(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise SpiffyError("the summary failed")
+
+    monkeypatch.setattr(bench, "summed_up", fails)
+    words = ("--graph", graph, "--out", tmp_path / "run", "--samples", 1, "--repeats", 1)
+    words += ("--methods", "graph", "--budgets", 1, "--warm-up", 0, "--gen-length", 16)
+    monkeypatch.setattr(bench, "profile_of", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["spiffy-bench", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2
+    assert "the summary failed" in capsys.readouterr().err
+    assert len((tmp_path / "run" / "rows.jsonl").read_text("utf-8").splitlines()) == 2

@@ -541,3 +541,9 @@ def test_drafts_pay_on_a_memory_bound_accelerator_only() -> None:
     ]
     assert plans[0].drafts > 0
     assert plans[1].drafts == 0
+
+
+def test_a_forward_with_drafts_is_not_predicted_to_take_less_than_a_plain_one() -> None:
+    """Timed in a slow moment, a plain one may seem to: then more would be gained than steps."""
+    uneven = profile((0, 4.0), (1, 1.01), (4, 1.02), (8, 1.03))
+    assert best_plan({"graph": STEPS}, uneven).speedup == pytest.approx(2.8)

@@ -124,7 +124,8 @@ def plan_of(
     """What a number of drafts brings, by the steps that are expected of it and measured costs."""
     plain_forward, step = profile.points[0].seconds, profile.step_seconds
     per_forward = interpolated([(p.drafts, p.steps) for p in points], drafts)
-    spent = turn_seconds(profile, selection, drafts)
+    # Timed in another moment, a forward may seem to take less with drafts than without.
+    spent = max(turn_seconds(profile, selection, drafts), plain_forward)
     speedup = (plain_forward + step) / (spent / per_forward + step)
     return Plan(selection, drafts, speedup)
 

@@ -6,6 +6,7 @@ import json
 import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,15 @@ class Source:
             note(f"{name} is a published checkpoint's name, which is taken; ./{name} is the folder")
         found = cls._at(place, revision)
         if found is None:
-            known = ", ".join(ALIASES)
+            alike = get_close_matches(name, ALIASES, n=3)
+            meant = f"; did you mean {' or '.join(alike)}?" if alike else ""
             raise SpiffyError(
-                f"unknown model {name!r}: no such directory; give one, a hub id, or one of {known}"
+                f"unknown model {name!r}: no such directory; give one, a hub id, or a name that "
+                f"`spiffy-calibrate --list-models` prints{meant}"
+            )
+        if found.is_directory and place != name and revision is not None:
+            raise SpiffyError(
+                f"{name} ships with the package and has no revisions: drop {option('revision')}"
             )
         if found.is_directory:
             refuse_revision(name, Path(place), revision)
