@@ -138,6 +138,7 @@ class Watch:
         task = self.task
         self._root = task.canvas.start(task.prompt, task.model.mask_token_id)
         self._seen, self._given_up = 0, task.given_up  # states of the path; forwards
+        self._drafted = 0  # drafts of the forwards seen
 
     def forward(self) -> Forward:
         """What the last forward did; to be called after each."""
@@ -152,11 +153,12 @@ class Watch:
         if not self._keeps_path:
             del task.path[:-1]
         self._seen = len(task.path)
+        verified, self._drafted = task.stats.drafted - self._drafted, task.stats.drafted
         before, self._started = self._started, perf_counter()
         seconds = self._started - before
         if call is None:
             return Forward(root, None, None, (), reached, seconds)
-        states = call.states[: task.most_drafts]  # what memory left of them
+        states = call.states[:verified]  # what memory left of them
         return Forward(root, call.candidates, states, _hopped(root, reached), reached, seconds)
 
 

@@ -12,14 +12,14 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import option, said
-from spiffy.schemas.io import is_unicode, unique_keys
+from spiffy.schemas.io import is_unicode
 
 Text = str | list[dict[str, Any]]  # a user's message, or a conversation
 Found = list[tuple[Text, Mapping[str, Any]]]  # prompts and their records
@@ -133,9 +133,12 @@ def _records(content: bytes, suffix: str, field: str | None) -> _Records:
         separator = _separator(text, field, _TABLES[".csv"], guessed=True)
     if separator is None:
         _check_utf8(content)
-        known = "by its name a table (.csv)" if suffix == ".txt" else "a table with a known column"
+        known, table = "a table with a known column", ""
+        if suffix == ".txt":
+            known = "by its name a table"
+            table = "; a table is to be called .csv, or its column named (--field)"
         raise SpiffyError(
-            f"is neither JSON nor {known}: give plain text to --prompt or to standard input"
+            f"is neither JSON nor {known}: give plain text to --prompt or to standard input{table}"
         )
     return _table(text, separator, field)
 
@@ -165,6 +168,8 @@ def prompt_of(record: Any, field: str | None) -> Text:
         If there is none, or it is blank, malformed or not Unicode.
     """
     if isinstance(record, Mapping):
+        if isinstance(record, _Doubled):
+            record.check({*FIELDS, *_AMENDED_BY} if field is None else {field})
         value = _value(record, field)
     elif field is None:
         value = record
@@ -240,6 +245,8 @@ def _question(turns: Iterable[Mapping[str, Any]]) -> Text:
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     """A message as chat templates take it; tables hold every key in every row, often empty."""
+    if isinstance(turn, _Doubled):
+        turn.check({"content", "value", "role", "from", *_KEPT})
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list | tuple):
         texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
@@ -297,6 +304,25 @@ def _json(content: bytes) -> _Records:
     )
 
 
+class _Doubled(dict[str, Any]):
+    """An object in which keys stand twice: of those one is lost, which matters if it is read."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self._counts = Counter(key for key, _ in pairs)
+
+    def check(self, read: Collection[str]) -> None:
+        """Refuse it if one of the keys that are read stands twice."""
+        for key, count in self._counts.items():
+            if count > 1 and key in read:
+                raise SpiffyError(f"key {key!r} occurs twice")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    return content if len(content) == len(pairs) else _Doubled(pairs)
+
+
 class _LostError(SpiffyError):
     """What leaves unknown where the next record begins."""
 
@@ -314,7 +340,7 @@ def _parsed(content: bytes) -> Any:
     try:
         # A mark of the byte order stands within files that were joined, too.
         text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return _NotJsonError("not UTF-8 text", line)

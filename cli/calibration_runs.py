@@ -72,7 +72,8 @@ def note_left_out(drawn: PromptSet, problems: Sequence[str], repeated: Sequence[
     note_skipped(drawn.skipped, drawn.dataset)
     if repeated:
         log.print(
-            f"{len(repeated)} of {len(drawn.texts)} prompts repeat another one, and are not decoded again"
+            f"{len(repeated)} of {len(drawn.texts)} prompts repeat another one, and are "
+            "not decoded again"
         )
     if problems:
         log.print(

@@ -86,8 +86,8 @@ VersionOption = Annotated[
 Revision = Annotated[
     str | None,
     model_option(
-        help="Commit, tag or branch of a model on the hub. Default: the graph's commit, if it is "
-        "the graph's model; else the main branch."
+        help="Commit, tag or branch of a model on the hub. Default: the main branch, or where no "
+        "--model is given beside a graph, the graph's commit."
     ),
 ]
 Device = Annotated[str, model_option(help="auto, cpu, cuda, cuda:1, ...")]

@@ -123,8 +123,10 @@ def _check_drafter(drafter: Drafter, graph: DraftGraph | None) -> None:
     if graph is not None:
         raise SpiffyError("give a graph or a drafter of your own, not both")
     missing = [name for name in ("token_ranks", "asks_rejected") if not hasattr(drafter, name)]
-    if missing or not callable(drafter):
+    if missing or not callable(drafter) or isinstance(drafter, type):
         lacks = " and ".join(missing) or "__call__"
+        if isinstance(drafter, type):
+            raise SpiffyError(f"drafter {drafter.__name__} is a class: give an object of it")
         raise SpiffyError(f"drafter of type {type(drafter).__name__} has no {lacks}: see Drafter")
 
 

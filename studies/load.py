@@ -53,9 +53,9 @@ from serving import Server, calibrated, percentile, questions, serving
 
 from spiffy.bench.grow import SHAPES, grow
 from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
-from spiffy.runtime.generate import Budget
 from spiffy.runtime.models.prepack import prepack_if_faster
 from spiffy.schemas import DraftGraph
+from spiffy.schemas.records import Budget
 
 WAYS: dict[str, Budget | None] = {"none": None, "auto": "auto", "8 each": 8}
 Floats = NDArray[np.float64]

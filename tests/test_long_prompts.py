@@ -17,8 +17,8 @@ from spiffy.schemas import DecodingSettings
 
 
 @pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("layout", ["sdar-a", "fastdllm2-a", "llada2-a"])
-@pytest.mark.parametrize("length", [40, 61])
+@pytest.mark.parametrize("layout", ["sdar-a", "fastdllm2-a", "llada2-a", "a2d-bd3lm-a"])
+@pytest.mark.parametrize("length", [40, 41, 61])
 def test_a_long_prompt_is_stored_part_by_part(
     layout: str, fold: bool, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

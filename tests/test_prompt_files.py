@@ -163,7 +163,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "text with a word of tables": (
         "p.txt",
         b"Text, please: what is 2+2?\nAnd 3+3?\n",
-        "neither JSON nor by its name a table .*give plain text to --prompt",
+        "neither JSON nor by its name a table: give plain text to --prompt.*is to be called .csv",
     ),
     "the same by no name": ("p", b"Text, please: what is 2+2?\nAnd 3+3?\n", "known column"),
     "a sentence before it": ("p", b"Is this it?,text\nAnd 3+3?,x\n", "known column"),
@@ -307,7 +307,7 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
         deep = [deep]
     turn = {"role": "user", "content": "x", "tool_calls": deep}
     with pytest.raises(SpiffyError, match="values that are not JSON"):
-        prompt_files.prompt_of({"messages": [turn]})
+        prompt_files.prompt_of({"messages": [turn]}, None)
 
 
 def test_columns_of_other_words_may_stand_twice(tmp_path: Path) -> None:
@@ -335,3 +335,23 @@ def test_what_a_message_holds_besides_is_json_too(tmp_path: Path, value: str) ->
     file.write_text(good + '{"messages": [' + turn + "]}\n")
     with pytest.raises(SpiffyError, match=r"line 2|:2"):
         load_prompts(str(file), 2)
+
+
+def test_a_key_that_nobody_reads_may_stand_twice(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(
+        '[{"prompt": "one"},\n {"prompt": "two", "meta": {"a": 1, "a": 2}, "id": 1, "id": 2},\n'
+        ' {"prompt": "three", "prompt": "four"}]'
+    )
+    with pytest.raises(SpiffyError, match=r"p.json, record 3: key 'prompt' occurs twice"):
+        prompt_files.read_prompts(str(path), None)
+    skipped: list[str] = []
+    assert [text for text, _ in prompt_files.read_prompts(str(path), None, skipped)] == [
+        "one",
+        "two",
+    ]
+    assert len(skipped) == 1
+    twice = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    path.write_text(twice)
+    with pytest.raises(SpiffyError, match="key 'content' occurs twice"):
+        prompt_files.read_prompts(str(path), None)

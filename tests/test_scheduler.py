@@ -9,7 +9,7 @@ import torch
 from helpers import Oracle, collected, decode, parity_model, random_prompt, states
 from test_trust import Memory
 
-from spiffy.bench.watch import Watch, WatchedAdviser
+from spiffy.bench.watch import Watch, Watched, WatchedAdviser
 from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.runtime.forward import cache
@@ -451,3 +451,24 @@ def test_a_forward_of_no_sequence_is_refused(size: int) -> None:
     tasks, _ = begun("block")
     with pytest.raises(SpiffyError, match=f"batch size {size}: at least 1 sequence"):
         list(generate_batch(tasks[0].model, tasks, size))
+
+
+def test_what_is_watched_was_verified_when_memory_came_and_went(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (task, *_), _ = begun("block", drafts=4)
+    assert task.drafter is not None
+    task.drafter = Watched(task.drafter)
+    memory = Memory(1000, torch.OutOfMemoryError("CUDA"))
+    monkeypatch.setattr(driver, "forward", memory)
+    monkeypatch.setattr(driver, "_TRY_AGAIN", 1)
+    scheduler = Scheduler(task.model)
+    scheduler.add(task)
+    watch, seen = Watch(task), 0
+    while scheduler.busy:
+        memory.most = 1000 if task.stats.nfe % 2 else 8 * 2
+        scheduler.step()
+        forward = watch.forward()
+        seen += 0 if forward.states is None else len(forward.states)
+    assert task.stats.halvings
+    assert seen == task.stats.drafted > 0

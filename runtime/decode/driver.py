@@ -179,24 +179,26 @@ class Scheduler:
             torch.cuda.empty_cache()
         self._fitted = 0
         self._unhurt = self._unhurt or (self._most_drafts, self._most_decodes)
-        tasks = self.running
-        before = [task.stats.halvings for task in tasks]
-        running, self._running, failed = self._running, [], []
+        running, self._running = self._running, []
+        halved, failed = [], []
         for task, decoding, _ in running:
+            before = task.stats.halvings
             try:
                 self._running.append((task, decoding, decoding.throw(TooLargeError())))
             except Exception as error:  # such as of the host's memory
                 task.error = error
                 failed.append(task)
-        if failed:
-            return failed
-        halved = [task for task, n in zip(tasks, before, strict=True) if task.stats.halvings > n]
+                continue
+            if task.stats.halvings > before:
+                halved.append(task)
+        tasks = self.running
         if halved:  # of the most that one of them had: another may have had a single one
             self.halvings += 1
             self._most_drafts = min(self._most_drafts, max(task.most_drafts for task in halved))
             for task in halved:
                 task.allow(self._most_drafts)
-            return []
+        if halved or failed:
+            return failed
         if len(tasks) == 1:
             self._running = []
             self._most_drafts, self._most_decodes = self._unhurt

@@ -27,6 +27,7 @@ from spiffy.runtime.step.noise import redraw
 from spiffy.runtime.step.policy import replaced, select, step_quota
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.records import MAX_NODES
 
 # Rows that pass through a dear output head at once, times the bytes of a number: more of them take
 # longer than what they may save.
@@ -150,7 +151,9 @@ class _Drafting:
         task.stats.draft_seconds += self._seconds
         if self._chooser is not None and self._known is not None:
             reached = _reached(root, task.path[root.step - walk.end.step :])
-            told = (root, self._known, self._room, states[1:], reached, task.most_drafts)
+            cut = len(states) - 1 < self._drafts
+            most = len(states) - 1 if cut else MAX_NODES
+            told = (root, self._known, self._room, states[1:], reached, most)
             self._chooser.learn(Walk(self._led, *told))
             learned = perf_counter()
             task.stats.draft_seconds += learned - self._ended

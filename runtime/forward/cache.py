@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -271,8 +272,9 @@ class BlockCache:
         span = self.canvas.span(cursor.block)
         waiting = self._waiting(cursor)
         self.block, self.completed = cursor.block, {}
-        while sum(len(block.ids) for block in waiting) > _MOST_STORED:  # of a long prompt
-            blocks = waiting[: max(1, _MOST_STORED // len(waiting[0].ids))]
+        while len(waiting) > 1 and sum(len(block.ids) for block in waiting) > _MOST_STORED:
+            ends = accumulate(len(block.ids) for block in waiting)  # of a long prompt
+            blocks = waiting[: max(1, sum(end <= _MOST_STORED for end in ends))]
             yield [self._packed(blocks, _causal(len(blocks)))]
             self.stored += sum(len(block.ids) for block in blocks)
             waiting = waiting[len(blocks) :]
