@@ -95,7 +95,10 @@ class _Model:
     threads: Threads = "auto"
     device_map: Annotated[
         str | None,
-        model_option(help="auto, balanced, ...: spread a model over devices (needs accelerate)."),
+        model_option(
+            help="auto, balanced, ...: spread a model over devices (needs accelerate). To decode "
+            "with such a model use Python or Ray."
+        ),
     ] = None
     list_models: Annotated[
         bool,
