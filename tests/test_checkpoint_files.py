@@ -520,7 +520,9 @@ def test_another_family_is_refused_whatever_is_asked() -> None:
     graph = DraftGraph.model_construct(model=record)
     message = refusal(lambda: graph.check_fits("dream", "m1-x", 320, any_model=True))
     assert "family llada, this model has dream" in message
-    assert "--any-model" not in message
+    assert "take this one" not in message
+    assert message.endswith("(--any-model takes those of the same family)")
+    assert "--any-model" not in refusal(lambda: graph.check_fits("dream", "m1-x", 320))
 
 
 # ---------------------------------------------------------------- process-wide state
