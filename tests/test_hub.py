@@ -410,7 +410,7 @@ def test_the_readmes_commands_run(
     hub: LoopbackHub, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Use it where you are\n")[2].partition("\n## ")[0]
+    section = readme.partition("## Where you work already\n")[2].partition("\n## ")[0]
     lines = [shlex.split(line) for line in section.splitlines() if "you/llada-drafts" in line]
     assert [line[0] for line in lines] == ["spiffy-graph", "spiffy-decode"]
     a_graph_of(load_model("tiny-llada", device="cpu"), block_length=32, gen_length=32).save(

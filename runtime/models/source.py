@@ -69,8 +69,8 @@ class Source:
             alike = get_close_matches(name, ALIASES, n=3)
             meant = f"; did you mean {' or '.join(alike)}?" if alike else ""
             raise SpiffyError(
-                f"unknown model {name!r}: no such directory; give one, a hub id, or a name that "
-                f"`spiffy-calibrate --list-models` prints{meant}"
+                f"unknown model {name!r}: no such directory; give one, a hub id, or a published "
+                f"checkpoint's name (docs/checkpoints.md){meant}"
             )
         if found.is_directory and place != name and revision is not None:
             raise SpiffyError(
