@@ -81,7 +81,7 @@ class Traces:
 
     @cached_property
     def counts(self) -> ChainCounts:
-        """Chains of those that grow."""
+        """Chains of all prompts that a graph is grown on, counted once."""
         counts = ChainCounts()
         for trace in self.growing:
             counts.add(trace.chains)
@@ -254,11 +254,6 @@ def steps_per_forward(prompts: Iterable[Prompt], fills: Sequence[Fill]) -> list[
     return [round(replayed.steps_per_forward, 6) for replayed in found]
 
 
-def chain_counts(traces: Traces) -> ChainCounts:
-    """Chains of all prompts that the graph is grown on, counted once."""
-    return traces.counts
-
-
 def expected_steps(
     model: Vocabulary,
     traces: Sequence[Trace],
@@ -268,8 +263,8 @@ def expected_steps(
 ) -> tuple[ExpectedSteps, ...]:
     """Replayed denoising steps per forward of drafts chosen by an acceptance model.
 
-    Of many prompts up to 200, evenly spread: what the others would add is below a percent, and each
-    takes seconds. `on_prompt` is called after each with how many are done, and of how many.
+    Of many prompts up to 200, evenly spread, because each takes seconds. `on_prompt` is called
+    after each with how many are done, and of how many.
     """
     weights = acceptance_weights(acceptance, model.vocab_size)
     budgets = ladder(budget)
@@ -344,7 +339,7 @@ def build_from_facts(
     on_replay: Callable[[int, int], None] = lambda done, of: None,
 ) -> DraftGraph:
     """Build the graph without the model: the traces say everything."""
-    counts = chain_counts(traces)
+    counts = traces.counts
     fills = grow_by(objective, counts, budget)
     measured = traces.held_out or traces.growing
     acceptance = None

@@ -23,10 +23,10 @@ _LARGE = 100e6  # parameters from which a roofline says something
 
 def summarise(graph: DraftGraph, traces: Traces) -> None:
     """Print expected steps per forward by number of drafts, beside those of the other rule."""
-    from spiffy.calib.pipeline import chain_counts, grow_by, steps_per_forward
+    from spiffy.calib.pipeline import grow_by, steps_per_forward
 
     record, settings = graph.calibration, graph.decoding
-    counts = chain_counts(traces)
+    counts = traces.counts
     measured = traces.held_out or traces.growing
     columns: dict[str, list[float]] = {}
     points = () if graph.acceptance is None else graph.acceptance.expected_steps

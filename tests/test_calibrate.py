@@ -19,7 +19,6 @@ from spiffy.calib import fit, pipeline, record
 from spiffy.calib.pipeline import (
     Traces,
     build_graph,
-    chain_counts,
     expected_steps,
     grow_by,
     prepare,
@@ -165,8 +164,8 @@ def test_chains_are_found_without_looking_at_a_long_prompt_token_by_token() -> N
 def test_chains_are_counted_once() -> None:
     _, _, prompts = traced("llada-a", "none", prompts=2)
     traces = Traces(tuple(prompts), 0, 0)
-    assert chain_counts(traces) is chain_counts(traces)
-    assert chain_counts(traces).chains() == count_chains([prompts[0].chains])
+    assert traces.counts is traces.counts
+    assert traces.counts.chains() == count_chains([prompts[0].chains])
 
 
 def test_of_many_prompts_some_are_replayed_and_each_is_told(
@@ -256,7 +255,7 @@ def test_artifact_survives_a_round_trip_and_states_its_origin(tmp_path: Path) ->
     assert graph.budget == 8
     # Six prompts: the fifth is held out, the others grow the graph.
     assert (graph.calibration.samples, graph.calibration.held_out_samples) == (5, 1)
-    assert graph.calibration.roots == chain_counts(recorded).total()
+    assert graph.calibration.roots == recorded.counts.total()
     assert graph.expected_steps[0] == 1.0
     held_out = replay([traces[4].chains], {node.fill for node in graph.nodes})
     assert graph.expected_steps[8] == pytest.approx(held_out.steps_per_forward, abs=1e-6)

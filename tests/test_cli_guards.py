@@ -28,6 +28,30 @@ def graph(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Names and revisions of the models that are asked for; none is loaded."""
+    found: list[tuple[str, str | None]] = []
+
+    def load(name: str, *, revision: str | None, **_: object) -> None:
+        found.append((name, revision))
+        raise SpiffyError("not loaded")
+
+    monkeypatch.setattr("spiffy.runtime.load_model", load)
+    return found
+
+
+def least(command: str, graph: Path, folder: Path) -> tuple[object, ...]:
+    """What a command needs, besides a model."""
+    needed: dict[str, tuple[object, ...]] = {
+        "calibrate": ("--out", folder / "new.json"),
+        "decode": ("--graph", graph, "--prompt", "a"),
+        "bench": ("--graph", graph, "--out", folder / "run"),
+        "serve": ("--graph", graph, "--port", 0),
+    }
+    return needed[command]
+
+
 @pytest.mark.parametrize("command", [("export", "--format", "json"), ("card",)])
 def test_a_graph_is_not_replaced_by_what_is_made_of_it(
     command: tuple[str, ...],
@@ -180,25 +204,13 @@ def test_answers_of_another_model_are_not_compared_after_all_is_evaluated(
 def test_every_command_that_loads_a_model_takes_a_revision(
     command: str,
     graph: Path,
+    asked: list[tuple[str, str | None]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    asked: list[tuple[str, str | None]] = []
-
-    def load(name: str, *, revision: str | None, **_: object) -> None:
-        asked.append((name, revision))
-        raise SpiffyError("not loaded")
-
-    monkeypatch.setattr("spiffy.runtime.load_model", load)
-    what: dict[str, tuple[object, ...]] = {
-        "calibrate": ("--out", tmp_path / "new.json"),
-        "decode": ("--graph", graph, "--prompt", "a"),
-        "bench": ("--graph", graph, "--out", tmp_path / "run"),
-        "serve": ("--graph", graph, "--port", 0),
-    }
     for given in ((), ("--revision", "v2")):
-        words = ("--model", "org/model", *what[command], *given)
+        words = ("--model", "org/model", *least(command, graph, tmp_path), *given)
         monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             import_module(f"spiffy.cli.{command}").main()
@@ -208,15 +220,8 @@ def test_every_command_that_loads_a_model_takes_a_revision(
 
 
 def test_a_revision_is_of_the_graphs_model_if_no_other_is_named(
-    graph: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    graph: Path, call: Call, asked: list[tuple[str, str | None]]
 ) -> None:
-    asked: list[tuple[str, str | None]] = []
-
-    def load(name: str, *, revision: str | None, **_: object) -> None:
-        asked.append((name, revision))
-        raise SpiffyError("not loaded")
-
-    monkeypatch.setattr("spiffy.runtime.load_model", load)
     found = DraftGraph.load(graph)
     model = found.model.model_copy(update={"id": "org/model", "revision": "c" * 40})
     found.model_copy(update={"model": model}).save(graph)
@@ -278,13 +283,10 @@ def test_what_no_model_can_make_right_is_refused_before_one_is_loaded(
         raise AssertionError("loaded")
 
     monkeypatch.setattr("spiffy.runtime.load_model", load)
-    what: dict[str, tuple[object, ...]] = {
-        "calibrate": ("--model", "tiny-sdar", "--out", tmp_path / "new.json"),
-        "decode": ("--graph", graph, "--prompt", "a"),
-        "bench": ("--graph", graph, "--out", tmp_path / "run"),
-        "serve": ("--graph", graph, "--port", 0),
-    }
-    monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, what[command]), *given])
+    if command == "calibrate":
+        given = ("--model", "tiny-sdar", *given)
+    words = (*least(command, graph, tmp_path), *given)
+    monkeypatch.setattr(sys, "argv", [f"spiffy-{command}", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         import_module(f"spiffy.cli.{command}").main()
     assert stop.value.code == 2
