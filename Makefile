@@ -93,7 +93,7 @@ results: $(READY)
 	$(BIN)/python studies/harness.py --into docs/integrations.md
 
 test: $(READY)
-	$(BIN)/pytest -q -n 2 --dist loadgroup
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

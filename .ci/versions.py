@@ -36,7 +36,10 @@ FAST = (
     "tests/test_compiled_drafts.py",
     "tests/test_parity.py::test_logits_equal_the_official_models",
     "tests/test_parity.py::test_trajectory_equals_the_official_loop",
-    f"{LOSSLESS}any_drafts_leave_every_state_as_it_was",
+    *(
+        f"{LOSSLESS}any_drafts_leave_every_state_as_it_was[{case}]"
+        for case in ("llada-dual-threshold", "dream-none-uneven", "sdar-block-entropy-bounded")
+    ),
     f"{LOSSLESS}batched_decoding_equals_one_by_one",
     f"{CLI}verify_compares_with_plain_decoding",
     f"{CLI}json_has_one_object_per_prompt",
@@ -128,7 +131,7 @@ def try_versions(which: str, with_torch: bool) -> int:
             return failed
         print(f"{which}: ", end="", flush=True)
         run([python, "-c", SHOW, *sorted(bounds())], **variables)
-        test = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup"]
+        test = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
         failed = run([*test, "-p", "no:cacheprovider", *FAST], **variables)
         print(
             f"{which}{' with torch' if with_torch else ''}: {'FAILED' if failed else 'passed'}; "

@@ -36,12 +36,3 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     return Call(capsys, monkeypatch)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Keep tests that compare with the same plain decodes on one worker, which caches them."""
-    for item in items:
-        if item.path.name == "test_tiny.py" and hasattr(item, "callspec"):
-            shared = (item.callspec.params.get(key) for key in ("name", "kind", "policy"))
-            item.add_marker(pytest.mark.xdist_group("-".join(map(str, shared))))

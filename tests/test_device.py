@@ -19,8 +19,6 @@ import torch
 CASES = dict(device_cases.cases())
 COUNTED = [name for name in CASES if ":" in name]
 
-pytestmark = pytest.mark.xdist_group("device")  # all read what one process found
-
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:

@@ -24,7 +24,6 @@ NARROW = Shape("narrow", 6, 256, 8, 4, 64, 1024, 1024, tied=True)
 CACHES: tuple[tuple[str, CacheName], ...] = (
     ("tiny-llada", "none"),
     ("tiny-llada", "dual"),
-    ("tiny-dream", "none"),
     ("tiny-dream", "dual"),
     ("tiny-sdar", "block"),
 )

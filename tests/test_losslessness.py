@@ -258,7 +258,7 @@ def test_every_parametrisation_has_examples_of_its_own_and_keeps_them() -> None:
 @pytest.mark.parametrize(("layout", "policy"), COMBINATIONS)
 def test_any_drafts_leave_every_state_as_it_was(layout: str, policy: str) -> None:
     @own_examples(layout, policy)
-    @settings(max_examples=8)
+    @settings(max_examples=6)
     @given(
         fills=ANY_FILLS,
         temperature=st.sampled_from(TEMPERATURES),

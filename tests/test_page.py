@@ -30,8 +30,6 @@ from spiffy.integrations.serve.events import sent
 from spiffy.integrations.serve.listen import Sockets
 from spiffy.integrations.serve.page import page
 
-pytestmark = pytest.mark.xdist_group("page")
-
 
 def test_the_page_is_one_file_that_runs_its_own_script_and_nothing_else() -> None:
     text, headers = page()

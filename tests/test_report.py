@@ -30,8 +30,6 @@ from spiffy.schemas import DraftGraph, Node, SpiffyError
 from spiffy.schemas.bench import Acceptance, Bench, Draft, Interval, Turn
 from spiffy.schemas.html import visible
 
-pytestmark = pytest.mark.xdist_group("report")  # one worker makes what all look at
-
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 HOSTILE = "</script><script>alert(1)</script><!-- \"'&amp; \u2028 \u202e \U0001f600 \x00 {{ 7*7 }}"
