@@ -61,7 +61,7 @@ def _evaluated(
 ) -> Forwards:
     """Run the forward that holds the states."""
     question = None
-    if reader.ahead:
+    if not reader.on_host:
         question = reader.question(cursor, states, places)
         rows = question.put(rows)
     outputs = yield rows
@@ -269,36 +269,77 @@ class BlockCache:
 
     def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
         """See `Cache`."""
-        span = self.canvas.span(cursor.block)
-        waiting = self._waiting(cursor)
         self.block, self.completed = cursor.block, {}
-        while len(waiting) > 1 and sum(len(block.ids) for block in waiting) > _MOST_STORED:
-            ends = accumulate(len(block.ids) for block in waiting)  # of a long prompt
-            blocks = waiting[: max(1, sum(end <= _MOST_STORED for end in ends))]
-            yield [self._packed(blocks, _causal(len(blocks)))]
-            self.stored += sum(len(block.ids) for block in blocks)
-            waiting = waiting[len(blocks) :]
-        if self.first_only(cursor):
+        begins = self.first_only(cursor)
+        # The forward that begins a block alone is the one that stores the block before.
+        waiting = yield from self._store_apart(cursor, everything=not (self.fold or begins))
+        if begins:
             rows = [self._packed(waiting, _causal(len(waiting)))]
-            alone = [Place(0, 0, waiting[0].start, len(rows[0].ids))]
-            evaluation = yield from _evaluated(
-                self.model, self.reader, cursor, cursor.ids[None], rows, alone
-            )
-            self.stored = span.start
-            return evaluation
-        if not self.fold:
-            prompt = sum(block.start < self.canvas.first for block in waiting)
-            for blocks in (waiting[:prompt], *([b] for b in waiting[prompt:])):
-                if blocks:
-                    yield [self._packed(blocks, _causal(len(blocks)))]
-                    self.stored += sum(len(block.ids) for block in blocks)
-            waiting = []
+            states, places = cursor.ids[None], [Place(0, 0, waiting[0].start, len(rows[0].ids))]
+        else:
+            follows = drafting and self.crosses and cursor.block + 1 < self.canvas.blocks
+            segments, sees, places = self._laid_out(waiting, cursor, states, follows)
+            rows = [self._packed(segments, sees)]
+        evaluation = yield from _evaluated(self.model, self.reader, cursor, states, rows, places)
+        self.stored = self.canvas.span(cursor.block).start
+        return evaluation
 
+    def settle(self, state: int, cursor: Cursor) -> None:
+        """Store the block that the state completes, if the walk stepped on from behind it."""
+        if state in self.completed and cursor.block > self.block:
+            if state:  # the root's is in its place
+                self.kept.move(self.completed[state], self.stored)
+            self.stored += len(self.completed[state])
+        self.completed = {}
+
+    def _waiting(self, cursor: Cursor) -> list[Segment]:
+        """Blocks before the cursor's that are not stored yet."""
+        blocks = self.canvas.attention_blocks(self.stored, self.canvas.span(cursor.block).start)
+        ids = cursor.ids.numpy()
+        return [Segment(ids[b.start : b.stop], b.start, b.start) for b in blocks]
+
+    def _store_apart(
+        self, cursor: Cursor, everything: bool
+    ) -> Generator[list[Row], list[RowOutput], list[Segment]]:
+        """Store finished blocks in forwards of their own, as the official loop does.
+
+        Not `everything`: only what is too long for the forward that they ride in. Returns the
+        blocks that are left for that one.
+        """
+        waiting = self._waiting(cursor)
+        # A long prompt goes in parts.
+        while len(waiting) > 1 and sum(len(block.ids) for block in waiting) > _MOST_STORED:
+            ends = accumulate(len(block.ids) for block in waiting)
+            part = max(1, sum(end <= _MOST_STORED for end in ends))
+            yield from self._store(waiting[:part])
+            waiting = waiting[part:]
+        if not everything:
+            return waiting
+        prompt = sum(block.start < self.canvas.first for block in waiting)
+        if prompt:
+            yield from self._store(waiting[:prompt])
+        for block in waiting[prompt:]:
+            yield from self._store([block])
+        return []
+
+    def _store(self, blocks: Sequence[Segment]) -> Generator[list[Row], list[RowOutput], None]:
+        """Compute finished blocks' keys and values in one forward."""
+        yield [self._packed(blocks, _causal(len(blocks)))]
+        self.stored += sum(len(block.ids) for block in blocks)
+
+    def _laid_out(
+        self, waiting: Sequence[Segment], cursor: Cursor, states: Tensor, follows: bool
+    ) -> tuple[list[Segment], list[list[int]], list[Place]]:
+        """Segments of a forward over some states, what each attends to, and where the states lie.
+
+        In front are the blocks that wait to be stored; then each state's block, with `follows` the
+        next block's masks behind those that complete theirs. Notes the latter in `completed`.
+        """
+        span = self.canvas.span(cursor.block)
         segments, sees = list(waiting), _causal(len(waiting))
         before = list(range(len(waiting)))
         of_states = states.numpy()[:, span.start : span.stop]
         complete = (of_states != self.model.mask_token_id).all(1).tolist()
-        follows = drafting and self.crosses and cursor.block + 1 < self.canvas.blocks
         first = sum(len(segment.ids) for segment in segments)
         place = span.start  # the root's block lies where it belongs, and what follows behind it
         places: list[Place] = []
@@ -316,25 +357,7 @@ class BlockCache:
                     length += len(following)
             places.append(Place(0, first, span.start, length))
             first, place = first + length, place + length
-
-        rows = [self._packed(segments, sees)]
-        evaluation = yield from _evaluated(self.model, self.reader, cursor, states, rows, places)
-        self.stored = span.start
-        return evaluation
-
-    def settle(self, state: int, cursor: Cursor) -> None:
-        """Store the block that the state completes, if the walk stepped on from behind it."""
-        if state in self.completed and cursor.block > self.block:
-            if state:  # the root's is in its place
-                self.kept.move(self.completed[state], self.stored)
-            self.stored += len(self.completed[state])
-        self.completed = {}
-
-    def _waiting(self, cursor: Cursor) -> list[Segment]:
-        """Blocks before the cursor's that are not stored yet."""
-        blocks = self.canvas.attention_blocks(self.stored, self.canvas.span(cursor.block).start)
-        ids = cursor.ids.numpy()
-        return [Segment(ids[b.start : b.stop], b.start, b.start) for b in blocks]
+        return segments, sees, places
 
     def _packed(self, segments: Sequence[Segment], sees: Sequence[Sequence[int]]) -> Row:
         return pack(segments, sees, self.kept, self.stored)

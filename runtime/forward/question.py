@@ -81,13 +81,8 @@ class Reader:
 
     @cached_property
     def on_host(self) -> bool:
-        """Whether distributions are read on the host."""
+        """Whether distributions are read on the host, or all states in the forward itself."""
         return reads_on_host(self.model)
-
-    @property
-    def ahead(self) -> bool:
-        """Whether all states are read in the forward itself."""
-        return not self.on_host
 
     def question(self, root: Cursor, states: Tensor, places: Sequence[Place]) -> Question:
         """All that may be asked about the states (int64 [S, length]) of a forward.
