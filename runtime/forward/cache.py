@@ -135,7 +135,7 @@ class DualCache:
     A block starts with a full forward of the root, which also makes a denoising step; its keys and
     values outside the block are the block's cache. Then the root's block and the drafts' blocks are
     packed side by side: each attends to the frozen positions and to itself. The root's keys and
-    values go to the block's places, those of drafts behind the sequence.
+    values go to the block's slots, those of drafts behind the sequence.
 
     No draft crosses a block's edge: the next block's cache takes a full forward.
     """
@@ -149,7 +149,7 @@ class DualCache:
         self.canvas = canvas
         self.reader = reader
         self.block = -1
-        self.kept = KeyValues(canvas.length)
+        self.kv = KeyValues(canvas.length)
 
     def first_only(self, cursor: Cursor) -> bool:
         """Whether a shifted family begins a block (Fast-dLLM).
@@ -173,7 +173,7 @@ class DualCache:
             Segment(ids, anew.start, length + (k - 1) * len(anew) if k else anew.start)
             for k, ids in enumerate(states.numpy()[:, anew.start : anew.stop])
         ]
-        rows = [pack(own, [[k] for k in range(len(own))], self.kept, length)]
+        rows = [pack(own, [[k] for k in range(len(own))], self.kv, length)]
         # They end with the block: what lies behind it rests on this block's cache, and the next
         # block has another.
         places = [Place(0, k * len(anew), span.start, len(span)) for k in range(len(own))]
@@ -190,7 +190,7 @@ class DualCache:
         length = self.canvas.length
         everything = (range(length),)
         positions = torch.arange(length, device="cpu")
-        rows = [Row(cursor.ids, positions, None, self.kept, everything, length)]
+        rows = [Row(cursor.ids, positions, None, self.kv, everything, length)]
         evaluation = yield from _evaluated(
             self.model, self.reader, cursor, cursor.ids[None], rows, [Place(0, 0, 0, length)]
         )
@@ -229,7 +229,7 @@ class PrefixSharedCache(PrefixCache):
         suffix = Segment(cursor.ids.numpy()[span.stop :], span.stop, span.stop)
         last = len(blocks)
         sees = [[k, last] for k in range(last)] + [[0, last]]
-        rows = [pack([*blocks, suffix], sees, self.kept, length)]
+        rows = [pack([*blocks, suffix], sees, self.kv, length)]
         places = [Place(0, k * len(span), span.start, len(span)) for k in range(last)]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
@@ -253,9 +253,9 @@ class BlockCache:
         self.reader = reader
         self.crosses = edges.complete
         self.fold = edges.fold
-        self.kept = KeyValues(canvas.length)
+        self.kv = KeyValues(canvas.length)
         self.stored = 0  # positions whose keys and values stay
-        self.completed: dict[int, range] = {}  # state -> places of the block that it completes
+        self.completed: dict[int, range] = {}  # state -> slots of the block that it completes
         self.block = 0  # of the last forward's root
 
     def first_only(self, cursor: Cursor) -> bool:
@@ -287,8 +287,8 @@ class BlockCache:
     def settle(self, state: int, cursor: Cursor) -> None:
         """Store the block that the state completes, if the walk stepped on from behind it."""
         if state in self.completed and cursor.block > self.block:
-            if state:  # the root's is in its place
-                self.kept.move(self.completed[state], self.stored)
+            if state:  # the root's is there already
+                self.kv.move(self.completed[state], self.stored)
             self.stored += len(self.completed[state])
         self.completed = {}
 
@@ -301,7 +301,7 @@ class BlockCache:
     def _store_apart(
         self, cursor: Cursor, everything: bool
     ) -> Generator[list[Row], list[RowOutput], list[Segment]]:
-        """Store finished blocks in forwards of their own, as the official loop does.
+        """Store finished blocks in forwards of their own.
 
         Not `everything`: only what is too long for the forward that they ride in. Returns the
         blocks that are left for that one.
@@ -341,26 +341,26 @@ class BlockCache:
         of_states = states.numpy()[:, span.start : span.stop]
         complete = (of_states != self.model.mask_token_id).all(1).tolist()
         first = sum(len(segment.ids) for segment in segments)
-        place = span.start  # the root's block lies where it belongs, and what follows behind it
+        slot = span.start  # the root's block goes where it belongs, what follows behind it
         places: list[Place] = []
         for state, block in enumerate(of_states):
-            segments.append(Segment(block, span.start, place))
+            segments.append(Segment(block, span.start, slot))
             sees.append([*before, len(sees)])
             length = len(span)
             if complete[state] and follows:
-                self.completed[state] = range(place, place + length)
+                self.completed[state] = range(slot, slot + length)
                 if not self.model.family.begins_blocks_alone:
                     following = self.canvas.span(cursor.block + 1)
                     ids = states.numpy()[state, following.start : following.stop]
-                    segments.append(Segment(ids, following.start, place + length))
+                    segments.append(Segment(ids, following.start, slot + length))
                     sees.append([*before, len(sees) - 1, len(sees)])
                     length += len(following)
             places.append(Place(0, first, span.start, length))
-            first, place = first + length, place + length
+            first, slot = first + length, slot + length
         return segments, sees, places
 
     def _packed(self, segments: Sequence[Segment], sees: Sequence[Sequence[int]]) -> Row:
-        return pack(segments, sees, self.kept, self.stored)
+        return pack(segments, sees, self.kv, self.stored)
 
 
 def _causal(blocks: int) -> list[list[int]]:

@@ -22,20 +22,22 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Row:
-    """Positions of a forward that attend to each other; all but `kept` on the host.
+    """Positions of a forward that attend to each other; all but `kv` on the host.
 
     Attributes
     ----------
     ids, positions
         int64 [query].
     mask
-        bool [query, keys], True where the query attends; None attends to everything.
-    kept
-        Where the row's keys and values go, and those are that it attends to; None: to its own.
-    places
-        Where they go, run by run.
-    keys
-        Places before this one are attended to.
+        bool [query, kv_end] ([query, query] without `kv`), True where the query attends; None
+        attends to everything.
+    kv
+        Where the row's keys and values go, and what it attends to lies; None: it attends to its
+        own positions, whose keys and values are not kept.
+    slots
+        The slots of `kv` that they go to, run by run.
+    kv_end
+        Slots before this one are attended to.
     asked
         What is to be read at once, if anything is.
     """
@@ -43,9 +45,9 @@ class Row:
     ids: Tensor
     positions: Tensor
     mask: Tensor | None = None
-    kept: KeyValues | None = None
-    places: tuple[range, ...] = ()
-    keys: int = 0
+    kv: KeyValues | None = None
+    slots: tuple[range, ...] = ()
+    kv_end: int = 0
     asked: Asked | None = None
 
 
@@ -68,16 +70,16 @@ class RowOutput:
 class Segment(NamedTuple):
     """A run of tokens (int64 [k]) at consecutive positions from `start`.
 
-    Its keys and values go to as many places from `place` on.
+    Its keys and values go to as many slots from `slot` on.
     """
 
     ids: Ints
     start: int
-    place: int
+    slot: int
 
 
 def pack(
-    segments: Sequence[Segment], sees: Sequence[Sequence[int]], kept: KeyValues, held: int
+    segments: Sequence[Segment], sees: Sequence[Sequence[int]], kv: KeyValues, held: int
 ) -> Row:
     """Put segments side by side in one row; each keeps its own positions.
 
@@ -86,30 +88,30 @@ def pack(
     sees
         For each segment the segments that it attends to (itself has to be listed).
     held
-        Places before this one hold keys and values, which all segments attend to where no segment's
-        own go there. Those of the segments leave no gap behind it.
+        Slots of `kv` before this one hold keys and values, which all segments attend to where no
+        segment's own go there. Those of the segments leave no gap behind it.
     """
     lengths = [len(segment.ids) for segment in segments]
     # Nearly all segments stand at the same positions.
     spans = [(s.start, s.start + length) for s, length in zip(segments, lengths, strict=True)]
     arange = {span: np.arange(*span) for span in set(spans)}
-    places = _joined([segment.place for segment in segments], lengths)
-    keys = max(held, *(run.stop for run in places))
+    slots = _joined([segment.slot for segment in segments], lengths)
+    kv_end = max(held, *(run.stop for run in slots))
     mask = None
     if any(len(seen) < len(segments) for seen in sees):
-        mask = torch.from_numpy(_mask(sees, lengths, places, keys))
+        mask = torch.from_numpy(_mask(sees, lengths, slots, kv_end))
     return Row(
         torch.from_numpy(np.concatenate([segment.ids for segment in segments])),
         torch.from_numpy(np.concatenate([arange[span] for span in spans])),
         mask,
-        kept,
-        places,
-        keys,
+        kv,
+        slots,
+        kv_end,
     )
 
 
 def _joined(starts: Sequence[int], lengths: Sequence[int]) -> tuple[range, ...]:
-    """Runs of places, those joined that follow one another."""
+    """Runs of slots, those joined that follow one another."""
     runs: list[tuple[int, int]] = []
     for start, length in zip(starts, lengths, strict=True):
         joins = bool(runs) and runs[-1][1] == start
@@ -118,14 +120,14 @@ def _joined(starts: Sequence[int], lengths: Sequence[int]) -> tuple[range, ...]:
 
 
 def _mask(
-    sees: Sequence[Sequence[int]], lengths: Sequence[int], places: Sequence[range], keys: int
+    sees: Sequence[Sequence[int]], lengths: Sequence[int], slots: Sequence[range], kv_end: int
 ) -> Bools:
-    """Who attends to whom, [query, keys], of segments that lie one behind the other in `places`."""
+    """Who attends to whom, [query, kv_end], of segments that lie one after the other in `slots`."""
     count = len(sees)
     number = np.arange(count).repeat(lengths)  # of the segment, by position in the row
-    # Whose place it is; the last column of `allowed` is for what is held.
-    owner = np.full(keys, count)
-    owner[np.concatenate([np.arange(run.start, run.stop) for run in places])] = number
+    # Whose slot it is; the last column of `allowed` is for what is held.
+    owner = np.full(kv_end, count)
+    owner[np.concatenate([np.arange(run.start, run.stop) for run in slots])] = number
     allowed = np.zeros((count, count + 1), dtype=np.bool_)
     allowed[:, -1] = True
     seen = np.fromiter(chain.from_iterable(sees), np.int64)
@@ -169,7 +171,7 @@ def _groups(
     alike: Group | None = None
     for row, whole in zip(rows, wholes, strict=True):
         mask = None if row.mask is None else next(on_device)
-        group = Group(1, len(row.ids), mask, row.kept, row.places, row.keys, whole)
+        group = Group(1, len(row.ids), mask, row.kv, row.slots, row.kv_end, whole)
         if alike is not None and mask is None and alike._replace(rows=1) == group:
             alike = alike._replace(rows=alike.rows + 1)
             continue
