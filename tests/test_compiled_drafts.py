@@ -12,10 +12,10 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from spiffy.runtime.draft import compiled, search, told
+from spiffy.runtime.draft import compiled, primitives, search
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
 from spiffy.runtime.draft.compiled import layout, loops
-from spiffy.runtime.draft.compiled import told as loops_of_told
+from spiffy.runtime.draft.compiled import primitives as compiled_primitives
 from spiffy.runtime.draft.compiled.arrays import Root
 from spiffy.runtime.draft.expand import expand, most_states
 from spiffy.runtime.draft.ngrams import Bigrams
@@ -77,7 +77,7 @@ def assert_same_drafts(
     assert (ours.dtype, our_p.dtype) == (choice.dtype, p.dtype)
     assert our_p == pytest.approx(p, rel=1e-6)
     ids, facts = np.full(200, MASK), (both[0].positions, both[0].tokens, choice)
-    assert compiled.filled(ids, *facts).tolist() == told.filled(ids, *facts).tolist()
+    assert compiled.fill_in(ids, *facts).tolist() == primitives.fill_in(ids, *facts).tolist()
     known = dict(zip(map(tuple, choice.tolist()), p, strict=True))
     for state, probability in zip(map(tuple, ours.tolist()), our_p, strict=True):
         assert known.get(state, p[-1]) == pytest.approx(probability, rel=1e-6)
@@ -117,7 +117,7 @@ def test_the_root_is_laid_out_as_by_numpy(
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 3), st.integers(1, 12))
-def test_the_drafts_asked_are_those_of_numpy(
+def test_the_informative_drafts_are_those_of_numpy(
     seed: int, block: int, ranks: int, states: int
 ) -> None:
     """Drafts like those of a walk: what the root holds, or likely tokens, or neither."""
@@ -133,9 +133,10 @@ def test_the_drafts_asked_are_those_of_numpy(
     held = np.concatenate((parent[None], held))
     positions = rng.permutation(np.flatnonzero(ids == MASK))
     facts = (positions, tokens[positions], np.log(rng.random((len(positions), ranks))), MASK)
-    expected = told.asked(held, ids, 0, *facts)
-    assert compiled.asked(held, ids, 0, *facts).tolist() == expected.tolist()
-    event(f"{min(len(expected), 3)} asked")
+    expected = primitives.informative_drafts(held, ids, 0, *facts)
+    ours = compiled.informative_drafts(held, ids, 0, *facts)
+    assert ours.tolist() == expected.tolist()
+    event(f"{min(len(expected), 3)} drafts")
 
 
 def assert_same(ours: Sequence[Any], expected: Sequence[Any]) -> None:
@@ -156,11 +157,11 @@ def test_candidates_are_ranked_as_by_numpy(
     score = rng.integers(1, 4, count) / 4
     masked = positions[rng.random(count) < 0.7]
     facts = (positions, tokens, log_p, score, masked, MASK, ranks - 1, by_token)
-    assert_same(compiled.ranked(*facts), told.ranked(*facts))
+    assert_same(compiled.rank(*facts), primitives.rank(*facts))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
-def test_what_drafts_say_is_heard_as_by_numpy(
+def test_what_drafts_say_is_computed_as_by_numpy(
     seed: int, count: int, ranks: int, drafts: int
 ) -> None:
     """With numbers that overflowed, and tokens whose probabilities add up to more than 1."""
@@ -169,30 +170,30 @@ def test_what_drafts_say_is_heard_as_by_numpy(
     tokens = np.stack([rng.permutation(6)[:ranks] for _ in positions])
     log_p = np.log(rng.dirichlet(np.full(ranks + 1, 0.1), count)[:, :ranks] + 1e-12)
     log_p += rng.choice([0.0, 1e-9])
-    there = np.where(rng.random((drafts, 10)) < 0.6, MASK, rng.integers(0, 7, (drafts, 10)))
+    held = np.where(rng.random((drafts, 10)) < 0.6, MASK, rng.integers(0, 7, (drafts, 10)))
     logits = rng.normal(0, 4, (drafts, count, ranks))
     logits[rng.random(logits.shape) < 0.05] = rng.choice([np.inf, -np.inf, np.nan])
-    facts = (there, positions, fresh, tokens, log_p, rng.normal(0, 2, count), logits, MASK)
+    facts = (held, positions, fresh, tokens, log_p, rng.normal(0, 2, count), logits, MASK)
     with np.errstate(invalid="ignore"):
-        expected = told.heard(*facts)
-    assert_same(compiled.heard(*facts), expected)
-    event(f"{len(expected[0])} of {drafts} heard")
+        expected = primitives.rejected_log_p(*facts)
+    assert_same(compiled.rejected_log_p(*facts), expected)
+    event(f"{len(expected[0])} of {drafts} finite")
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 30))
-def test_quotes_are_found_as_by_numpy(seed: int, count: int, ranks: int, pairs: int) -> None:
+def test_cross_logits_are_found_as_by_numpy(seed: int, count: int, ranks: int, pairs: int) -> None:
     rng = np.random.default_rng(seed)
     state = np.sort(rng.integers(0, 6, 4 * count))
     rows = len(state)
     table = np.stack([rng.permutation(9) for _ in range(rows)])
     numbers = rng.permutation(rows)[:count]
     tokens = np.stack([rng.permutation(table[row, 4 : 4 + ranks]) for row in numbers])
-    asked_of = rng.integers(0, rows, (2, pairs))
-    said = rng.normal(size=(pairs, ranks + 1))
+    cross_pairs = rng.integers(0, rows, (2, pairs))
+    by_pair = rng.normal(size=(pairs, ranks + 1))
     states = rng.permutation(7)[: rng.integers(1, 5)]
-    facts = (table, 4, numbers, asked_of, state, said, states, tokens)
+    facts = (table, 4, numbers, cross_pairs, state, by_pair, states, tokens)
     # Where a pair stands there twice, the last one counts; nobody asks for one twice.
-    assert_same([compiled.quotes_of(*facts)], [told.quotes_of(*facts)])
+    assert_same([compiled.cross_logits_of(*facts)], [primitives.cross_logits_of(*facts)])
 
 
 @pytest.mark.parametrize("sets", [False, True])
@@ -236,8 +237,8 @@ def test_nothing_is_compiled_twice() -> None:
             _, root = drawn_root(1, 6, 3, rejected)
             compiled.expand(compiled.prepare(drawn_weights(1, sets)), root, 4, 4)
     assert len(layout.lay_out.signatures) == len(loops.expand.signatures) == 1
-    for function in ("ranked", "asked", "quotes_of", "heard", "filled"):
-        assert len(getattr(loops_of_told, function).signatures) == 1
+    for name in ("rank", "informative_drafts", "cross_logits_of", "rejected_log_p", "fill_in"):
+        assert len(getattr(compiled_primitives, name).signatures) == 1
 
 
 def test_numpy_searches_where_numba_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from spiffy.runtime.forward import cache as caches
 from spiffy.runtime.forward.cache import CACHES, BlockEdges, Cache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
-from spiffy.runtime.forward.question import Reader, _pairs
+from spiffy.runtime.forward.request import Reader, _cross_pairs
 from spiffy.runtime.models.attention import KeyValues
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
@@ -438,7 +438,9 @@ def test_any_segments_are_packed_position_by_position(data: st.DataObject) -> No
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
-def test_pairs_are_positions_that_two_states_mask_of_which_one_extends_the_other(seed: int) -> None:
+def test_cross_pairs_are_masked_at_two_states_of_which_one_extends_the_other(
+    seed: int,
+) -> None:
     draw = np.random.default_rng(seed)
     states, length = draw.integers(1, 5), draw.integers(1, 5)
     ids = draw.integers(0, 3, (states, length))
@@ -453,7 +455,7 @@ def test_pairs_are_positions_that_two_states_mask_of_which_one_extends_the_other
         and asked[of, at]
         and asked[by, at]
     ]
-    assert _pairs(ids, masked, number).T.tolist() == [list(pair) for pair in expected]
+    assert _cross_pairs(ids, masked, number).T.tolist() == [list(pair) for pair in expected]
 
 
 def test_segments_that_see_all_need_no_mask() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spiffy.runtime.forward.evaluation import Evaluation, Window
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, pack
-from spiffy.runtime.forward.question import Place, Reader
+from spiffy.runtime.forward.request import Place, Reader
 from spiffy.runtime.models.attention import KeyValues
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
@@ -59,17 +59,20 @@ def _evaluated(
     rows: list[Row],
     places: Sequence[Place],
 ) -> Forwards:
-    """Run the forward that holds the states."""
-    question = None
+    """Yield the rows of the forward that holds the states; returns their `Evaluation`.
+
+    Off the host, what may be read of the states is requested with the rows.
+    """
+    plan = None
     if not reader.on_host:
-        question = reader.question(cursor, states, places)
-        rows = question.put(rows)
+        plan = reader.plan(cursor, states, places)
+        rows = plan.attach(rows)
     outputs = yield rows
     windows = [
         Window(outputs[row].hidden, first, start, length) for row, first, start, length in places
     ]
-    answers = None if question is None else question.answered(outputs)
-    return Evaluation(model, windows, reader, answers)
+    results = None if plan is None else plan.collect(outputs)
+    return Evaluation(model, windows, reader, results)
 
 
 class Cache(Protocol):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spiffy.runtime.forward.asked import Asked, Said, numbered, on_device, read
+from spiffy.runtime.forward.readout import Readout, RowRequest, merged, on_device, read_rows
 from spiffy.runtime.models.attention import Group, KeyValues
 from spiffy.runtime.models.base import DiffusionLM
 
@@ -38,8 +38,8 @@ class Row:
         The slots of `kv` that they go to, run by run.
     kv_end
         Slots before this one are attended to.
-    asked
-        What is to be read at once, if anything is.
+    request
+        What is to be read in the forward itself, if anything is.
     """
 
     ids: Tensor
@@ -48,7 +48,7 @@ class Row:
     kv: KeyValues | None = None
     slots: tuple[range, ...] = ()
     kv_end: int = 0
-    asked: Asked | None = None
+    request: RowRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class RowOutput:
     ----------
     hidden
         Hidden states [query, hidden], on the model's device.
-    said
-        What was asked, if anything was.
+    readout
+        What was requested, if anything was.
     """
 
     hidden: Tensor
-    said: Said | None = None
+    readout: Readout | None = None
 
 
 class Segment(NamedTuple):
@@ -139,25 +139,25 @@ def _mask(
 def forward(
     model: DiffusionLM, rows: Sequence[Row], lengths: Sequence[int] | None = None
 ) -> list[RowOutput]:
-    """Run rows, of one or of several sequences, together, and read what is asked of them.
+    """Run rows, of one or of several sequences, together, and read what they request.
 
     `lengths` are those of the whole sequences, row by row, where RoPE depends on them.
     """
     sizes = [len(row.ids) for row in rows]
-    ids, positions, at, pairs, *masks = on_device(
+    ids, positions, at, cross_pairs, *masks = on_device(
         [
             torch.cat([row.ids for row in rows]),
             torch.cat([row.positions for row in rows]),
-            *numbered([row.asked for row in rows], sizes),
+            *merged([row.request for row in rows], sizes),
             *(row.mask for row in rows if row.mask is not None),
         ],
         model.device,
     )
     hidden = model.hidden_states(ids, positions, list(_groups(rows, masks, lengths)))
-    asked = [row.asked for row in rows if row.asked is not None]
-    said = iter(read(model, asked, hidden, at, pairs) if asked else ())
+    requests = [row.request for row in rows if row.request is not None]
+    readouts = iter(read_rows(model, requests, hidden, at, cross_pairs) if requests else ())
     return [
-        RowOutput(part, None if row.asked is None else next(said))
+        RowOutput(part, None if row.request is None else next(readouts))
         for row, part in zip(rows, torch.split(hidden, sizes), strict=True)
     ]
 
@@ -165,12 +165,15 @@ def forward(
 def _groups(
     rows: Sequence[Row], masks: Sequence[Tensor], lengths: Sequence[int] | None
 ) -> Iterator[Group]:
-    """Rows that attend to themselves alone, and are equally long, attend together."""
-    on_device = iter(masks)
+    """Rows that attend to themselves alone, and are equally long, attend together.
+
+    `masks` are those of the rows that have one, on the device.
+    """
+    masks_there = iter(masks)
     wholes: Sequence[int | None] = [None] * len(rows) if lengths is None else lengths
     alike: Group | None = None
     for row, whole in zip(rows, wholes, strict=True):
-        mask = None if row.mask is None else next(on_device)
+        mask = None if row.mask is None else next(masks_there)
         group = Group(1, len(row.ids), mask, row.kv, row.slots, row.kv_end, whole)
         if alike is not None and mask is None and alike._replace(rows=1) == group:
             alike = alike._replace(rows=alike.rows + 1)
