@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from spiffy.runtime.draft import compiled, primitives, search
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
-from spiffy.runtime.draft.compiled import layout, loops
+from spiffy.runtime.draft.compiled import arrays, layout, loops
 from spiffy.runtime.draft.compiled import primitives as compiled_primitives
-from spiffy.runtime.draft.compiled.arrays import Root
 from spiffy.runtime.draft.expand import expand, most_states
 from spiffy.runtime.draft.ngrams import Bigrams
 from spiffy.runtime.draft.outlook import Outlook, Rejected
@@ -26,7 +25,7 @@ MASK, EOS, VOCAB = 29, 28, 30
 
 def drawn_root(
     seed: int, length: int, ranks: int, rejected: int, *, everywhere: bool = False
-) -> tuple[Outlook, Root]:
+) -> tuple[Outlook, arrays.Outlook]:
     """A root with some masked positions, and what some rejected drafts say, by both."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 6, length)
@@ -69,7 +68,7 @@ def drawn_weights(seed: int, sets: bool) -> AcceptanceWeights:
 
 
 def assert_same_drafts(
-    weights: AcceptanceWeights, both: tuple[Outlook, Root], budget: int, room: int
+    weights: AcceptanceWeights, both: tuple[Outlook, arrays.Outlook], budget: int, room: int
 ) -> None:
     """The same probabilities, of the same states but where equals compete for the last place."""
     choice, p = expand(weights, both[0], budget, room)
@@ -105,12 +104,12 @@ def test_the_root_is_laid_out_as_by_numpy(
     seed: int, length: int, ranks: int, rejected: int
 ) -> None:
     at, root = drawn_root(seed, length, ranks, rejected)
-    for name in Root._fields[:-2]:
+    for name in arrays.Outlook._fields[:-2]:
         expected, found = getattr(at, name), getattr(root, name)
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
         assert found == pytest.approx(expected, rel=1e-9), name
-    assert root.share == pytest.approx(np.exp(at.log_p), rel=1e-9)
-    table = root.ngrams
+    assert root.token_p == pytest.approx(np.exp(at.log_p), rel=1e-9)
+    table = root.in_text
     found = dict(zip(table.keys.tolist(), table.counts.tolist(), strict=True))
     wanted = [int(key) for key in at.in_text.keys if key >= 0]
     assert {key: times for key, times in found.items() if key >= 0} == Counter(wanted)

@@ -16,7 +16,7 @@ import numpy as np
 
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.runtime.draft.compiled import layout, loops, primitives
-from spiffy.runtime.draft.compiled.arrays import Facts, Model, Root
+from spiffy.runtime.draft.compiled.arrays import Facts, Outlook, Weights
 from spiffy.runtime.draft.expand import DEPTH, most_states
 from spiffy.runtime.draft.ngrams import Floats, Ints
 from spiffy.runtime.draft.outlook import TEXT, Rejected
@@ -54,7 +54,7 @@ def lay_out(
     eos_token_ids: Ints,
     vocab: int,
     rejected: Rejected | None = None,
-) -> Root:
+) -> Outlook:
     """As `Outlook.at`, which says what it takes."""
     count, ranks = tokens.shape
     if rejected is None:
@@ -62,23 +62,23 @@ def lay_out(
         rejected = Rejected(nothing, no_number, np.empty((0, len(fresh)), np.bool_))
     facts = (ids, positions, tokens, log_p, fresh, rejected.choice, rejected.log_p, rejected.unseen)
     contiguous = Facts._make(map(np.ascontiguousarray, facts))
-    root: Root = layout.lay_out(contiguous, mask_token_id, eos_token_ids, TEXT, vocab)
+    root: Outlook = layout.lay_out(contiguous, mask_token_id, eos_token_ids, TEXT, vocab)
     return root
 
 
-def prepare(weights: AcceptanceWeights) -> Model:
+def prepare(weights: AcceptanceWeights) -> Weights:
     """An acceptance model as `expand` takes it."""
     pairs = weights.bigrams.pairs
-    return Model.of(weights, layout.tabled(pairs.keys, np.diff(pairs.below)))
+    return Weights.of(weights, layout.tabled(pairs.keys, np.diff(pairs.below)))
 
 
-def expand(model: Model, root: Root, budget: int, room: int) -> tuple[Ints, Floats]:
+def expand(model: Weights, outlook: Outlook, budget: int, room: int) -> tuple[Ints, Floats]:
     """As `expand.expand`, which says what it takes and returns, of what `prepare` made.
 
     Equal but for rounding; where that decides, the last of the drafts may be another one.
     """
-    budget = min(budget, most_states(len(root.positions)))
-    choice, p = loops.expand(model, root, budget, room, min(DEPTH, room))
+    budget = min(budget, most_states(len(outlook.positions)))
+    choice, p = loops.expand(model, outlook, budget, room, min(DEPTH, room))
     return choice, p
 
 
