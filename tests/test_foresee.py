@@ -29,8 +29,8 @@ LENGTH = 11
 
 
 @pytest.fixture(autouse=True)
-def _dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_DEAR", 0)
+def _expensive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_EXPENSIVE", 0)
 
 
 @pytest.mark.parametrize(("layout", "policy"), COMBINATIONS[::3])
@@ -99,7 +99,7 @@ def test_a_walk_along_its_likely_states_passes_the_head_once(
     assert setting.block_length < max(passed) <= 128 // model.dtype.itemsize
     fewer = len(passed)
     passed.clear()
-    monkeypatch.setattr(loop, "_FORESEEN", setting.block_length * model.dtype.itemsize)
+    monkeypatch.setattr(loop, "_HEAD_BATCH", setting.block_length * model.dtype.itemsize)
     ours = decode(model, random_prompt(model, LENGTH), setting, Oracle(plainly, 3))
     assert_lossless(ours, plainly)
     assert len(passed) > fewer

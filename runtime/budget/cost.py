@@ -20,9 +20,9 @@ from torch import Tensor
 from spiffy.runtime.budget.estimates import ladder
 from spiffy.runtime.decode import (
     Task,
+    batches_head,
     denoising_step,
     find,
-    is_dear,
     keys_of,
     likely_states,
     looked_at,
@@ -129,9 +129,9 @@ class _Stage:
         return torch.cat((root.ids[None], drafts))
 
     def forward(self, site: _Site, states: Tensor) -> Evaluation:
-        """One forward over root and drafts, and what it passes through a dear output head."""
+        """One forward over root and drafts, and what it passes through an expensive output head."""
         evaluation = _run(self.task, self.cache.evaluate(site.root, states, len(states) > 1))
-        if is_dear(self.task):
+        if batches_head(self.task):
             evaluation.precompute(likely_states(self.task, site.root, states, evaluation, 0))
         return evaluation
 

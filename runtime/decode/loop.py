@@ -29,9 +29,9 @@ from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
-# Rows that pass through a dear output head at once, times the bytes of a number: more of them take
-# longer than what they may save.
-_FORESEEN = 128
+# Rows that pass through an expensive output head at once, times the bytes of a number: more of them
+# take longer than what they may save.
+_HEAD_BATCH = 128
 
 Decoding = Generator[list[Row], list[RowOutput], None]
 
@@ -87,7 +87,7 @@ def _walk(
 ) -> _Walked:
     """Step from one true state to the next, for as long as the forward tells about them."""
     began = perf_counter()
-    precomputes = len(states) > 1 and is_dear(task)
+    precomputes = len(states) > 1 and batches_head(task)
     cursor, state, hops = root, 0, 0
     while True:
         first_only = cache.first_only(cursor)
@@ -190,9 +190,9 @@ def _reached(root: Cursor, path: list[Cursor]) -> Tensor:
     return torch.from_numpy(states[1:][(states[1:] != states[:-1]).any(1)])
 
 
-def is_dear(task: Task) -> bool:
-    """Whether a head that is passed state by state had better be passed for several at once."""
-    return task.model.head_is_dear and reads_on_host(task.model)
+def batches_head(task: Task) -> bool:
+    """Whether several states pass the output head at once, before it is known which are walked."""
+    return task.model.head_is_expensive and reads_on_host(task.model)
 
 
 def likely_states(
@@ -208,7 +208,7 @@ def likely_states(
     extends &= (blocks == mask).any(1)
     extends[here] = False
     found = {here: looked_at(task, cursor)}
-    rows, most = len(found[here]), _FORESEEN // task.model.dtype.itemsize
+    rows, most = len(found[here]), _HEAD_BATCH // task.model.dtype.itemsize
     for number in extends.nonzero()[:, 0].tolist():
         if not evaluation.windows[number].covers(span):
             continue
