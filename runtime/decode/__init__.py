@@ -6,10 +6,10 @@
 
 from spiffy.runtime.decode.driver import Scheduler, run
 from spiffy.runtime.decode.loop import (
+    batches_head,
     denoise,
     denoising_step,
     find,
-    is_dear,
     keys_of,
     likely_states,
     looked_at,
@@ -32,11 +32,11 @@ __all__ = [
     "Scheduler",
     "Stats",
     "Task",
+    "batches_head",
     "decoded",
     "denoise",
     "denoising_step",
     "find",
-    "is_dear",
     "keys_of",
     "likely_states",
     "looked_at",
