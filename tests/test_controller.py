@@ -462,6 +462,27 @@ def test_sequences_that_share_forwards_share_a_budget(graph: DraftGraph) -> None
     assert all(0 < sum(task.stats.budgets.values()) <= task.stats.nfe for task in tasks)
 
 
+def test_a_draft_is_priced_by_the_forwards_of_its_own_thread() -> None:
+    """Whatever another thread is advised meanwhile, whose forwards hold more sequences."""
+    model, base = parity_model("llada-a"), _artifact("llada-a")
+    budget = auto.AutoBudget(model, base, DecodingSettings.parse(block_length=8, gen_length=16))
+
+    def advised(sequences: int, seconds: float) -> Any:
+        budget.turn(sequences, seconds)
+        ours = budget.shared.mine
+        ours.learn(PLAIN, 1, seconds, 0.0)
+        ours._now, ours._left = Choice("model", 2), 1
+        return budget.advise().drafter
+
+    here = advised(1, 1.0)
+    price = here.pays
+    with ThreadPoolExecutor(1) as other:
+        there = other.submit(advised, 16, 5.0).result()
+    assert here.pays is price
+    assert there.pays.rate < price.rate
+    assert there.weights is here.weights
+
+
 def test_one_budget_serves_a_process_until_its_model_is_gone(graph: DraftGraph) -> None:
     model = load_model("tiny-sdar", device="cpu")
     setting = DecodingSettings.parse(**graph.decoding.model_dump())
