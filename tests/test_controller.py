@@ -312,6 +312,17 @@ def test_an_answer_of_another_length_scales_the_forwards_that_compute_it(
     assert budget.shared.mine.seconds_per_step(PLAIN) == pytest.approx(longer)
 
 
+def test_small_changes_of_length_add_up() -> None:
+    """Prompts of a data set that is sorted by length, each a little longer than the one before."""
+    controller, size = Controller({"graph": [(0, 1.0), (1, 1.6)]}, 1), 1000.0
+    controller.start(size)
+    controller.learn(PLAIN, 1, 1.0, 0.0)
+    while size < 2000:
+        size *= 1.05
+        controller.start(size)
+    assert controller.seconds_per_step(PLAIN) == pytest.approx(size / 1000, rel=0.1)
+
+
 # What it estimates
 
 

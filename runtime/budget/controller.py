@@ -122,10 +122,13 @@ class Controller:
         self._size = 0.0
 
     def start(self, size: float) -> None:
-        """Begin a sequence whose plain forwards are of this size (positions)."""
-        if self._size and not 0.9 < size / self._size < 1.1:
-            self._scale(size / self._size)
-        self._size = size
+        """Begin a sequence; its plain forwards, of so many positions, take time in proportion.
+
+        Small changes of length count once they have added up.
+        """
+        if not self._size or not 0.9 < size / self._size < 1.1:
+            self._scale(size / (self._size or size))
+            self._size = size
 
     def _scale(self, factor: float) -> None:
         """Take all forwards to be longer by this factor."""
