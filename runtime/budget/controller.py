@@ -62,8 +62,9 @@ _CREDIT = -2.0  # or gained and lost again
 _FORGIVEN = 0.995  # per forward
 _LASTING = 0.9  # weight of the past in the share of sequences that drafts are chosen for
 _APART = 1.25  # times: plain forwards and others did not become slower alike
-_HOPE = 0.9  # an unknown choice may cost this much of what is expected,
-_FAR_OFF = 1.5  # and one after forwards of another kind up to so many times as much
+_OPTIMISM = 0.9  # of what is expected: a choice that was never tried may take so little
+_CHEAPER = 0.04  # and another number of drafts, at its best, has to take this much less to be tried
+_SWITCHED = (0.9, 1.5)  # of the expected: in between, a forward after another kind says nothing new
 
 
 @dataclass
@@ -205,7 +206,7 @@ class Controller:
             slower = forward / own.expected(choice.drafts)
             changed = self._pace.observe(slower, choice == PLAIN)
             self._keep_up()
-        settled |= not _HOPE < ratio < _FAR_OFF
+        settled |= not _SWITCHED[0] < ratio < _SWITCHED[1]
         forward /= self._pace.value
         if settled:
             for curve in self._forward.values() if choice.way is None else (own,):
@@ -425,8 +426,8 @@ class Controller:
             for c in others
             if c not in self._tried
             and (
-                _HOPE * self.seconds_per_step(c) < now
-                or (best != PLAIN and self._at_best(c) < (1 - _MARGIN) * now)
+                _OPTIMISM * self.seconds_per_step(c) < now
+                or (best != PLAIN and self._at_best(c) < (1 - _CHEAPER) * now)
             )
             and self._length(c, now) * self._at_worst(c, now) <= allowance
         ]
