@@ -29,7 +29,7 @@ from spiffy.runtime.budget.estimates import (
     Points,
     ladder,
 )
-from spiffy.runtime.budget.tries import Try
+from spiffy.runtime.budget.tries import Allowance, Try
 from spiffy.runtime.draft import Selection
 
 _KEPT = 5  # forwards whose drafting counts
@@ -52,11 +52,7 @@ _PATIENT = 4  # and between any two looks, where no drafts pay
 _MARGIN = 0.04  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.06  # or this much if they did not keep it,
 _SHARED = 0.08  # or this much where sequences share forwards, whose seconds vary more
-_ALLOWED_FIRST = 2.0  # plain forwards that tries may lose,
-_ALLOWED = 0.003  # and share of the time spent plainly,
-_ALLOWED_AHEAD = 0.006  # by drafts that pay;
-_MOST_SAVED = 4.0  # of these no more plain forwards are saved up, and none are missing,
-_ALLOWED_PLAIN = 0.01  # and by looks at plain forwards
+_PLAIN_SHARE = 0.01  # of the time, which looks at plain forwards may lose
 _MOST_OWED = 1.5  # plain forwards that may be lost,
 _CREDIT = -2.0  # or gained and lost again
 _FORGIVEN = 0.995  # per forward
@@ -114,7 +110,7 @@ class Controller:
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
         self._every = _LEARN_EVERY
         self._try: Try | None = None
-        self._allowed = self._lost = 0.0
+        self._allowance = Allowance()
         self._owed = 0.0  # plain forwards that would have made the same steps sooner
         self._looked = 0
         self._before_this = PLAIN
@@ -135,8 +131,7 @@ class Controller:
         """Take all forwards to be longer by this factor."""
         for forward in self._forward.values():
             forward.scale(factor)
-        self._allowed *= factor
-        self._lost *= factor
+        self._allowance.scale(factor)
         if self._try is not None:
             self._try.otherwise *= factor
             self._try.plain *= factor
@@ -216,8 +211,7 @@ class Controller:
             self._share = _LASTING * self._share + (1 - _LASTING) * share
         self._worth.observe(choice, steps, sequences)
         ahead = choice.way is not None and self._try is None
-        spent = forward + drafting / self._pace.value
-        self._allowed += (_ALLOWED_AHEAD if ahead else _ALLOWED) * spent
+        self._allowance.earn(forward + drafting / self._pace.value, ahead)
         tried = self._try if self.is_tried(choice) else None
         if tried is not None:
             tried.forwards += 1
@@ -249,7 +243,7 @@ class Controller:
         self._left -= 1
         self.forwards += 1
         self._tried[PLAIN] = self.forwards
-        self._allowed += _ALLOWED * seconds / self._pace.value
+        self._allowance.earn(seconds / self._pace.value)
         self._owed *= _FORGIVEN
 
     def seconds_per_step(self, choice: Choice) -> float:
@@ -354,8 +348,7 @@ class Controller:
             return
         lost = (self.seconds_per_step(self._now) - tried.otherwise) * self._steps(self._now)
         lost = max(0.0, min(lost, self._most(self._now)))
-        most = self._allowed + _MOST_SAVED * tried.plain
-        self._lost = min(self._lost + tried.forwards * lost, most)
+        self._allowance.lose(tried.forwards * lost, tried.plain)
 
     def _most(self, choice: Choice) -> float:
         """Seconds that a forward may take, and its drafting; longer ones were interrupted."""
@@ -396,7 +389,7 @@ class Controller:
             curve.observe(0, before)
         self._tried = {PLAIN: self.forwards}
         self._vain.clear()
-        self._allowed = self._lost = 0.0
+        self._allowance.clear()
         self._owed = min(self._owed, 0.0)
 
     def _best(self) -> Choice:
@@ -416,9 +409,7 @@ class Controller:
         forward with fewer drafts does.
         """
         now = self.seconds_per_step(best)
-        plain = self._plain.expected(0)
-        self._allowed = min(self._allowed, self._lost + _MOST_SAVED * plain)
-        allowance = max(0.0, _ALLOWED_FIRST * plain + self._allowed - self._lost)
+        allowance = self._allowance.left(self._plain.expected(0))
         others = [c for c in self._choices if c not in (best, PLAIN)]
         # Where drafts pay, other numbers of them may be no dearer: costs grow by steps.
         hopeful = [
@@ -456,7 +447,7 @@ class Controller:
         All is measured by them: one that was measured wrongly must not hide that drafts lose.
         """
         lost = self.seconds_per_step(PLAIN) / self.seconds_per_step(best) - 1  # in steps by `best`
-        between = _PLAIN_LOOK * lost / (_ALLOWED_PLAIN * self._steps(best))
+        between = _PLAIN_LOOK * lost / (_PLAIN_SHARE * self._steps(best))
         return self._in_vain(PLAIN) * max(_LOOK_AGAIN, between)
 
     def _in_vain(self, choice: Choice) -> int:
