@@ -216,7 +216,7 @@ class Controller:
         if tried is not None:
             tried.forwards += 1
         # Expected seconds here and below: what an interrupted forward took says nothing.
-        took = min(self.seconds_per_step(choice) * self._steps(choice), self._most(choice))
+        took = min(self._seconds(choice), self._most(choice))
         made = 1.0 + share * (steps - 1.0)
         owed = _FORGIVEN * self._owed + took / plain.expected(0) - made
         self._owed = max(_CREDIT, owed)
@@ -248,8 +248,11 @@ class Controller:
 
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""
-        forward = self._of(choice).expected(choice.drafts)
-        return (forward + self._drafting_seconds(choice)) / self._steps(choice)
+        return self._seconds(choice) / self._steps(choice)
+
+    def _seconds(self, choice: Choice) -> float:
+        """Seconds of a forward by this choice and of choosing its drafts, as far as is known."""
+        return self._of(choice).expected(choice.drafts) + self._drafting_seconds(choice)
 
     def _steps(self, choice: Choice) -> float:
         """Expected denoising steps of a forward, on average of all sequences in it."""
@@ -332,7 +335,7 @@ class Controller:
         plain = self._plain.expected(0)
         if choice == PLAIN:
             return _PLAIN_LOOK - (otherwise < _FAR_BEHIND * plain)
-        loses = (self.seconds_per_step(choice) - otherwise) * self._steps(choice)
+        loses = self._loss(choice, otherwise)
         known = self._own(choice).knows(choice.drafts)
         return 1 if known and loses > _DEAR * plain else _TRY
 
@@ -346,8 +349,7 @@ class Controller:
         if self._now == PLAIN:
             self._compare(tried.plain)
             return
-        lost = (self.seconds_per_step(self._now) - tried.otherwise) * self._steps(self._now)
-        lost = max(0.0, min(lost, self._most(self._now)))
+        lost = max(0.0, min(self._loss(self._now, tried.otherwise), self._most(self._now)))
         self._allowance.lose(tried.forwards * lost, tried.plain)
 
     def _most(self, choice: Choice) -> float:
@@ -457,6 +459,10 @@ class Controller:
     def _age(self, choice: Choice) -> int:
         """Forwards since it was last tried."""
         return self.forwards - self._tried.get(choice, 0)
+
+    def _loss(self, choice: Choice, otherwise: float) -> float:
+        """Seconds that a forward by this choice loses, where a step costs `otherwise` without."""
+        return self._seconds(choice) - otherwise * self._steps(choice)
 
     def _at_worst(self, choice: Choice, now: float) -> float:
         """Seconds that one forward by this choice may lose, where a step costs `now` otherwise."""
