@@ -312,6 +312,17 @@ def test_an_answer_of_another_length_scales_the_forwards_that_compute_it(
     assert budget.shared.mine.seconds_per_step(PLAIN) == pytest.approx(longer)
 
 
+def test_small_changes_of_length_add_up() -> None:
+    """Prompts of a data set that is sorted by length, each a little longer than the one before."""
+    controller, size = Controller({"graph": [(0, 1.0), (1, 1.6)]}, 1), 1000.0
+    controller.start(size)
+    controller.learn(PLAIN, 1, 1.0, 0.0)
+    while size < 2000:
+        size *= 1.05
+        controller.start(size)
+    assert controller.seconds_per_step(PLAIN) == pytest.approx(size / 1000, rel=0.1)
+
+
 # What it estimates
 
 
@@ -460,6 +471,27 @@ def test_sequences_that_share_forwards_share_a_budget(graph: DraftGraph) -> None
     assert [collect(task).token_ids for task in tasks] == [out.token_ids for out in plain]
     assert adviser.shared.crowds[4].has_seen_plain
     assert all(0 < sum(task.stats.budgets.values()) <= task.stats.nfe for task in tasks)
+
+
+def test_a_draft_is_priced_by_the_forwards_of_its_own_thread() -> None:
+    """Whatever another thread is advised meanwhile, whose forwards hold more sequences."""
+    model, base = parity_model("llada-a"), _artifact("llada-a")
+    budget = auto.AutoBudget(model, base, DecodingSettings.parse(block_length=8, gen_length=16))
+
+    def advised(sequences: int, seconds: float) -> Any:
+        budget.turn(sequences, seconds)
+        ours = budget.shared.mine
+        ours.learn(PLAIN, 1, seconds, 0.0)
+        ours._now, ours._left = Choice("model", 2), 1
+        return budget.advise().drafter
+
+    here = advised(1, 1.0)
+    price = here.pays
+    with ThreadPoolExecutor(1) as other:
+        there = other.submit(advised, 16, 5.0).result()
+    assert here.pays is price
+    assert there.pays.rate < price.rate
+    assert there.weights is here.weights
 
 
 def test_one_budget_serves_a_process_until_its_model_is_gone(graph: DraftGraph) -> None:

@@ -9,6 +9,7 @@ drafting.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from threading import RLock
 from weakref import ref
@@ -216,7 +217,8 @@ class AutoBudget:
         points = {way: [(p.drafts, p.steps) for p in curve] for way, curve in steps.items()}
         seconds = [] if prior is None else _pairs(prior.points)
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
-        self._drafters: dict[Choice, Drafter] = {}
+        self._by_graph: dict[int, Drafter] = {}  # by number of drafts
+        self._by_model: AcceptanceDrafter | None = None  # a copy of it drafts each forward
         self._lock = RLock()  # threads that decode with one model share it
 
     @property
@@ -242,12 +244,7 @@ class AutoBudget:
             choice = self.shared.choose()
             if choice.way is None:
                 return _NO_DRAFTS
-            drafter = self._drafters.get(choice)
-            if drafter is None:
-                drafter = self._drafters[choice] = self._drafter(choice.way, choice.drafts)
-            if isinstance(drafter, AcceptanceDrafter):
-                drafter.pays = self._pays(choice)
-            return Advice(drafter, choice)
+            return Advice(self._drafter(choice), choice)
 
     def learn(self, advice: Advice, steps: int, seconds: float) -> None:
         """See `Adviser`."""
@@ -259,15 +256,27 @@ class AutoBudget:
         with self._lock:
             return self.shared.mine.why()
 
-    def _drafter(self, way: Selection, drafts: int) -> Drafter:
-        """Drafters by the acceptance model share their weights."""
+    def _drafter(self, choice: Choice) -> Drafter:
+        """Who drafts one forward, by a choice with drafts."""
+        assert choice.way is not None
+        if choice.way == "graph":
+            if choice.drafts not in self._by_graph:
+                self._by_graph[choice.drafts] = self._way_of("graph", choice.drafts)
+            return self._by_graph[choice.drafts]
+        if self._by_model is None:
+            made = self._way_of("model", choice.drafts)
+            assert isinstance(made, AcceptanceDrafter)  # other settings have no such choices
+            self._by_model = made
+        # A copy shares the weights; its price is that of this thread's forwards, not of another's.
+        drafter = copy(self._by_model)
+        drafter.budget, drafter.pays = choice.drafts, self._pays(choice)
+        return drafter
+
+    def _way_of(self, way: Selection, drafts: int) -> Drafter:
         module = self._module()
         assert module is not None  # it is decoding
         model = DiffusionLM.of(module)
         assert model is not None  # one was made of it
-        for known in self._drafters.values() if way == "model" else ():
-            if isinstance(known, AcceptanceDrafter):
-                return AcceptanceDrafter(known.weights, drafts, model)
         return way_of(model, self.graph, self.settings, drafts, way)
 
     def _pays(self, choice: Choice) -> Callable[[Floats], int]:

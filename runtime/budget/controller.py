@@ -29,7 +29,7 @@ from spiffy.runtime.budget.estimates import (
     Points,
     ladder,
 )
-from spiffy.runtime.budget.tries import Try
+from spiffy.runtime.budget.tries import Allowance, Try
 from spiffy.runtime.draft import Selection
 
 _KEPT = 5  # forwards whose drafting counts
@@ -52,18 +52,15 @@ _PATIENT = 4  # and between any two looks, where no drafts pay
 _MARGIN = 0.04  # drafts must promise this much over plain decoding,
 _DOUBTED = 0.06  # or this much if they did not keep it,
 _SHARED = 0.08  # or this much where sequences share forwards, whose seconds vary more
-_ALLOWED_FIRST = 2.0  # plain forwards that tries may lose,
-_ALLOWED = 0.003  # and share of the time spent plainly,
-_ALLOWED_AHEAD = 0.006  # by drafts that pay;
-_MOST_SAVED = 4.0  # of these no more plain forwards are saved up, and none are missing,
-_ALLOWED_PLAIN = 0.01  # and by looks at plain forwards
+_PLAIN_SHARE = 0.01  # of the time, which looks at plain forwards may lose
 _MOST_OWED = 1.5  # plain forwards that may be lost,
 _CREDIT = -2.0  # or gained and lost again
 _FORGIVEN = 0.995  # per forward
 _LASTING = 0.9  # weight of the past in the share of sequences that drafts are chosen for
 _APART = 1.25  # times: plain forwards and others did not become slower alike
-_HOPE = 0.9  # an unknown choice may cost this much of what is expected,
-_FAR_OFF = 1.5  # and one after forwards of another kind up to so many times as much
+_OPTIMISM = 0.9  # of what is expected: a choice that was never tried may take so little
+_CHEAPER = 0.04  # and another number of drafts, at its best, has to take this much less to be tried
+_SWITCHED = (0.9, 1.5)  # of the expected: in between, a forward after another kind says nothing new
 
 
 @dataclass
@@ -113,7 +110,7 @@ class Controller:
         self._now, self._left = PLAIN, 2  # the first forwards say what plain ones cost
         self._every = _LEARN_EVERY
         self._try: Try | None = None
-        self._allowed = self._lost = 0.0
+        self._allowance = Allowance()
         self._owed = 0.0  # plain forwards that would have made the same steps sooner
         self._looked = 0
         self._before_this = PLAIN
@@ -122,17 +119,19 @@ class Controller:
         self._size = 0.0
 
     def start(self, size: float) -> None:
-        """Begin a sequence whose plain forwards are of this size (positions)."""
-        if self._size and not 0.9 < size / self._size < 1.1:
-            self._scale(size / self._size)
-        self._size = size
+        """Begin a sequence; its plain forwards, of so many positions, take time in proportion.
+
+        Small changes of length count once they have added up.
+        """
+        if not self._size or not 0.9 < size / self._size < 1.1:
+            self._scale(size / (self._size or size))
+            self._size = size
 
     def _scale(self, factor: float) -> None:
         """Take all forwards to be longer by this factor."""
         for forward in self._forward.values():
             forward.scale(factor)
-        self._allowed *= factor
-        self._lost *= factor
+        self._allowance.scale(factor)
         if self._try is not None:
             self._try.otherwise *= factor
             self._try.plain *= factor
@@ -202,7 +201,7 @@ class Controller:
             slower = forward / own.expected(choice.drafts)
             changed = self._pace.observe(slower, choice == PLAIN)
             self._keep_up()
-        settled |= not _HOPE < ratio < _FAR_OFF
+        settled |= not _SWITCHED[0] < ratio < _SWITCHED[1]
         forward /= self._pace.value
         if settled:
             for curve in self._forward.values() if choice.way is None else (own,):
@@ -212,13 +211,12 @@ class Controller:
             self._share = _LASTING * self._share + (1 - _LASTING) * share
         self._worth.observe(choice, steps, sequences)
         ahead = choice.way is not None and self._try is None
-        spent = forward + drafting / self._pace.value
-        self._allowed += (_ALLOWED_AHEAD if ahead else _ALLOWED) * spent
+        self._allowance.earn(forward + drafting / self._pace.value, ahead)
         tried = self._try if self.is_tried(choice) else None
         if tried is not None:
             tried.forwards += 1
         # Expected seconds here and below: what an interrupted forward took says nothing.
-        took = min(self.seconds_per_step(choice) * self._steps(choice), self._most(choice))
+        took = min(self._seconds(choice), self._most(choice))
         made = 1.0 + share * (steps - 1.0)
         owed = _FORGIVEN * self._owed + took / plain.expected(0) - made
         self._owed = max(_CREDIT, owed)
@@ -245,13 +243,16 @@ class Controller:
         self._left -= 1
         self.forwards += 1
         self._tried[PLAIN] = self.forwards
-        self._allowed += _ALLOWED * seconds / self._pace.value
+        self._allowance.earn(seconds / self._pace.value)
         self._owed *= _FORGIVEN
 
     def seconds_per_step(self, choice: Choice) -> float:
         """What a step costs by this choice, as far as is known."""
-        forward = self._of(choice).expected(choice.drafts)
-        return (forward + self._drafting_seconds(choice)) / self._steps(choice)
+        return self._seconds(choice) / self._steps(choice)
+
+    def _seconds(self, choice: Choice) -> float:
+        """Seconds of a forward by this choice and of choosing its drafts, as far as is known."""
+        return self._of(choice).expected(choice.drafts) + self._drafting_seconds(choice)
 
     def _steps(self, choice: Choice) -> float:
         """Expected denoising steps of a forward, on average of all sequences in it."""
@@ -334,7 +335,7 @@ class Controller:
         plain = self._plain.expected(0)
         if choice == PLAIN:
             return _PLAIN_LOOK - (otherwise < _FAR_BEHIND * plain)
-        loses = (self.seconds_per_step(choice) - otherwise) * self._steps(choice)
+        loses = self._loss(choice, otherwise)
         known = self._own(choice).knows(choice.drafts)
         return 1 if known and loses > _DEAR * plain else _TRY
 
@@ -348,10 +349,8 @@ class Controller:
         if self._now == PLAIN:
             self._compare(tried.plain)
             return
-        lost = (self.seconds_per_step(self._now) - tried.otherwise) * self._steps(self._now)
-        lost = max(0.0, min(lost, self._most(self._now)))
-        most = self._allowed + _MOST_SAVED * tried.plain
-        self._lost = min(self._lost + tried.forwards * lost, most)
+        lost = max(0.0, min(self._loss(self._now, tried.otherwise), self._most(self._now)))
+        self._allowance.lose(tried.forwards * lost, tried.plain)
 
     def _most(self, choice: Choice) -> float:
         """Seconds that a forward may take, and its drafting; longer ones were interrupted."""
@@ -392,7 +391,7 @@ class Controller:
             curve.observe(0, before)
         self._tried = {PLAIN: self.forwards}
         self._vain.clear()
-        self._allowed = self._lost = 0.0
+        self._allowance.clear()
         self._owed = min(self._owed, 0.0)
 
     def _best(self) -> Choice:
@@ -412,9 +411,7 @@ class Controller:
         forward with fewer drafts does.
         """
         now = self.seconds_per_step(best)
-        plain = self._plain.expected(0)
-        self._allowed = min(self._allowed, self._lost + _MOST_SAVED * plain)
-        allowance = max(0.0, _ALLOWED_FIRST * plain + self._allowed - self._lost)
+        allowance = self._allowance.left(self._plain.expected(0))
         others = [c for c in self._choices if c not in (best, PLAIN)]
         # Where drafts pay, other numbers of them may be no dearer: costs grow by steps.
         hopeful = [
@@ -422,8 +419,8 @@ class Controller:
             for c in others
             if c not in self._tried
             and (
-                _HOPE * self.seconds_per_step(c) < now
-                or (best != PLAIN and self._at_best(c) < (1 - _MARGIN) * now)
+                _OPTIMISM * self.seconds_per_step(c) < now
+                or (best != PLAIN and self._at_best(c) < (1 - _CHEAPER) * now)
             )
             and self._length(c, now) * self._at_worst(c, now) <= allowance
         ]
@@ -452,7 +449,7 @@ class Controller:
         All is measured by them: one that was measured wrongly must not hide that drafts lose.
         """
         lost = self.seconds_per_step(PLAIN) / self.seconds_per_step(best) - 1  # in steps by `best`
-        between = _PLAIN_LOOK * lost / (_ALLOWED_PLAIN * self._steps(best))
+        between = _PLAIN_LOOK * lost / (_PLAIN_SHARE * self._steps(best))
         return self._in_vain(PLAIN) * max(_LOOK_AGAIN, between)
 
     def _in_vain(self, choice: Choice) -> int:
@@ -462,6 +459,10 @@ class Controller:
     def _age(self, choice: Choice) -> int:
         """Forwards since it was last tried."""
         return self.forwards - self._tried.get(choice, 0)
+
+    def _loss(self, choice: Choice, otherwise: float) -> float:
+        """Seconds that a forward by this choice loses, where a step costs `otherwise` without."""
+        return self._seconds(choice) - otherwise * self._steps(choice)
 
     def _at_worst(self, choice: Choice, now: float) -> float:
         """Seconds that one forward by this choice may lose, where a step costs `now` otherwise."""
