@@ -1,4 +1,4 @@
-"""Which of its kernels torch's attention may use while a forward runs on CUDA."""
+"""What torch's attention is given on a GPU: its kernels, and masks that none of them copies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_cases import outcome, tasks_of
 from helpers import parity_model
 from torch.backends import cuda
 
@@ -119,3 +120,52 @@ def test_flexattention_is_compared_with_what_forwards_use(monkeypatch: pytest.Mo
     flex.better_masked(flex.Shape(2, 1, 8, 1), torch.float32, CUDA)
     assert seen == [False]
     assert cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 7), (12, 8), (16, 33), (64, 203)])
+def test_rows_of_a_mask_begin_at_multiples_of_eight(
+    queries: int, keys: int, dtype: torch.dtype
+) -> None:
+    """And attention gives what it gives with a mask that lies elsewhere, bit by bit."""
+    draw = torch.Generator().manual_seed(queries)
+    mask = torch.rand(queries, keys, generator=draw) < 0.3
+    mask[:, 0] = True
+    ours = attention.added(mask, dtype)
+    usual = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+    assert torch.equal(ours, usual)
+    query, key, value = (
+        torch.randn(1, 2, n, 16, generator=draw).to(dtype) for n in (queries, keys, keys)
+    )
+    found, expected = (
+        attention.scaled_dot_product_attention(query, key, value, hidden[None, None])
+        for hidden in (ours, usual)
+    )
+    assert torch.equal(found, expected)
+    assert is_aligned(ours[None, None])
+
+
+def is_aligned(mask: torch.Tensor) -> bool:
+    """Whether torch's memory-efficient attention takes it as it lies."""
+    return mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"), [("sdar-a", "block"), ("llada-a", "dual"), ("dream-a", "prefix")]
+)
+def test_no_mask_of_a_decode_is_copied(
+    name: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads share keys in two of them, and prompts are of many lengths."""
+    usual, masks = attention.scaled_dot_product_attention, []
+
+    def watched(query: Any, key: Any, value: Any, mask: Any = None, **options: Any) -> torch.Tensor:
+        if mask is not None:
+            masks.append(mask)
+        return usual(query, key, value, mask, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    lm = parity_model(name)
+    outcome(lm, tasks_of(lm, 3, "graph", cache=cache))
+    assert len({mask.shape[-1] % 8 for mask in masks}) > 1
+    assert all(map(is_aligned, masks))
