@@ -16,6 +16,7 @@ from device_cases import drafter, outcome, tasks_of
 from helpers import PARITY, random_prompt
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from transformers.modeling_outputs import BaseModelOutput
 
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
@@ -151,6 +152,17 @@ def test_forwards_that_are_captured_give_the_same_tokens(
     assert min(longer) > 24
 
 
+@pytest.mark.parametrize("drafts", [0, 1, 2, 4, 8, 16])
+@pytest.mark.parametrize("others", [0, 1, 2])  # blocks that are stored, or begun behind a state
+def test_forwards_over_blocks_of_32_are_captured_with_little_padding(
+    drafts: int, others: int
+) -> None:
+    positions = (1 + drafts + others) * 32
+    size = min(size for size in ours.CAPTURED if size >= positions)
+    assert size - positions <= size / 8
+    assert others or size == positions  # all that `dual` asks for
+
+
 @torch.inference_mode()
 def test_what_a_captured_forward_gave_outlasts_the_next_one(plain: DiffusionLM) -> None:
     transformer: Any = plain.module.model
@@ -180,6 +192,8 @@ def test_cuda_graphs_are_used_where_they_are_right_and_faster(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 0.0  # of a clock that goes on where a forward is made
+    sizes: set[int] = set()
+    limits: set[int | None] = set()
 
     def whole(module: Any, *, capture: bool = False) -> Callable[..., Any]:
         transformer = kind(module.model) if capture else module.model
@@ -188,6 +202,8 @@ def test_cuda_graphs_are_used_where_they_are_right_and_faster(
         def timed(**inputs: Any) -> Any:
             nonlocal now
             now += seconds
+            sizes.add(inputs["input_ids"].shape[1])
+            limits.add(inductor.triton.cudagraph_dynamic_shape_warn_limit)
             return transformer(**inputs)
 
         return timed
@@ -200,6 +216,10 @@ def test_cuda_graphs_are_used_where_they_are_right_and_faster(
     assert plain.compiled is not None
     assert isinstance(plain.compiled.transformer, Captured) == ("as fast" in said)
     assert said in caplog.text
+    if kind is Graphs:  # captured in all sizes, of which torch would warn otherwise
+        assert sizes.issuperset(ours.CAPTURED)
+        assert None in limits
+    assert inductor.triton.cudagraph_dynamic_shape_warn_limit is not None
 
 
 def test_what_torch_cannot_compile_is_refused(

@@ -23,6 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _NAME = "spiffy"  # of this module's attention, in transformers' register
+_ALIGNED = 8  # elements
 
 
 class KeyValues:
@@ -134,8 +135,14 @@ class Masked(Protocol):
 
 
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask (bool, any shape) as what is added to scores: 0 where it is True, -inf elsewhere."""
-    hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    """A mask (bool [query, keys]) as what is added to scores: 0 where it is True, -inf elsewhere.
+
+    Its rows begin at multiples of eight elements: any other mask torch's memory-efficient attention
+    copies to such a place, in every layer.
+    """
+    queries, keys = mask.shape
+    width = -(-keys // _ALIGNED) * _ALIGNED
+    hidden = torch.zeros(queries, width, dtype=dtype, device=mask.device)[:, :keys]
     return hidden.masked_fill_(~mask, -torch.inf)
 
 
@@ -234,8 +241,9 @@ class _Arrangement:
         made = (which, shared, query.device, query.dtype)
         if made not in self._masks:
             # Elsewhere than the other inputs only where a device map spreads the model.
-            hidden = added(mask.to(query.device), query.dtype)
-            self._masks[made] = hidden.repeat(shared, 1)[None, None]
+            mask = mask.to(query.device)
+            mask = mask.repeat(shared, 1) if shared > 1 else mask
+            self._masks[made] = added(mask, query.dtype)[None, None]
         return self._masks[made]  # type: ignore[no-any-return]
 
 

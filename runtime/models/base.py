@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spiffy.runtime.models.attention import Group, Masked, arranged, attention_of
 from spiffy.runtime.models.block_size import is_published, stated_block_size
+from spiffy.runtime.models.device import without_cudnn
 from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.rotary import install, reach, whole_lengths
 from spiffy.runtime.models.stored import stored_tensors
@@ -278,7 +279,11 @@ class DiffusionLM:
         transformer, masked = module.model, None
         if compiled is not None:
             transformer, masked = compiled.transformer, compiled.masked
-        with arranged(module.config, groups, masked) as arrangement, whole_lengths(groups):
+        with (
+            arranged(module.config, groups, masked) as arrangement,
+            whole_lengths(groups),
+            without_cudnn(ids.device),
+        ):
             hidden = transformer(
                 input_ids=ids[None],
                 position_ids=positions[None],

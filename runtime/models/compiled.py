@@ -32,8 +32,9 @@ from spiffy.schemas.errors import said
 from spiffy.schemas.notes import note
 
 #: Numbers of positions that CUDA graphs are captured of; a forward over fewer is padded to the
-#: next, and one over more has enough to do.
-CAPTURED = (8, 16, 32, 64, 96, 128, 192, 256)
+#: next, and one over more has enough to do. With blocks of 32 and 1, 2, 4, 8 or 16 drafts a forward
+#: has 64, 96, 160, 288 or 544, and 32 more for each block that is stored or begun in it.
+CAPTURED = (8, 16, 32, 64, 96, 128, 160, 192, 256, 288, 320, 384, 448, 544, 608)
 
 _TRIED = (64, 8)  # positions: the first is compiled, which has to do for the second
 _LONG = 2.0  # seconds
@@ -118,11 +119,17 @@ class Captured:
 
 def _captured(model: DiffusionLM) -> Callable[..., Any]:
     """The transformer with CUDA graphs, if they give what they should and are faster."""
+    from torch._inductor import config as inductor
+
     assert model.compiled is not None
     usual = model.compiled.transformer
     captured = Captured(usual, _whole(model.module, capture=True))
     try:
-        with ThreadPoolExecutor(1) as other:  # servers decode in another thread
+        # torch warns of many sizes, because it does not know that there will be no more.
+        with (
+            inductor.patch({"triton.cudagraph_dynamic_shape_warn_limit": None}),
+            ThreadPoolExecutor(1) as other,  # servers decode in another thread
+        ):
             wrong = _difference(model, captured)
             wrong = wrong or other.submit(_difference, model, captured).result()
     except Exception as error:

@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from spiffy.runtime.models.attention import Masked, added
-from spiffy.runtime.models.device import median_seconds
+from spiffy.runtime.models.device import median_seconds, without_cudnn
 from spiffy.schemas.errors import said
 from spiffy.schemas.notes import note
 
@@ -165,7 +165,8 @@ def better_masked(shape: Shape, dtype: torch.dtype, device: torch.device) -> Fle
     """
     flex = Flex(_compiled())
     try:
-        why = _against(flex, shape, dtype, device)
+        with without_cudnn(device):  # as in forwards
+            why = _against(flex, shape, dtype, device)
     except Exception as error:  # of any part of the compiler
         why = f"{type(error).__name__}: {said(error, 300)}"
     if why is None:
