@@ -230,10 +230,10 @@ class PrefixSharedCache(PrefixCache):
             for k, ids in enumerate(states.numpy()[:, span.start : span.stop])
         ]
         suffix = Segment(cursor.ids.numpy()[span.stop :], span.stop, span.stop)
-        last = len(blocks)
-        sees = [[k, last] for k in range(last)] + [[0, last]]
+        count = len(blocks)  # the suffix, behind them, attends to the root's block and to itself
+        sees = [[k, count] for k in range(count)] + [[0, count]]
         rows = [pack([*blocks, suffix], sees, self.kv, length)]
-        places = [Place(0, k * len(span), span.start, len(span)) for k in range(last)]
+        places = [Place(0, k * len(span), span.start, len(span)) for k in range(count)]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
 
