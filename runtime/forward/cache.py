@@ -171,21 +171,21 @@ class DualCache:
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
         span, length = self.canvas.span(cursor.block), self.canvas.length
-        anew = self._anew(span)
-        own = [
-            Segment(ids, anew.start, length + (k - 1) * len(anew) if k else anew.start)
-            for k, ids in enumerate(states.numpy()[:, anew.start : anew.stop])
+        run = self._recomputed(span)
+        segments = [
+            Segment(ids, run.start, length + (k - 1) * len(run) if k else run.start)
+            for k, ids in enumerate(states.numpy()[:, run.start : run.stop])
         ]
-        rows = [pack(own, [[k] for k in range(len(own))], self.kv, length)]
+        rows = [pack(segments, [[k] for k in range(len(segments))], self.kv, length)]
         # They end with the block: what lies behind it rests on this block's cache, and the next
         # block has another.
-        places = [Place(0, k * len(anew), span.start, len(span)) for k in range(len(own))]
+        places = [Place(0, k * len(run), span.start, len(span)) for k in range(len(segments))]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing: the block's cache does not change until the next block."""
 
-    def _anew(self, span: range) -> range:
+    def _recomputed(self, span: range) -> range:
         """What a block's forwards compute anew, the block (`span`) first; the rest is frozen."""
         return span
 
@@ -208,7 +208,7 @@ class PrefixCache(DualCache):
     state to state: each carries its own behind its block.
     """
 
-    def _anew(self, span: range) -> range:
+    def _recomputed(self, span: range) -> range:
         return range(span.start, self.canvas.length)
 
 
@@ -230,10 +230,10 @@ class PrefixSharedCache(PrefixCache):
             for k, ids in enumerate(states.numpy()[:, span.start : span.stop])
         ]
         suffix = Segment(cursor.ids.numpy()[span.stop :], span.stop, span.stop)
-        last = len(blocks)
-        sees = [[k, last] for k in range(last)] + [[0, last]]
+        count = len(blocks)  # the suffix, behind them, attends to the root's block and to itself
+        sees = [[k, count] for k in range(count)] + [[0, count]]
         rows = [pack([*blocks, suffix], sees, self.kv, length)]
-        places = [Place(0, k * len(span), span.start, len(span)) for k in range(last)]
+        places = [Place(0, k * len(span), span.start, len(span)) for k in range(count)]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
 

@@ -104,6 +104,7 @@ class Reader:
             wanted[:, :size] = True
         if not self.ranks:  # a plain walk ends with the block
             wanted[:, size:] = False
+        # A state's place tells about its positions, and about `shift` more behind them.
         numbers = np.fromiter(chain.from_iterable(places), np.int64)
         row, first, start, length = numbers.reshape(-1, len(Place._fields)).T
         position = np.arange(answer.start, answer.start + ids.shape[1])
