@@ -183,7 +183,7 @@ class TakingTurns:
     def begin(self, canvas: Canvas) -> None:
         """Nothing to prepare."""
 
-    def turn(self, sequences: int, seconds: float) -> None:
+    def after_forward(self, sequences: int, seconds: float) -> None:
         """Nothing to hear."""
 
     def advise(self) -> Advice:

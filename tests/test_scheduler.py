@@ -226,7 +226,7 @@ class Adviser:
     def begin(self, canvas: Any) -> None:
         pass
 
-    def turn(self, sequences: int, seconds: float) -> None:
+    def after_forward(self, sequences: int, seconds: float) -> None:
         self.turns.append(sequences)
 
     def advise(self) -> Advice:

@@ -335,7 +335,7 @@ def test_a_warm_up_decodes_plainly_and_learns_what_drafts_cost(
     assert measured == [engine.graph]
     adviser = engine.task(QUESTION).adviser
     assert isinstance(adviser, AutoBudget)  # of the answers to come
-    assert sum(crowd.forwards for crowd in adviser.shared.crowds.values()) > 1
+    assert sum(each.forwards for each in adviser.shared.by_batch.values()) > 1
     assert engine.metrics.registry.get_sample_value("spiffy_forwards_total") == 0
     engine.start()
     assert submit(engine)[1]().ids == plainly().token_ids

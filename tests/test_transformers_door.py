@@ -351,7 +351,7 @@ def test_a_module_stays_known_without_its_model_and_learns_from_call_to_call() -
     for _ in range(2):
         drafted(module, batch(known, 6), graph=graph)
         (budget,) = auto._known._kept[module].values()
-        counted.append(budget.shared.mine.forwards)
+        counted.append(budget.shared.current.forwards)
     assert counted[1] > counted[0] > 0
     before = len(auto._known._kept)
     del module, known, budget

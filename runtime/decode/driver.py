@@ -134,8 +134,9 @@ class Scheduler:
         synchronize(self.model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
         # Methods, not advisers: one that is watched has that of the one which it stands for.
-        for turn in {task.adviser.turn for task in self.running if task.adviser is not None}:
-            turn(len(self._running), forwarded)
+        advisers = [task.adviser for task in self.running if task.adviser is not None]
+        for after_forward in {adviser.after_forward for adviser in advisers}:
+            after_forward(len(self._running), forwarded)
         walked = self._running
         self._running = []
         for task, decoding, rows in walked:

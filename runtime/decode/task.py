@@ -78,15 +78,18 @@ class Adviser(Protocol):
 
     @property
     def rests(self) -> bool:
-        """Whether it does neither for the next forward, which is plain; changes only in `turn`."""
+        """Whether the next forward is plain whatever `advise` would say.
+
+        Then neither `advise` nor `learn` is called for it. Changes only in `after_forward`.
+        """
         ...
 
     def begin(self, canvas: Canvas) -> None:
-        """Meet a sequence."""
+        """A sequence is about to be decoded."""
         ...
 
-    def turn(self, sequences: int, seconds: float) -> None:
-        """Hear of a forward that so many sequences shared, before they learn of it and go on."""
+    def after_forward(self, sequences: int, seconds: float) -> None:
+        """A forward that so many sequences shared is done; called once, before they `learn`."""
         ...
 
     def advise(self) -> Advice:
