@@ -181,7 +181,7 @@ class Drafts:
         task.drafter = self._drafters[task.settings]
 
 
-class Maker:
+class TaskMaker:
     """The options of `generate`, checked: what makes tasks of prompts."""
 
     def __init__(
@@ -313,7 +313,7 @@ def generate(
     SpiffyError
         If an option, the prompt, or the graph does not fit the model.
     """
-    maker = Maker(
+    maker = TaskMaker(
         model,
         raw=raw,
         system=system,
@@ -366,7 +366,7 @@ def generate_many(
         If an option or the graph does not fit the model, or a prompt does not, whose number (from
         0) is named.
     """
-    maker = Maker(model, graph=graph, budget=budget, **options)
+    maker = TaskMaker(model, graph=graph, budget=budget, **options)
     scheduler, tasks = Scheduler(model, batch_size), maker.all(prompts)
     return in_order(tasks, generate_batch(scheduler, tasks, maker.trace))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from spiffy.runtime.decode import Task, run
-from spiffy.runtime.generate import Maker, Output, answer, collect
+from spiffy.runtime.generate import Output, TaskMaker, answer, collect
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt
 from spiffy.schemas import SpiffyError
@@ -35,7 +35,7 @@ def stream(model: DiffusionLM, prompt: Prompt, **options: Any) -> Stream:
     """
     if model.tokenizer is None:
         raise SpiffyError(f"{model.name} ships no tokenizer, so its answers have no text to stream")
-    maker = Maker(model, **options)
+    maker = TaskMaker(model, **options)
     return Stream(maker.one(prompt), maker.trace)
 
 

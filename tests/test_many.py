@@ -14,10 +14,10 @@ from helpers import chain_graph, parity_model, random_prompt, refusal, shown
 
 from spiffy.runtime import Stream, generate, generate_many, load_model, stream
 from spiffy.runtime.decode import driver
-from spiffy.runtime.generate import Maker, in_order
+from spiffy.runtime.generate import TaskMaker, in_order
 
 PROMPTS = [f"Tom has {k} apples. He buys 4 more. How many now?" for k in (1, 2, 3)]
-SETTINGS: dict[str, Any] = {"gen_length": 16, "block_length": 8, "cache": "dual"}
+SETTINGS: dict[str, Any] = {"gen_length": 8, "block_length": 4, "cache": "dual"}
 
 
 class Forwards:
@@ -40,7 +40,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
 
 
 def test_all_options_of_generate_hold_for_many_prompts_and_streams() -> None:
-    one, many = (inspect.signature(of).parameters for of in (generate, Maker.__init__))
+    one, many = (inspect.signature(of).parameters for of in (generate, TaskMaker.__init__))
     assert {n: p.default for n, p in one.items() if n not in ("model", "prompt")} == {
         n: p.default for n, p in many.items() if n not in ("self", "model")
     }
@@ -55,18 +55,13 @@ def test_many_prompts_come_in_order_as_generate_decodes_each(
     if drafts != "none":
         graph = chain_graph("tiny-llada", **SETTINGS)
         options |= {"graph": graph, "budget": drafts, "temperature": temperature}
-    prompts = [
-        PROMPTS[0],
-        [{"role": "user", "content": PROMPTS[1]}],
-        model.encode(PROMPTS[2]),
-        model.encode(PROMPTS[0]).tolist(),
-    ]
+    prompts = [PROMPTS[0], [{"role": "user", "content": PROMPTS[1]}], model.encode(PROMPTS[2])]
     alone = [
         generate(model, prompt, sequence=5 + number, **options)
         for number, prompt in enumerate(prompts)
     ]
     forwards.made = 0
-    together = list(generate_many(model, iter(prompts), batch_size=3, sequence=5, **options))
+    together = list(generate_many(model, iter(prompts), batch_size=2, sequence=5, **options))
     assert [out.token_ids for out in together] == [out.token_ids for out in alone]
     assert [out.text for out in together] == [out.text for out in alone]
     assert forwards.made < sum(out.stats.nfe for out in together)
@@ -139,7 +134,8 @@ def test_a_stream_is_the_text_of_generate_block_by_block(
     drafted: bool, stop: Any, forwards: Forwards
 ) -> None:
     model = load_model("tiny-llada", device="cpu")
-    options: dict[str, Any] = {**SETTINGS, "gen_length": 32, "stop": stop, "trace": True}
+    options: dict[str, Any] = {"cache": "dual", "gen_length": 24, "block_length": 8, "stop": stop}
+    options["trace"] = True
     whole = generate(model, PROMPTS[0], **options)
     assert ("apple" in whole.text) is not bool(stop)
     if drafted:

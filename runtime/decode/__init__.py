@@ -6,6 +6,7 @@
 
 from spiffy.runtime.decode.driver import Scheduler, run
 from spiffy.runtime.decode.loop import (
+    TooLargeError,
     denoise,
     denoising_step,
     find,
@@ -33,6 +34,7 @@ __all__ = [
     "Scheduler",
     "Stats",
     "Task",
+    "TooLargeError",
     "checked_stop",
     "decoded",
     "denoise",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.forward.asked import Asked, Said, numbered, on_device, read
-from spiffy.runtime.models.attention import Group, KeyValues
+from spiffy.runtime.models.attention import Group, KeyValues, Slots
 from spiffy.runtime.models.base import DiffusionLM
 
 Ints = NDArray[np.int64]
@@ -43,7 +43,7 @@ class Row:
     ids: Tensor
     positions: Tensor
     mask: Tensor | None = None
-    kept: KeyValues | None = None
+    kept: Slots | None = None
     places: tuple[range, ...] = ()
     keys: int = 0
     asked: Asked | None = None
@@ -76,9 +76,7 @@ class Segment(NamedTuple):
     place: int
 
 
-def pack(
-    segments: Sequence[Segment], sees: Sequence[Sequence[int]], kept: KeyValues, held: int
-) -> Row:
+def pack(segments: Sequence[Segment], sees: Sequence[Sequence[int]], kept: Slots, held: int) -> Row:
     """Put segments side by side in one row; each keeps its own positions.
 
     Parameters
@@ -152,6 +150,25 @@ def forward(
         model.device,
     )
     hidden = model.hidden_states(ids, positions, list(_groups(rows, masks, lengths)))
+    return _outputs(model, rows, hidden, at, pairs)
+
+
+def outputs_of(model: DiffusionLM, rows: Sequence[Row], hidden: Tensor) -> list[RowOutput]:
+    """What a forward gives for rows whose hidden states an engine has computed (docs/engine.md).
+
+    Parameters
+    ----------
+    hidden
+        [query, hidden], of one row behind the other, on the model's device.
+    """
+    asked = numbered([row.asked for row in rows], [len(row.ids) for row in rows])
+    return _outputs(model, rows, hidden, *on_device(asked, model.device))
+
+
+def _outputs(
+    model: DiffusionLM, rows: Sequence[Row], hidden: Tensor, at: Tensor, pairs: Tensor
+) -> list[RowOutput]:
+    sizes = [len(row.ids) for row in rows]
     asked = [row.asked for row in rows if row.asked is not None]
     said = iter(read(model, asked, hidden, at, pairs) if asked else ())
     return [
@@ -169,6 +186,7 @@ def _groups(
     alike: Group | None = None
     for row, whole in zip(rows, wholes, strict=True):
         mask = None if row.mask is None else next(on_device)
+        assert row.kept is None or isinstance(row.kept, KeyValues)  # else an engine's rows
         group = Group(1, len(row.ids), mask, row.kept, row.places, row.keys, whole)
         if alike is not None and mask is None and alike._replace(rows=1) == group:
             alike = alike._replace(rows=alike.rows + 1)
