@@ -17,7 +17,7 @@ from itertools import combinations
 import torch
 
 from spiffy.runtime import generate
-from spiffy.runtime.forward.question import reads_on_host
+from spiffy.runtime.forward.request import reads_on_host
 from spiffy.runtime.models import DiffusionLM
 from spiffy.schemas import SpiffyError
 

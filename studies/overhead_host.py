@@ -45,7 +45,7 @@ from spiffy.runtime.draft import (
     rejected,
     search,
 )
-from spiffy.runtime.forward import pack, question
+from spiffy.runtime.forward import pack, request
 from spiffy.runtime.forward.pack import forward
 from spiffy.schemas import DecodingSettings, DraftGraph
 
@@ -84,12 +84,12 @@ def searching(way: str) -> Iterator[None]:
 @contextmanager
 def read_ahead() -> Iterator[None]:
     """Read every state in its forward, as off the CPU."""
-    kept = question._HOSTS
-    question._HOSTS = frozenset()
+    kept = request._HOSTS
+    request._HOSTS = frozenset()
     try:
         yield
     finally:
-        question._HOSTS = kept
+        request._HOSTS = kept
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def on_host(
     with ExitStack() as stack:
         stack.enter_context(read_ahead())
         elsewhere, known = [], bool(computed)
-        for owner, name in ((model, "hidden_states"), (pack, "read")):  # the accelerator's
+        for owner, name in ((model, "hidden_states"), (pack, "read_rows")):  # the accelerator's
             results = computed.setdefault(name, [])
             stack.enter_context(handed_over(owner, name, results, known))
             elsewhere.append(stack.enter_context(timed(owner, name, thread_time)))

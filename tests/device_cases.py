@@ -28,7 +28,7 @@ from spiffy.runtime.budget.cost import measure_cost
 from spiffy.runtime.decode import Advice, Task, driver, make_task, run
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
-from spiffy.runtime.forward import question
+from spiffy.runtime.forward import request
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.step.canvas import Canvas
 from spiffy.schemas import SpiffyError
@@ -217,7 +217,7 @@ def without_float64(device: str) -> Outcome:
     """Logits come over instead, as for a device that has no float64."""
     lm = model("sdar-a", device)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(question, "_HOSTS", {"cpu", device})
+        patch.setattr(request, "_HOSTS", {"cpu", device})
         return outcome(lm, tasks_of(lm, 1, "model"))
 
 

@@ -12,11 +12,10 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from spiffy.runtime.draft import compiled, search, told
+from spiffy.runtime.draft import compiled, primitives, search
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
-from spiffy.runtime.draft.compiled import layout, loops
-from spiffy.runtime.draft.compiled import told as loops_of_told
-from spiffy.runtime.draft.compiled.arrays import Root
+from spiffy.runtime.draft.compiled import arrays, layout, loops
+from spiffy.runtime.draft.compiled import primitives as compiled_primitives
 from spiffy.runtime.draft.expand import expand, most_states
 from spiffy.runtime.draft.ngrams import Bigrams
 from spiffy.runtime.draft.outlook import Outlook, Rejected
@@ -26,7 +25,7 @@ MASK, EOS, VOCAB = 29, 28, 30
 
 def drawn_root(
     seed: int, length: int, ranks: int, rejected: int, *, everywhere: bool = False
-) -> tuple[Outlook, Root]:
+) -> tuple[Outlook, arrays.Outlook]:
     """A root with some masked positions, and what some rejected drafts say, by both."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 6, length)
@@ -69,7 +68,7 @@ def drawn_weights(seed: int, sets: bool) -> AcceptanceWeights:
 
 
 def assert_same_drafts(
-    weights: AcceptanceWeights, both: tuple[Outlook, Root], budget: int, room: int
+    weights: AcceptanceWeights, both: tuple[Outlook, arrays.Outlook], budget: int, room: int
 ) -> None:
     """The same probabilities, of the same states but where equals compete for the last place."""
     choice, p = expand(weights, both[0], budget, room)
@@ -77,7 +76,7 @@ def assert_same_drafts(
     assert (ours.dtype, our_p.dtype) == (choice.dtype, p.dtype)
     assert our_p == pytest.approx(p, rel=1e-6)
     ids, facts = np.full(200, MASK), (both[0].positions, both[0].tokens, choice)
-    assert compiled.filled(ids, *facts).tolist() == told.filled(ids, *facts).tolist()
+    assert compiled.fill_in(ids, *facts).tolist() == primitives.fill_in(ids, *facts).tolist()
     known = dict(zip(map(tuple, choice.tolist()), p, strict=True))
     for state, probability in zip(map(tuple, ours.tolist()), our_p, strict=True):
         assert known.get(state, p[-1]) == pytest.approx(probability, rel=1e-6)
@@ -105,19 +104,19 @@ def test_the_root_is_laid_out_as_by_numpy(
     seed: int, length: int, ranks: int, rejected: int
 ) -> None:
     at, root = drawn_root(seed, length, ranks, rejected)
-    for name in Root._fields[:-2]:
+    for name in arrays.Outlook._fields[:-2]:
         expected, found = getattr(at, name), getattr(root, name)
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
         assert found == pytest.approx(expected, rel=1e-9), name
-    assert root.share == pytest.approx(np.exp(at.log_p), rel=1e-9)
-    table = root.ngrams
+    assert root.token_p == pytest.approx(np.exp(at.log_p), rel=1e-9)
+    table = root.in_text
     found = dict(zip(table.keys.tolist(), table.counts.tolist(), strict=True))
     wanted = [int(key) for key in at.in_text.keys if key >= 0]
     assert {key: times for key, times in found.items() if key >= 0} == Counter(wanted)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 3), st.integers(1, 12))
-def test_the_drafts_asked_are_those_of_numpy(
+def test_the_informative_drafts_are_those_of_numpy(
     seed: int, block: int, ranks: int, states: int
 ) -> None:
     """Drafts like those of a walk: what the root holds, or likely tokens, or neither."""
@@ -133,9 +132,10 @@ def test_the_drafts_asked_are_those_of_numpy(
     held = np.concatenate((parent[None], held))
     positions = rng.permutation(np.flatnonzero(ids == MASK))
     facts = (positions, tokens[positions], np.log(rng.random((len(positions), ranks))), MASK)
-    expected = told.asked(held, ids, 0, *facts)
-    assert compiled.asked(held, ids, 0, *facts).tolist() == expected.tolist()
-    event(f"{min(len(expected), 3)} asked")
+    expected = primitives.informative_drafts(held, ids, 0, *facts)
+    ours = compiled.informative_drafts(held, ids, 0, *facts)
+    assert ours.tolist() == expected.tolist()
+    event(f"{min(len(expected), 3)} drafts")
 
 
 def assert_same(ours: Sequence[Any], expected: Sequence[Any]) -> None:
@@ -156,11 +156,11 @@ def test_candidates_are_ranked_as_by_numpy(
     score = rng.integers(1, 4, count) / 4
     masked = positions[rng.random(count) < 0.7]
     facts = (positions, tokens, log_p, score, masked, MASK, ranks - 1, by_token)
-    assert_same(compiled.ranked(*facts), told.ranked(*facts))
+    assert_same(compiled.rank(*facts), primitives.rank(*facts))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
-def test_what_drafts_say_is_heard_as_by_numpy(
+def test_what_drafts_say_is_computed_as_by_numpy(
     seed: int, count: int, ranks: int, drafts: int
 ) -> None:
     """With numbers that overflowed, and tokens whose probabilities add up to more than 1."""
@@ -169,30 +169,30 @@ def test_what_drafts_say_is_heard_as_by_numpy(
     tokens = np.stack([rng.permutation(6)[:ranks] for _ in positions])
     log_p = np.log(rng.dirichlet(np.full(ranks + 1, 0.1), count)[:, :ranks] + 1e-12)
     log_p += rng.choice([0.0, 1e-9])
-    there = np.where(rng.random((drafts, 10)) < 0.6, MASK, rng.integers(0, 7, (drafts, 10)))
+    held = np.where(rng.random((drafts, 10)) < 0.6, MASK, rng.integers(0, 7, (drafts, 10)))
     logits = rng.normal(0, 4, (drafts, count, ranks))
     logits[rng.random(logits.shape) < 0.05] = rng.choice([np.inf, -np.inf, np.nan])
-    facts = (there, positions, fresh, tokens, log_p, rng.normal(0, 2, count), logits, MASK)
+    facts = (held, positions, fresh, tokens, log_p, rng.normal(0, 2, count), logits, MASK)
     with np.errstate(invalid="ignore"):
-        expected = told.heard(*facts)
-    assert_same(compiled.heard(*facts), expected)
-    event(f"{len(expected[0])} of {drafts} heard")
+        expected = primitives.rejected_log_p(*facts)
+    assert_same(compiled.rejected_log_p(*facts), expected)
+    event(f"{len(expected[0])} of {drafts} finite")
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 30))
-def test_quotes_are_found_as_by_numpy(seed: int, count: int, ranks: int, pairs: int) -> None:
+def test_cross_logits_are_found_as_by_numpy(seed: int, count: int, ranks: int, pairs: int) -> None:
     rng = np.random.default_rng(seed)
     state = np.sort(rng.integers(0, 6, 4 * count))
     rows = len(state)
     table = np.stack([rng.permutation(9) for _ in range(rows)])
     numbers = rng.permutation(rows)[:count]
     tokens = np.stack([rng.permutation(table[row, 4 : 4 + ranks]) for row in numbers])
-    asked_of = rng.integers(0, rows, (2, pairs))
-    said = rng.normal(size=(pairs, ranks + 1))
+    cross_pairs = rng.integers(0, rows, (2, pairs))
+    by_pair = rng.normal(size=(pairs, ranks + 1))
     states = rng.permutation(7)[: rng.integers(1, 5)]
-    facts = (table, 4, numbers, asked_of, state, said, states, tokens)
+    facts = (table, 4, numbers, cross_pairs, state, by_pair, states, tokens)
     # Where a pair stands there twice, the last one counts; nobody asks for one twice.
-    assert_same([compiled.quotes_of(*facts)], [told.quotes_of(*facts)])
+    assert_same([compiled.cross_logits_of(*facts)], [primitives.cross_logits_of(*facts)])
 
 
 @pytest.mark.parametrize("sets", [False, True])
@@ -236,8 +236,8 @@ def test_nothing_is_compiled_twice() -> None:
             _, root = drawn_root(1, 6, 3, rejected)
             compiled.expand(compiled.prepare(drawn_weights(1, sets)), root, 4, 4)
     assert len(layout.lay_out.signatures) == len(loops.expand.signatures) == 1
-    for function in ("ranked", "asked", "quotes_of", "heard", "filled"):
-        assert len(getattr(loops_of_told, function).signatures) == 1
+    for name in ("rank", "informative_drafts", "cross_logits_of", "rejected_log_p", "fill_in"):
+        assert len(getattr(compiled_primitives, name).signatures) == 1
 
 
 def test_numpy_searches_where_numba_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,7 +290,7 @@ def test_a_large_head_is_part_of_the_forward_as_several_states_pass_it_at_once(
     monkeypatch.setattr(cost._Stage, "step", stepping)
     cost.measure_cost(task, 2, limit=0.2)
     assert passed["step"]
-    monkeypatch.setattr(base, "_DEAR", 0)
+    monkeypatch.setattr(base, "_EXPENSIVE", 0)
     for found in passed.values():
         found.clear()
     cost.measure_cost(task, 2, limit=0.2)

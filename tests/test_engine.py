@@ -12,7 +12,7 @@ from helpers import Oracle, chain_graph, decode, random_prompt, refusal, shown, 
 
 from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
 from spiffy.runtime.decode import TooLargeError, denoise, make_task
-from spiffy.runtime.forward import question
+from spiffy.runtime.forward import request
 from spiffy.runtime.generate import TaskMaker, collect
 
 PROMPTS = [f"Lily has {k} old pens and buys 2 new pens. How many now?" for k in (3, 40)]
@@ -47,7 +47,7 @@ def test_another_engine_gives_the_tokens_of_generate(
     model = engine.describe(loaded(name, "meta"))
     assert model.fingerprint == ours.fingerprint
     if ahead:
-        monkeypatch.setattr(question, "_HOSTS", frozenset())
+        monkeypatch.setattr(request, "_HOSTS", frozenset())
         nothing = torch.empty(0)
         door["outputs_of"] = lambda *args: [
             replace(output, hidden=nothing) for output in outputs_of(*args)
@@ -70,7 +70,7 @@ def test_an_engine_without_memory_is_asked_for_less(door: dict[str, Any]) -> Non
     engine = door["Engine"](ours.module)
     model = engine.describe(loaded("tiny-sdar", "meta"))
     task = make_task(model, plain.prompt, settings, Oracle(plain, 5))
-    decoding, refused = denoise(task, door["Places"]()), 0
+    decoding, refused = denoise(task, door["Slots"]()), 0
     rows = next(decoding)
     with torch.inference_mode():
         try:

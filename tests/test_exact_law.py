@@ -61,7 +61,7 @@ class TableModel(DiffusionLM):
     def hidden_states(self, ids: Tensor, positions: Tensor, groups: Sequence[Group]) -> Tensor:
         if not hasattr(self, "table"):
             return super().hidden_states(ids, positions, groups)
-        assert all(group.mask is None and group.kept is None for group in groups)
+        assert all(group.mask is None and group.kv is None for group in groups)
         sequences = ids.view(-1, 1 + BLOCK)
         weights = torch.tensor([VOCAB**k for k in reversed(range(BLOCK))])
         return self.table[(sequences[:, 1:] * weights).sum(-1)].flatten(0, 1)

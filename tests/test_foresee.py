@@ -19,9 +19,9 @@ from torch import Tensor
 
 from spiffy.runtime.decode import loop
 from spiffy.runtime.draft import GraphDrafter
-from spiffy.runtime.forward import question
+from spiffy.runtime.forward import request
 from spiffy.runtime.forward.evaluation import Evaluation, Window
-from spiffy.runtime.forward.question import Reader
+from spiffy.runtime.forward.request import Reader
 from spiffy.runtime.models import base
 from spiffy.runtime.step.canvas import Canvas
 
@@ -29,8 +29,8 @@ LENGTH = 11
 
 
 @pytest.fixture(autouse=True)
-def _dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_DEAR", 0)
+def _expensive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_EXPENSIVE", 0)
 
 
 @pytest.mark.parametrize(("layout", "policy"), COMBINATIONS[::3])
@@ -52,7 +52,7 @@ def test_states_that_are_read_ahead_are_read_the_same(
     model, setting = setting_of(layout, policy)
     plainly = plain(layout, policy, 0.0, LENGTH, 0)
     fills = future_fills(layout, policy, 0.0, LENGTH, 3)[:12]
-    monkeypatch.setattr(question, "_HOSTS", {"elsewhere"})
+    monkeypatch.setattr(request, "_HOSTS", {"elsewhere"})
     for on_demand in ("logits", "_table"):
         monkeypatch.setattr(Evaluation, on_demand, lambda *_: pytest.fail("read on demand"))
     drafter = GraphDrafter(fills, model)
@@ -99,21 +99,21 @@ def test_a_walk_along_its_likely_states_passes_the_head_once(
     assert setting.block_length < max(passed) <= 128 // model.dtype.itemsize
     fewer = len(passed)
     passed.clear()
-    monkeypatch.setattr(loop, "_FORESEEN", setting.block_length * model.dtype.itemsize)
+    monkeypatch.setattr(loop, "_HEAD_BATCH", setting.block_length * model.dtype.itemsize)
     ours = decode(model, random_prompt(model, LENGTH), setting, Oracle(plainly, 3))
     assert_lossless(ours, plainly)
     assert len(passed) > fewer
     assert max(passed) <= setting.block_length
 
 
-def test_what_was_foreseen_is_what_the_head_says() -> None:
+def test_what_was_precomputed_is_what_the_head_says() -> None:
     model, setting = setting_of("dream-dual", "static-1")
     reader = Reader(model, setting, Canvas.plan(6, 16, 8, False), 0, asks_rejected=False)
     hidden = torch.randn(3, 20, model.module.config.hidden_size, dtype=model.dtype)
     evaluation = Evaluation(model, [Window(part, 0, 5, len(part)) for part in hidden], reader)
     positions = [torch.tensor([6, 9]), torch.tensor([12]), torch.tensor([7, 8, 20])]
     alone = [evaluation.logits(k, at) for k, at in enumerate(positions)]
-    evaluation.foresee(dict(enumerate(positions)))
+    evaluation.precompute(dict(enumerate(positions)))
     for k, at in enumerate(positions):
         torch.testing.assert_close(evaluation.logits(k, at), alone[k])
     other = torch.tensor([9])  # asked about otherwise: the head is asked again

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from spiffy.runtime.forward import cache as caches
 from spiffy.runtime.forward.cache import CACHES, BlockEdges, Cache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
-from spiffy.runtime.forward.question import Reader, _pairs
+from spiffy.runtime.forward.request import Reader, _cross_pairs
 from spiffy.runtime.models.attention import KeyValues
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
@@ -38,14 +38,14 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 def held_of(model: DiffusionLM, ids: Tensor) -> KeyValues:
     """Keys and values of a sequence of which every position sees all others."""
-    kept, places = KeyValues(len(ids)), (range(len(ids)),)
-    forward(model, [Row(ids, torch.arange(len(ids)), None, kept, places, len(ids))])
-    return kept
+    kv, slots = KeyValues(len(ids)), (range(len(ids)),)
+    forward(model, [Row(ids, torch.arange(len(ids)), None, kv, slots, len(ids))])
+    return kv
 
 
-def held_at(kept: KeyValues, layer: int, places: range) -> tuple[Tensor, Tensor]:
-    """Keys and values in some places of a layer."""
-    key, value = (part[:, :, places.start : places.stop] for part in kept._buffers[layer])
+def held_at(kv: KeyValues, layer: int, slots: range) -> tuple[Tensor, Tensor]:
+    """Keys and values in some slots of a layer."""
+    key, value = (part[:, :, slots.start : slots.stop] for part in kv._buffers[layer])
     return key, value
 
 
@@ -56,8 +56,8 @@ def behind(
     positions, end = torch.arange(len(ids)) + past, past + len(ids)
     if not past:
         return Row(ids, positions, mask)
-    kept = held_of(model, random_prompt(model, past, seed))
-    return Row(ids, positions, mask, kept, (range(past, end),), end)
+    kv = held_of(model, random_prompt(model, past, seed))
+    return Row(ids, positions, mask, kv, (range(past, end),), end)
 
 
 def layers_of(model: DiffusionLM) -> range:
@@ -70,7 +70,7 @@ def assert_same(
     """Hidden states, and what was put away."""
     assert apart(outputs[0].hidden, outputs[1].hidden) < TOLERANCE
     for layer in layers_of(model):
-        held = [held_at(row.kept, layer, range(row.keys)) for row in rows if row.kept is not None]
+        held = [held_at(row.kv, layer, range(row.kv_end)) for row in rows if row.kv is not None]
         for a, b in zip(*held, strict=True) if held else ():
             assert apart(a, b) < TOLERANCE
 
@@ -127,27 +127,27 @@ def test_a_row_without_mask_attends_to_everything(checkpoint: str) -> None:
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_keys_and_values_stay_when_room_behind_them_grows(checkpoint: str) -> None:
     model = parity_model(checkpoint, "float64")
-    kept = held_of(model, random_prompt(model, 6))
-    before = [held_at(kept, layer, range(6)) for layer in layers_of(model)]
+    kv = held_of(model, random_prompt(model, 6))
+    before = [held_at(kv, layer, range(6)) for layer in layers_of(model)]
     ids = random_prompt(model, 9, 1)
-    forward(model, [Row(ids, torch.arange(9), None, kept, (range(6, 15),), 15)])
+    forward(model, [Row(ids, torch.arange(9), None, kv, (range(6, 15),), 15)])
     for layer, pair in zip(layers_of(model), before, strict=True):
-        for a, b in zip(held_at(kept, layer, range(6)), pair, strict=True):
+        for a, b in zip(held_at(kv, layer, range(6)), pair, strict=True):
             assert torch.equal(a, b)
-    moved = [held_at(kept, layer, range(9, 12)) for layer in layers_of(model)]
+    moved = [held_at(kv, layer, range(9, 12)) for layer in layers_of(model)]
     moved = [(key.clone(), value.clone()) for key, value in moved]
-    kept.move(range(9, 12), 2)
+    kv.move(range(9, 12), 2)
     for layer, pair in zip(layers_of(model), moved, strict=True):
-        for a, b in zip(held_at(kept, layer, range(2, 5)), pair, strict=True):
+        for a, b in zip(held_at(kv, layer, range(2, 5)), pair, strict=True):
             assert torch.equal(a, b)
 
 
 def test_nothing_grows_for_drafts_that_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward that fails in some layer is made again with fewer drafts, which need less."""
     model = parity_model("sdar-a", "float64")
-    kept = held_of(model, random_prompt(model, 6))
+    kv = held_of(model, random_prompt(model, 6))
     first, *others = layers_of(model)
-    before = [held_at(kept, layer, range(6)) for layer in layers_of(model)]
+    before = [held_at(kv, layer, range(6)) for layer in layers_of(model)]
     put = KeyValues.put
 
     def full(self: KeyValues, layer: int, *rest: Any) -> Any:
@@ -157,17 +157,17 @@ def test_nothing_grows_for_drafts_that_did_not_fit(monkeypatch: pytest.MonkeyPat
 
     def behind(count: int) -> Row:
         ids = random_prompt(model, count, 1)
-        return Row(ids, torch.arange(count), None, kept, (range(6, 6 + count),), 6 + count)
+        return Row(ids, torch.arange(count), None, kv, (range(6, 6 + count),), 6 + count)
 
     with monkeypatch.context() as patch:
         patch.setattr(KeyValues, "put", full)
         with pytest.raises(torch.OutOfMemoryError):
             forward(model, [behind(90)])
     forward(model, [behind(2)])
-    places = {layer: buffers[0].shape[2] for layer, buffers in kept._buffers.items()}
-    assert places == {first: 6 + 128} | dict.fromkeys(others, 6 + 2)
+    made = {layer: buffers[0].shape[2] for layer, buffers in kv._buffers.items()}
+    assert made == {first: 6 + 128} | dict.fromkeys(others, 6 + 2)
     for layer, pair in zip(layers_of(model), before, strict=True):
-        for a, b in zip(held_at(kept, layer, range(6)), pair, strict=True):
+        for a, b in zip(held_at(kv, layer, range(6)), pair, strict=True):
             assert torch.equal(a, b)
 
 
@@ -258,9 +258,9 @@ def test_dual_cache_freezes_what_the_blocks_first_forward_saw(checkpoint: str) -
     sees = torch.ones(len(span), length + len(span), dtype=torch.bool)
     sees[:, span.start : span.stop] = False
     block = root.ids[span.start : span.stop]
-    places = (range(length, length + len(span)),)
+    slots = (range(length, length + len(span)),)
     held = held_of(model, cursor.ids)
-    row = Row(block, torch.tensor(span), sees, held, places, length + len(span))
+    row = Row(block, torch.tensor(span), sees, held, slots, length + len(span))
     assert apart(ours.windows[0].hidden, forward(model, [row])[0].hidden) < TOLERANCE
 
 
@@ -388,18 +388,18 @@ def test_as_many_drafts_as_there_may_be_stay_within_the_bound(
 
 
 def test_pack_lets_segments_see_exactly_what_they_list() -> None:
-    """Behind five places, of which the first segment takes two anew; worked out by hand."""
+    """Behind five slots, of which the first segment takes two anew; worked out by hand."""
     model = parity_model("llada-a", "float64")
     segments = [
-        Segment(random_prompt(model, length, start).numpy(), start, place)
-        for length, start, place in ((2, 3, 3), (2, 3, 7), (2, 5, 5))
+        Segment(random_prompt(model, length, start).numpy(), start, slot)
+        for length, start, slot in ((2, 3, 3), (2, 3, 7), (2, 5, 5))
     ]
-    kept = held_of(model, random_prompt(model, 5))
-    row = pack(segments, [[0, 2], [1], [2, 0]], kept, 5)
+    kv = held_of(model, random_prompt(model, 5))
+    row = pack(segments, [[0, 2], [1], [2, 0]], kv, 5)
     assert row.positions.tolist() == [3, 4, 3, 4, 5, 6]
     assert row.ids.tolist() == [t for segment in segments for t in segment.ids.tolist()]
-    assert row.places == (range(3, 5), range(7, 9), range(5, 7))
-    assert row.keys == 9
+    assert row.slots == (range(3, 5), range(7, 9), range(5, 7))
+    assert row.kv_end == 9
     assert row.mask is not None
     first, second = [1, 1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 1, 1]
     assert row.mask.int().tolist() == [first, first, second, second, first, first]
@@ -408,14 +408,14 @@ def test_pack_lets_segments_see_exactly_what_they_list() -> None:
 @given(st.data())
 @settings(max_examples=50, deadline=None)
 def test_any_segments_are_packed_position_by_position(data: st.DataObject) -> None:
-    """Some in the places of what is held, the others behind it in any order."""
+    """Some in the slots of what is held, the others behind it in any order."""
     held, count = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 5))
     lengths = data.draw(st.lists(st.integers(1, 4), min_size=count, max_size=count))
-    place, free, segments = held, 0, {}
+    slot, free, segments = held, 0, {}
     for number in data.draw(st.permutations(range(count))):
         start, length = data.draw(st.integers(0, 9)), lengths[number]
         inside = free + length <= held and data.draw(st.booleans())
-        at, free, place = (free, free + length, place) if inside else (place, free, place + length)
+        at, free, slot = (free, free + length, slot) if inside else (slot, free, slot + length)
         segments[number] = Segment(np.arange(length) + 10 * number, start, at)
     packed = [segments[number] for number in range(count)]
     others = st.sets(st.integers(0, count - 1))
@@ -425,11 +425,11 @@ def test_any_segments_are_packed_position_by_position(data: st.DataObject) -> No
     mine = [(n, k) for n, segment in enumerate(packed) for k in range(len(segment.ids))]
     assert row.ids.tolist() == [10 * n + k for n, k in mine]
     assert row.positions.tolist() == [packed[n].start + k for n, k in mine]
-    places = [packed[n].place + k for n, k in mine]
-    assert [at for run in row.places for at in run] == places
-    assert row.keys == max(held, *(at + 1 for at in places))
-    owner = {at: n for at, (n, _) in zip(places, mine, strict=True)}
-    seen = [[owner.get(at, n) in sees[n] for at in range(row.keys)] for n, _ in mine]
+    slots = [packed[n].slot + k for n, k in mine]
+    assert [at for run in row.slots for at in run] == slots
+    assert row.kv_end == max(held, *(at + 1 for at in slots))
+    owner = {at: n for at, (n, _) in zip(slots, mine, strict=True)}
+    seen = [[owner.get(at, n) in sees[n] for at in range(row.kv_end)] for n, _ in mine]
     if row.mask is None:
         assert all(map(all, seen))
     else:
@@ -438,7 +438,9 @@ def test_any_segments_are_packed_position_by_position(data: st.DataObject) -> No
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
-def test_pairs_are_positions_that_two_states_mask_of_which_one_extends_the_other(seed: int) -> None:
+def test_cross_pairs_are_masked_at_two_states_of_which_one_extends_the_other(
+    seed: int,
+) -> None:
     draw = np.random.default_rng(seed)
     states, length = draw.integers(1, 5), draw.integers(1, 5)
     ids = draw.integers(0, 3, (states, length))
@@ -453,7 +455,7 @@ def test_pairs_are_positions_that_two_states_mask_of_which_one_extends_the_other
         and asked[of, at]
         and asked[by, at]
     ]
-    assert _pairs(ids, masked, number).T.tolist() == [list(pair) for pair in expected]
+    assert _cross_pairs(ids, masked, number).T.tolist() == [list(pair) for pair in expected]
 
 
 def test_segments_that_see_all_need_no_mask() -> None:
@@ -461,7 +463,7 @@ def test_segments_that_see_all_need_no_mask() -> None:
     ids = random_prompt(model, 4).numpy()
     row = pack([Segment(ids[:2], 5, 5), Segment(ids[2:], 7, 7)], [[0, 1], [0, 1]], KeyValues(9), 5)
     assert row.mask is None
-    assert (row.places, row.keys) == ((range(5, 9),), 9)
+    assert (row.slots, row.kv_end) == ((range(5, 9),), 9)
 
 
 class _Largest(TorchDispatchMode):
@@ -496,11 +498,11 @@ def test_no_forward_copies_what_is_stored(
     for seed, length in enumerate(lengths):
         canvas = Canvas.plan(length, 8, 4, model.family.block_causal)
         cursor = canvas.start(random_prompt(model, length, seed), model.mask_token_id)
-        kept = opened(model, canvas, cache)
-        evaluate(model, kept, cursor, cursor.ids[None])
+        own = opened(model, canvas, cache)
+        evaluate(model, own, cursor, cursor.ids[None])
         drafts = drafts_of(model, cursor, canvas.span(0), 1)
-        evaluate(model, kept, cursor, drafts)  # room is made
-        forwards = kept.evaluate(cursor, drafts, True)
+        evaluate(model, own, cursor, drafts)  # room is made
+        forwards = own.evaluate(cursor, drafts, True)
         rows += next(forwards)
         caches_of.append(forwards)
     config: Any = model.module.config

@@ -29,7 +29,7 @@ from spiffy.schemas import SpiffyError
 
 
 def test_the_head_of_a_walk_is_what_the_walk_asks_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several states at once, where it is dear; what drafting asks of it is drafting's."""
+    """Several states at once, where it is expensive; what drafting asks of it is drafting's."""
     overhead, model = study("overhead"), load_model("tiny-llada", device="cpu")
     settings = decoding_settings(
         model, gen_length=32, block_length=8, cache="none", stop_at_eos=False
@@ -56,7 +56,7 @@ def test_the_head_of_a_walk_is_what_the_walk_asks_of_it(monkeypatch: pytest.Monk
         by_drafting.append(0)
         return forward(*args)
 
-    monkeypatch.setattr(DiffusionLM, "head_is_dear", True)
+    monkeypatch.setattr(DiffusionLM, "head_is_expensive", True)
     monkeypatch.setattr(model, "head", heard)
     monkeypatch.setattr(loop, "_candidates", ranked)
     monkeypatch.setattr(overhead, "forward", forwarded)

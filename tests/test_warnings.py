@@ -24,11 +24,11 @@ def test_a_warning_at_a_line_of_ours_is_an_error_in_this_suite(category: type[Wa
 def test_forwards_use_nothing_deprecated(checkpoint: str) -> None:
     model = load_model(str(PARITY / checkpoint), device="cpu")
     ids = positions = torch.arange(6)
-    kept = KeyValues(6)
+    kv = KeyValues(6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.hidden_states(ids[:4], positions[:4], [Group(1, 4, None, kept, (range(4),), 4)])
-        behind = Group(1, 2, None, kept, (range(4, 6),), 6)
+        model.hidden_states(ids[:4], positions[:4], [Group(1, 4, None, kv, (range(4),), 4)])
+        behind = Group(1, 2, None, kv, (range(4, 6),), 6)
         late = model.hidden_states(ids[4:], positions[4:], [behind])
         alone = model.hidden_states(ids[4:], positions[4:], [Group(1, 2)])
     assert not torch.equal(late, alone)

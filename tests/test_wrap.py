@@ -412,7 +412,7 @@ def test_layers_and_a_head_without_weights_decode_with_drafts() -> None:
     module.lm_head = Packed(module.lm_head)
     ours = wrapped(model, "sdar-a")
     assert (ours.vocab_size, ours.dtype, ours.device) == (320, torch.float64, torch.device("cpu"))
-    assert not ours.head_is_dear
+    assert not ours.head_is_expensive
     assert ours.head_of(torch.zeros(1, 1, 64), torch.tensor([[1]])) is None
     assert ours.arithmetic == f"float64, {__name__}.Packed"
     assert ours.broken_weights() is None

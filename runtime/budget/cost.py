@@ -20,9 +20,9 @@ from torch import Tensor
 from spiffy.runtime.budget.estimates import ladder
 from spiffy.runtime.decode import (
     Task,
+    batches_head,
     denoising_step,
     find,
-    is_dear,
     keys_of,
     likely_states,
     looked_at,
@@ -33,7 +33,7 @@ from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.forward.cache import CACHES, Cache, Forwards
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import forward
-from spiffy.runtime.forward.question import Reader
+from spiffy.runtime.forward.request import Reader
 from spiffy.runtime.models.device import synchronize
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.reading import Reading
@@ -129,10 +129,10 @@ class _Stage:
         return torch.cat((root.ids[None], drafts))
 
     def forward(self, site: _Site, states: Tensor) -> Evaluation:
-        """One forward over root and drafts, and what it passes through a dear output head."""
+        """One forward over root and drafts, and what it passes through an expensive output head."""
         evaluation = _run(self.task, self.cache.evaluate(site.root, states, len(states) > 1))
-        if is_dear(self.task):
-            evaluation.foresee(likely_states(self.task, site.root, states, evaluation, 0))
+        if batches_head(self.task):
+            evaluation.precompute(likely_states(self.task, site.root, states, evaluation, 0))
         return evaluation
 
     def step(self, site: _Site, states: Tensor, evaluation: Evaluation) -> None:

@@ -21,7 +21,7 @@ from spiffy.runtime.draft.rejected import with_rejected
 from spiffy.runtime.forward.cache import CACHES, Cache
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
-from spiffy.runtime.forward.question import Reader, reads_on_host
+from spiffy.runtime.forward.request import Reader, reads_on_host
 from spiffy.runtime.models.attention import Slots
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.noise import redraw
@@ -30,9 +30,9 @@ from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
-# Rows that pass through a dear output head at once, times the bytes of a number: more of them take
-# longer than what they may save.
-_FORESEEN = 128
+# Rows that pass through an expensive output head at once, times the bytes of a number: more of them
+# take longer than what they may save.
+_HEAD_BATCH = 128
 
 Decoding = Generator[list[Row], list[RowOutput], None]
 
@@ -91,13 +91,13 @@ def _walk(
 ) -> _Walked:
     """Step from one true state to the next, for as long as the forward tells about them."""
     began = perf_counter()
-    foresees = len(states) > 1 and is_dear(task)
+    precomputes = len(states) > 1 and batches_head(task)
     cursor, state, hops = root, 0, 0
     while True:
         first_only = cache.first_only(cursor)
         positions = looked_at(task, cursor, first_only)
-        if foresees and not first_only and state not in evaluation.foreseen:
-            evaluation.foresee(likely_states(task, cursor, states, evaluation, state))
+        if precomputes and not first_only and state not in evaluation.precomputed:
+            evaluation.precompute(likely_states(task, cursor, states, evaluation, state))
         reading = evaluation.reading(state, positions, keys_of(task, cursor, positions))
         last, cursor = cursor, denoising_step(task, cursor, reading, first_only)
         task.path.append(cursor)
@@ -157,8 +157,9 @@ class _Drafting:
             reached = _reached(root, task.path[root.step - walk.end.step :])
             cut = len(states) - 1 < self._drafts
             most = len(states) - 1 if cut else MAX_NODES
-            told = (root, self._known, self._room, states[1:], reached, most)
-            self._chooser.learn(Walk(self._led, *told))
+            candidates, room = self._known, self._room
+            walked = Walk(self._led, root, candidates, room, states[1:], reached, most)
+            self._chooser.learn(walked)
             learned = perf_counter()
             task.stats.draft_seconds += learned - self._ended
             self._ended = learned
@@ -193,9 +194,9 @@ def _reached(root: Cursor, path: list[Cursor]) -> Tensor:
     return torch.from_numpy(states[1:][(states[1:] != states[:-1]).any(1)])
 
 
-def is_dear(task: Task) -> bool:
-    """Whether a head that is passed state by state had better be passed for several at once."""
-    return task.model.head_is_dear and reads_on_host(task.model)
+def batches_head(task: Task) -> bool:
+    """Whether several states pass the output head at once, before it is known which are walked."""
+    return task.model.head_is_expensive and reads_on_host(task.model)
 
 
 def likely_states(
@@ -211,7 +212,7 @@ def likely_states(
     extends &= (blocks == mask).any(1)
     extends[here] = False
     found = {here: looked_at(task, cursor)}
-    rows, most = len(found[here]), _FORESEEN // task.model.dtype.itemsize
+    rows, most = len(found[here]), _HEAD_BATCH // task.model.dtype.itemsize
     for number in extends.nonzero()[:, 0].tolist():
         if not evaluation.windows[number].covers(span):
             continue
@@ -312,28 +313,28 @@ def _candidates(
     `BlockEdges.first` switches.
     """
     masked = task.canvas.masked(root, task.model.mask_token_id)
-    source = None
+    at_source = None
     if root.block_step > 0 and reading is not None:
-        source, seen = reading, here
+        at_source, source = reading, here
     elif root.block_step > 0 or task.edges.first:
         span = task.canvas.span(root.block)
-        for seen in (here, *range(len(evaluation.windows))):
-            if not evaluation.windows[seen].covers(span):
+        for source in (here, *range(len(evaluation.windows))):
+            if not evaluation.windows[source].covers(span):
                 continue
-            source = evaluation.reading(seen, masked)
-            if source.is_number:
+            at_source = evaluation.reading(source, masked)
+            if at_source.is_number:
                 break
-            source = None  # a draft may overflow where the truth does not
-    if source is None:
+            at_source = None  # a draft may overflow where the truth does not
+    if at_source is None:
         return None
-    fresh = torch.from_numpy((states.numpy()[seen] != root.ids.numpy()).nonzero()[0])
+    fresh = torch.from_numpy((states.numpy()[source] != root.ids.numpy()).nonzero()[0])
     mask, ranks = task.model.mask_token_id, drafter.token_ranks
     candidates = rank_candidates(
-        source, task.settings, mask, ranks, masked, fresh, search_of(drafter)
+        at_source, task.settings, mask, ranks, masked, fresh, search_of(drafter)
     )
-    if source is reading and drafter.asks_rejected:
+    if at_source is reading and drafter.asks_rejected:
         span = task.canvas.span(root.block)
-        return with_rejected(candidates, evaluation, root, states, seen, span, mask)
+        return with_rejected(candidates, evaluation, root, states, source, span, mask)
     return candidates
 
 

@@ -3,10 +3,10 @@
 `candidates` names what a drafter is told and what it is; `by_graph` drafts a static graph,
 `by_model` what the acceptance model finds most probable at the root at hand: `outlook` lays out
 what is known there, `features` and `acceptance` are the model, `expand` searches with it,
-`compiled` does the same where numba is installed (`search`). `told` is what a forward says of it.
-`rejected` asks what the last forward's rejected drafts say. `best_of` leaves every forward to the
-way that would have done best lately; `artifact` makes such a drafter of a draft graph. Nothing here
-can change a token.
+`compiled` does the same where numba is installed (`search`). `primitives` are the array functions
+between a forward and drafts. `rejected` asks what the last forward's rejected drafts say. `best_of`
+leaves every forward to the way that would have done best lately; `artifact` makes such a drafter of
+a draft graph. Nothing here can change a token.
 """
 
 from spiffy.runtime.draft.artifact import graph_drafter, lasting_drafter, way_of

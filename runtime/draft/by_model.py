@@ -99,4 +99,4 @@ class AcceptanceDrafter:
         known = self._laid_out(self._search.lay_out, root, candidates)
         choice, p = self._search.expand(self._prepared, known, self.budget, room)
         drafts = (known.positions, known.tokens, choice[: self.pays(p)])
-        return torch.from_numpy(self._search.filled(root.ids.numpy(), *drafts))
+        return torch.from_numpy(self._search.fill_in(root.ids.numpy(), *drafts))

@@ -68,7 +68,7 @@ def rank_candidates(
     by_token = (
         settings.policy in ("static", "threshold", "joint") and settings.score == "confidence"
     )
-    ranked = search.ranked(
+    ranked = search.rank(
         reading.positions.numpy(),
         tokens.numpy(),
         log_p.numpy(),
@@ -100,7 +100,10 @@ class Drafter(Protocol):
 
 
 def search_of(drafter: Drafter) -> Search:
-    """What ranks a drafter's candidates: nothing is compiled for one that does not search."""
+    """What ranks a drafter's candidates: nothing is compiled for one that needs nothing else of it.
+
+    That goes by `asks_rejected`, because whoever asks needs compiled functions for the asking.
+    """
     return fastest_search() if drafter.asks_rejected else IN_NUMPY
 
 

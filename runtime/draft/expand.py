@@ -20,8 +20,9 @@ DEPTH = 16  # steps that drafts look ahead
 _MOST = 1 << 16  # positions of all states of a level: some 30 MB of features
 RARE = 1e-5  # probability below which a state is not expanded
 LEAST = 1e-6  # probability below which no set of positions is drafted
-# Part of the least probable draft's probability that a path to a new state has to bring along.
-SHARE, SHARE_OF_SETS = 1 / 4, 1 / 12
+#: Part of the least probable draft's probability that a path to a new state has to bring along:
+#: static unmasking, and sets of positions.
+PATH_SHARE, PATH_SHARE_OF_SETS = 1 / 4, 1 / 12
 
 
 def _softmax(score: Floats) -> Floats:
@@ -45,7 +46,7 @@ class _Children:
     p: Floats
 
 
-def _one_step(
+def _static_children(
     model: AcceptanceWeights,
     outlook: Outlook,
     states: States,
@@ -59,7 +60,7 @@ def _one_step(
     joint = p[:, None, None] * where[:, :, None] * np.exp(states.log_p)
     flat = joint.ravel()
     # Several paths may add up to one state, so look at more of them than states are wanted.
-    (wanted,) = (flat > limit * SHARE).nonzero()
+    (wanted,) = (flat > limit * PATH_SHARE).nonzero()
     if len(wanted) > 4 * budget:
         wanted = wanted[np.sort(np.argpartition(-flat[wanted], 4 * budget)[: 4 * budget])]
     parent, m, j = np.unravel_index(wanted, joint.shape)
@@ -71,19 +72,21 @@ def _one_step(
 UNCERTAIN = 6  # positions per state of which every subset is tried
 OTHER_TOKENS = ((0, 1), (0, 2), (0, 3), (1, 1))  # n-th least certain position, token rank
 FORCED = 4  # positions tried where none reaches the threshold
+_MOST_ODDS = 14  # log-odds beyond it are as good as sure: e**-14 is less than `LEAST`
 _ROUNDING = 1e-9
 
 
 class _Sets(NamedTuple):
-    """Sets of positions of some states: number of the state, bool [k, M], log-probability.
+    """Sets of positions that a step from some states may commit.
 
-    Sets of a state stand in the order of `number` [k].
+    By number of the state [k], bool [k, M], with log-probabilities [k]. Those of a state stand in
+    the order of `order` [k].
     """
 
     parent: Ints
     chosen: Bools
     log_p: Floats
-    number: Ints
+    order: Ints
 
 
 @cache
@@ -107,12 +110,12 @@ def _likely_sets(odds: Floats, masked: Bools, least: Floats) -> _Sets:
     flips = _subsets(width)
     flip_cost = np.take_along_axis(cost, uncertain, 1)
     log_p = together[:, None] - np.where(flips, flip_cost[:, None, :], 0.0).sum(-1)
-    parent, number = (log_p >= least[:, None]).nonzero()
+    parent, flip = (log_p >= least[:, None]).nonzero()
     sets = likely[parent]
-    sets[np.arange(len(parent))[:, None], uncertain[parent]] ^= flips[number]
+    sets[np.arange(len(parent))[:, None], uncertain[parent]] ^= flips[flip]
     some = sets.any(1)
-    parent, number = parent[some], number[some]
-    return _Sets(parent, sets[some], log_p[parent, number], number)
+    parent, flip = parent[some], flip[some]
+    return _Sets(parent, sets[some], log_p[parent, flip], order=flip)
 
 
 def _forced_sets(masked: Bools, score: Floats) -> _Sets:
@@ -121,79 +124,90 @@ def _forced_sets(masked: Bools, score: Floats) -> _Sets:
     `score` [n, M] says which one that is; what is not masked has the lowest.
     """
     forced = np.argsort(-score, axis=1, kind="stable")[:, : min(FORCED, score.shape[1])]
-    parent, number = masked[np.arange(len(score))[:, None], forced].nonzero()
-    m = forced[parent, number]
-    log_p = np.log(_softmax(score)[parent, m] + 1e-30)
+    parent, nth = masked[np.arange(len(score))[:, None], forced].nonzero()
+    m = forced[parent, nth]
+    log_p = np.log(_softmax(score)[parent, m] + 1e-30)  # the log of 0 stays finite
     chosen = np.arange(score.shape[1]) == m[:, None]
-    return _Sets(parent, chosen, log_p, (1 << UNCERTAIN) + number)
+    return _Sets(parent, chosen, log_p, order=(1 << UNCERTAIN) + nth)
 
 
-def _all_sets(
+def _commit_sets(
     model: AcceptanceWeights, odds: Floats, masked: Bools, score: Floats, least: Floats
 ) -> _Sets:
-    """Sets by every offset that the log-odds share, state by state."""
+    """Sets of positions that one step may commit, by every offset that their log-odds share."""
     forced, found = _forced_sets(masked, score), []
     for nth, (offset, share) in enumerate(OFFSETS if model.spread else ((0.0, 1.0),)):
-        shifted, part = np.clip(odds + offset * model.spread, -14, 14), np.log(share)
+        shifted = np.clip(odds + offset * model.spread, -_MOST_ODDS, _MOST_ODDS)
+        part = np.log(share)
         none = -np.where(masked, np.log1p(np.exp(shifted)), 0).sum(1)
         for sets in (
             _likely_sets(shifted, masked, least - part),
             forced._replace(log_p=none[forced.parent] + forced.log_p),
         ):
-            number = sets.number + nth * (2 << UNCERTAIN)  # one offset after the other
-            found.append(sets._replace(log_p=sets.log_p + part, number=number))
+            order = sets.order + nth * (2 << UNCERTAIN)  # one offset after the other
+            found.append(sets._replace(log_p=sets.log_p + part, order=order))
     # Equal sets of several offsets add up where equal states do, in `_merged`.
     together = _Sets._make(map(np.concatenate, zip(*found, strict=True)))
-    order = np.lexsort((together.number, together.parent))
-    return _Sets._make(part[order] for part in together)
+    by_state = np.lexsort((together.order, together.parent))
+    return _Sets._make(part[by_state] for part in together)
 
 
-def _one_set(
+def _threshold_children(
     model: AcceptanceWeights, outlook: Outlook, states: States, p: Floats, limit: float, room: int
 ) -> _Children:
     """Children by threshold unmasking: sets of positions that share an offset of their log-odds."""
     assert model.commit is not None  # fitted for threshold unmasking
     features, masked = position_features(outlook, states)
-    count = masked.shape[1]
     odds = _weighed(model.commit[:-1], features) + model.commit[-1]
     score = np.where(masked, _weighed(model.position, features), NEVER)
 
     by_rank = np.argsort(-states.log_p, axis=-1, kind="stable")
     top = np.take_along_axis(states.log_p, by_rank, -1)
     # Several paths and offsets may add up to one state, so look further than what is wanted.
-    wanted, log_parent = np.log(max(limit * SHARE_OF_SETS, LEAST)), np.log(p)
-    most = log_parent + np.maximum(top[:, :, 0], 0.0).sum(
-        1
-    )  # that tokens can add, but for rounding
-    sets = _all_sets(model, odds, masked, score, wanted - most - _ROUNDING)
+    wanted, log_parent = np.log(max(limit * PATH_SHARE_OF_SETS, LEAST)), np.log(p)
+    # The most that there can be with any tokens, but for rounding.
+    most = log_parent + np.maximum(top[:, :, 0], 0.0).sum(1)
+    sets = _commit_sets(model, odds, masked, score, wanted - most - _ROUNDING)
     parent, chosen = sets.parent, sets.chosen
     log_p = sets.log_p + (chosen * top[parent, :, 0]).sum(-1) + log_parent[parent]
     small = chosen.sum(-1) + (states.choice >= 0).sum(1)[parent] <= room
     kept = small & (log_p > wanted)
-    parent, chosen = parent[kept], chosen[kept]
+    return _with_other_tokens(states, by_rank, top, parent[kept], log_p[kept], chosen[kept])
+
+
+def _with_other_tokens(
+    states: States, by_rank: Ints, top: Floats, parent: Ints, log_p: Floats, chosen: Bools
+) -> _Children:
+    """Sets with their most probable tokens, and with others where these are least certain.
+
+    Parameters
+    ----------
+    by_rank, top
+        [n, M, J] tokens of the states, the most probable first, and their log-probabilities.
+    parent, log_p, chosen
+        [k], [k] and [k, M], the sets.
+    """
     choice = np.where(chosen, by_rank[parent, :, 0], states.choice[parent])
-    probability = np.exp(log_p[kept])
-    # The same sets with a less likely token where the first is least certain.
+    p = np.exp(log_p)
     second = top[:, :, min(1, top.shape[-1] - 1)]
     doubt = np.where(chosen, second[parent] - top[parent, :, 0], -np.inf)
     weakest = np.argsort(-doubt, axis=1, kind="stable")
     lines = np.arange(len(parent))
-    found = [(parent, choice, probability)]
+    found = [(parent, choice, p)]
     for nth, token in OTHER_TOKENS:
-        if nth >= count or token >= top.shape[-1]:
+        if nth >= chosen.shape[1] or token >= top.shape[-1]:
             continue
         k = np.flatnonzero(chosen[lines, weakest[:, nth]])
         m = weakest[k, nth]
         other = choice[k]
         other[np.arange(len(k)), m] = by_rank[parent[k], m, token]
         change = np.exp(top[parent[k], m, token] - top[parent[k], m, 0])
-        found.append((parent[k], other, probability[k] * change))
-    parents, choices, probabilities = zip(*found, strict=True)
-    return _Children(
-        np.concatenate(parents), np.concatenate(choices), np.concatenate(probabilities)
-    )
+        found.append((parent[k], other, p[k] * change))
+    return _Children(*map(np.concatenate, zip(*found, strict=True)))
 
 
+#: Of a token at a position: [position, token rank]. Two states of one sum are taken for one, which
+#: costs an acceptance at most. The seed is the paper's arXiv number.
 HASHES = np.random.default_rng(2509_18085).integers(1, 1 << 62, size=(4096, 16), dtype=np.int64)
 
 
@@ -220,6 +234,13 @@ def expand(
     Level by level: all states that lie the same number of steps ahead are expanded together, so
     paths to the same state have met before it is looked at.
 
+    Parameters
+    ----------
+    budget
+        The most states.
+    room
+        The most positions that a state may fill.
+
     Returns
     -------
     choice int64 [k, M] (token rank per masked position, -1 where masked) and probability [k],
@@ -230,14 +251,15 @@ def expand(
     nothing = np.full((1, count), -1, dtype=np.int64)
     states = States.of(outlook, model, nothing, np.zeros(1, dtype=np.int64))
     p = np.ones(1)
+    # Their parents, of several levels, mean nothing.
     best = _Children(np.zeros(0, np.int64), np.zeros((0, count), np.int64), np.zeros(0))
     limit = 0.0
-    share = SHARE if model.commit is None else SHARE_OF_SETS
+    share = PATH_SHARE if model.commit is None else PATH_SHARE_OF_SETS
     for depth in range(1, min(DEPTH, room) + 1):
         if model.commit is None:
-            children = _one_step(model, outlook, states, p, limit, budget)
+            children = _static_children(model, outlook, states, p, limit, budget)
         else:
-            children = _one_set(model, outlook, states, p, limit, room)
+            children = _threshold_children(model, outlook, states, p, limit, room)
         if not len(children.p):
             break
         children = _merged(children, budget)
@@ -276,5 +298,6 @@ def _reach(outlook: Outlook, children: _Children) -> Floats:
 
 
 def _top(children: _Children, budget: int) -> _Children:
+    """The `budget` most probable of states that are all different."""
     best = (-children.p).argsort(kind="stable")[:budget]
     return _Children(children.parent[best], children.choice[best], children.p[best])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES, AcceptanceWeights
 from spiffy.runtime.draft.ngrams import Bigrams, Bools, Floats, Ints, pairs_of, triples_of
 from spiffy.runtime.draft.outlook import (
+    MOST_GAP,
     NEVER,
     Outlook,
     changed_beside,
@@ -165,7 +166,7 @@ def position_features(outlook: Outlook, states: States) -> tuple[Floats, Bools]:
         np.maximum(logit - _ABOVE, 0),
         np.minimum(logit, 0)[None],
         log_p[None],
-        np.minimum(log_p - second, 12.0)[None],
+        np.minimum(log_p - second, MOST_GAP)[None],
         np.exp(log_p)[None],
         log_rank[None],
         (log_rank == 0)[None],

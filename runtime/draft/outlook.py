@@ -18,6 +18,8 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 TEXT = 1024  # tokens of the text so far that n-grams are taken from
 NEVER = -1e9  # score of what cannot be
 _FAR = 1 << 30  # positions
+#: Within these bounds are log-probabilities, and what features make of them, in calibration too.
+LEAST_LOG_P, MOST_GAP, LEAST_LOGIT = -30.0, 12.0, -12.0
 
 #: Left, right, two to the left, two to the right.
 _AROUND = np.array([-1, 1, -2, 2])[:, None]
@@ -134,26 +136,19 @@ class Outlook:
         """
         order = positions.argsort()  # so order[k] is the rank of the k-th position from the left
         where, tokens = positions[order], tokens[order]
-        around = where + _AROUND
-        known = ids.take(around, mode="clip")
-        known[(known == mask_token_id) | (around < 0) | (around >= len(ids))] = -1
-        neighbours = where.searchsorted(around)
-        is_masked = where.take(neighbours, mode="clip") == around
-        is_masked[2:] &= is_masked[:2]
-        neighbours[~is_masked] = -1
-
+        neighbours, known = _neighbours(where, ids, mask_token_id)
         log_p, ranks = log_p[None, order], order[None]
         seen = np.full(ranks.shape, -1)
         unseen = np.ones((1, len(fresh)), dtype=np.bool_)
         if rejected is not None:
-            choice, said = rejected.choice[:, order], rejected.log_p[:, order]
-            shown = np.where(choice < 0, said.max(-1), NEVER)
-            ranks = np.concatenate((ranks, (-shown).argsort(1, kind="stable").argsort(1)))
-            log_p = np.concatenate((log_p, said))
+            choice, theirs = rejected.choice[:, order], rejected.log_p[:, order]
+            ranks = np.concatenate((ranks, _ranks(theirs, choice)))
+            log_p = np.concatenate((log_p, theirs))
             seen = np.concatenate((seen, choice))
             unseen = np.concatenate((unseen, rejected.unseen))
-        is_fresh = ((around[:2, None, :, None] == fresh) & unseen[:, None]).any(-1)
-        log_p = np.maximum(log_p, -30.0)
+        beside = where + _AROUND[:2]
+        is_fresh = ((beside[:, None, :, None] == fresh) & unseen[:, None]).any(-1)
+        log_p = np.maximum(log_p, LEAST_LOG_P)
         best = log_p.argmax(-1)
         likely = tokens[np.arange(len(where)), best]
         ascending = np.sort(log_p, -1)
@@ -161,13 +156,13 @@ class Outlook:
         constant = np.empty((6, *top.shape))
         constant[0] = np.log1p(ranks)
         constant[1] = logit_of(top)
-        constant[2] = np.minimum(top - second, 12.0)
+        constant[2] = np.minimum(top - second, MOST_GAP)
         constant[3] = (likely[:, :, None] == eos_token_ids).any(-1)
         constant[4:] = is_fresh
         return cls(
             positions=where,
             tokens=tokens,
-            kinds=np.unique(tokens, return_inverse=True)[1].reshape(tokens.shape),
+            kinds=_kinds(tokens),
             seen=seen,
             lead=(seen >= 0).sum(1) + len(fresh) - unseen.sum(1),
             log_p=log_p,
@@ -176,8 +171,8 @@ class Outlook:
             neighbours=neighbours,
             neighbour_tokens=known,
             fresh=is_fresh,
-            before=np.where(is_fresh[0] & (seen < 0), around[0], -_FAR),
-            behind=np.where(is_fresh[1] & (seen < 0), around[1], _FAR),
+            before=np.where(is_fresh[0] & (seen < 0), beside[0], -_FAR),
+            behind=np.where(is_fresh[1] & (seen < 0), beside[1], _FAR),
             constant=constant,
             echo=((likely[:, :, None] == ids[fresh]) & unseen[:, None]).any(-1),
             in_text=ngrams_before(ids, where[-1], mask_token_id, vocab),
@@ -190,6 +185,33 @@ class Outlook:
         fits = ((self.seen < 0) | (self.seen == choice[:, None])).all(-1)
         sources: Ints = np.where(fits, self.lead, -1).argmax(1)
         return sources
+
+
+def _neighbours(where: Ints, ids: Ints, mask_token_id: int) -> tuple[Ints, Ints]:
+    """Masked neighbours of positions and tokens of the others, both [4, M]: see `Outlook`."""
+    around = where + _AROUND
+    known = ids.take(around, mode="clip")
+    known[(known == mask_token_id) | (around < 0) | (around >= len(ids))] = -1
+    neighbours = where.searchsorted(around)
+    is_masked = where.take(neighbours, mode="clip") == around
+    is_masked[2:] &= is_masked[:2]
+    neighbours[~is_masked] = -1
+    return neighbours, known
+
+
+def _ranks(log_p: Floats, seen: Ints) -> Ints:
+    """Ranks [R, M] of the positions that sources ([R, M, J], [R, M]) have seen masked.
+
+    By their most probable token, ties to the lower position; the others come last.
+    """
+    shown = np.where(seen < 0, log_p.max(-1), NEVER)
+    ranks: Ints = (-shown).argsort(1, kind="stable").argsort(1)
+    return ranks
+
+
+def _kinds(tokens: Ints) -> Ints:
+    """Number of every token [M, J] among all different ones, in ascending order."""
+    return np.unique(tokens, return_inverse=True)[1].reshape(tokens.shape)
 
 
 def ngrams_before(ids: Ints, last: int, mask_token_id: int, vocab: int) -> Counts:
@@ -221,7 +243,7 @@ def changed_beside(outlook: Outlook, choice: Ints) -> Bools:
 
 
 def logit_of(log_p: Floats) -> Floats:
-    """Log-odds of log-probabilities, any shape, at least -12 and finite."""
+    """Log-odds of log-probabilities, any shape, at least `LEAST_LOGIT` and finite."""
     log_p = np.minimum(log_p, -1e-12)
-    logit: Floats = np.maximum(log_p - np.log(-np.expm1(log_p)), -12.0)
+    logit: Floats = np.maximum(log_p - np.log(-np.expm1(log_p)), LEAST_LOGIT)
     return logit

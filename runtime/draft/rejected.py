@@ -11,8 +11,8 @@ from spiffy.runtime.draft.search import fastest_search
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.step.canvas import Cursor
 
-_MOST_ASKED = 16  # rejected drafts
-_MOST_HEARD = 1 << 13  # positions of all of them: 64 MB of hidden states of 4,096 bfloat16
+_MOST_DRAFTS = 16  # that are asked
+_MOST_POSITIONS = 1 << 13  # of all of them: 64 MB of hidden states of 4,096 bfloat16
 
 
 def with_rejected(
@@ -20,11 +20,13 @@ def with_rejected(
     evaluation: Evaluation,
     root: Cursor,
     states: Tensor,
-    seen: int,
+    source: int,
     span: range,
     mask_token_id: int,
 ) -> Candidates:
-    """Ask those of the last forward's states that hold more than the source of the candidates.
+    """The candidates with what the last forward's drafts say of the same tokens, as `rejected`.
+
+    They come back as they were where no draft knows more than their source.
 
     A draft of the root before may turn out true yet, in part: once the root's new tokens, which it
     does not hold, are joined by its own. What it says then reaches further than the distribution
@@ -36,8 +38,8 @@ def with_rejected(
         The new root.
     states
         int64 [n, length], evaluated by `evaluation`.
-    seen
-        The state that the candidates are of.
+    source
+        The state whose distribution the candidates come from.
     span
         Positions of the root's block.
     """
@@ -48,15 +50,18 @@ def with_rejected(
     positions, fresh = positions - span.start, fresh - span.start
     search, block = fastest_search(), slice(span.start, span.stop)
     ids, held = root.ids.numpy()[block], states.numpy()[:, block]
-    likely = search.asked(held, ids, seen, positions, tokens, log_p, mask_token_id)
-    heard = [state for state in likely.tolist() if evaluation.windows[state].covers(span)]
-    asked = np.array(heard[: min(_MOST_ASKED, max(1, _MOST_HEARD // len(positions)))])
-    if not len(asked):
+    most = min(_MOST_DRAFTS, max(1, _MOST_POSITIONS // len(positions)))
+    found = search.informative_drafts(held, ids, source, positions, tokens, log_p, mask_token_id)
+    covering = [state for state in found.tolist() if evaluation.windows[state].covers(span)]
+    drafts = np.array(covering[:most])
+    if not len(drafts):
         return candidates
-    said = evaluation.quoted(
-        seen, asked, candidates.positions, candidates.tokens, log_p, search.quotes_of
+    logits = evaluation.cross_logits(
+        source, drafts, candidates.positions, candidates.tokens, log_p, search.cross_logits_of
     )
-    if said is None:
+    if logits is None:
         return candidates
-    told = search.heard(held[asked], positions, fresh, tokens, log_p, *said, mask_token_id)
-    return Candidates(*known, Rejected(*told))
+    rejected = search.rejected_log_p(
+        held[drafts], positions, fresh, tokens, log_p, *logits, mask_token_id
+    )
+    return Candidates(*known, Rejected(*rejected))

@@ -12,36 +12,56 @@ from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.runtime.draft.expand import expand
 from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
 from spiffy.runtime.draft.outlook import Outlook
-from spiffy.runtime.draft.told import asked, filled, heard, quotes_of, ranked
+from spiffy.runtime.draft.primitives import (
+    cross_logits_of,
+    fill_in,
+    informative_drafts,
+    rank,
+    rejected_log_p,
+)
 from spiffy.schemas.errors import said
 
 
 class Search(NamedTuple):
     """What the host does for an acceptance model's drafts, of one root after the other.
 
+    Compiled functions take and return the same, but for what only they pass to each other: roots
+    and prepared models.
+
     Attributes
     ----------
-    ranked, asked, quotes_of, heard, lay_out, expand, filled
-        `Outlook.at`, `expand.expand` and what is called so in `told`, or what does the same.
+    rank, informative_drafts, cross_logits_of, rejected_log_p, fill_in
+        The functions of these names in `primitives`.
+    lay_out, expand
+        `Outlook.at` and `expand.expand`.
     prepare
         From an acceptance model to what `expand` takes.
     """
 
-    ranked: Callable[..., tuple[Ints, Ints, Floats]]
-    asked: Callable[..., Ints]
-    quotes_of: Callable[..., Floats]
-    heard: Callable[..., tuple[Ints, Floats, Bools]]
+    rank: Callable[..., tuple[Ints, Ints, Floats]]
+    informative_drafts: Callable[..., Ints]
+    cross_logits_of: Callable[..., Floats]
+    rejected_log_p: Callable[..., tuple[Ints, Floats, Bools]]
     lay_out: Callable[..., Any]
     prepare: Callable[[AcceptanceWeights], Any]
     expand: Callable[[Any, Any, int, int], tuple[Ints, Floats]]
-    filled: Callable[[Ints, Ints, Ints, Ints], Ints]
+    fill_in: Callable[[Ints, Ints, Ints, Ints], Ints]
 
 
 def _as_it_is(weights: AcceptanceWeights) -> AcceptanceWeights:
     return weights
 
 
-IN_NUMPY = Search(ranked, asked, quotes_of, heard, Outlook.at, _as_it_is, expand, filled)
+IN_NUMPY = Search(
+    rank,
+    informative_drafts,
+    cross_logits_of,
+    rejected_log_p,
+    Outlook.at,
+    _as_it_is,
+    expand,
+    fill_in,
+)
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spiffy.runtime.forward.evaluation import Evaluation, Window
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, pack
-from spiffy.runtime.forward.question import Place, Reader
+from spiffy.runtime.forward.request import Place, Reader
 from spiffy.runtime.models.attention import KeyValues, Slots
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
@@ -59,17 +59,20 @@ def _evaluated(
     rows: list[Row],
     places: Sequence[Place],
 ) -> Forwards:
-    """Run the forward that holds the states."""
-    question = None
-    if reader.ahead:
-        question = reader.question(cursor, states, places)
-        rows = question.put(rows)
+    """Yield the rows of the forward that holds the states; returns their `Evaluation`.
+
+    Off the host, what may be read of the states is requested with the rows.
+    """
+    plan = None
+    if not reader.on_host:
+        plan = reader.plan(cursor, states, places)
+        rows = plan.attach(rows)
     outputs = yield rows
     windows = [
         Window(outputs[row].hidden, first, start, length) for row, first, start, length in places
     ]
-    answers = None if question is None else question.answered(outputs)
-    return Evaluation(model, windows, reader, answers)
+    results = None if plan is None else plan.collect(outputs)
+    return Evaluation(model, windows, reader, results)
 
 
 class Cache(Protocol):
@@ -140,7 +143,7 @@ class DualCache:
     A block starts with a full forward of the root, which also makes a denoising step; its keys and
     values outside the block are the block's cache. Then the root's block and the drafts' blocks are
     packed side by side: each attends to the frozen positions and to itself. The root's keys and
-    values go to the block's places, those of drafts behind the sequence.
+    values go to the block's slots, those of drafts behind the sequence.
 
     No draft crosses a block's edge: the next block's cache takes a full forward.
     """
@@ -159,7 +162,7 @@ class DualCache:
         self.canvas = canvas
         self.reader = reader
         self.block = -1
-        self.kept: Slots = KeyValues(canvas.length) if kv is None else kv
+        self.kv: Slots = KeyValues(canvas.length) if kv is None else kv
 
     def first_only(self, cursor: Cursor) -> bool:
         """Whether a shifted family begins a block (Fast-dLLM).
@@ -178,21 +181,21 @@ class DualCache:
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
         span, length = self.canvas.span(cursor.block), self.canvas.length
-        anew = self._anew(span)
-        own = [
-            Segment(ids, anew.start, length + (k - 1) * len(anew) if k else anew.start)
-            for k, ids in enumerate(states.numpy()[:, anew.start : anew.stop])
+        run = self._recomputed(span)
+        segments = [
+            Segment(ids, run.start, length + (k - 1) * len(run) if k else run.start)
+            for k, ids in enumerate(states.numpy()[:, run.start : run.stop])
         ]
-        rows = [pack(own, [[k] for k in range(len(own))], self.kept, length)]
+        rows = [pack(segments, [[k] for k in range(len(segments))], self.kv, length)]
         # They end with the block: what lies behind it rests on this block's cache, and the next
         # block has another.
-        places = [Place(0, k * len(anew), span.start, len(span)) for k in range(len(own))]
+        places = [Place(0, k * len(run), span.start, len(span)) for k in range(len(segments))]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing: the block's cache does not change until the next block."""
 
-    def _anew(self, span: range) -> range:
+    def _recomputed(self, span: range) -> range:
         """What a block's forwards compute anew, the block (`span`) first; the rest is frozen."""
         return span
 
@@ -200,7 +203,7 @@ class DualCache:
         length = self.canvas.length
         everything = (range(length),)
         positions = torch.arange(length, device="cpu")
-        rows = [Row(cursor.ids, positions, None, self.kept, everything, length)]
+        rows = [Row(cursor.ids, positions, None, self.kv, everything, length)]
         evaluation = yield from _evaluated(
             self.model, self.reader, cursor, cursor.ids[None], rows, [Place(0, 0, 0, length)]
         )
@@ -215,7 +218,7 @@ class PrefixCache(DualCache):
     state to state: each carries its own behind its block.
     """
 
-    def _anew(self, span: range) -> range:
+    def _recomputed(self, span: range) -> range:
         return range(span.start, self.canvas.length)
 
 
@@ -237,10 +240,10 @@ class PrefixSharedCache(PrefixCache):
             for k, ids in enumerate(states.numpy()[:, span.start : span.stop])
         ]
         suffix = Segment(cursor.ids.numpy()[span.stop :], span.stop, span.stop)
-        last = len(blocks)
-        sees = [[k, last] for k in range(last)] + [[0, last]]
-        rows = [pack([*blocks, suffix], sees, self.kept, length)]
-        places = [Place(0, k * len(span), span.start, len(span)) for k in range(last)]
+        count = len(blocks)  # the suffix, behind them, attends to the root's block and to itself
+        sees = [[k, count] for k in range(count)] + [[0, count]]
+        rows = [pack([*blocks, suffix], sees, self.kv, length)]
+        places = [Place(0, k * len(span), span.start, len(span)) for k in range(count)]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
 
@@ -268,9 +271,9 @@ class BlockCache:
         self.reader = reader
         self.crosses = edges.complete
         self.fold = edges.fold
-        self.kept: Slots = KeyValues(canvas.length) if kv is None else kv
+        self.kv: Slots = KeyValues(canvas.length) if kv is None else kv
         self.stored = 0  # positions whose keys and values stay
-        self.completed: dict[int, range] = {}  # state -> places of the block that it completes
+        self.completed: dict[int, range] = {}  # state -> slots of the block that it completes
         self.block = 0  # of the last forward's root
 
     def first_only(self, cursor: Cursor) -> bool:
@@ -284,64 +287,26 @@ class BlockCache:
 
     def evaluate(self, cursor: Cursor, states: Tensor, drafting: bool) -> Forwards:
         """See `Cache`."""
-        span = self.canvas.span(cursor.block)
-        waiting = self._waiting(cursor)
         self.block, self.completed = cursor.block, {}
-        while len(waiting) > 1 and sum(len(block.ids) for block in waiting) > _MOST_STORED:
-            ends = accumulate(len(block.ids) for block in waiting)  # of a long prompt
-            blocks = waiting[: max(1, sum(end <= _MOST_STORED for end in ends))]
-            yield [self._packed(blocks, _causal(len(blocks)))]
-            self.stored += sum(len(block.ids) for block in blocks)
-            waiting = waiting[len(blocks) :]
-        if self.first_only(cursor):
+        begins = self.first_only(cursor)
+        # The forward that begins a block alone is the one that stores the block before.
+        waiting = yield from self._store_apart(cursor, everything=not (self.fold or begins))
+        if begins:
             rows = [self._packed(waiting, _causal(len(waiting)))]
-            alone = [Place(0, 0, waiting[0].start, len(rows[0].ids))]
-            evaluation = yield from _evaluated(
-                self.model, self.reader, cursor, cursor.ids[None], rows, alone
-            )
-            self.stored = span.start
-            return evaluation
-        if not self.fold:
-            prompt = sum(block.start < self.canvas.first for block in waiting)
-            for blocks in (waiting[:prompt], *([b] for b in waiting[prompt:])):
-                if blocks:
-                    yield [self._packed(blocks, _causal(len(blocks)))]
-                    self.stored += sum(len(block.ids) for block in blocks)
-            waiting = []
-
-        segments, sees = list(waiting), _causal(len(waiting))
-        before = list(range(len(waiting)))
-        of_states = states.numpy()[:, span.start : span.stop]
-        complete = (of_states != self.model.mask_token_id).all(1).tolist()
-        follows = drafting and self.crosses and cursor.block + 1 < self.canvas.blocks
-        first = sum(len(segment.ids) for segment in segments)
-        place = span.start  # the root's block lies where it belongs, and what follows behind it
-        places: list[Place] = []
-        for state, block in enumerate(of_states):
-            segments.append(Segment(block, span.start, place))
-            sees.append([*before, len(sees)])
-            length = len(span)
-            if complete[state] and follows:
-                self.completed[state] = range(place, place + length)
-                if not self.model.family.begins_blocks_alone:
-                    following = self.canvas.span(cursor.block + 1)
-                    ids = states.numpy()[state, following.start : following.stop]
-                    segments.append(Segment(ids, following.start, place + length))
-                    sees.append([*before, len(sees) - 1, len(sees)])
-                    length += len(following)
-            places.append(Place(0, first, span.start, length))
-            first, place = first + length, place + length
-
-        rows = [self._packed(segments, sees)]
+            states, places = cursor.ids[None], [Place(0, 0, waiting[0].start, len(rows[0].ids))]
+        else:
+            follows = drafting and self.crosses and cursor.block + 1 < self.canvas.blocks
+            segments, sees, places = self._laid_out(waiting, cursor, states, follows)
+            rows = [self._packed(segments, sees)]
         evaluation = yield from _evaluated(self.model, self.reader, cursor, states, rows, places)
-        self.stored = span.start
+        self.stored = self.canvas.span(cursor.block).start
         return evaluation
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Store the block that the state completes, if the walk stepped on from behind it."""
         if state in self.completed and cursor.block > self.block:
-            if state:  # the root's is in its place
-                self.kept.move(self.completed[state], self.stored)
+            if state:  # the root's is there already
+                self.kv.move(self.completed[state], self.stored)
             self.stored += len(self.completed[state])
         self.completed = {}
 
@@ -351,8 +316,69 @@ class BlockCache:
         ids = cursor.ids.numpy()
         return [Segment(ids[b.start : b.stop], b.start, b.start) for b in blocks]
 
+    def _store_apart(
+        self, cursor: Cursor, everything: bool
+    ) -> Generator[list[Row], list[RowOutput], list[Segment]]:
+        """Store finished blocks in forwards of their own.
+
+        Not `everything`: only what is too long for the forward that they ride in. Returns the
+        blocks that are left for that one.
+        """
+        waiting = self._waiting(cursor)
+        # A long prompt goes in parts.
+        while len(waiting) > 1 and sum(len(block.ids) for block in waiting) > _MOST_STORED:
+            ends = accumulate(len(block.ids) for block in waiting)
+            part = max(1, sum(end <= _MOST_STORED for end in ends))
+            yield from self._store(waiting[:part])
+            waiting = waiting[part:]
+        if not everything:
+            return waiting
+        prompt = sum(block.start < self.canvas.first for block in waiting)
+        if prompt:
+            yield from self._store(waiting[:prompt])
+        for block in waiting[prompt:]:
+            yield from self._store([block])
+        return []
+
+    def _store(self, blocks: Sequence[Segment]) -> Generator[list[Row], list[RowOutput], None]:
+        """Compute finished blocks' keys and values in one forward."""
+        yield [self._packed(blocks, _causal(len(blocks)))]
+        self.stored += sum(len(block.ids) for block in blocks)
+
+    def _laid_out(
+        self, waiting: Sequence[Segment], cursor: Cursor, states: Tensor, follows: bool
+    ) -> tuple[list[Segment], list[list[int]], list[Place]]:
+        """Segments of a forward over some states, what each attends to, and where the states lie.
+
+        In front are the blocks that wait to be stored; then each state's block, with `follows` the
+        next block's masks behind those that complete theirs. Notes the latter in `completed`.
+        """
+        span = self.canvas.span(cursor.block)
+        segments, sees = list(waiting), _causal(len(waiting))
+        before = list(range(len(waiting)))
+        of_states = states.numpy()[:, span.start : span.stop]
+        complete = (of_states != self.model.mask_token_id).all(1).tolist()
+        first = sum(len(segment.ids) for segment in segments)
+        slot = span.start  # the root's block goes where it belongs, what follows behind it
+        places: list[Place] = []
+        for state, block in enumerate(of_states):
+            segments.append(Segment(block, span.start, slot))
+            sees.append([*before, len(sees)])
+            length = len(span)
+            if complete[state] and follows:
+                self.completed[state] = range(slot, slot + length)
+                if not self.model.family.begins_blocks_alone:
+                    following = self.canvas.span(cursor.block + 1)
+                    ids = states.numpy()[state, following.start : following.stop]
+                    segments.append(Segment(ids, following.start, slot + length))
+                    sees.append([*before, len(sees) - 1, len(sees)])
+                    length += len(following)
+            places.append(Place(0, first, span.start, length))
+            first, slot = first + length, slot + length
+        return segments, sees, places
+
     def _packed(self, segments: Sequence[Segment], sees: Sequence[Sequence[int]]) -> Row:
-        return pack(segments, sees, self.kept, self.stored)
+        return pack(segments, sees, self.kv, self.stored)
 
 
 def _causal(blocks: int) -> list[list[int]]:

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spiffy.runtime.forward.asked import on_device
-from spiffy.runtime.forward.question import Answers, Ints, Reader
+from spiffy.runtime.forward.readout import on_device
+from spiffy.runtime.forward.request import Ints, Reader, ReadResults
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.reading import Reading, Rules, likeliest, reading_of
 
@@ -46,19 +46,21 @@ class Evaluation:
 
     Attributes
     ----------
+    windows
+        Where each state lies, the root first.
     reader
         How it is read.
-    answers
+    results
         What was read in the forward itself; of anything else logits are computed on demand.
-    foreseen
+    precomputed
         Positions and logits [M, vocab] by state, of those passed through the head beforehand.
     """
 
     model: DiffusionLM
     windows: Sequence[Window]
     reader: Reader
-    answers: Answers | None = None
-    foreseen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    results: ReadResults | None = None
+    precomputed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def reading(self, state: int, positions: Tensor, keys: Tensor | None = None) -> Reading:
         """What is known of a state's positions (int64 [M], ascending).
@@ -70,9 +72,9 @@ class Evaluation:
         """
         rules = self.reader.rules
         table = None
-        if self.answers is not None:
+        if self.results is not None:
             wanted = None if keys is None else keys.numpy()
-            table = self.answers.of(state, positions.numpy(), wanted)
+            table = self.results.table_rows(state, positions.numpy(), wanted)
         if table is None and self.reader.on_host:
             return Reading.of(self.logits(state, positions).cpu(), positions, rules, keys)
         if table is None:
@@ -88,55 +90,56 @@ class Evaluation:
 
     def logits(self, state: int, positions: Tensor) -> Tensor:
         """Logits [M, vocab] of a state's positions (int64 [M])."""
-        known = self.foreseen.get(state)
+        known = self.precomputed.get(state)
         if known is not None and torch.equal(known[0], positions):
             return known[1]
         return self.model.head(self._hidden(state, positions))
 
-    def foresee(self, asked: Mapping[int, Tensor]) -> None:
-        """Pass several states through the output head at once, because they may be asked about.
+    def precompute(self, wanted: Mapping[int, Tensor]) -> None:
+        """Pass several states through the output head at once, because the walk may come to them.
 
         Reading a large head costs more than multiplying a few rows more with it.
 
         Parameters
         ----------
-        asked
+        wanted
             Masked positions (int64 [M]) by state.
         """
-        hidden = [self._hidden(state, positions) for state, positions in asked.items()]
+        hidden = [self._hidden(state, positions) for state, positions in wanted.items()]
         logits = torch.split(self.model.head(torch.cat(hidden)), [len(part) for part in hidden])
-        for (state, positions), part in zip(asked.items(), logits, strict=True):
-            self.foreseen[state] = positions, part
+        for (state, positions), part in zip(wanted.items(), logits, strict=True):
+            self.precomputed[state] = positions, part
 
-    def quoted(
+    def cross_logits(
         self,
-        seen: int,
+        source: int,
         states: Ints,
         positions: Tensor,
         tokens: Tensor,
         log_p: Floats,
-        quotes: Callable[..., Floats],
+        gather: Callable[..., Floats],
     ) -> tuple[Floats, Floats] | None:
-        """What other states say about tokens that are likely at state `seen`.
+        """What other states say about tokens that are likely at state `source`.
 
         Parameters
         ----------
         states
-            [R] states that hold all that `seen` does.
+            [R] states that hold all that `source` does.
         positions, tokens, log_p
-            int64 [M], masked at `seen`; int64 [M, J], and their log-probabilities there.
-        quotes
-            `told.quotes_of`, or what does the same, for what was read in the forward itself.
+            int64 [M], masked at `source`; int64 [M, J], and their log-probabilities there.
+        gather
+            `Search.cross_logits_of`, for what was read in the forward itself.
 
         Returns
         -------
-        The logarithm of all tokens' weights (the exponentiated logits) at `seen`, [M]; logits
-        [R, M, J] of the states, any numbers where they are not masked. None where the model has no
-        short way to them.
+        (log_total [M], logits [R, M, J]): the logarithm of all tokens' weights (the exponentiated
+        logits) at `source`; what the states say, any numbers where they are not masked. None if the
+        head cannot be read for single tokens (`DiffusionLM.head_of`).
         """
-        if self.answers is not None:
-            return self.answers.quoted(seen, states, positions.numpy(), tokens.numpy(), quotes)
-        windows = [self.windows[state] for state in (seen, *states.tolist())]
+        if self.results is not None:
+            where, which = positions.numpy(), tokens.numpy()
+            return self.results.cross_logits(source, states, where, which, gather)
+        windows = [self.windows[state] for state in (source, *states.tolist())]
         rows = [self.model.rows_of(positions, window.start) for window in windows]
         *at, tokens = on_device((*rows, tokens), self.model.device)
         hidden = [window.hidden[mine] for window, mine in zip(windows, at, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spiffy.runtime.forward.asked import Asked, Said, numbered, on_device, read
+from spiffy.runtime.forward.readout import Readout, RowRequest, merged, on_device, read_rows
 from spiffy.runtime.models.attention import Group, KeyValues, Slots
 from spiffy.runtime.models.base import DiffusionLM
 
@@ -22,31 +22,33 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Row:
-    """Positions of a forward that attend to each other; all but `kept` on the host.
+    """Positions of a forward that attend to each other; all but `kv` on the host.
 
     Attributes
     ----------
     ids, positions
         int64 [query].
     mask
-        bool [query, keys], True where the query attends; None attends to everything.
-    kept
-        Where the row's keys and values go, and those are that it attends to; None: to its own.
-    places
-        Where they go, run by run.
-    keys
-        Places before this one are attended to.
-    asked
-        What is to be read at once, if anything is.
+        bool [query, kv_end] ([query, query] without `kv`), True where the query attends; None
+        attends to everything.
+    kv
+        Where the row's keys and values go, and what it attends to lies; None: it attends to its
+        own positions, whose keys and values are not kept.
+    slots
+        The slots of `kv` that they go to, run by run.
+    kv_end
+        Slots before this one are attended to.
+    request
+        What is to be read in the forward itself, if anything is.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor | None = None
-    kept: Slots | None = None
-    places: tuple[range, ...] = ()
-    keys: int = 0
-    asked: Asked | None = None
+    kv: Slots | None = None
+    slots: tuple[range, ...] = ()
+    kv_end: int = 0
+    request: RowRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -57,26 +59,26 @@ class RowOutput:
     ----------
     hidden
         Hidden states [query, hidden], on the model's device.
-    said
-        What was asked, if anything was.
+    readout
+        What was requested, if anything was.
     """
 
     hidden: Tensor
-    said: Said | None = None
+    readout: Readout | None = None
 
 
 class Segment(NamedTuple):
     """A run of tokens (int64 [k]) at consecutive positions from `start`.
 
-    Its keys and values go to as many places from `place` on.
+    Its keys and values go to as many slots from `slot` on.
     """
 
     ids: Ints
     start: int
-    place: int
+    slot: int
 
 
-def pack(segments: Sequence[Segment], sees: Sequence[Sequence[int]], kept: Slots, held: int) -> Row:
+def pack(segments: Sequence[Segment], sees: Sequence[Sequence[int]], kv: Slots, held: int) -> Row:
     """Put segments side by side in one row; each keeps its own positions.
 
     Parameters
@@ -84,30 +86,30 @@ def pack(segments: Sequence[Segment], sees: Sequence[Sequence[int]], kept: Slots
     sees
         For each segment the segments that it attends to (itself has to be listed).
     held
-        Places before this one hold keys and values, which all segments attend to where no segment's
-        own go there. Those of the segments leave no gap behind it.
+        Slots of `kv` before this one hold keys and values, which all segments attend to where no
+        segment's own go there. Those of the segments leave no gap behind it.
     """
     lengths = [len(segment.ids) for segment in segments]
     # Nearly all segments stand at the same positions.
     spans = [(s.start, s.start + length) for s, length in zip(segments, lengths, strict=True)]
     arange = {span: np.arange(*span) for span in set(spans)}
-    places = _joined([segment.place for segment in segments], lengths)
-    keys = max(held, *(run.stop for run in places))
+    slots = _joined([segment.slot for segment in segments], lengths)
+    kv_end = max(held, *(run.stop for run in slots))
     mask = None
     if any(len(seen) < len(segments) for seen in sees):
-        mask = torch.from_numpy(_mask(sees, lengths, places, keys))
+        mask = torch.from_numpy(_mask(sees, lengths, slots, kv_end))
     return Row(
         torch.from_numpy(np.concatenate([segment.ids for segment in segments])),
         torch.from_numpy(np.concatenate([arange[span] for span in spans])),
         mask,
-        kept,
-        places,
-        keys,
+        kv,
+        slots,
+        kv_end,
     )
 
 
 def _joined(starts: Sequence[int], lengths: Sequence[int]) -> tuple[range, ...]:
-    """Runs of places, those joined that follow one another."""
+    """Runs of slots, those joined that follow one another."""
     runs: list[tuple[int, int]] = []
     for start, length in zip(starts, lengths, strict=True):
         joins = bool(runs) and runs[-1][1] == start
@@ -116,14 +118,14 @@ def _joined(starts: Sequence[int], lengths: Sequence[int]) -> tuple[range, ...]:
 
 
 def _mask(
-    sees: Sequence[Sequence[int]], lengths: Sequence[int], places: Sequence[range], keys: int
+    sees: Sequence[Sequence[int]], lengths: Sequence[int], slots: Sequence[range], kv_end: int
 ) -> Bools:
-    """Who attends to whom, [query, keys], of segments that lie one behind the other in `places`."""
+    """Who attends to whom, [query, kv_end], of segments that lie one after the other in `slots`."""
     count = len(sees)
     number = np.arange(count).repeat(lengths)  # of the segment, by position in the row
-    # Whose place it is; the last column of `allowed` is for what is held.
-    owner = np.full(keys, count)
-    owner[np.concatenate([np.arange(run.start, run.stop) for run in places])] = number
+    # Whose slot it is; the last column of `allowed` is for what is held.
+    owner = np.full(kv_end, count)
+    owner[np.concatenate([np.arange(run.start, run.stop) for run in slots])] = number
     allowed = np.zeros((count, count + 1), dtype=np.bool_)
     allowed[:, -1] = True
     seen = np.fromiter(chain.from_iterable(sees), np.int64)
@@ -135,22 +137,22 @@ def _mask(
 def forward(
     model: DiffusionLM, rows: Sequence[Row], lengths: Sequence[int] | None = None
 ) -> list[RowOutput]:
-    """Run rows, of one or of several sequences, together, and read what is asked of them.
+    """Run rows, of one or of several sequences, together, and read what they request.
 
     `lengths` are those of the whole sequences, row by row, where RoPE depends on them.
     """
     sizes = [len(row.ids) for row in rows]
-    ids, positions, at, pairs, *masks = on_device(
+    ids, positions, at, cross_pairs, *masks = on_device(
         [
             torch.cat([row.ids for row in rows]),
             torch.cat([row.positions for row in rows]),
-            *numbered([row.asked for row in rows], sizes),
+            *merged([row.request for row in rows], sizes),
             *(row.mask for row in rows if row.mask is not None),
         ],
         model.device,
     )
     hidden = model.hidden_states(ids, positions, list(_groups(rows, masks, lengths)))
-    return _outputs(model, rows, hidden, at, pairs)
+    return _outputs(model, rows, hidden, at, cross_pairs)
 
 
 def outputs_of(model: DiffusionLM, rows: Sequence[Row], hidden: Tensor) -> list[RowOutput]:
@@ -161,18 +163,18 @@ def outputs_of(model: DiffusionLM, rows: Sequence[Row], hidden: Tensor) -> list[
     hidden
         [query, hidden], of one row behind the other, on the model's device.
     """
-    asked = numbered([row.asked for row in rows], [len(row.ids) for row in rows])
-    return _outputs(model, rows, hidden, *on_device(asked, model.device))
+    request = merged([row.request for row in rows], [len(row.ids) for row in rows])
+    return _outputs(model, rows, hidden, *on_device(request, model.device))
 
 
 def _outputs(
-    model: DiffusionLM, rows: Sequence[Row], hidden: Tensor, at: Tensor, pairs: Tensor
+    model: DiffusionLM, rows: Sequence[Row], hidden: Tensor, at: Tensor, cross_pairs: Tensor
 ) -> list[RowOutput]:
     sizes = [len(row.ids) for row in rows]
-    asked = [row.asked for row in rows if row.asked is not None]
-    said = iter(read(model, asked, hidden, at, pairs) if asked else ())
+    requests = [row.request for row in rows if row.request is not None]
+    readouts = iter(read_rows(model, requests, hidden, at, cross_pairs) if requests else ())
     return [
-        RowOutput(part, None if row.asked is None else next(said))
+        RowOutput(part, None if row.request is None else next(readouts))
         for row, part in zip(rows, torch.split(hidden, sizes), strict=True)
     ]
 
@@ -180,14 +182,17 @@ def _outputs(
 def _groups(
     rows: Sequence[Row], masks: Sequence[Tensor], lengths: Sequence[int] | None
 ) -> Iterator[Group]:
-    """Rows that attend to themselves alone, and are equally long, attend together."""
-    on_device = iter(masks)
+    """Rows that attend to themselves alone, and are equally long, attend together.
+
+    `masks` are those of the rows that have one, on the device.
+    """
+    masks_there = iter(masks)
     wholes: Sequence[int | None] = [None] * len(rows) if lengths is None else lengths
     alike: Group | None = None
     for row, whole in zip(rows, wholes, strict=True):
-        mask = None if row.mask is None else next(on_device)
-        assert row.kept is None or isinstance(row.kept, KeyValues)  # else an engine's rows
-        group = Group(1, len(row.ids), mask, row.kept, row.places, row.keys, whole)
+        mask = None if row.mask is None else next(masks_there)
+        assert row.kv is None or isinstance(row.kv, KeyValues)  # else an engine's rows
+        group = Group(1, len(row.ids), mask, row.kv, row.slots, row.kv_end, whole)
         if alike is not None and mask is None and alike._replace(rows=1) == group:
             alike = alike._replace(rows=alike.rows + 1)
             continue

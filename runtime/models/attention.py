@@ -2,7 +2,7 @@
 
 A forward's positions, of one sequence or of many, run through the transformer as one row, without
 padding. Attention alone has to know which of them belong together (`Group`). It puts a sequence's
-keys and values into their places (`KeyValues`) and reads them there, so that what was computed
+keys and values into their slots (`KeyValues`) and reads them there, so that what was computed
 before is neither copied nor padded.
 """
 
@@ -26,9 +26,9 @@ _NAME = "spiffy"  # of this module's attention, in transformers' register
 
 
 class KeyValues:
-    """Keys and values of one sequence, each position's in its place, for every layer.
+    """Keys and values of one sequence, a slot for each position, for every layer.
 
-    There are places for the sequence's positions, and behind them room for what drafts compute,
+    There are slots for the sequence's positions, and behind them room for what drafts compute,
     which grows to the next power of two where a forward needs more. One that did not fit into
     memory is made again with fewer drafts: nothing grows for those that it had.
 
@@ -40,42 +40,42 @@ class KeyValues:
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self._buffers: dict[int, list[Tensor]] = {}  # of [1, heads, places, head_dim]
-        self._places = 0
+        self._buffers: dict[int, list[Tensor]] = {}  # of [1, heads, slots, head_dim]
+        self._slots = 0
 
-    def reserve(self, places: int) -> None:
-        """Let the next forward have as many places; what the sequence's own hold is kept."""
-        more = max(places - self.length, 0)
-        self._places = self.length + (1 << (more - 1).bit_length() if more else 0)
+    def reserve(self, slots: int) -> None:
+        """Let the next forward have as many slots; what the sequence's own hold is kept."""
+        more = max(slots - self.length, 0)
+        self._slots = self.length + (1 << (more - 1).bit_length() if more else 0)
 
     def put(
-        self, layer: int, fresh: Sequence[Tensor], places: Sequence[range], end: int
+        self, layer: int, fresh: Sequence[Tensor], slots: Sequence[range], kv_end: int
     ) -> tuple[Tensor, Tensor]:
-        """Put a row's keys and values into their places, and show all before place `end`.
+        """Put a row's keys and values into their slots, and show all before slot `kv_end`.
 
         Parameters
         ----------
         fresh
             Keys and values, [1, heads, query, head_dim] each.
-        places
+        slots
             Where they go, run by run.
         """
         buffers = self._buffers.get(layer)
-        if buffers is None or buffers[0].shape[2] < end:
+        if buffers is None or buffers[0].shape[2] < kv_end:
             buffers = [self._grown(k, part, buffers) for k, part in enumerate(fresh)]
             self._buffers[layer] = buffers
         for buffer, part in zip(buffers, fresh, strict=True):
             first = 0
-            for run in places:
+            for run in slots:
                 stop = first + len(run)
                 buffer[:, :, run.start : run.stop] = part[:, :, first:stop]
                 first = stop
-        keys, values = (buffer[:, :, :end] for buffer in buffers)
+        keys, values = (buffer[:, :, :kv_end] for buffer in buffers)
         return keys, values
 
     def _grown(self, number: int, like: Tensor, before: list[Tensor] | None) -> Tensor:
         _, heads, _, width = like.shape
-        buffer = like.new_empty(1, heads, self._places, width)
+        buffer = like.new_empty(1, heads, self._slots, width)
         if before is not None:
             own = slice(min(self.length, before[number].shape[2]))
             buffer[:, :, own] = before[number][:, :, own]
@@ -83,20 +83,20 @@ class KeyValues:
 
     @torch.inference_mode()
     def move(self, run: range, to: int) -> None:
-        """Copy what a run of places holds to one that starts at `to` and does not overlap it."""
+        """Copy what a run of slots holds to one that starts at `to` and does not overlap it."""
         for buffers in self._buffers.values():
             for buffer in buffers:
                 buffer[:, :, to : to + len(run)] = buffer[:, :, run.start : run.stop]
 
 
 class Slots(Protocol):
-    """Where the keys and values of one sequence lie, place by place: `KeyValues`, or an engine's.
+    """Where the keys and values of one sequence lie, slot by slot: `KeyValues`, or an engine's.
 
-    What a place holds stays until something else is put or moved there (docs/engine.md).
+    What a slot holds stays until something else is put or moved there (docs/engine.md).
     """
 
     def move(self, run: range, to: int) -> None:
-        """Copy what a run of places holds to one that starts at `to` and does not overlap it."""
+        """Copy what a run of slots holds to one that starts at `to` and does not overlap it."""
         ...
 
 
@@ -108,14 +108,15 @@ class Group(NamedTuple):
     rows, length
         Number of rows, and positions of each. They follow one another.
     mask
-        bool [length, keys], True where a position attends; None: to everything.
-    kept
+        bool [length, kv_end] ([length, length] without `kv`), True where a position attends; None:
+        to everything.
+    kv
         Where the row's keys and values go, and what it attends to lies (one row only); None: rows
         attend to their own positions.
-    places
-        Where they go, run by run.
-    keys
-        Places before this one are attended to.
+    slots
+        The slots of `kv` that they go to, run by run.
+    kv_end
+        Slots before this one are attended to.
     whole
         Length of the sequence that each row is a part of, where RoPE depends on it.
     """
@@ -123,9 +124,9 @@ class Group(NamedTuple):
     rows: int
     length: int
     mask: Tensor | None = None
-    kept: KeyValues | None = None
-    places: Sequence[range] = ()
-    keys: int = 0
+    kv: KeyValues | None = None
+    slots: Sequence[range] = ()
+    kv_end: int = 0
     whole: int | None = None
 
 
@@ -159,8 +160,8 @@ class _Arrangement:
         self.layers = 0  # that attended
         self._masks: dict[tuple[Any, ...], Any] = {}  # made once, for all layers
         for group in groups:
-            if group.kept is not None:
-                group.kept.reserve(group.keys)
+            if group.kv is not None:
+                group.kv.reserve(group.kv_end)
 
     def attend(
         self,
@@ -182,8 +183,8 @@ class _Arrangement:
             own = [query, key, value]
             if start or stop < query.shape[2]:
                 own = [part[:, :, start:stop] for part in own]
-            if group.kept is not None:
-                own[1:] = group.kept.put(number, own[1:], group.places, group.keys)
+            if group.kv is not None:
+                own[1:] = group.kv.put(number, own[1:], group.slots, group.kv_end)
             elif group.rows > 1:
                 own = [_apart(part, group.rows) for part in own]
             out = self._attended(layer, which, *own, **options)
@@ -315,10 +316,10 @@ def _attend(
     return out, weights
 
 
-# CUDA graphs end before it and begin after it: captured, it would read the places of one forward.
+# CUDA graphs end before it and begin after it: captured, it would read the slots of one forward.
 @torch.library.custom_op("spiffy::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _opaque(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
-    """Attention as compiled code calls it, which knows nothing of rows, places, or prefixes.
+    """Attention as compiled code calls it, which knows nothing of rows, slots, or prefixes.
 
     So a compiled transformer holds for all of them. The compiler cannot see that keys and values
     are put away, and need not: layers follow one another by what they compute.

@@ -22,7 +22,7 @@ from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import option
 from spiffy.schemas.notes import note
 
-_DEAR = 1 << 24  # parameters of an output head
+_EXPENSIVE = 1 << 24  # parameters of an output head
 
 # Packages whose layers compute what a family's module does in the usual way.
 _OWN = frozenset({"torch", "transformers", "spiffy"})
@@ -321,10 +321,10 @@ class DiffusionLM:
         return hidden[0].to(self.device)  # type: ignore[no-any-return]
 
     @property
-    def head_is_dear(self) -> bool:
+    def head_is_expensive(self) -> bool:
         """Whether reading the output head takes long, beside multiplying some rows with it."""
         width: int = self.module.config.hidden_size  # type: ignore[union-attr, assignment]
-        return self.vocab_size * width >= _DEAR
+        return self.vocab_size * width >= _EXPENSIVE
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:

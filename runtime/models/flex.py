@@ -26,7 +26,7 @@ from spiffy.schemas.errors import said
 from spiffy.schemas.notes import note
 
 _TIMED = 10  # repetitions
-_ROOM = 5  # places behind those that are attended to
+_ROOM = 5  # slots behind those that are attended to
 
 
 class Flex:

@@ -231,14 +231,14 @@ def _both_ways(model: DiffusionLM) -> tuple[Tensor, Tensor]:
     mask = torch.ones(7, 7, dtype=torch.bool, device=device)
     mask[:3, 3:] = False  # what is frozen has not seen what follows
     alone = model.hidden_states(rows.flatten(), positions.repeat(2), [Group(2, 7, mask, whole=7)])
-    kept = KeyValues(3)
-    frozen = Group(1, 3, None, kept, (range(3),), 3, 7)
+    kv = KeyValues(3)
+    frozen = Group(1, 3, None, kv, (range(3),), 3, 7)
     model.hidden_states(before, positions[:3], [frozen])
     order = torch.tensor([7, 3, 6, 2, 5, 1, 4, 0], device=device)
     draft = order // 4
     among = draft[:, None] == draft
     packed = Group(
-        1, 8, torch.cat([torch.ones_like(among[:, :3]), among], 1), kept, (range(3, 11),), 11, 7
+        1, 8, torch.cat([torch.ones_like(among[:, :3]), among], 1), kv, (range(3, 11),), 11, 7
     )
     found = model.hidden_states(drafts.flatten()[order], positions[3 + order % 4], [packed])
     apart = alone.view(2, 7, -1)[:, 3:].reshape(8, -1)

@@ -2,8 +2,8 @@
 
 The host chooses drafts while the device waits. In NumPy that takes milliseconds, nearly all of them
 for calling some thousand functions on small arrays. What is computed, and why, is said by
-`told`, `outlook`, `features` and `expand` of `draft`, which are used where numba is not installed;
-tests hold `told`, `layout` and `loops` to them.
+`primitives`, `outlook`, `features` and `expand` of `draft`, which are used where numba is not
+installed; tests hold the `primitives` here, `layout` and `loops` to them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numba
 import numpy as np
 
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
-from spiffy.runtime.draft.compiled import layout, loops, told
-from spiffy.runtime.draft.compiled.arrays import Facts, Model, Root
+from spiffy.runtime.draft.compiled import layout, loops, primitives
+from spiffy.runtime.draft.compiled.arrays import Facts, Outlook, Weights
 from spiffy.runtime.draft.expand import DEPTH, most_states
 from spiffy.runtime.draft.ngrams import Floats, Ints
 from spiffy.runtime.draft.outlook import TEXT, Rejected
-from spiffy.runtime.draft.told import LIKELY, SURE
+from spiffy.runtime.draft.primitives import LIKELY, SURE
 
 
 def _contiguous(function: Callable[..., Any], *constants: float) -> Callable[..., Any]:
-    """A compiled function as its namesake in `draft.told`, which says what it takes and returns.
+    """A compiled function as its namesake in `draft.primitives`, which says what it takes.
 
     Arrays of another layout would be of another type, for which all is compiled once more.
     """
@@ -36,11 +36,11 @@ def _contiguous(function: Callable[..., Any], *constants: float) -> Callable[...
     return called
 
 
-ranked = _contiguous(told.ranked)
-asked = _contiguous(told.asked, LIKELY)
-quotes_of = _contiguous(told.quotes_of)
-heard = _contiguous(told.heard, SURE)
-filled = _contiguous(told.filled)
+rank = _contiguous(primitives.rank)
+informative_drafts = _contiguous(primitives.informative_drafts, LIKELY)
+cross_logits_of = _contiguous(primitives.cross_logits_of)
+rejected_log_p = _contiguous(primitives.rejected_log_p, SURE)
+fill_in = _contiguous(primitives.fill_in)
 
 
 def lay_out(
@@ -54,7 +54,7 @@ def lay_out(
     eos_token_ids: Ints,
     vocab: int,
     rejected: Rejected | None = None,
-) -> Root:
+) -> Outlook:
     """As `Outlook.at`, which says what it takes."""
     count, ranks = tokens.shape
     if rejected is None:
@@ -62,23 +62,23 @@ def lay_out(
         rejected = Rejected(nothing, no_number, np.empty((0, len(fresh)), np.bool_))
     facts = (ids, positions, tokens, log_p, fresh, rejected.choice, rejected.log_p, rejected.unseen)
     contiguous = Facts._make(map(np.ascontiguousarray, facts))
-    root: Root = layout.lay_out(contiguous, mask_token_id, eos_token_ids, TEXT, vocab)
+    root: Outlook = layout.lay_out(contiguous, mask_token_id, eos_token_ids, TEXT, vocab)
     return root
 
 
-def prepare(weights: AcceptanceWeights) -> Model:
+def prepare(weights: AcceptanceWeights) -> Weights:
     """An acceptance model as `expand` takes it."""
     pairs = weights.bigrams.pairs
-    return Model.of(weights, layout.tabled(pairs.keys, np.diff(pairs.below)))
+    return Weights.of(weights, layout.tabled(pairs.keys, np.diff(pairs.below)))
 
 
-def expand(model: Model, root: Root, budget: int, room: int) -> tuple[Ints, Floats]:
+def expand(model: Weights, outlook: Outlook, budget: int, room: int) -> tuple[Ints, Floats]:
     """As `expand.expand`, which says what it takes and returns, of what `prepare` made.
 
     Equal but for rounding; where that decides, the last of the drafts may be another one.
     """
-    budget = min(budget, most_states(len(root.positions)))
-    choice, p = loops.expand(model, root, budget, room, min(DEPTH, room))
+    budget = min(budget, most_states(len(outlook.positions)))
+    choice, p = loops.expand(model, outlook, budget, room, min(DEPTH, room))
     return choice, p
 
 
@@ -102,9 +102,10 @@ def warm_up() -> None:
         vocab=2,
     )
     choice, _ = expand(nothing, root, budget=1, room=1)
-    filled(ids, root.positions, root.tokens, choice)
+    fill_in(ids, root.positions, root.tokens, choice)
     one, tokens, log_p = ids[1:2], ids[:1, None], np.full((1, 1), -1.0)
-    ranked(one, ids[None, :2], np.full((1, 2), -1.0), log_p[0], one, 1, 1, True)
-    asked(ids[None], ids, 0, one, tokens, log_p, 1)
-    quotes_of(tokens, 0, ids[:1], np.zeros_like(ids[:2, None]), ids[:1], log_p, ids[:1], tokens)
-    heard(ids[None], one, ids[:1], tokens, log_p, log_p[0], log_p[None], 1)
+    rank(one, ids[None, :2], np.full((1, 2), -1.0), log_p[0], one, 1, 1, True)
+    informative_drafts(ids[None], ids, 0, one, tokens, log_p, 1)
+    pair = np.zeros_like(ids[:2, None])
+    cross_logits_of(tokens, 0, ids[:1], pair, ids[:1], log_p, ids[:1], tokens)
+    rejected_log_p(ids[None], one, ids[:1], tokens, log_p, log_p[0], log_p[None], 1)

@@ -1,4 +1,7 @@
-"""What the compiled loops are told, as tuples of contiguous arrays, and what they work on."""
+"""What the compiled loops take and work on, as tuples of contiguous arrays.
+
+Those that are named like a class of the NumPy reference hold the same.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from spiffy.runtime.draft.expand import (
     HASHES,
     LEAST,
     OTHER_TOKENS,
+    PATH_SHARE,
+    PATH_SHARE_OF_SETS,
     RARE,
-    SHARE,
-    SHARE_OF_SETS,
     UNCERTAIN,
 )
 from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
@@ -24,7 +27,7 @@ class Limits(NamedTuple):
     """Constants of `expand` that depend on nothing but the unmasking policy."""
 
     rare: float
-    share: float
+    path_share: float
     least: float
     uncertain: int
     forced: int
@@ -37,7 +40,7 @@ class Table(NamedTuple):
     counts: Floats
 
 
-class Model(NamedTuple):
+class Weights(NamedTuple):
     """An `AcceptanceWeights`, and tables of `expand`.
 
     `commit` is [0] for one token per step; `offsets` [n, 2] are those of the log-odds and the
@@ -57,7 +60,7 @@ class Model(NamedTuple):
     limits: Limits
 
     @classmethod
-    def of(cls, weights: AcceptanceWeights, pairs: Table) -> Model:
+    def of(cls, weights: AcceptanceWeights, pairs: Table) -> Weights:
         """The weights as arrays, with the table of what their bigrams count."""
         sets, bigrams = weights.commit is not None, weights.bigrams
         offsets = OFFSETS if weights.spread else ((0.0, 1.0),)
@@ -72,25 +75,25 @@ class Model(NamedTuple):
             bigrams.vocab,
             HASHES,
             np.array(OTHER_TOKENS),
-            Limits(RARE, SHARE_OF_SETS if sets else SHARE, LEAST, UNCERTAIN, FORCED),
+            Limits(RARE, PATH_SHARE_OF_SETS if sets else PATH_SHARE, LEAST, UNCERTAIN, FORCED),
         )
 
 
 class Facts(NamedTuple):
-    """What `Outlook.at` is told of a root and rejected drafts."""
+    """What `Outlook.at` lays out: a root, and R rejected drafts (none: R is 0)."""
 
     ids: Ints
     positions: Ints
     tokens: Ints
     log_p: Floats
     fresh: Ints
-    choice: Ints
-    said: Floats
-    unseen: Bools
+    rejected_choice: Ints
+    rejected_log_p: Floats
+    rejected_unseen: Bools
 
 
-class Root(NamedTuple):
-    """An `Outlook`; `share` are probabilities, `ngrams` is what it counts."""
+class Outlook(NamedTuple):
+    """An `outlook.Outlook`, and `token_p` [S, M, J], the probabilities of `log_p`."""
 
     positions: Ints
     tokens: Ints
@@ -107,21 +110,22 @@ class Root(NamedTuple):
     behind: Ints
     constant: Floats
     echo: Bools
-    share: Floats
-    ngrams: Table
+    token_p: Floats
+    in_text: Table
 
 
-class Level(NamedTuple):
-    """`features.States`, and their probabilities `p`.
+class States(NamedTuple):
+    """`features.States`, and their probabilities `p` [n].
 
-    `share` [n, M, J] are the probabilities of `log_p`, `logit` [n, M] the log-odds of the largest.
+    `token_p` [n, M, J] are the probabilities of `log_p`, `logit` [n, M] the log-odds of the most
+    likely token.
     """
 
     choice: Ints
     source: Ints
     unseen: Bools
     log_p: Floats
-    share: Floats
+    token_p: Floats
     logit: Floats
     depth: Ints
     p: Floats
@@ -138,11 +142,12 @@ class Children(NamedTuple):
 class Work(NamedTuple):
     """Where features are worked out, of one position after the other.
 
-    `told` [F] are those of positions; `behind` [M] as in `features._nearness`, `ahead` [M] ranks;
-    `alike` and `is_new` by kind of token; `logs` are of 1, 2, ...; the others are by neighbour.
+    `features` [F] are those of a position; `behind` [M] as in `features._nearness`, `ahead` [M]
+    ranks; `alike` and `is_new` by kind of token; `logs` are of 1, 2, ...; the others are by
+    neighbour.
     """
 
-    told: Floats
+    features: Floats
     behind: Ints
     ahead: Ints
     alike: Ints

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from spiffy.runtime.draft.compiled.arrays import Root, Table
+from spiffy.runtime.draft.compiled.arrays import Outlook, Table
 from spiffy.runtime.draft.compiled.jit import compiled
 
 _FAR = 1 << 30  # positions
 _SCATTER = -7046029254386353131  # 2**64 over the golden ratio, in two's complement
-_LEAST = -30.0  # log-probability
+_LEAST_LOG_P, _MOST_GAP, _LEAST_LOGIT = -30.0, 12.0, -12.0  # as in `outlook`
 
 
 @compiled
@@ -112,44 +112,43 @@ def _is_one_of(number: Any, numbers: Any) -> Any:
 def _logit(log_p: Any) -> Any:
     """`outlook.logit_of`."""
     log_p = min(log_p, -1e-12)
-    return max(log_p - np.log(-np.expm1(log_p)), -12.0)
+    return max(log_p - np.log(-np.expm1(log_p)), _LEAST_LOGIT)
 
 
 @compiled
 def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any, most: Any, vocab: Any) -> Any:
     """`Outlook.at`; `most` tokens of the text so far count."""
-    ids, positions, tokens, log_p, fresh, choice, said, unseen_by = facts
+    ids, positions, tokens, log_p, fresh, choice, theirs, unseen_by = facts
     (count, width), sources = tokens.shape, 1 + len(choice)
     order = np.argsort(positions)
     where, by_place = np.empty(count, np.int64), np.empty((count, width), np.int64)
     seen, lead = np.full((sources, count), -1), np.zeros(sources, np.int64)
-    law, share = np.empty((sources, count, width)), np.empty((sources, count, width))
+    source_log_p, token_p = np.empty((sources, count, width)), np.empty((sources, count, width))
     best, log_mass = np.zeros((sources, count), np.int64), np.empty((sources, count))
     is_fresh = np.zeros((2, sources, count), np.bool_)
     before, behind = np.full((sources, count), -_FAR), np.full((sources, count), _FAR)
     constant, echo = np.zeros((6, sources, count)), np.zeros((sources, count), np.bool_)
     ranks, unseen = np.empty(count, np.int64), np.ones((sources, len(fresh)), np.bool_)
     for m in range(count):
-        where[m], by_place[m] = positions[order[m]], tokens[order[m]]
+        where[m], by_place[m], ranks[m] = positions[order[m]], tokens[order[m]], order[m]
     for s in range(sources):
         for m in range(count):
-            law[s, m] = log_p[order[m]] if s == 0 else said[s - 1, order[m]]
+            source_log_p[s, m] = log_p[order[m]] if s == 0 else theirs[s - 1, order[m]]
             if s > 0:
                 seen[s, m] = choice[s - 1, order[m]]
             lead[s] += seen[s, m] >= 0
-            ranks[m] = order[m]
         if s > 0:
-            _ranks(law[s], seen[s], ranks)
+            _ranks(source_log_p[s], seen[s], ranks)
             unseen[s] = unseen_by[s - 1]
         for k in range(len(fresh)):
             lead[s] += not unseen[s, k]
         for m in range(count):
             mass, top, second = 0.0, -np.inf, -np.inf
             for j in range(width):
-                value = max(law[s, m, j], _LEAST)
-                law[s, m, j] = value
-                share[s, m, j] = np.exp(value)
-                mass += share[s, m, j]
+                value = max(source_log_p[s, m, j], _LEAST_LOG_P)
+                source_log_p[s, m, j] = value
+                token_p[s, m, j] = np.exp(value)
+                mass += token_p[s, m, j]
                 if value > top:
                     best[s, m], top, second = j, value, top
                 else:
@@ -168,7 +167,7 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any, most: Any, vocab
                 behind[s, m] = where[m] + 1
             constant[4, s, m], constant[5, s, m] = is_fresh[0, s, m], is_fresh[1, s, m]
             constant[0, s, m], constant[1, s, m] = np.log1p(ranks[m]), _logit(top)
-            constant[2, s, m] = min(top - second, 12.0)
+            constant[2, s, m] = min(top - second, _MOST_GAP)
             constant[3, s, m] = _is_one_of(likely, eos_token_ids)
     neighbours, known = _neighbours(where, ids, mask_token_id)
     end = where[-1] + 2
@@ -176,13 +175,13 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any, most: Any, vocab
     for k in range(len(text)):
         if text[k] == mask_token_id:
             text[k] = -1
-    return Root(
+    return Outlook(
         where,
         by_place,
         _kinds(by_place),
         seen,
         lead,
-        law,
+        source_log_p,
         best,
         log_mass,
         neighbours,
@@ -192,6 +191,6 @@ def lay_out(facts: Any, mask_token_id: Any, eos_token_ids: Any, most: Any, vocab
         behind,
         constant,
         echo,
-        share,
+        token_p,
         _ngrams(text, vocab),
     )

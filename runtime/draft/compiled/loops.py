@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from spiffy.runtime.draft.compiled.arrays import Children, Level, Work
+from spiffy.runtime.draft.compiled.arrays import Children, States, Work
 from spiffy.runtime.draft.compiled.jit import compiled, compiled_sum
 
 _FAR = 1 << 30  # positions
+_MOST_GAP, _LEAST_LOGIT = 12.0, -12.0  # as in `outlook`
+_MOST_ODDS = 14.0  # as in `expand`
 _FEW = 64  # positions that are sooner compared than sorted
 _SCATTER = -7046029254386353131  # 2**64 over the golden ratio, in two's complement
 
@@ -38,21 +40,22 @@ def _times(table: Any, key: Any) -> Any:
 
 
 @compiled
-def _rerank(model: Any, root: Any, level: Any, n: Any, m: Any, work: Any) -> None:
+def _rerank(model: Any, outlook: Any, states: Any, n: Any, m: Any, work: Any) -> None:
     """Re-rank the tokens of one position of a state, in place: `features.token_features`."""
-    source, ranks, vocab, tokens = level.source[n], root.tokens.shape[1], model.vocab, root.tokens
+    source, tokens, vocab = states.source[n], outlook.tokens, model.vocab
     beside, new, weights = work.beside, work.new, model.token
     pairs, prior = model.pairs, model.prior
-    law, score, share, most, mass = root.log_p, level.log_p, level.share, -np.inf, 0.0
-    best, ngrams = root.best[source, m], root.ngrams
+    source_log_p, score, token_p = outlook.log_p, states.log_p, states.token_p
+    best, in_text, ranks = outlook.best[source, m], outlook.in_text, tokens.shape[1]
+    most, mass = -np.inf, 0.0
     for side in range(3):
-        at = root.neighbours[side, m]
-        rank = level.choice[n, at] if at >= 0 else -1
-        beside[side] = tokens[at, rank] if rank >= 0 else root.neighbour_tokens[side, m]
+        at = outlook.neighbours[side, m]
+        rank = states.choice[n, at] if at >= 0 else -1
+        beside[side] = tokens[at, rank] if rank >= 0 else outlook.neighbour_tokens[side, m]
         if side < 2:
-            new[side] = root.fresh[side, source, m] or (at >= 0 and level.unseen[n, at])
+            new[side] = outlook.fresh[side, source, m] or (at >= 0 and states.unseen[n, at])
     for j in range(ranks):
-        token, log_p = tokens[m, j], law[source, m, j]
+        token, log_p = tokens[m, j], source_log_p[source, m, j]
         total = weights[0] * log_p + weights[1] * (best == j)
         for side in range(2):
             if not new[side]:
@@ -62,44 +65,43 @@ def _rerank(model: Any, root: Any, level: Any, n: Any, m: Any, work: Any) -> Non
             seen = _times(pairs, pair) + prior[side, token]
             total += weights[2 + side] * (np.log(seen) - model.log_total[side, known])
             total += weights[4 + side] * (token == known) + weights[6 + side] * log_p
-            total += weights[8 + side] * np.log1p(_times(ngrams, pair))
+            total += weights[8 + side] * np.log1p(_times(in_text, pair))
             if side == 0 and beside[2] >= 0:
                 triple = (beside[2] + 1) * vocab**2 + pair
-                total += weights[10] * np.log1p(_times(ngrams, triple))
+                total += weights[10] * np.log1p(_times(in_text, triple))
         if new[0] and new[1]:
             total += weights[11] * log_p
         score[n, m, j], most = total, max(most, total)
     for j in range(ranks):
-        share[n, m, j] = np.exp(score[n, m, j] - most)
-        mass += share[n, m, j]
-    change = root.log_mass[source, m] - most - np.log(mass)
+        token_p[n, m, j] = np.exp(score[n, m, j] - most)
+        mass += token_p[n, m, j]
+    change = outlook.log_mass[source, m] - most - np.log(mass)
     largest = np.exp(most + change)
     for j in range(ranks):
         score[n, m, j] += change
-        share[n, m, j] *= largest
-    level.logit[n, m] = _logit(most + change)
+        token_p[n, m, j] *= largest
+    states.logit[n, m] = _logit(most + change)
 
 
 @compiled
 def _logit(log_p: Any) -> Any:
     """`outlook.logit_of`."""
     log_p = min(log_p, -1e-12)
-    return max(log_p - np.log(-np.expm1(log_p)), -12.0)
+    return max(log_p - np.log(-np.expm1(log_p)), _LEAST_LOGIT)
 
 
 @compiled
-def _work(root: Any, features: Any) -> Any:
-    """Room for what `_scores` and `_rerank` work out."""
-    count, kinds = len(root.positions), root.kinds.max() + 1
-    logs = np.empty(max(root.positions[-1] - root.positions[0] + 1, count))
+def _work(outlook: Any, number: Any) -> Any:
+    """Room for what `_score` and `_rerank` work out."""
+    count, kinds = len(outlook.positions), outlook.kinds.max() + 1
+    logs = np.empty(max(outlook.positions[-1] - outlook.positions[0] + 1, count))
     for k in range(len(logs)):
         logs[k] = np.log1p(k)
-    told, behind = np.empty(features), np.empty(count, np.int64)
+    features, behind = np.empty(number), np.empty(count, np.int64)
     alike, is_new = np.zeros(kinds, np.int64), np.zeros(kinds, np.bool_)
     beside, new = np.empty(3, np.int64), np.empty(2, np.bool_)
-    sides = np.empty(4), np.empty(4), np.empty(4)
-    ahead = np.empty(count, np.int64)
-    return Work(told, behind, ahead, alike, is_new, logs, *sides, beside, new)
+    sides, ahead = (np.empty(4), np.empty(4), np.empty(4)), np.empty(count, np.int64)
+    return Work(features, behind, ahead, alike, is_new, logs, *sides, beside, new)
 
 
 @compiled
@@ -117,18 +119,19 @@ def _rank(choice: Any, logit: Any, ahead: Any) -> None:
 
 
 @compiled
-def _scores(model: Any, root: Any, level: Any, n: Any, work: Any, score: Any, odds: Any) -> None:
+def _score(model: Any, outlook: Any, states: Any, n: Any, work: Any, score: Any, odds: Any) -> None:
     """What the regressions say of the masked positions of a state: `features.position_features`.
 
     Into `score` [M], and `odds` [M] where there are coefficients of it. The features stand in the
-    order of `acceptance.POSITION_FEATURES`.
+    order of `acceptance.POSITION_FEATURES`, whose names numba would not look up again.
     """
-    source, choice, where = level.source[n], level.choice[n], root.positions
-    unseen, logit, log_p, share = level.unseen[n], level.logit[n], level.log_p[n], level.share[n]
-    constant, neighbours, kinds, likely = root.constant, root.neighbours, root.kinds, root.best
-    told, masked, drafted, theirs = work.told, work.masked, work.drafted, work.theirs
+    source, choice, where = states.source[n], states.choice[n], outlook.positions
+    unseen, logit = states.unseen[n], states.logit[n]
+    log_p, token_p, constant = states.log_p[n], states.token_p[n], outlook.constant
+    neighbours, kinds, likely = outlook.neighbours, outlook.kinds, outlook.best
+    f, masked, drafted, theirs = work.features, work.masked, work.drafted, work.theirs
     is_new, alike, behind, logs = work.is_new, work.alike, work.behind, work.logs
-    (count, ranks), depth, best, first = root.tokens.shape, level.depth[n], -np.inf, -1
+    (count, ranks), depth, best, first = outlook.tokens.shape, states.depth[n], -np.inf, -1
     is_new[:], alike[:] = False, 0
     _rank(choice, logit, work.ahead)
     for m in range(count):
@@ -139,11 +142,11 @@ def _scores(model: Any, root: Any, level: Any, n: Any, work: Any, score: Any, od
             is_new[kinds[m, choice[m]]] = True
     nearest = np.int64(_FAR)
     for m in range(count - 1, -1, -1):
-        nearest = min(nearest, where[m] if unseen[m] else root.behind[source, m])
+        nearest = min(nearest, where[m] if unseen[m] else outlook.behind[source, m])
         behind[m] = nearest
     nearest = np.int64(-_FAR)
     for m in range(count):
-        nearest = max(nearest, where[m] if unseen[m] else root.before[source, m])
+        nearest = max(nearest, where[m] if unseen[m] else outlook.before[source, m])
         if choice[m] >= 0:
             continue
         for side in range(4):
@@ -155,41 +158,45 @@ def _scores(model: Any, root: Any, level: Any, n: Any, work: Any, score: Any, od
         top, second, confidence = -np.inf, -np.inf, 0.0
         for j in range(ranks):
             top, second = max(top, log_p[m, j]), max(second, min(top, log_p[m, j]))
-            confidence = max(confidence, share[m, j])
-        gap = min(top - second, 12.0) if ranks > 1 else 0.0
+            confidence = max(confidence, token_p[m, j])
+        gap = min(top - second, _MOST_GAP) if ranks > 1 else 0.0
         nearness = 1.0 / (1.0 + min(where[m] - nearest, behind[m] - where[m]))
-        echo = 1.0 if is_new[kind] or root.echo[source, m] else 0.0
-        distance, both = logs[max(where[m] - where[first], 0)], masked[0] * masked[1]
-        above, is_first = max(odd - 7.0, 0.0), 1.0 if ahead == 0 else 0.0
-        for k in range(6):
-            told[k] = constant[k, source, m]
-        change, eos = odd - told[1], told[3]
-        told[6], told[7], told[8] = depth, drafted[0], drafted[1]
-        told[9], told[10] = drafted[2] * masked[0], drafted[3] * masked[1]
-        told[11], told[12], told[13] = masked[0], masked[1], both
-        told[14], told[15], told[16], told[17] = nearness, echo, distance, distance * eos
-        for side in range(2):
-            told[18 + side] = max(theirs[side] - odd, 0.0) * masked[side]
-        told[20], told[21], told[22] = odd, odd - best, max(odd - 2.0, 0.0)
-        told[23], told[24], told[25] = max(odd - 4.0, 0.0), above, min(odd, 0.0)
-        told[26], told[27], told[28], told[29] = top, gap, confidence, logs[ahead]
-        told[30], told[31], told[32] = is_first, change, min(alike[kind] - 1, 2)
-        told[33], told[34] = told[4] * odd, told[5] * odd
-        told[35], told[36], told[37] = drafted[0] * odd, drafted[1] * odd, nearness * odd
-        told[38], told[39], told[40] = echo * odd, depth * odd, depth * eos
-        told[41], told[42] = nearness * is_first, told[0] * above
-        told[43], told[44] = both * told[17], change * change
-        score[m] = _weighed(model.position, told)
+        echo = 1.0 if is_new[kind] or outlook.echo[source, m] else 0.0
+        distance, both_masked = logs[max(where[m] - where[first], 0)], masked[0] * masked[1]
+        above_7, first_rank = max(odd - 7.0, 0.0), 1.0 if ahead == 0 else 0.0
+        for k in range(6):  # origin_log_rank, origin_logit, origin_gap, eos, left_, right_committed
+            f[k] = constant[k, source, m]
+        reranked_by, eos = odd - f[1], f[3]
+        f[6], f[7], f[8] = depth, drafted[0], drafted[1]
+        f[9] = drafted[2] * masked[0]  # second_left_drafted_left_masked
+        f[10] = drafted[3] * masked[1]  # second_right_drafted_right_masked
+        f[11], f[12], f[13] = masked[0], masked[1], both_masked
+        f[14], f[15], f[16], f[17] = nearness, echo, distance, distance * eos
+        for side in range(2):  # left_above, right_above
+            f[18 + side] = max(theirs[side] - odd, 0.0) * masked[side]
+        f[20], f[21] = odd, odd - best  # logit, below_best
+        f[22], f[23] = max(odd - 2.0, 0.0), max(odd - 4.0, 0.0)  # logit_above_2, logit_above_4
+        f[24], f[25] = above_7, min(odd, 0.0)  # logit_above_7, logit_below_0
+        f[26], f[27], f[28] = top, gap, confidence  # log_p, gap, confidence
+        f[29], f[30], f[31] = logs[ahead], first_rank, reranked_by  # log_rank, ...
+        f[32] = min(alike[kind] - 1, 2)  # twins
+        f[33], f[34] = f[4] * odd, f[5] * odd  # left_, right_committed_x_logit
+        f[35], f[36] = drafted[0] * odd, drafted[1] * odd  # left_, right_drafted_x_logit
+        f[37], f[38], f[39] = nearness * odd, echo * odd, depth * odd  # nearness_x_logit, ...
+        f[40], f[41] = depth * eos, nearness * first_rank
+        f[42] = f[0] * above_7  # origin_log_rank_x_logit_above_7
+        f[43], f[44] = both_masked * f[17], reranked_by * reranked_by
+        score[m] = _weighed(model.position, f)
         if len(model.commit):
-            odds[m] = _weighed(model.commit, told) + model.commit[-1]
+            odds[m] = _weighed(model.commit, f) + model.commit[-1]
 
 
 @compiled_sum
-def _weighed(coefficients: Any, told: Any) -> Any:
+def _weighed(coefficients: Any, features: Any) -> Any:
     """`expand._weighed`."""
     total = 0.0
-    for k in range(len(told)):
-        total += coefficients[k] * told[k]
+    for k in range(len(features)):
+        total += coefficients[k] * features[k]
     return total
 
 
@@ -208,21 +215,21 @@ def _softmax(score: Any, choice: Any) -> Any:
 
 
 @compiled
-def _one_step(model: Any, root: Any, level: Any, work: Any, least: Any, most: Any) -> Any:
-    """The `most` most probable children above probability `least`: `expand._one_step`."""
-    (count, ranks), held, share = root.tokens.shape, level.choice, level.share
+def _static_children(model: Any, outlook: Any, states: Any, work: Any, least: Any, top: Any) -> Any:
+    """The `top` most probable children above probability `least`: `expand._static_children`."""
+    (count, ranks), held, token_p = outlook.tokens.shape, states.choice, states.token_p
     joint, score = np.zeros((len(held), count, ranks)), np.empty(count)
     found, wanted = 0, 0
     for n in range(len(held)):
-        _scores(model, root, level, n, work, score, score)
-        where, before = _softmax(score, held[n]), level.p[n]
+        _score(model, outlook, states, n, work, score, score)
+        where, before = _softmax(score, held[n]), states.p[n]
         for m in range(count):
             for j in range(ranks):
-                p = before * where[m] * share[n, m, j]
+                p = before * where[m] * token_p[n, m, j]
                 joint[n, m, j] = p
                 wanted += p > least
-    if wanted > most:  # no more than these
-        least = np.sort(joint.ravel())[joint.size - most - 1]
+    if wanted > top:  # no more than these
+        least = np.sort(joint.ravel())[joint.size - top - 1]
     parent, choice = np.empty(wanted, np.int64), np.empty((wanted, count), np.int64)
     likely = np.empty(wanted)
     for n in range(len(held)):
@@ -265,19 +272,21 @@ def _weakest(chosen: Any, log_p: Any, by_rank: Any, number: Any) -> Any:
 
 
 @compiled
-def _one_set(model: Any, root: Any, level: Any, work: Any, wanted: Any, room: Any) -> Any:
-    """Children by threshold unmasking above log-probability `wanted`: `expand._one_set`."""
-    (count, ranks), limits = root.tokens.shape, model.limits
-    states, width = len(level.p), min(limits.uncertain, count)
-    most = states * len(model.offsets) * ((1 << width) + limits.forced)
+def _threshold_children(
+    model: Any, outlook: Any, states: Any, work: Any, wanted: Any, room: Any
+) -> Any:
+    """Children above log-probability `wanted`: `expand._threshold_children`."""
+    (count, ranks), limits = outlook.tokens.shape, model.limits
+    n_states, width = len(states.p), min(limits.uncertain, count)
+    most = n_states * len(model.offsets) * ((1 << width) + limits.forced)
     parent, log_p = np.empty(most, np.int64), np.empty(most)
     chosen, found = np.zeros((most, count), np.bool_), 0
     score, odds, cost = np.empty(count), np.empty(count), np.empty(count)
-    likely, by_rank = np.empty(count, np.bool_), np.empty((states, count, ranks), np.int64)
-    for n in range(states):
-        choice = level.choice[n]
-        _scores(model, root, level, n, work, score, odds)
-        by_rank[n] = _tokens_by_rank(level.log_p[n])
+    likely, by_rank = np.empty(count, np.bool_), np.empty((n_states, count, ranks), np.int64)
+    for n in range(n_states):
+        choice = states.choice[n]
+        _score(model, outlook, states, n, work, score, odds)
+        by_rank[n] = _tokens_by_rank(states.log_p[n])
         where = _softmax(score, choice)
         filled = 0
         for m in range(count):
@@ -285,18 +294,18 @@ def _one_set(model: Any, root: Any, level: Any, work: Any, wanted: Any, room: An
             where[m] = where[m] if choice[m] < 0 else -1.0
         forced = np.argsort(-where, kind="mergesort")[: limits.forced]
         for nth in range(len(model.offsets)):
-            before = model.offsets[nth, 1] + np.log(level.p[n])
+            before = model.offsets[nth, 1] + np.log(states.p[n])
             none, together, number = before, before, 0
             for m in range(count):
                 likely[m], cost[m] = False, np.inf
                 if choice[m] < 0:
-                    odd = min(max(odds[m] + model.offsets[nth, 0], -14.0), 14.0)
+                    odd = min(max(odds[m] + model.offsets[nth, 0], -_MOST_ODDS), _MOST_ODDS)
                     likely[m], cost[m] = odd > 0, abs(odd)
                     none -= np.log1p(np.exp(odd))
                     together -= np.log1p(np.exp(-cost[m]))
                     if likely[m]:
                         number += 1
-                        together += level.log_p[n, m, by_rank[n, m, 0]]
+                        together += states.log_p[n, m, by_rank[n, m, 0]]
             uncertain = np.argsort(cost, kind="mergesort")[:width]
             for flips in range(1 << width):
                 total, size = together, number
@@ -305,7 +314,7 @@ def _one_set(model: Any, root: Any, level: Any, work: Any, wanted: Any, room: An
                         m = uncertain[bit]
                         sign = -1 if likely[m] else 1
                         size += sign
-                        total += sign * level.log_p[n, m, by_rank[n, m, 0]] - cost[m]
+                        total += sign * states.log_p[n, m, by_rank[n, m, 0]] - cost[m]
                 if total > wanted and size > 0 and size + filled <= room:
                     parent[found], log_p[found], chosen[found] = n, total, likely
                     for bit in range(width):
@@ -313,18 +322,18 @@ def _one_set(model: Any, root: Any, level: Any, work: Any, wanted: Any, room: An
                             chosen[found, uncertain[bit]] ^= True
                     found += 1
             for m in forced:
-                total = none + np.log(where[m] + 1e-30) + level.log_p[n, m, by_rank[n, m, 0]]
+                total = none + np.log(where[m] + 1e-30) + states.log_p[n, m, by_rank[n, m, 0]]
                 if choice[m] < 0 and total > wanted and 1 + filled <= room:
                     parent[found], log_p[found], chosen[found, m] = n, total, True
                     found += 1
     return _with_other_tokens(
-        model.others, level, by_rank, parent[:found], log_p[:found], chosen[:found]
+        model.others, states, by_rank, parent[:found], log_p[:found], chosen[:found]
     )
 
 
 @compiled
 def _with_other_tokens(
-    others: Any, level: Any, by_rank: Any, parent: Any, log_p: Any, chosen: Any
+    others: Any, states: Any, by_rank: Any, parent: Any, log_p: Any, chosen: Any
 ) -> Any:
     """Sets with their most probable tokens, and with others where these are least certain."""
     sets, count = chosen.shape
@@ -334,11 +343,11 @@ def _with_other_tokens(
     weakest = np.full((sets, deepest), -1)
     for k in range(sets):
         n = parent[k]
-        parents[k], p[k], choices[k] = n, np.exp(log_p[k]), level.choice[n]
+        parents[k], p[k], choices[k] = n, np.exp(log_p[k]), states.choice[n]
         for m in range(count):
             if chosen[k, m]:
                 choices[k, m] = by_rank[n, m, 0]
-        weak = _weakest(chosen[k], level.log_p[n], by_rank[n], deepest)
+        weak = _weakest(chosen[k], states.log_p[n], by_rank[n], deepest)
         weakest[k, : len(weak)] = weak
     found = sets
     for i in range(len(others)):
@@ -349,7 +358,7 @@ def _with_other_tokens(
             n, m = parent[k], weakest[k, nth]
             if m >= 0:
                 other, first = by_rank[n, m, token], by_rank[n, m, 0]
-                change = np.exp(level.log_p[n, m, other] - level.log_p[n, m, first])
+                change = np.exp(states.log_p[n, m, other] - states.log_p[n, m, first])
                 parents[found], p[found], choices[found] = n, p[k] * change, choices[k]
                 choices[found, m] = other
                 found += 1
@@ -396,16 +405,16 @@ def _together(some: Any, more: Any) -> Any:
 
 
 @compiled
-def _filled(model: Any, root: Any, level: Any, children: Any, work: Any) -> Any:
+def _filled(model: Any, outlook: Any, states: Any, children: Any, work: Any) -> Any:
     """The children as states: `features.States.filled`."""
-    parent, choice, seen, leads = children.parent, children.choice, root.seen, root.lead
-    (states, count), ranks, neighbours = choice.shape, root.tokens.shape[1], root.neighbours
-    source, depth = np.zeros(states, np.int64), np.empty(states, np.int64)
-    unseen, new = np.empty((states, count), np.bool_), np.empty((states, count), np.bool_)
-    log_p, share = np.empty((states, count, ranks)), np.empty((states, count, ranks))
-    logit, held, fresh = np.empty((states, count)), level.choice, root.fresh
-    filled = Level(choice, source, unseen, log_p, share, logit, depth, children.p)
-    for n in range(states):
+    parent, choice, seen, leads = children.parent, children.choice, outlook.seen, outlook.lead
+    (n_states, count), ranks, neighbours = choice.shape, states.log_p.shape[2], outlook.neighbours
+    source, depth = np.zeros(n_states, np.int64), np.empty(n_states, np.int64)
+    unseen, new = np.empty((n_states, count), np.bool_), np.empty((n_states, count), np.bool_)
+    log_p, token_p = np.empty((n_states, count, ranks)), np.empty((n_states, count, ranks))
+    logit, held, fresh = np.empty((n_states, count)), states.choice, outlook.fresh
+    filled = States(choice, source, unseen, log_p, token_p, logit, depth, children.p)
+    for n in range(n_states):
         above, best, lead = parent[n], 0, leads[0]
         for s in range(1, len(leads)):
             if leads[s] > lead:
@@ -414,37 +423,31 @@ def _filled(model: Any, root: Any, level: Any, children: Any, work: Any) -> Any:
                     fits &= seen[s, m] < 0 or seen[s, m] == choice[n, m]
                 if fits:
                     best, lead = s, leads[s]
-        moved, drafted, source[n] = best != level.source[above], 0, best
+        moved, drafted, source[n] = best != states.source[above], 0, best
         for m in range(count):
             unseen[n, m] = choice[n, m] >= 0 and seen[best, m] < 0
             new[n, m] = unseen[n, m] and (moved or held[above, m] < 0)
             drafted += unseen[n, m]
-        depth[n] = level.depth[above] + 1
+        depth[n] = states.depth[above] + 1
         if moved:
             depth[n] = min(depth[n], drafted)
-            log_p[n], share[n], logit[n] = (
-                root.log_p[best],
-                root.share[best],
-                root.constant[1, best],
-            )
+            log_p[n], token_p[n] = outlook.log_p[best], outlook.token_p[best]
+            logit[n] = outlook.constant[1, best]
         else:
-            log_p[n], share[n], logit[n] = (
-                level.log_p[above],
-                level.share[above],
-                level.logit[above],
-            )
+            log_p[n], token_p[n] = states.log_p[above], states.token_p[above]
+            logit[n] = states.logit[above]
         for m in range(count):
             left, right = neighbours[0, m], neighbours[1, m]
             beside = (left >= 0 and new[n, left]) or (right >= 0 and new[n, right])
             if moved:
                 beside |= fresh[0, best, m] or fresh[1, best, m]
             if beside and choice[n, m] < 0:
-                _rerank(model, root, filled, n, m, work)
+                _rerank(model, outlook, filled, n, m, work)
     return filled
 
 
 @compiled
-def _worth(children: Any, mass: Any, least: Any, share: Any) -> Any:
+def _worth(children: Any, mass: Any, least: Any, least_reach: Any) -> Any:
     """Numbers of those whose own children may be drafts: `expand._reach`."""
     worth, found = np.empty(len(children.p), np.int64), 0
     for k in range(len(children.p)):
@@ -452,34 +455,35 @@ def _worth(children: Any, mass: Any, least: Any, share: Any) -> Any:
         for m in range(len(mass)):
             if children.choice[k, m] < 0:
                 reach = max(reach, children.p[k] * mass[m])
-        if children.p[k] >= least and reach > share:
+        if children.p[k] >= least and reach > least_reach:
             worth[found] = k
             found += 1
     return worth[:found]
 
 
 @compiled
-def expand(model: Any, root: Any, budget: Any, room: Any, deepest: Any) -> Any:
+def expand(model: Any, outlook: Any, budget: Any, room: Any, deepest: Any) -> Any:
     """`expand.expand`."""
-    count, limits = len(root.positions), model.limits
+    count, limits = len(outlook.positions), model.limits
     mass, sets = np.zeros(count), len(model.commit) > 0
     none = (np.full((1, count), -1), np.zeros(1, np.int64), np.zeros((1, count), np.bool_))
-    known = (root.log_p[:1].copy(), root.share[:1].copy(), root.constant[1, :1].copy())
-    level = Level(*none, *known, np.zeros(1, np.int64), np.ones(1))
-    work = _work(root, len(model.position))
+    known = (outlook.log_p[:1].copy(), outlook.token_p[:1].copy(), outlook.constant[1, :1].copy())
+    states = States(*none, *known, np.zeros(1, np.int64), np.ones(1))
+    work = _work(outlook, len(model.position))
     for m in range(count):
-        for s in range(len(root.lead)):
-            mass[m] = max(mass[m], np.exp(root.log_mass[s, m]))
-        if root.fresh[0, 0, m] or root.fresh[1, 0, m]:
-            _rerank(model, root, level, 0, m, work)
+        for s in range(len(outlook.lead)):
+            mass[m] = max(mass[m], np.exp(outlook.log_mass[s, m]))
+        if outlook.fresh[0, 0, m] or outlook.fresh[1, 0, m]:
+            _rerank(model, outlook, states, 0, m, work)
     best = Children(np.empty(0, np.int64), np.empty((0, count), np.int64), np.empty(0))
     limit = 0.0
     for depth in range(1, deepest + 1):
         if sets:
-            wanted = np.log(max(limit * limits.share, limits.least))
-            children = _one_set(model, root, level, work, wanted, room)
+            wanted = np.log(max(limit * limits.path_share, limits.least))
+            children = _threshold_children(model, outlook, states, work, wanted, room)
         else:
-            children = _one_step(model, root, level, work, limit * limits.share, 4 * budget)
+            least = limit * limits.path_share
+            children = _static_children(model, outlook, states, work, least, 4 * budget)
         if not len(children.p):
             break
         children = _merged(children, model.hashes, budget)
@@ -489,8 +493,8 @@ def expand(model: Any, root: Any, budget: Any, room: Any, deepest: Any) -> Any:
         else:
             best = _taken(together, np.argsort(-together.p, kind="mergesort")[:budget])
         limit = best.p[-1] if len(best.p) == budget else 0.0
-        worth = _worth(children, mass, max(limit, limits.rare), limit * limits.share)
+        worth = _worth(children, mass, max(limit, limits.rare), limit * limits.path_share)
         if depth == deepest or not len(worth):
             break
-        level = _filled(model, root, level, _taken(children, worth), work)
+        states = _filled(model, outlook, states, _taken(children, worth), work)
     return best.choice, best.p

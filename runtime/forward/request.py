@@ -1,9 +1,9 @@
 """What is known of the states of a forward: read as the walk comes to them, or all of it at once.
 
-On the CPU the output head is dear beside what it costs to ask, so it computes the states that the
-walk visits (`Evaluation.logits`). Any other device would be waited for at each of them, so there
-everything that the walk, and who drafts next, may ask is known beforehand (`Question`) and comes
-back with the forward (`Answers`). Both give the same `Reading`s.
+On the CPU the output head is expensive and waiting for it is not, so it computes only the states
+that the walk visits (`Evaluation.logits`). Any other device would be waited for at each of them, so
+there all that the walk, and who drafts next, may need is planned beforehand (`ReadPlan`) and comes
+back with the forward (`ReadResults`). Both give the same `Reading`s.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spiffy.runtime.forward.asked import Asked
 from spiffy.runtime.forward.pack import Row, RowOutput
+from spiffy.runtime.forward.readout import RowRequest
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.runtime.step.noise import Noise, redraw
@@ -33,7 +33,9 @@ Bools = NDArray[np.bool_]
 
 _HOSTS = frozenset({"cpu", "mps"})  # of the latter logits are copied: it knows no float64
 
-_MOST_PAIRS = 1 << 14  # of a position and what another state says of it
+# Cross pairs of a forward; a GPU tells drafters nothing of those beyond, a CPU does. With the five
+# likeliest tokens of each that is 0.6 MB to copy.
+_MOST_PAIRS = 1 << 14
 
 
 def reads_on_host(model: DiffusionLM) -> bool:
@@ -81,19 +83,14 @@ class Reader:
 
     @cached_property
     def on_host(self) -> bool:
-        """Whether distributions are read on the host."""
+        """Whether distributions are read on the host, or all states in the forward itself."""
         return reads_on_host(self.model)
 
-    @property
-    def ahead(self) -> bool:
-        """Whether all states are read in the forward itself."""
-        return not self.on_host
-
-    def question(self, root: Cursor, states: Tensor, places: Sequence[Place]) -> Question:
-        """All that may be asked about the states (int64 [S, length]) of a forward.
+    def plan(self, root: Cursor, states: Tensor, places: Sequence[Place]) -> ReadPlan:
+        """All that may be needed of the states (int64 [S, length]) of a forward.
 
         That is what a step looks at in the root's block, and the next block, which a draft or the
-        step from it may come to, as far as the forward tells about it.
+        step from it may come to, as far as the forward tells about it. Positions ascend by state.
         """
         canvas, mask = self.canvas, self.model.mask_token_id
         shift = self.model.family.logit_shift
@@ -107,6 +104,7 @@ class Reader:
             wanted[:, :size] = True
         if not self.ranks:  # a plain walk ends with the block
             wanted[:, size:] = False
+        # A state's place tells about its positions, and about `shift` more behind them.
         numbers = np.fromiter(chain.from_iterable(places), np.int64)
         row, first, start, length = numbers.reshape(-1, len(Place._fields)).T
         position = np.arange(answer.start, answer.start + ids.shape[1])
@@ -117,10 +115,10 @@ class Reader:
         number = np.full(wanted.shape, -1)
         number[state, at] = np.arange(len(state))
         rejected = slice(size if self.asks_rejected else 0)
-        pairs = _pairs(ids[:, rejected], masked[:, rejected], number[:, rejected])
+        cross = _cross_pairs(ids[:, rejected], masked[:, rejected], number[:, rejected])
         position = position[at]
         keys = self._keys(root, masked, size, state, position)
-        return Question(self.rules, state, position, keys, row[state], in_row, len(states), pairs)
+        return ReadPlan(self.rules, state, position, keys, row[state], in_row, len(states), cross)
 
     def _keys(self, root: Cursor, masked: Bools, size: int, state: Ints, position: Ints) -> Ints:
         """Keys [K] of what a step from each state draws, in the root's block or the next one.
@@ -148,20 +146,23 @@ class Reader:
         return keys
 
 
-def _pairs(ids: Ints, masked: Bools, number: Ints) -> Ints:
-    """Positions [2, T] by `number`: at a state and at one that extends it, masked at both."""
+def _cross_pairs(ids: Ints, masked: Bools, number: Ints) -> Ints:
+    """Positions [2, T] by `number`: at a state and at one that extends it, masked at both.
+
+    All arguments are [S, k]; `number` is negative where a position is not read.
+    """
     held, free = ids.T, masked.T  # positions first: NumPy is slow where the last axis is short
     extends = ((held[:, :, None] == held[:, None]) | free[:, :, None]).all(0)
     np.fill_diagonal(extends, False)
     of, by = extends.nonzero()
-    asked = masked & (number >= 0)
-    pair, at = (index[:_MOST_PAIRS] for index in (asked[of] & asked[by]).nonzero())
+    wanted = masked & (number >= 0)
+    pair, at = (index[:_MOST_PAIRS] for index in (wanted[of] & wanted[by]).nonzero())
     return np.array((number[of[pair], at], number[by[pair], at]))
 
 
 @dataclass(frozen=True)
-class Question:
-    """Positions of states that are asked about, ascending by state.
+class ReadPlan:
+    """Which positions of which states are read in a forward, ascending by state.
 
     Attributes
     ----------
@@ -173,8 +174,8 @@ class Question:
         int64 [K], where in the forward.
     states
         Number of states.
-    pairs
-        int64 [2, T], see `Asked`.
+    cross_pairs
+        int64 [2, T] by number of the position (0 to K - 1), see `RowRequest`.
     """
 
     rules: Rules
@@ -184,75 +185,79 @@ class Question:
     row: Ints
     in_row: Ints
     states: int
-    pairs: Ints
+    cross_pairs: Ints
 
-    def put(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows with what is asked of each."""
+    def attach(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, each with its `RowRequest`.
+
+        Cross pairs span rows, so the first row carries them all.
+        """
         edges = self.row.searchsorted(np.arange(len(rows) + 1))
-        asked = []
+        found = []
         for k, row in enumerate(rows):
             mine = slice(edges[k], edges[k + 1])
             at, keys = torch.from_numpy(self.in_row[mine]), torch.from_numpy(self.keys[mine])
-            pairs = torch.from_numpy(self.pairs if k == 0 else self.pairs[:, :0])
-            asked.append(replace(row, asked=Asked(at, self.rules, keys, pairs)))
-        return asked
+            cross_pairs = torch.from_numpy(self.cross_pairs if k == 0 else self.cross_pairs[:, :0])
+            request = RowRequest(at, self.rules, keys, cross_pairs)
+            found.append(replace(row, request=request))
+        return found
 
-    def answered(self, outputs: Sequence[RowOutput]) -> Answers:
-        """What the forward said."""
-        said = [output.said for output in outputs if output.said is not None]
-        table = torch.cat([each.table for each in said])
+    def collect(self, outputs: Sequence[RowOutput]) -> ReadResults:
+        """What was read of those rows."""
+        found = [output.readout for output in outputs if output.readout is not None]
+        table = torch.cat([readout.table for readout in found])
         edges = self.state.searchsorted(np.arange(self.states + 1))
-        return Answers(self, edges, table, said[0].quotes.numpy())
+        return ReadResults(self, edges, table, found[0].cross_logits.numpy())
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a forward said of the states that it was asked about.
+class ReadResults:
+    """What was read of a forward's states, on the host.
 
     Attributes
     ----------
     edges
-        int64 [S + 1], where in the question each state begins.
+        int64 [S + 1], where in the plan each state begins.
     table
         int64 [K, C], see `Rules.table`.
-    quotes
-        float64 [T, J], see `Asked`.
+    by_pair
+        float64 [T, J], see `Readout.cross_logits`.
     """
 
-    question: Question
+    plan: ReadPlan
     edges: Ints
     table: Tensor
-    quotes: Floats
+    by_pair: Floats
 
-    def of(self, state: int, positions: Ints, keys: Ints | None = None) -> Tensor | None:
-        """The table's rows about positions of a state, if all of them were asked about.
+    def table_rows(self, state: int, positions: Ints, keys: Ints | None = None) -> Tensor | None:
+        """The table's rows about positions of a state; None unless all of them were read.
 
         And with those keys (int64 [M]) of noise, if it matters.
         """
         numbers = self._numbers(state, positions)
-        if numbers is None or (keys is not None and (self.question.keys[numbers] != keys).any()):
+        if numbers is None or (keys is not None and (self.plan.keys[numbers] != keys).any()):
             return None
         return torch.from_numpy(self.table.numpy()[numbers])
 
-    def quoted(
+    def cross_logits(
         self,
-        seen: int,
+        source: int,
         states: Ints,
         positions: Ints,
         tokens: Ints,
-        quotes: Callable[..., Floats],
+        gather: Callable[..., Floats],
     ) -> tuple[Floats, Floats] | None:
-        """What states say about likely tokens of another; see `Evaluation.quoted`."""
-        numbers = self._numbers(seen, positions)
+        """What states say of tokens that are likely at another; see `Evaluation.cross_logits`."""
+        numbers = self._numbers(source, positions)
         if numbers is None:
             return None
-        table, question = self.table.numpy(), self.question
-        facts = (numbers, question.pairs, question.state, self.quotes, states, tokens)
-        return log_total(self.table)[numbers], quotes(table, FIRST, *facts)
+        table, plan = self.table.numpy(), self.plan
+        facts = (numbers, plan.cross_pairs, plan.state, self.by_pair, states, tokens)
+        return log_total(self.table)[numbers], gather(table, FIRST, *facts)
 
     def _numbers(self, state: int, positions: Ints) -> Ints | None:
         """Where the table speaks of positions of a state; None unless of all of them."""
-        known = self.question.position[self.edges[state] : self.edges[state + 1]]
+        known = self.plan.position[self.edges[state] : self.edges[state + 1]]
         at = known.searchsorted(positions)
         if not len(known) or (known.take(at, mode="clip") != positions).any():
             return None

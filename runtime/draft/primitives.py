@@ -1,6 +1,6 @@
-"""What a forward says about a root, in draft coordinates: NumPy, on the host.
+"""Array primitives of drafting, from a forward's read-out to candidates and back to states.
 
-`compiled.told` does the same in loops, where numba is installed.
+This is the NumPy reference; `compiled.primitives` is its twin in loops, where numba is installed.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import numpy as np
 
 from spiffy.runtime.draft.ngrams import Bools, Floats, Ints
 
-LIKELY = float(np.log(0.05))  # least log-probability of what an asked draft holds more
+#: A draft that is less probable than 5% beyond its source is not worth asking.
+LIKELY = float(np.log(0.05))
+#: The most that the likeliest tokens add up to: log1p(-mass) stays finite.
 SURE = 1 - 1e-12
 
 
-def ranked(
+def rank(
     positions: Ints,
     tokens: Ints,
     log_p: Floats,
@@ -51,7 +53,7 @@ def ranked(
     return masked[order], tokens[rows, by_rank], log_p[rows, by_rank]
 
 
-def filled(ids: Ints, positions: Ints, tokens: Ints, choice: Ints) -> Ints:
+def fill_in(ids: Ints, positions: Ints, tokens: Ints, choice: Ints) -> Ints:
     """A root's ids [length] with tokens ([M, J] by rank) filled in at positions [M]: [n, length].
 
     `choice` [n, M] are their ranks, -1 for none.
@@ -62,18 +64,18 @@ def filled(ids: Ints, positions: Ints, tokens: Ints, choice: Ints) -> Ints:
     return states
 
 
-def asked(
+def informative_drafts(
     held: Ints,
     ids: Ints,
-    seen: int,
+    source: int,
     positions: Ints,
     tokens: Ints,
     log_p: Floats,
     mask_token_id: int,
 ) -> Ints:
-    """Which drafts may still turn out true, in part, and tell more than their parent does.
+    """Which drafts may still come true, in part, and tell more than the source of the candidates.
 
-    Those that hold all that the parent does, nothing else than the root, and besides something that
+    Those that hold all that the source does, nothing else than the root, and besides something that
     is likely there: one of the tokens at some of the root's masked positions, but not at all.
 
     Parameters
@@ -82,17 +84,17 @@ def asked(
         [n, B] tokens of the last forward's states in the root's block.
     ids
         [B] the root's.
-    seen
-        The parent, which the root's distribution is of.
+    source
+        Number of the state whose distribution the candidates come from.
     positions, tokens, log_p
-        [M] in the block, [M, J], [M, J] the root's masked ones, as its distribution has them.
+        [M] in the block, [M, J], [M, J] the root's masked ones, as that distribution has them.
 
     Returns
     -------
     [k] numbers of states, ascending.
     """
     masked = held == mask_token_id
-    may = ((held == held[seen]) | masked[seen]).all(1)
+    may = ((held == held[source]) | masked[source]).all(1)
     may &= ((held == ids) | masked | (ids == mask_token_id)).all(1)
     filled = ~masked[:, positions]
     same = (tokens == held[:, positions, None]) & filled[:, :, None]
@@ -102,17 +104,17 @@ def asked(
     return numbers
 
 
-def quotes_of(
+def cross_logits_of(
     table: Ints,
     first: int,
     numbers: Ints,
-    pairs: Ints,
+    cross_pairs: Ints,
     state: Ints,
-    quotes: Floats,
+    by_pair: Floats,
     states: Ints,
     tokens: Ints,
 ) -> Floats:
-    """Logits [R, M, J] of tokens, as states say them; -infinity where nobody asked.
+    """Logits [R, M, J] of tokens, as states say them; -infinity where they were not read.
 
     Parameters
     ----------
@@ -120,29 +122,29 @@ def quotes_of(
         [K, C] and the first of the columns that hold the likeliest tokens: see `Rules.table`.
     numbers
         [M] rows of it that speak of the tokens' positions.
-    pairs, state
-        [2, T] and [K], of the question.
-    quotes
-        [T, k], what was quoted of each pair.
+    cross_pairs, state
+        [2, T] and [K], see `ReadPlan`.
+    by_pair
+        [T, k], logits at the second of each pair, of the first one's likeliest tokens.
     states
-        [R] who is to be quoted.
+        [R] whose logits are wanted.
     tokens
         [M, J], among the likeliest.
     """
-    likeliest = table[numbers, first : first + quotes.shape[1]]
+    likeliest = table[numbers, first : first + by_pair.shape[1]]
     column = (likeliest[:, None] == tokens[:, :, None]).argmax(-1)
     index, which = np.full(len(state), -1), np.full(max(state.max(), states.max()) + 1, -1)
     index[numbers], which[states] = np.arange(len(numbers)), np.arange(len(states))
-    m, r = index[pairs[0]], which[state[pairs[1]]]
+    m, r = index[cross_pairs[0]], which[state[cross_pairs[1]]]
     wanted = (m >= 0) & (r >= 0)
     m, r = m[wanted], r[wanted]
     logits = np.full((len(states), *tokens.shape), -np.inf)
-    logits[r, m] = np.take_along_axis(quotes[wanted], column[m], 1)
+    logits[r, m] = np.take_along_axis(by_pair[wanted], column[m], 1)
     return logits
 
 
-def heard(
-    there: Ints,
+def rejected_log_p(
+    held: Ints,
     positions: Ints,
     fresh: Ints,
     tokens: Ints,
@@ -151,33 +153,33 @@ def heard(
     logits: Floats,
     mask_token_id: int,
 ) -> tuple[Ints, Floats, Bools]:
-    """What drafts that were asked say; those left out whose numbers overflow where others do not.
+    """From logits of informative drafts to log-probabilities; left out are drafts that overflow.
 
     All tokens that are not among the J have the weight (the sum of exponentiated logits) that they
     have at the source of the candidates.
 
     Parameters
     ----------
-    there
+    held
         [R, B] what the drafts hold in the root's block.
     positions, fresh
-        [M] the root's masked ones, and [k] those whose tokens their distribution has not seen; both
-        in the block.
+        [M] the root's masked ones, and [k] those whose tokens the source has not seen; both in the
+        block.
     tokens, log_p
-        [M, J] and [M, J], as that distribution has them.
+        [M, J] and [M, J], as the source's distribution has them.
     log_total, logits
         [M], the logarithm of all tokens' weights there; [R, M, J], what the drafts say, any numbers
-        where they are not masked.
+        where they are not masked: see `Evaluation.cross_logits`.
 
     Returns
     -------
-    The fields of `Rejected`.
+    (choice [R', M], log_p [R', M, J], unseen [R', k]), R' <= R: the fields of `Rejected`.
     """
     others = log_total + np.log1p(-np.minimum(np.exp(log_p).sum(-1), SURE))
-    quoted = logits - np.logaddexp(np.logaddexp.reduce(logits, -1), others)[:, :, None]
-    filled, same = there[:, positions] != mask_token_id, tokens == there[:, positions, None]
-    quoted = np.where(filled[:, :, None], log_p, quoted)  # nobody asks of those
-    numbers = np.isfinite(quoted).all((1, 2))  # a draft may overflow where the truth does not
+    theirs = logits - np.logaddexp(np.logaddexp.reduce(logits, -1), others)[:, :, None]
+    filled, same = held[:, positions] != mask_token_id, tokens == held[:, positions, None]
+    theirs = np.where(filled[:, :, None], log_p, theirs)  # of those no logits were read
+    numbers = np.isfinite(theirs).all((1, 2))  # a draft may overflow where the truth does not
     choice = np.where(filled, same.argmax(-1), -1)
-    unseen = there[:, fresh] == mask_token_id
-    return choice[numbers], quoted[numbers], unseen[numbers]
+    unseen = held[:, fresh] == mask_token_id
+    return choice[numbers], theirs[numbers], unseen[numbers]
