@@ -219,6 +219,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         self, jobs: Sequence[_Job], numbers: Iterable[int], plain: bool = False
     ) -> Iterator[tuple[int, Output]]:
         """Numbers and outputs of jobs, as they finish."""
+        from spiffy.runtime.decode import Scheduler
         from spiffy.runtime.generate import generate_batch
 
         tasks, places = [], {}
@@ -227,7 +228,8 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
             task = self.loaded.task(job.prompt, job.settings, job.sequence, job.stop, plain=plain)
             tasks.append(task)
             places[id(task)] = number
-        for task, output in generate_batch(self.loaded.model, tasks, self.batch_size):
+        scheduler = Scheduler(self.loaded.model, self.batch_size)
+        for task, output in generate_batch(scheduler, tasks):
             number = places[id(task)]
             most = jobs[number].most
             if len(output.token_ids) > most:

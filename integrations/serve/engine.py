@@ -26,10 +26,11 @@ from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Scheduler, Stats, Task, decoded, make_task, planned
 from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.forward.cache import BlockEdges
-from spiffy.runtime.generate import answer, collect
+from spiffy.runtime.generate import collect
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.source import served_name
 from spiffy.runtime.models.text import Prompt, given_ids
+from spiffy.runtime.streaming import NewText
 from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
 
@@ -115,7 +116,7 @@ class Job:
         watch: bool = False,
     ) -> None:
         self.task, self.tell, self.number = task, tell, number
-        self._stream, self._block, self._sent = stream, 0, ""
+        self._new = NewText(task) if stream else None
         self._watch: Watch | None = None
         task.keeps_path = watch
         if watch:
@@ -131,9 +132,8 @@ class Job:
         """Tell what the last forward brought; called after each."""
         if self._watch is not None:
             self.tell(Seen(self, forward_event(self.task, self._watch.forward())))
-        if self._stream and self.task.path and self.task.path[-1].block > self._block:
-            self._block = self.task.path[-1].block
-            self._say(answer(self.task)[0])
+        if self._new is not None and (text := self._new.more()):
+            self.tell(Text(self, text))
 
     def end(self) -> Done | Failed:
         """Tell how it ended."""
@@ -151,14 +151,7 @@ class Job:
         if task.error is not None:
             raise task.error
         output = collect(task)
-        if self._stream:
-            self._say(output.text)
         return Done(self, output.text, output.token_ids, output.stats, _reason(task))
-
-    def _say(self, text: str) -> None:
-        if more := text[len(self._sent) :]:
-            self._sent = text
-            self.tell(Text(self, more))
 
 
 def _reason(task: Task) -> Literal["stop", "length"]:

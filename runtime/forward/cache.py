@@ -18,7 +18,7 @@ from torch import Tensor
 from spiffy.runtime.forward.evaluation import Evaluation, Window
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, pack
 from spiffy.runtime.forward.request import Place, Reader
-from spiffy.runtime.models.attention import KeyValues
+from spiffy.runtime.models.attention import KeyValues, Slots
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import CacheName, DecodingSettings
@@ -106,7 +106,12 @@ class NoCache:
     """Every state is a full sequence, one row each. Exact."""
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
+        self,
+        model: DiffusionLM,
+        canvas: Canvas,
+        edges: BlockEdges,
+        reader: Reader,
+        kv: Slots | None = None,
     ) -> None:
         self.model = model
         self.reader = reader
@@ -146,13 +151,18 @@ class DualCache:
     crosses = False
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
+        self,
+        model: DiffusionLM,
+        canvas: Canvas,
+        edges: BlockEdges,
+        reader: Reader,
+        kv: Slots | None = None,
     ) -> None:
         self.model = model
         self.canvas = canvas
         self.reader = reader
         self.block = -1
-        self.kv = KeyValues(canvas.length)
+        self.kv: Slots = KeyValues(canvas.length) if kv is None else kv
 
     def first_only(self, cursor: Cursor) -> bool:
         """Whether a shifted family begins a block (Fast-dLLM).
@@ -249,14 +259,19 @@ class BlockCache:
     """
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
+        self,
+        model: DiffusionLM,
+        canvas: Canvas,
+        edges: BlockEdges,
+        reader: Reader,
+        kv: Slots | None = None,
     ) -> None:
         self.model = model
         self.canvas = canvas
         self.reader = reader
         self.crosses = edges.complete
         self.fold = edges.fold
-        self.kv = KeyValues(canvas.length)
+        self.kv: Slots = KeyValues(canvas.length) if kv is None else kv
         self.stored = 0  # positions whose keys and values stay
         self.completed: dict[int, range] = {}  # state -> slots of the block that it completes
         self.block = 0  # of the last forward's root
