@@ -310,6 +310,20 @@ class Decoding:
         float | None,
         decoding_option(help="0 decodes greedily. Default: the graph's, else 0."),
     ] = None
+    top_k: Annotated[
+        int | None,
+        decoding_option(
+            help="Draw from so many of the likeliest tokens, at temperatures above 0. Default: the "
+            "graph's, else from all."
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        decoding_option(
+            help="Draw from the fewest of the likeliest tokens that have such a share of the "
+            "probability, at temperatures above 0; 1: from all. Default: the graph's, else 1."
+        ),
+    ] = None
     seed: Annotated[int, decoding_option(help="Draws the prompts, and the noise if any.")] = 0
     edges: Annotated[
         str,
