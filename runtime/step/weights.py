@@ -40,7 +40,8 @@ def weights_of(
 
 def total(weights: Tensor) -> Tensor:
     """The sum of each row, [M, 1]; by groups, so that it does not depend on the other rows."""
-    return weights.view(len(weights), -1, GROUP).sum(-1).sum(-1, keepdim=True)
+    groups = weights.shape[1] // GROUP
+    return weights.view(len(weights), groups, GROUP).sum(-1).sum(-1, keepdim=True)
 
 
 def _cut(weights: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
