@@ -346,6 +346,9 @@ class Decoding:
         for name, value in self._given().items():
             if value is not None:
                 check_setting(name, value)
+        for name, value in (("--top-k", self.top_k), ("--top-p", self.top_p)):
+            if self.temperature == 0 and value is not None:
+                raise SpiffyError(f"{name} {value} filters what is drawn: give --temperature too")
 
     def settings(
         self,
