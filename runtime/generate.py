@@ -14,6 +14,7 @@ from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.decoding import FILTERS
 from spiffy.schemas.html import block, page, table
 from spiffy.schemas.records import Budget
 
@@ -91,6 +92,10 @@ def decoding_settings(
     given = {key: value for key, value in options.items() if value is not None}
     if "tokens_per_step" in given:  # the graph's other way of saying the same gives way
         base |= {"steps_per_block": None, "schedule": "even"}
+    if given.get("temperature") == 0:  # the graph's filters filter nothing then
+        base |= dict.fromkeys(FILTERS)
+    if isinstance(most := given.get("top_k"), int) and most >= model.vocab_size:
+        given["top_k"] = None  # all of them, whatever the graph says
     settings = DecodingSettings.parse(**{**base, **given})
     if settings.cache not in model.family.caches:
         known = ", ".join(model.family.caches)

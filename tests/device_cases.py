@@ -69,6 +69,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], Sequence[str]]] = {
         {"temperature": 0.4, "policy": "threshold", "threshold": 0.1},
         ONE,
     ),
+    "filters": ("sdar-a", {"temperature": 0.9, "top_k": 30, "top_p": 0.8}, ("graph",)),
     "temperature, timestep": (
         "dream-a",
         {"temperature": 0.4, "schedule": "timestep", "steps_per_block": 6},

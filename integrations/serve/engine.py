@@ -10,7 +10,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from time import monotonic
@@ -32,6 +32,7 @@ from spiffy.runtime.models.source import served_name
 from spiffy.runtime.models.text import Prompt, given_ids
 from spiffy.runtime.streaming import NewText
 from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.decoding import FILTERS
 from spiffy.schemas.errors import is_out_of_memory
 
 _LOG = logging.getLogger("spiffy")
@@ -189,7 +190,7 @@ class Engine:
     Parameters
     ----------
     settings
-        Of all answers; a job may have its own length and temperature.
+        Of all answers; a job may have its own length, temperature and filters.
     graph, budget
         What drafts, and how many; without a graph nothing does.
     """
@@ -258,6 +259,7 @@ class Engine:
         raw: bool = False,
         max_tokens: int | None = None,
         temperature: float | None = None,
+        filters: Mapping[str, object] | None = None,
         seed: int = 0,
         sequence: int = 0,
         stop: str | Sequence[str] | None = (),
@@ -267,7 +269,8 @@ class Engine:
 
         Blocks are decoded whole: where the length is no multiple of the block's, positions behind
         the answer are decoded too. Without `max_tokens` there is room for as much as the settings
-        say, or as the model reaches.
+        say, or as the model reaches. `filters` are values of `top_k` and `top_p` other than the
+        settings'; without a temperature they change nothing.
 
         Raises
         ------
@@ -278,7 +281,7 @@ class Engine:
         """
         ids = given_ids(self.model.encode(prompt, raw=raw), self.model.vocab_size)
         wanted = self._room(len(ids)) if max_tokens is None else max_tokens
-        settings = self._settings(wanted, temperature)
+        settings = self._settings(wanted, temperature, filters or {})
         length = planned(self.model, settings, len(ids)).length
         if length > self.max_length:
             raise TooLongError(
@@ -333,13 +336,15 @@ class Engine:
         most = (self.max_length - first) // block * block - (prompt_length - first)
         return max(1, min(settings.gen_length, most))
 
-    def _settings(self, max_tokens: int, temperature: float | None) -> DecodingSettings:
+    def _settings(
+        self, max_tokens: int, temperature: float | None, filters: Mapping[str, object]
+    ) -> DecodingSettings:
         block = self.settings.block_length
         whole = max_tokens if self.settings.cache == "block" else ceil(max_tokens / block) * block
-        changed: dict[str, object] = {"gen_length": whole}
-        if temperature is not None:
-            changed["temperature"] = temperature
-        return DecodingSettings.parse(**{**self.settings.model_dump(), **changed})
+        if temperature is None:
+            temperature = self.settings.temperature
+        own = filters if temperature > 0 else {}
+        return self.settings.changed(gen_length=whole, temperature=temperature, **own)
 
     def _equip(self, task: Task) -> None:
         """Give a task what drafts for it."""
@@ -349,8 +354,8 @@ class Engine:
             task.drafter = self._drafter
             return
         # One for all who share forwards: what these take depends on all of them.
-        usual = self.settings.temperature
-        settings = task.settings.model_copy(update={"temperature": usual})
+        usual = {name: getattr(self.settings, name) for name in ("temperature", *FILTERS)}
+        settings = task.settings.model_copy(update=usual)
         task.adviser = auto_budget(replace(task, settings=settings), self.graph)
 
     # ------------------------------------------------------------ the engine's thread

@@ -79,7 +79,8 @@ class Reader:
     @cached_property
     def rules(self) -> Rules:
         """How a distribution is read."""
-        return Rules(self.settings, self.model.mask_token_id, self.ranks)
+        model = self.model
+        return Rules(self.settings, model.mask_token_id, self.ranks, model.family.scores_drawn)
 
     @cached_property
     def on_host(self) -> bool:
