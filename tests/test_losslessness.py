@@ -454,11 +454,13 @@ def test_plain_decoding_equals_its_definition(layout: str, temperature: float) -
             if ids[position] == model.mask_token_id:
                 choices = logits[position].clone()
                 choices[model.mask_token_id] = -torch.inf
-                token = int(choices.argmax())
+                token, told = int(choices.argmax()), logits[position]
                 if temperature > 0:
                     key = sampling.key_of(3, 2, step % 8, 0, position)
                     token = sampling.drawn(choices.tolist(), temperature, key)
-                if (p := float(logits[position].softmax(-1)[token])) > best:
+                    if layout == "dream-none":  # whose scores are of what is drawn from
+                        told = choices / temperature
+                if (p := float(told.softmax(-1)[token])) > best:
                     best, best_at, best_token = p, position, token
         ids[best_at] = best_token
         expected.append(list(ids))

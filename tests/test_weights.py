@@ -189,7 +189,7 @@ def test_drafts_change_no_filtered_sample(layout: str) -> None:
     fills = st.lists(st.tuples(rank, rank), min_size=1, max_size=3)
 
     @own_examples(layout)
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(
         graph=st.lists(fills, max_size=8),
         policy=st.sampled_from(POLICIES),

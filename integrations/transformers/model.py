@@ -82,13 +82,13 @@ def drawing_of(config: Any, module: Any) -> dict[str, Any]:
     if not config.do_sample:
         return {"temperature": 0.0}
     temperature = 1.0 if config.temperature is None else float(config.temperature)
-    usual = getattr(config, "_get_default_generation_params", dict)().get("top_k")
+    usual: dict[str, Any] = getattr(config, "_get_default_generation_params", dict)()
     own = getattr(getattr(module, "generation_config", None), "top_k", None)
-    top_k = None if config.top_k == 0 or (config.top_k == usual != own) else config.top_k
-    # 1 and the size of a vocabulary at most: None would leave what a graph says.
+    filled_in = config.top_k == usual.get("top_k") != own
+    # None would leave what a graph says: all of the vocabulary, and all of the probability.
     return {
         "temperature": temperature,
-        "top_k": MAX_POSITIONS if top_k is None else top_k,
+        "top_k": MAX_POSITIONS if filled_in or config.top_k in (None, 0) else config.top_k,
         "top_p": 1.0 if config.top_p is None else float(config.top_p),
     }
 

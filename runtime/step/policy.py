@@ -133,7 +133,8 @@ def choose(
 def _score(p: Tensor, settings: DecodingSettings) -> Tensor:
     """Of probabilities [M, vocab] as a whole, whichever token is chosen."""
     if settings.policy == "entropy-bounded":
-        return -torch.special.entr(p).sum(-1)
+        entropy: Tensor = torch.special.entr(p).sum(-1)
+        return -entropy
     if settings.score == "margin":
         top = p.topk(2, dim=-1).values
         return top[:, 0] - top[:, 1]
