@@ -102,6 +102,19 @@ def test_a_machine_that_gets_dearer_is_followed_within_thirty_forwards() -> None
         assert choices[90:].count(PLAIN) > 0.9 * len(choices[90:])
 
 
+def test_drafts_that_become_slower_are_compared_with_plain_forwards_at_once() -> None:
+    """However lately there were some: those before the change do not say what they take now."""
+    controller, four = Controller({"graph": [(0, 1.0), (4, 2.5)]}, 4), Choice("graph", 4)
+    for choice, times in ((PLAIN, 3), (four, 40), (PLAIN, 2), (four, 15)):
+        for _ in range(times):
+            controller.learn(choice, 2.5 if choice == four else 1.0, 1.0, 0.0)
+    assert not controller.is_tried(PLAIN)
+    for _ in range(5):
+        controller.learn(four, 2.5, 4.0, 0.0)
+    assert controller.is_tried(PLAIN)
+    assert controller.choose() == PLAIN
+
+
 def test_a_machine_that_gets_cheaper_is_noticed_from_plain_decoding() -> None:
     world = World(lambda n, t: 1 + (1.0 if t < 100 else 0.01) * n)
     for seed in range(5):

@@ -437,8 +437,11 @@ class Controller:
             if self._age(other) <= 2 * SPEED_WINDOW:
                 self.costs.curve_of(other).forget(other.drafts)
                 del self._last_forward[other]
-        if choice != PLAIN and not 2 * SPEED_WINDOW < self._age(PLAIN) <= _REVISIT:
-            self._begin_try(PLAIN, self._current)  # did plain ones become as slow?
+        # Did plain ones become as slow? Those before the change do not say it, however late they
+        # were. But a try under way is not cut off for that, as long as plain ones are known well.
+        lately = 2 * SPEED_WINDOW < self._age(PLAIN) <= _REVISIT
+        if choice != PLAIN and not (lately and self._try is not None):
+            self._begin_try(PLAIN, self._current)
 
     def _plain_changed(self, before: float, ratio: float) -> None:
         """Plain forwards have changed apart from others, of which nothing is known any more.
