@@ -17,6 +17,7 @@ from spiffy.cli.common import (
     doing,
     log,
     note_fewer,
+    note_left_out,
     note_skipped,
     progress_bar,
     ready_to_draft,
@@ -44,6 +45,7 @@ from spiffy.cli.options import (
 from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import Budget, DraftGraph, SpiffyError
+from spiffy.schemas.errors import is_of_one_decode, said
 from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
@@ -340,12 +342,19 @@ def _answer(runs: Runs, output: _Output) -> None:
             for partial in runs.stream(prompt, runs.shown):
                 write(partial)
         else:
-            runs.decode(prompt, runs.shown)
+            try:
+                runs.decode(prompt, runs.shown)
+            except Exception as error:
+                if len(runs.prompts) == 1 or not is_of_one_decode(error):
+                    raise
+                note_left_out(prompt[0], said(error))
+                continue
         answer = runs.outputs[runs.shown][-1]
         if output.json:
             print_json(prompt[0], answer)
         else:
             write("\n" if output.stream else answer.text + "\n")
+    _check_any(runs)
     report(runs)
 
 
@@ -354,14 +363,23 @@ def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:
     came: dict[int, Output] = {}
     unprinted = [index for index, _ in runs.prompts]
     for index, output in runs.together(runs.prompts, runs.shown, batch_size):
-        came[index] = output
-        if json_lines:
-            print_json(index, output)
-            continue
-        while unprinted and unprinted[0] in came:
+        if isinstance(output, str):
+            note_left_out(index, output)
+            unprinted.remove(index)
+        else:
+            came[index] = output
+            if json_lines:
+                print_json(index, output)
+        while not json_lines and unprinted and unprinted[0] in came:
             write(came[unprinted.pop(0)].text + "\n")
     runs.outputs[runs.shown] = [*came.values()]
+    _check_any(runs)
     report(runs)
+
+
+def _check_any(runs: Runs) -> None:
+    if not runs.outputs.get(runs.shown):
+        raise SpiffyError(f"none of the {len(runs.prompts)} prompts could be decoded")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from spiffy.cli.common import log, note_if_inexact, note_of_ties
 from spiffy.cli.streams import write_utf8
+from spiffy.schemas.errors import said
 from spiffy.schemas.labels import budgets_in_words
 from spiffy.schemas.records import COUNTS, MAX_NODES
 
@@ -105,22 +106,23 @@ class Runs:
 
     def together(
         self, prompts: Iterable[tuple[int, Tensor]], name: str, batch_size: int
-    ) -> Iterator[tuple[int, Output]]:
+    ) -> Iterator[tuple[int, Output | str]]:
         """Decode prompts, up to `batch_size` sharing forwards; yields answers as they finish.
 
-        Afterwards `shared` says what that took.
+        In place of an answer that failed stands why. Afterwards `shared` says what that took.
         """
         from spiffy.runtime.decode import run
         from spiffy.runtime.generate import collect
 
         forwards, began, fewest = 0, perf_counter(), MAX_NODES
-        for finished in run(self.lm, (self._task(prompt, name) for prompt in prompts), batch_size):
+        tasks = (self._task(prompt, name) for prompt in prompts)
+        for finished in run(self.lm, tasks, batch_size, failed_too=True):
             forwards += 1
             for task in finished:
                 if task.stats.halvings and task.most_drafts < fewest:
                     fewest = task.most_drafts
                     _note_fewer_drafts(task)
-                yield task.sequence, collect(task)
+                yield task.sequence, collect(task) if task.error is None else said(task.error)
         self.shared = Shared(batch_size, forwards, perf_counter() - began)
 
     def _task(self, prompt: tuple[int, Tensor], name: str) -> Task:

@@ -31,7 +31,7 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.source import served_name
 from spiffy.runtime.models.text import Prompt, given_ids
 from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
-from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.errors import is_of_one_decode
 
 _LOG = logging.getLogger("spiffy")
 
@@ -446,7 +446,7 @@ class Engine:
         del self._jobs[id(job.task)]
         self._forget(job, ended=True)  # whoever has the answer may ask again at once
         error = job.task.error
-        if isinstance(error, SpiffyError) or (error is not None and is_out_of_memory(error)):
+        if error is not None and is_of_one_decode(error):
             # Nobody reads its frames, which hold what all who shared the forward had computed.
             error.__traceback__ = error.__context__ = None
         event = job.end()

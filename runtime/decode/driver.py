@@ -15,7 +15,7 @@ from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.device import synchronize
 from spiffy.schemas import SpiffyError
-from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.errors import is_of_one_decode, is_out_of_memory
 from spiffy.schemas.records import MAX_NODES
 
 _Running = tuple[Task, Decoding, list[Row]]
@@ -24,13 +24,20 @@ _TRY_AGAIN = 512  # forwards that fitted, after which a little more is tried
 _FAR_LONGER = 2  # times the usual length
 
 
-def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Iterator[list[Task]]:
+def run(
+    model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1, *, failed_too: bool = False
+) -> Iterator[list[Task]]:
     """Decode tasks, up to `batch_size` at a time sharing their forwards.
 
     They are taken when there is room for them. Yields after every forward the tasks that it
     finished, often none; their `path` and `stats` are up to date at any time. The error of a task
-    that fails is raised after those that the same forward finished.
+    that fails is raised after those that the same forward finished. With `failed_too` such a task
+    is yielded too, with its `error`, unless that is no matter of this decode alone.
     """
+
+    def is_yielded(task: Task) -> bool:
+        return task.error is None or (failed_too and is_of_one_decode(task.error))
+
     scheduler, more = Scheduler(model, batch_size), iter(tasks)
     while True:
         while len(scheduler) < batch_size and (task := next(more, None)) is not None:
@@ -38,9 +45,9 @@ def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Itera
         if not scheduler.busy:
             return
         finished = scheduler.step()
-        yield [task for task in finished if task.error is None]
+        yield [*filter(is_yielded, finished)]
         for task in finished:
-            if task.error is not None:
+            if task.error is not None and not is_yielded(task):
                 raise task.error
 
 
