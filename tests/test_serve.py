@@ -288,6 +288,7 @@ def test_answers_are_compared_with_plain_decoding_when_idle() -> None:
         for end in ends:
             end()
         wait_until(lambda: verified.labels("same")._value.get() == 2)
+        submit(engine, PROMPTS[2], drafts=False)[1]()  # plain already: nothing to compare
         done = submit(engine, PROMPTS[2])[1]
         engine._keep_to_check(done()._replace(ids=[1, 2]))  # what no decode gives
         wait_until(lambda: verified.labels("different")._value.get() == 1)
@@ -1005,6 +1006,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(
         *("--graph", str(tmp_path / "graph.json"), "--any-model", "--seed", "5", "--port", "0"),
         *("--max-batch", "2", "--max-waiting", "3", "--verify-share", "0.25"),
         *("--max-body", "1000", "--max-connections", "20", "--drain-seconds", "29"),
+        *("--keep-alive", "31"),
     )
     asking.join(SECONDS)
     assert code == 0
@@ -1013,7 +1015,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(
     assert (engine.graph, engine.is_auto) == (other, True)
     assert engine.limits == Limits(batch=2, waiting=3, verify_share=0.25)
     (((_, served_by, sockets, _), _),) = made
-    assert (served_by, sockets) == (engine, Sockets(connections=20, drain_seconds=29))
+    assert (served_by, sockets) == (engine, Sockets(20, 29, 31))
     assert bound[0][0] == ("127.0.0.1", 0)
     assert statuses == [401, 413]
     seed = random.Random(5).getrandbits(32)  # the first of those that requests get
@@ -1045,6 +1047,7 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             ("--port", port, "--model", "tiny-sdar"): f"cannot listen at 127.0.0.1, port {port}",
             (): "--model NAME",
             ("--model", "tiny-sdar", "--budget", "8"): "give --graph",
+            ("--model", "tiny-sdar", "--verify-share", "1"): "give --graph",
             ("--model", "tiny-sdar", "--api-key", ""): "--api-key",
             ("--model", "tiny-sdar", "--api-key", "sesame\n"): "without a line's end",
             ("--model", "tiny-sdar", "--api-key", " sesame"): "drop the spaces around the key",
@@ -1054,6 +1057,16 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             log = capsys.readouterr().err
             assert expected in log
             assert len(log.strip().splitlines()) == 1
+
+
+def test_seeds_are_others_after_every_start_unless_one_is_given() -> None:
+    engine = Engine(model(), settings())
+
+    def drawn(seed: int | None) -> int:
+        return serving._Desk(engine, Access(), seed)._seeds.getrandbits(32)
+
+    assert drawn(5) == drawn(5) != drawn(6)
+    assert len({drawn(None) for _ in range(3)}) > 1
 
 
 def test_an_empty_key_is_no_key(

@@ -74,14 +74,15 @@ class Access:
 def build(
     engine: Engine,
     access: Access = Access(),
-    seed: int = 0,
+    seed: int | None = None,
 ) -> FastAPI:
     """The application; it starts the engine, and stops it in the end.
 
     Parameters
     ----------
     seed
-        From which the seeds of requests that name none are drawn.
+        From which the seeds of requests that name none are drawn; None: they are others after
+        every start.
     """
 
     @asynccontextmanager
@@ -184,12 +185,12 @@ def _key_check(key: str | None) -> Callable[[Request], Coroutine[Any, Any, None]
 class _Desk:
     """Takes requests in, and gives answers out."""
 
-    def __init__(self, engine: Engine, access: Access, seed: int) -> None:
+    def __init__(self, engine: Engine, access: Access, seed: int | None) -> None:
         self.engine, self.access = engine, access
         # Prompts are encoded beside the forwards, one after the other: tokenizers need not be safe.
         self._encoder = ThreadPoolExecutor(1, "spiffy-encoder")
         self._encoding = 0  # answers whose prompts wait for it, or are at it
-        self._seeds = random.Random(seed)
+        self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
 
     def close(self) -> None:
         self._encoder.shutdown(cancel_futures=True)

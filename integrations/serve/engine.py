@@ -450,8 +450,12 @@ class Engine:
             # Nobody reads its frames, which hold what all who shared the forward had computed.
             error.__traceback__ = error.__context__ = None
         event = job.end()
-        self.metrics.ended(job.task, event.ids if isinstance(event, Done) else None)
-        if isinstance(event, Done) and self._draw.random() < self.limits.verify_share:
+        if isinstance(event, Failed):
+            self.metrics.ended(job.task, None)
+            return
+        self.metrics.ended(job.task, event.ids)
+        # Without drafts it was decoded plainly already.
+        if event.stats.drafted and self._draw.random() < self.limits.verify_share:
             self._keep_to_check(event)
 
     def _keep_to_check(self, done: Done) -> None:

@@ -26,7 +26,6 @@ from spiffy.schemas import SpiffyError
 _HEAD_BYTES = 32 * 1024
 _PIECE = 4 << 10  # bytes of a head that are looked at together
 _HEAD_SECONDS = 10.0
-_IDLE_SECONDS = 30  # between two requests of a connection
 _FAREWELL_SECONDS = 5  # for responses to say that the server has stopped
 #: Asked by whoever decides whether the server is well: many clients are no sign that it is not.
 _CHECKS = frozenset({"/health", "/metrics"})
@@ -97,10 +96,13 @@ class Sockets:
         At a time; further ones get 503, unless they ask for `/health` or `/metrics`.
     drain_seconds
         That requests have to end when the server is asked to stop.
+    keep_alive_seconds
+        Between two requests of a connection.
     """
 
     connections: int = 256
     drain_seconds: int = 60
+    keep_alive_seconds: int = 75
 
 
 class _Bounded:
@@ -152,7 +154,7 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_keep_alive=sockets.keep_alive_seconds,
             timeout_graceful_shutdown=sockets.drain_seconds + _FAREWELL_SECONDS,
             h11_max_incomplete_event_size=_HEAD_BYTES,
         )
