@@ -644,6 +644,7 @@ def test_a_key_is_asked_for_and_bodies_are_bounded(narrow: Here) -> None:
     with pytest.raises(openai.AuthenticationError):
         narrow.client("wrong").models.list()
     assert narrow.client("sesame").models.list()
+    assert narrow.ask("GET", "/v1/models", Authorization="bearer  sesame")[0] == 200
     assert narrow.ask("GET", "/health")[0] == 200
     with pytest.raises(openai.APIStatusError, match="more than 1000 bytes") as refused:
         narrow.client("sesame").chat.completions.create(
@@ -765,6 +766,10 @@ def test_a_model_that_computes_nan_fails_that_request(
                 model="tiny-sdar", messages=message(), stream=True
             )
         )
+    scans = model().broken_weights.cache_info()  # type: ignore[attr-defined]
+    assert (scans.misses, scans.hits) == (1, 1)  # weights do not change
+    status, headers, _ = here.ask("POST", "/v1/chat/completions", body())
+    assert (status, headers["x-should-retry"]) == (500, "false")  # it would be the same again
     poisoned = False
     answer = here.client().chat.completions.create(model="tiny-sdar", messages=message())
     assert answer.choices[0].message.content == plainly().text

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil
 from time import monotonic
 from typing import Any, Literal, NamedTuple
@@ -213,6 +214,8 @@ class Engine:
         metrics: Metrics | None = None,
     ) -> None:
         self.model, self.settings, self.graph = model, settings, graph
+        # Of a model that is served nobody changes the weights: after a NaN they are scanned once.
+        model.broken_weights = cache(model.broken_weights)  # type: ignore[method-assign]
         self.edges, self.limits = edges, limits
         #: What the model is called: of a folder, its own name.
         self.name = served_name(model.name)

@@ -58,7 +58,8 @@ class Scheduler:
     again with half the drafts; if there are none left, without the decode that is far longer than
     the others, else with half of them: the rest waits and is begun anew, for what it holds takes
     memory too. What fitted is remembered, and exceeded a little after many forwards; if a decode
-    does not fit alone, all was its fault. For one thread.
+    does not fit alone, all was its fault, and so it was if it is the far longer one and has ended.
+    For one thread.
 
     Raises
     ------
@@ -90,6 +91,7 @@ class Scheduler:
         self._most_drafts, self._most_decodes = MAX_NODES, batch_size  # that fitted
         self._fitted = 0  # forwards since one did not
         self._unhurt: tuple[int, int] | None = None  # the same two before that
+        self._far_longer: list[Task] = []  # on whose account they were lowered
 
     def __len__(self) -> int:
         """Number of tasks that are decoded or wait."""
@@ -118,6 +120,7 @@ class Scheduler:
         """Give up a task: the next forward is without its rows. No matter if it is not there."""
         self._waiting = deque(other for other in self._waiting if other is not task)
         self._running = [entry for entry in self._running if entry[0] is not task]
+        self._let_go(task)
 
     def step(self) -> list[Task]:
         """Make a forward; returns the tasks that it finished.
@@ -162,6 +165,8 @@ class Scheduler:
                 finished.append(task)
         for task, _, _ in walked:
             task.stats.seconds += perf_counter() - started
+        for task in finished:
+            self._let_go(task)
         return finished
 
     def _begin(self) -> list[Task]:
@@ -208,16 +213,16 @@ class Scheduler:
             return failed
         if len(tasks) == 1:
             self._running = []
-            self._most_drafts, self._most_decodes = self._unhurt
-            self._unhurt = None
-            for task in self._waiting:
-                if task.anew:
-                    task.allow(self._most_drafts)
+            self._far_longer = [task for task in self._far_longer if task is not tasks[0]]
+            self._restore()
             tasks[0].error = torch.OutOfMemoryError(
                 "a forward without drafts does not fit into memory"
             )
             return tasks
-        left_out = _left_out(tasks)
+        longest = _far_longer(tasks)
+        left_out = tasks[len(tasks) // 2 :] if longest is None else [longest]  # the younger half
+        if longest is not None and longest not in self._far_longer:
+            self._far_longer.append(longest)
         self._most_decodes = len(tasks) - len(left_out)
         self._running = [entry for entry in self._running if entry[0] not in left_out]
         for task in reversed(left_out):
@@ -225,10 +230,27 @@ class Scheduler:
             self._waiting.appendleft(task)
         return []
 
+    def _let_go(self, task: Task) -> None:
+        """Where one that was far longer than the others is gone, what it took comes back."""
+        if task in self._far_longer:
+            self._far_longer.remove(task)
+            if not self._far_longer:
+                self._restore()
+
+    def _restore(self) -> None:
+        """Allow again what was allowed before memory was short."""
+        if self._unhurt is None:
+            return
+        self._most_drafts, self._most_decodes = self._unhurt
+        self._unhurt = None
+        for task in (*self.running, *(task for task in self._waiting if task.anew)):
+            task.allow(self._most_drafts)
+
     def _remember_that_it_fitted(self) -> None:
         self._fitted += 1
         if self._fitted % _TRY_AGAIN == 0:
-            if not any(task.anew for task in self._waiting):  # else one may be to blame yet
+            blamed = [*self._far_longer, *(task for task in self._waiting if task.anew)]
+            if not blamed:  # else one may be to blame yet
                 self._unhurt = None
             if self._most_drafts < MAX_NODES:
                 self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
@@ -237,13 +259,11 @@ class Scheduler:
             self._most_decodes = min(self._most_decodes + 1, self.batch_size)
 
 
-def _left_out(tasks: Sequence[Task]) -> list[Task]:
-    """Who waits where not all fit: one that is far longer than most, else the younger half."""
+def _far_longer(tasks: Sequence[Task]) -> Task | None:
+    """The one that is far longer than most, if any is."""
     longest = max(tasks, key=lambda task: task.canvas.length)
     usual = median_low(task.canvas.length for task in tasks)
-    if longest.canvas.length > _FAR_LONGER * usual:
-        return [longest]
-    return list(tasks[len(tasks) // 2 :])
+    return longest if longest.canvas.length > _FAR_LONGER * usual else None
 
 
 def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput] | None:
