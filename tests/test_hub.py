@@ -193,10 +193,11 @@ def test_nothing_that_is_to_be_private_goes_to_a_public_repository(
     hub: LoopbackHub, call: Call, file: Path
 ) -> None:
     assert call("graph", "push", file, "some/drafts")[0] == 0
+    before = [*hub.repositories["some/drafts"]]
     code, _, log = call("graph", "push", file, "some/drafts", "--private")
     assert (code, log.count("\n")) == (2, 1)
     assert "some/drafts is public: drop --private" in log
-    assert len(hub.repositories["some/drafts"]) == 1
+    assert hub.repositories["some/drafts"] == before
 
 
 def test_a_published_models_alias_is_its_hub_id_in_a_card_and_in_new_graphs() -> None:

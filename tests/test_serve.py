@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -360,12 +360,23 @@ def test_costs_are_measured_only_for_auto_and_where_it_is_quick(
     assert not measured
 
 
+def raising(error: Exception) -> Callable[..., Any]:
+    def act(*_: Any) -> Any:
+        raise error
+
+    return act
+
+
 def test_a_prompt_that_cannot_be_decoded_is_no_reason_not_to_serve(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warm_up.warm_up(Engine(model(), settings()), "")
+    short = Engine(model(), settings())
+    monkeypatch.setattr(model(), "hidden_states", raising(torch.OutOfMemoryError("out of memory")))
+    warm_up.warm_up(short, QUESTION)
     assert [record.message for record in caplog.records] == [
-        "warming up: the prompt is empty: give it at least one word"
+        "warming up: the prompt is empty: give it at least one word",
+        "warming up: a forward without drafts does not fit into memory",
     ]
 
 
@@ -528,6 +539,8 @@ def test_models_health_metrics_and_a_page(here: Here) -> None:
     assert [card.id for card in here.client().models.list()] == ["tiny-sdar"]
     assert here.client().models.retrieve("tiny-sdar").id == "tiny-sdar"
     assert json.loads(here.ask("GET", "/health")[2]) == {"status": "ok"}
+    last = "spiffy_last_forward_timestamp_seconds"
+    assert time.time() - 3600 < here.sample(last) <= time.time()
     assert b"spiffy_forwards_total" in here.ask("GET", "/metrics")[2]
     status, headers, page = here.ask("GET", "/")
     assert status == 200
@@ -805,6 +818,21 @@ def test_a_decode_can_be_watched_forward_by_forward(here: Here, drafts: bool) ->
     for event in forwards:
         shown = dict(zip(range(*event["span"]), event["tokens"], strict=True))
         assert all(shown.get(at) in (text, None) for at, text in committed.items() if at in shown)
+
+
+def test_who_reads_nothing_is_cut_off(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedProtocol, "unread_seconds", 0.1)
+    connections = here.server.server_state.connections
+    before = len(connections)
+    lines = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(here.address.rpartition(":")[2])))
+        client.settimeout(SECONDS)
+        with suppress(ConnectionError):  # cut off
+            for _ in range(2000):  # a page each: more than the buffers between us hold
+                client.sendall(lines)
+        wait_until(lambda: len(connections) <= before)
 
 
 def test_a_head_that_does_not_come_closes_the_connection(
