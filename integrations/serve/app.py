@@ -248,15 +248,23 @@ class _Desk:
         number = len(prompts) * n
         self._take(partial(self.engine.check_room, number + self._encoding))
         self._encoding += number
+        loop, encoding = asyncio.get_running_loop(), self._encoder.submit(prepare)
+
+        def encoded(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._encoded, number)
+
+        # Not when the client has gone: the encoder goes on with what it has begun.
+        encoding.add_done_callback(encoded)
         try:
-            encoding = asyncio.get_running_loop().run_in_executor(self._encoder, prepare)
-            return await _unless_gone(request, encoding)
+            return await _unless_gone(request, asyncio.wrap_future(encoding))
         except TooLongError as error:
             raise ApiError(400, str(error), code="context_length_exceeded") from None
         except SpiffyError as error:
             raise ApiError(400, str(error)) from None
-        finally:
-            self._encoding -= number
+
+    def _encoded(self, number: int) -> None:
+        self._encoding -= number
 
     @staticmethod
     def _take(asked: Callable[[], None]) -> None:

@@ -84,7 +84,7 @@ class BoundedProtocol(H11Protocol):
     def timeout_keep_alive_handler(self) -> None:
         """See `H11Protocol`."""
         super().timeout_keep_alive_handler()
-        if self.transport.get_write_buffer_size():  # type: ignore[attr-defined]
+        if self.transport.get_write_buffer_size():
             self.transport.abort()
 
     def _stop_waiting_for_reader(self) -> None:
