@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class About:
 
     number: int
     run: str
+
+
+def failed(number: int, problem: str) -> dict[str, Any]:
+    """What is kept in place of an answer that failed, so that nobody decodes it again."""
+    return {"index": number, "error": problem}
 
 
 def _about(payload: bytes) -> About:
@@ -101,15 +107,16 @@ class Answers(RecordFolder[AnswersManifest, About]):
         self._file.append(self._run + json.dumps(line, ensure_ascii=False).encode())
         self._file.sync()
 
-    def merge(self, numbers: Sequence[int]) -> Counter[str]:
+    def merge(self, numbers: Sequence[int]) -> tuple[Counter[str], dict[int, str]]:
         """Write the answers to these prompts in order, all or nothing, and remove the folder.
 
-        Returns the sums of their counts by name, `tokens` among them.
+        Returns the sums of their counts by name, `answers` and `tokens` among them; and of prompts
+        whose answers failed, which are left out, why, by their numbers.
 
         Raises
         ------
         SpiffyError
-            If one is missing, or the file cannot be written.
+            If one is missing, all failed, or the file cannot be written.
         """
         places = self.recorded(self.folder, self.manifest)
         missing = [number for number in numbers if number not in places]
@@ -119,16 +126,30 @@ class Answers(RecordFolder[AnswersManifest, About]):
                 f"is number {missing[0]}): run the same command again"
             )
         sums: Counter[str] = Counter()
-        write_atomically(self.out, _lines((places[number] for number in numbers), sums))
+        problems: dict[int, str] = {}
+        lines = _lines((places[number] for number in numbers), sums, problems)
+        if (first := next(lines, None)) is not None:
+            write_atomically(self.out, chain([first], lines))
         (self.folder / MANIFEST).unlink(missing_ok=True)  # first: nothing goes on from a part of it
         shutil.rmtree(self.folder, ignore_errors=True)
-        return sums
+        if first is None:
+            raise SpiffyError(
+                f"none of the {len(numbers)} prompts could be decoded; the first: "
+                f"{problems[numbers[0]]}"
+            )
+        return sums, problems
 
 
-def _lines(places: Iterable[Place[About]], sums: Counter[str]) -> Iterator[bytes]:
+def _lines(
+    places: Iterable[Place[About]], sums: Counter[str], problems: dict[int, str]
+) -> Iterator[bytes]:
     for place in places:
         line = read_record(place)[_RUN:]
         answer = json.loads(line)
+        if "error" in answer:
+            problems[answer["index"]] = answer["error"]
+            continue
+        sums["answers"] += 1
         sums["tokens"] += len(answer["token_ids"])
         for name in COUNTS:
             sums[name] += answer[name]

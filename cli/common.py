@@ -123,6 +123,11 @@ def note_fewer(drawn: PromptSet, samples: int | None) -> None:
         )
 
 
+def note_left_out(index: int, problem: str) -> None:
+    """Say that a prompt has no answer, and why."""
+    log.print(f"prompt {index} left out: {problem}", soft_wrap=True)
+
+
 def note_skipped(lines: int, dataset: str) -> None:
     """Say how many lines of a file were left out."""
     if lines:
@@ -148,7 +153,7 @@ def decodable(
         except SpiffyError as problem:
             if len(texts) == 1:
                 raise
-            log.print(f"prompt {index} left out: {problem}", soft_wrap=True)
+            note_left_out(index, str(problem))
         else:
             prompts.append((index, ids))
     if not prompts:

@@ -18,6 +18,7 @@ from spiffy.cli.common import (
     doing,
     log,
     note_fewer,
+    note_left_out,
     note_skipped,
     progress_bar,
     ready_to_draft,
@@ -45,6 +46,7 @@ from spiffy.cli.options import (
 from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads, set_threads
 from spiffy.schemas import Budget, DraftGraph, SpiffyError
+from spiffy.schemas.errors import is_of_one_decode, said
 from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
@@ -341,12 +343,19 @@ def _answer(runs: Runs, output: _Output) -> None:
             for partial in runs.stream(prompt, runs.shown):
                 write(partial)
         else:
-            runs.decode(prompt, runs.shown)
+            try:
+                runs.decode(prompt, runs.shown)
+            except Exception as error:
+                if len(runs.prompts) == 1 or not is_of_one_decode(error):
+                    raise
+                note_left_out(prompt[0], said(error))
+                continue
         answer = runs.outputs[runs.shown][-1]
         if output.json:
             print_json(prompt[0], answer)
         else:
             write("\n" if output.stream else answer.text + "\n")
+    _check_any(runs)
     report(runs)
 
 
@@ -356,18 +365,27 @@ def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:
 
     outputs: list[Output] = []
 
-    def finished() -> Iterator[tuple[int, Output]]:
+    def finished() -> Iterator[tuple[int, Output | str]]:
         for index, output in runs.together(runs.prompts, runs.shown, batch_size):
-            outputs.append(output)
-            if json_lines:
-                print_json(index, output)
+            if isinstance(output, str):
+                note_left_out(index, output)
+            else:
+                outputs.append(output)
+                if json_lines:
+                    print_json(index, output)
             yield index, output
 
     for output in in_order([index for index, _ in runs.prompts], finished()):
-        if not json_lines:
+        if not json_lines and not isinstance(output, str):
             write(output.text + "\n")
     runs.outputs[runs.shown] = outputs
+    _check_any(runs)
     report(runs)
+
+
+def _check_any(runs: Runs) -> None:
+    if not runs.outputs.get(runs.shown):
+        raise SpiffyError(f"none of the {len(runs.prompts)} prompts could be decoded")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spiffy.cli.common import log, progress_bar
+from spiffy.cli.common import log, note_left_out, progress_bar
 from spiffy.cli.decode_runs import as_json
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ def decode_into(
     with ranks.sharing(lambda: Answers(out, manifest, ranks.rank)) as answers:
         _decode_missing(runs, answers, ranks, batch_size)
     if ranks.rank == 0:
-        sums = answers.merge([number for number, _ in runs.prompts])
+        sums, failed = answers.merge([number for number, _ in runs.prompts])
+        for number, problem in failed.items():
+            note_left_out(number, problem)
         log.print(
-            f"wrote {len(runs.prompts)} answers to {out}: {sums['tokens']} tokens, {sums['nfe']} "
+            f"wrote {sums['answers']} answers to {out}: {sums['tokens']} tokens, {sums['nfe']} "
             f"forwards, {sums['positions_computed']} positions, "
             f"{sums['steps'] / sums['nfe']:.2f} steps per forward",
             soft_wrap=True,
@@ -61,6 +63,7 @@ def decode_into(
 
 
 def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int) -> None:
+    from spiffy.calib.answers import failed
     from spiffy.calib.workdir import until_interrupted
 
     for note in answers.notes:
@@ -77,6 +80,9 @@ def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int)
         for index, output in bar.track(
             finished, total=len(mine), description=f"decoding prompts{of}"
         ):
-            answers.append(as_json(index, output))
+            if isinstance(output, str):
+                answers.append(failed(index, output))
+            else:
+                answers.append(as_json(index, output))
         if stopped():
             raise KeyboardInterrupt

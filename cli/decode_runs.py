@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from spiffy.cli.common import log, note_if_inexact, note_of_ties
 from spiffy.cli.streams import write_utf8
+from spiffy.schemas.errors import said
 from spiffy.schemas.labels import budgets_in_words
 from spiffy.schemas.records import COUNTS, MAX_NODES
 
@@ -97,21 +99,21 @@ class Runs:
 
     def together(
         self, prompts: Iterable[tuple[int, Tensor]], name: str, batch_size: int
-    ) -> Iterator[tuple[int, Output]]:
+    ) -> Iterator[tuple[int, Output | str]]:
         """Decode prompts, up to `batch_size` sharing forwards; yields answers as they finish.
 
-        Afterwards `shared` says what that took.
+        In place of an answer that failed stands why. Afterwards `shared` says what that took.
         """
         from spiffy.runtime.decode import Scheduler
-        from spiffy.runtime.generate import generate_batch
+        from spiffy.runtime.generate import collect
 
         scheduler, began, fewest = Scheduler(self.lm, batch_size), perf_counter(), MAX_NODES
         tasks = (self._task(prompt, name) for prompt in prompts)
-        for task, output in generate_batch(scheduler, tasks):
+        for task in chain.from_iterable(scheduler.run(tasks, failed_too=True)):
             if task.stats.halvings and task.most_drafts < fewest:
                 fewest = task.most_drafts
                 _note_fewer_drafts(task)
-            yield task.sequence, output
+            yield task.sequence, collect(task) if task.error is None else said(task.error)
         self.shared = Shared(batch_size, scheduler.forwards, perf_counter() - began)
 
     def _task(self, prompt: tuple[int, Tensor], name: str) -> Task:

@@ -240,7 +240,7 @@ _READ_BY = {
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Unseeded:
     """How a sequence is decoded; what is not given is the graph's, else the family's default."""
 
     policy: Annotated[
@@ -324,7 +324,6 @@ class Decoding:
             "probability, at temperatures above 0; 1: from all. Default: the graph's, else 1."
         ),
     ] = None
-    seed: Annotated[int, decoding_option(help="Draws the prompts, and the noise if any.")] = 0
     edges: Annotated[
         str,
         decoding_option(
@@ -337,8 +336,8 @@ class Decoding:
 
     def _given(self) -> dict[str, Any]:
         """By the names of `DecodingSettings`; those that are not given are None."""
-        others = ("seed", "edges")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+        given = (each.name for each in fields(Unseeded) if each.name != "edges")
+        return {name: getattr(self, name) for name in given}
 
     def check(self) -> None:
         """Refuse what no model and no graph can make right, before anything is loaded."""
@@ -398,6 +397,13 @@ class Decoding:
                     f"list of {', '.join(known)}"
                 )
         return BlockEdges(**{name: name in allowed for name in known})
+
+
+@dataclass(frozen=True)
+class Decoding(Unseeded):
+    """The same, and what is drawn."""
+
+    seed: Annotated[int, decoding_option(help="Draws the prompts, and the noise if any.")] = 0
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from spiffy.cli.common import (
     warn_of_differences,
 )
 from spiffy.cli.options import (
-    Decoding,
     ModelOfGraph,
+    Unseeded,
     VersionOption,
+    decoding_option,
     drafting_option,
     model_option,
     read_budget,
@@ -70,6 +71,14 @@ class _Serving:
     max_connections: Annotated[
         int, serving_option(min=1, help="Connections at a time; further ones get 503.")
     ] = 256
+    keep_alive: Annotated[
+        int,
+        serving_option(
+            min=1,
+            help="Seconds that a connection may idle between two requests: more than a proxy in "
+            "front lets it.",
+        ),
+    ] = 75
     drain_seconds: Annotated[
         int, serving_option(min=0, help="Time that what is begun has to end after SIGTERM.")
     ] = 60
@@ -109,7 +118,7 @@ class _Serving:
     def sockets(self) -> Sockets:
         from spiffy.integrations.serve.listen import Sockets
 
-        return Sockets(self.max_connections, self.drain_seconds)
+        return Sockets(self.max_connections, self.drain_seconds, self.keep_alive)
 
 
 def _require_server() -> None:
@@ -131,7 +140,14 @@ def serve(
     *,
     model: ModelOfGraph,
     serving: _Serving,
-    decoding: Decoding,
+    decoding: Unseeded,
+    seed: Annotated[
+        int | None,
+        decoding_option(
+            help="Draws the seeds of requests that name none: the same ones after every start. "
+            "Default: others every time."
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         drafting_option(
@@ -144,7 +160,7 @@ def serve(
     """Serve a model to clients of OpenAI's API: chat, completions, streaming.
 
     Requests share forwards. What a request does not say of temperature, top_p and top_k is as
-    given here, or the graph's; its seed is drawn, from the one given here on.
+    given here, or the graph's.
 
     Example: spiffy-serve --model tiny-sdar --graph sdar.json
     """
@@ -154,6 +170,8 @@ def serve(
     artifact = None if graph is None else DraftGraph.find(graph)
     if artifact is None and model.model is None:
         raise SpiffyError("give --graph FILE.json, or --model NAME to serve plainly")
+    if serving.verify_share and artifact is None:
+        raise SpiffyError("--verify-share compares drafting with plain decoding: give --graph")
     if budget is not None and artifact is None:
         raise SpiffyError("--budget counts drafts: give --graph")
     drafts = read_budget("auto" if budget is None else budget)
@@ -177,7 +195,7 @@ def serve(
         engine = Engine(lm, settings, artifact, drafts, edges=edges, limits=serving.limits())
     with doing("warming up"):
         apart(lambda: warm_up(engine, _QUESTION))
-    server = build(engine, serving.access(), decoding.seed)
+    server = build(engine, serving.access(), seed)
     address = address_of(sock)
     greeting = _greeting(engine.name, address, serving)
     listen(server, engine, sock, serving.sockets(), lambda: write(greeting))

@@ -21,7 +21,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from spiffy.schemas import CostProfile, DraftGraph, SpiffyError
-from spiffy.schemas.errors import said
+from spiffy.schemas.errors import option, said
 from spiffy.schemas.hub import GRAPH_FILE, Snapshot, answered, is_hub_id, snapshot, status_of
 from spiffy.schemas.labels import device_in_words, policy_in_words, shown_budgets
 
@@ -193,13 +193,14 @@ def push(
         front matter stays as it is. Otherwise the repository is the graph's own, and made if there
         is none.
     private
-        Make it private. A repository is otherwise what its owner's new ones are by default.
+        Make it private; one that is there has to be. A repository is otherwise what its owner's
+        new ones are by default.
 
     Raises
     ------
     SpiffyError
-        If there is no token, the repository is of the other kind or has a `custom_generate` that
-        is not ours, or the hub refuses.
+        If there is no token, the repository is of the other kind, public though private is asked
+        for, or has a `custom_generate` that is not ours, or the hub refuses.
     """
     if not is_hub_id(repo):
         raise SpiffyError(f"{repo!r} is no repository of the hub: give owner/name")
@@ -215,6 +216,10 @@ def push(
         if not weights_there and there is not None and there.holds_weights:
             raise SpiffyError(
                 f"{repo} holds a model: give --beside-weights, or a repository of the graph's own"
+            )
+        if private and there is not None and there.is_public:
+            raise SpiffyError(
+                f"{repo} is public: drop {option('private')}, or make it private on the hub first"
             )
         old = _text(repo, there, "README.md")
         content = {

@@ -16,10 +16,11 @@ import numpy as np
 
 from spiffy.calib.prompt_files import FIELDS, prompt_of
 from spiffy.integrations.loaded import Loaded
-from spiffy.runtime.decode import Scheduler, Task
-from spiffy.runtime.generate import Output, generate_batch
+from spiffy.runtime.decode import Task, run
+from spiffy.runtime.generate import Output, collect
 from spiffy.runtime.models.text import stop_strings
 from spiffy.schemas import Budget, SpiffyError
+from spiffy.schemas.errors import said
 from spiffy.schemas.records import COUNTS
 
 Columns = Mapping[str, Any]  # each np.ndarray [rows] or a list
@@ -29,7 +30,7 @@ class Decoder:
     """Decodes the prompts in batches of rows; every row comes back with its answer.
 
     Columns added: `text`, `token_ids`, `nfe`, `positions_computed`, `steps`, `accepted`, `seconds`,
-    and `error`, which is empty, or says why this row's prompt cannot be decoded.
+    and `error`, which is empty, or says why this row has no answer.
 
     Parameters
     ----------
@@ -98,9 +99,12 @@ class Decoder:
                 errors[row] = str(problem)
         places = {id(task): row for row, task in tasks.items()}
         outputs: dict[int, Output] = {}
-        scheduler = Scheduler(self.loaded.model, self.batch_size)
-        for task, output in generate_batch(scheduler, tasks.values()):
-            outputs[places[id(task)]] = output
+        for finished in run(self.loaded.model, tasks.values(), self.batch_size, failed_too=True):
+            for task in finished:
+                if task.error is None:
+                    outputs[places[id(task)]] = collect(task)
+                else:
+                    errors[places[id(task)]] = said(task.error)
         found = [outputs.get(row) for row in range(rows)]
         added: dict[str, Any] = {
             "text": ["" if out is None else out.text for out in found],
@@ -139,7 +143,9 @@ class Decoder:
         else:
             digest = hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).digest()
             number = int.from_bytes(digest[:8], "big")
-        return loaded.task(ids, loaded.settings, number, self.stop)
+        task = loaded.task(ids, loaded.settings, number, self.stop)
+        task.keeps_path = False
+        return task
 
 
 def _number(value: Any) -> int:

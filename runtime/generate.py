@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, SupportsIndex, TypeVar, get_args
 
 from spiffy.runtime.budget.auto import auto_budget
@@ -373,16 +374,8 @@ def generate_many(
     """
     maker = TaskMaker(model, graph=graph, budget=budget, **options)
     scheduler, tasks = Scheduler(model, batch_size), maker.all(prompts)
-    return in_order(tasks, generate_batch(scheduler, tasks, maker.trace))
-
-
-def generate_batch(
-    scheduler: Scheduler, tasks: Iterable[Task], trace: bool = False
-) -> Iterator[tuple[Task, Output]]:
-    """Decode tasks in forwards that they share, as they finish."""
-    for finished in scheduler.run(tasks):
-        for task in finished:
-            yield task, collect(task, trace)
+    finished = chain.from_iterable(scheduler.run(tasks))
+    return in_order(tasks, ((task, collect(task, maker.trace)) for task in finished))
 
 
 def in_order(keys: Iterable[Key], pairs: Iterable[tuple[Key, Value]]) -> Iterator[Value]:

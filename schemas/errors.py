@@ -40,6 +40,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def is_of_one_decode(error: BaseException) -> bool:
+    """Whether a decode's error is no reason not to go on with others: bad input, NaN, or memory."""
+    return isinstance(error, SpiffyError) or is_out_of_memory(error)
+
+
 def _shortened(text: str) -> str:
     half = (MAX_MESSAGE - 5) // 2
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} ... {text[-half:]}"

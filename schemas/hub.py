@@ -24,10 +24,13 @@ class Snapshot(NamedTuple):
     ----------
     files
         Names, and what stands for their content; empty where the hub does not say.
+    is_public
+        Whether the hub says that anybody may read it.
     """
 
     commit: str
     files: Mapping[str, str]
+    is_public: bool = False
 
     @property
     def holds_weights(self) -> bool:
@@ -131,7 +134,7 @@ def snapshot(repo: str, revision: str | None = None, token: str | bool | None = 
         file.rfilename: str(getattr(file.lfs, "sha256", None) or file.blob_id or "")
         for file in info.siblings or ()
     }
-    return Snapshot(str(info.sha), files)
+    return Snapshot(str(info.sha), files, info.private is False)
 
 
 @cache

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.decode import Task, make_task, run
+from spiffy.runtime.decode import Task, loop, make_task, run
 from spiffy.runtime.draft import Candidates, Drafter
 from spiffy.runtime.forward.cache import BlockEdges
+from spiffy.runtime.models.text import given_ids
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import (
     CalibrationRecord,
@@ -260,3 +261,17 @@ class Oracle:
             if not self.obeys_room or int((ids[candidates.positions] != mask).sum()) <= room
         ]
         return torch.stack(future) if future else root.ids.new_empty((0, len(root.ids)))
+
+
+def fail_while_decoding(
+    monkeypatch: pytest.MonkeyPatch, model: DiffusionLM, prompt: Any, error: Exception, **how: Any
+) -> None:
+    """Decodes of this prompt fail at their second step."""
+    step, doomed = loop.denoising_step, given_ids(model.encode(prompt, **how), model.vocab_size)
+
+    def failing(task: Task, cursor: Cursor, *args: Any) -> Cursor:
+        if cursor.step == 1 and torch.equal(task.prompt, doomed):
+            raise error
+        return step(task, cursor, *args)
+
+    monkeypatch.setattr(loop, "denoising_step", failing)

@@ -115,7 +115,7 @@ class LoopbackHub:
                     {"rfilename": name, "blobId": digest(content), "size": len(content)}
                     for name, content in files.items()
                 ]
-                about = {"id": repo, "sha": oid, "siblings": siblings}
+                about = {"id": repo, "sha": oid, "siblings": siblings, "private": False}
                 self.answer(200, json.dumps(about).encode())
 
             def file(self, repo: str, revision: str, name: str) -> None:

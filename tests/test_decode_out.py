@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Call, chain_graph, shown, study
+from helpers import Call, chain_graph, fail_while_decoding, shown, study
 
 from spiffy.calib.answers import Answers
 from spiffy.cli import decode
@@ -115,6 +115,40 @@ def test_answers_are_those_of_generate_in_order(
     code, log = run(*arguments, "--out", out)
     assert (code, log) == (2, f"error: {out}: is there already: remove it, or give another --out\n")
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_an_answer_that_fails_is_named_and_left_out(
+    run: Run,
+    arguments: list[str],
+    expected: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    together: int,
+) -> None:
+    out, model = tmp_path / "answers.jsonl", load_model("tiny-sdar", device="cpu")
+    fail_while_decoding(monkeypatch, model, PROMPTS[1], SpiffyError("computed NaN"))
+    code, log = run(*arguments, "--out", out, "--batch-size", together)
+    assert (code, "prompt 1 left out: computed NaN" in log) == (0, True), log
+    assert "wrote 4 answers" in log
+    assert read(out) == [line for line in expected if line["index"] != 1]
+    code, log = run(*arguments, "--json", "--batch-size", together)
+    assert (code, "prompt 1 left out: computed NaN" in log) == (0, True), log
+
+
+def test_where_all_answers_fail_there_is_no_file(
+    run: Run, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model = tmp_path / "answers.jsonl", load_model("tiny-sdar", device="cpu")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": PROMPTS[1]}) + "\n")
+    fail_while_decoding(monkeypatch, model, PROMPTS[1], SpiffyError("computed NaN"))
+    code, log = run(*arguments, "--out", out)
+    assert (code, log.splitlines()[-1]) == (
+        2,
+        "error: none of the 1 prompts could be decoded; the first: computed NaN",
+    )
+    assert not out.exists()
+    assert not (tmp_path / "answers.jsonl.parts").exists()  # nothing to go on with
 
 
 def test_the_command_of_the_readme_runs(

@@ -189,6 +189,17 @@ def test_a_new_repository_is_private_if_that_is_asked_for_or_its_owners_default(
     assert "public" not in said.values()
 
 
+def test_nothing_that_is_to_be_private_goes_to_a_public_repository(
+    hub: LoopbackHub, call: Call, file: Path
+) -> None:
+    assert call("graph", "push", file, "some/drafts")[0] == 0
+    before = [*hub.repositories["some/drafts"]]
+    code, _, log = call("graph", "push", file, "some/drafts", "--private")
+    assert (code, log.count("\n")) == (2, 1)
+    assert "some/drafts is public: drop --private" in log
+    assert hub.repositories["some/drafts"] == before
+
+
 def test_a_published_models_alias_is_its_hub_id_in_a_card_and_in_new_graphs() -> None:
     text = door.card(a_graph(id="llada-8b"))
     card = ModelCard(text)

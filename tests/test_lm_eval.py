@@ -16,14 +16,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Call, chain_graph, parity_model, random_prompt, shown, study
+from helpers import (
+    Call,
+    chain_graph,
+    fail_while_decoding,
+    parity_model,
+    random_prompt,
+    shown,
+    study,
+)
 
 pytest.importorskip("lm_eval", reason="pip install 'spiffy-dllm[lm-eval]'")
 
 import lm_eval.evaluator
 import lm_eval.tasks
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM
+from lm_eval.api.model import CacheHook, CachingLM
 
 from spiffy.calib.synthetic import problems
 from spiffy.cli import lm_eval as command
@@ -247,6 +255,22 @@ def test_generation_arguments_are_honoured(sdar: SpiffyLM) -> None:
         generate(model, texts[2], sequence=of[0], **noisy, **filtered).text,
         generate(model, texts[2], sequence=of[1], **noisy).text,
     ]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_answer_that_fails_is_named_and_with_a_cache_the_others_are_kept(
+    sdar: SpiffyLM, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    doomed, *others = [request(f"{PROMPT} {k}", k, max_gen_toks=8) for k in range(4)]
+    error = SpiffyError("computed NaN")
+    fail_while_decoding(monkeypatch, sdar.loaded.model, doomed.args[0], error, raw=True)
+    cached: dict[str, str] = {}
+    hook = CacheHook(None)
+    hook.dbdict = cached if kept else None
+    monkeypatch.setattr(sdar, "cache_hook", hook)
+    with pytest.raises(SpiffyError, match=r"^task, document 0: computed NaN$"):
+        sdar.generate_until([doomed, *others], disable_tqdm=True)
+    assert len(cached) == 3 * kept
 
 
 def test_what_is_sampled_depends_on_the_request_not_on_those_beside_it(sdar: SpiffyLM) -> None:

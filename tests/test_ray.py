@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import chain_graph, of_another_model, shown
+import torch
+from helpers import chain_graph, fail_while_decoding, of_another_model, shown
 
 import spiffy.integrations.ray as door
 from spiffy.integrations.ray import Decoder
@@ -133,6 +134,27 @@ def test_a_row_that_has_no_number_is_left_out_and_says_so() -> None:
     assert rows["text"][2:] == [""] * 3
     said = "its index is no whole number: "
     assert rows["error"] == ["", "", said + "1.5", said + "'a'", said + "None"]
+
+
+@pytest.mark.parametrize(
+    "error", [SpiffyError("computed NaN"), torch.OutOfMemoryError("does not fit")]
+)
+def test_a_row_that_fails_while_it_is_decoded_says_so_and_ends_alone(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fail_while_decoding(monkeypatch, decoder.loaded.model, PROMPTS[1], error)
+    good, bad, *others = rows(decoder({"prompt": PROMPTS}))
+    assert (bad["error"], bad["text"], bad["nfe"]) == (str(error), "", 0)
+    for row, prompt in zip((good, *others), (PROMPTS[0], *PROMPTS[2:]), strict=True):
+        assert without(row, "prompt", "seconds") == expected(prompt)
+
+
+def test_an_error_of_the_program_ends_the_job(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_while_decoding(monkeypatch, decoder.loaded.model, PROMPTS[1], TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
+        decoder({"prompt": PROMPTS})
 
 
 @pytest.fixture

@@ -296,6 +296,36 @@ def test_one_that_does_not_fit_alone_costs_the_others_nothing_for_long(
     assert all(task.stats.accepted for task in tasks[2:])
 
 
+@pytest.mark.parametrize("given_up", [False, True])
+def test_what_a_far_longer_one_took_comes_back_when_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    tasks, plainly = begun("none", drafts=1)
+    model, settings = tasks[0].model, tasks[0].settings
+    large = make_task(
+        model, random_prompt(model, 60), settings.model_copy(update={"gen_length": 24})
+    )
+    room = 150  # for the others there is, also for some of their drafts
+    others = sum(task.canvas.length for task in tasks)
+    assert others < room < large.canvas.length + others
+    monkeypatch.setattr(driver, "forward", Memory(room, torch.OutOfMemoryError()))
+    scheduler = Scheduler(model, batch_size=6)
+    for task in (large, *tasks):
+        scheduler.add(task)
+    scheduler.step()
+    assert scheduler.most_decodes < 6
+    if given_up:
+        scheduler.remove(large)
+    else:
+        while large.error is None and not (large.path and large.path[-1].finished):
+            scheduler.step()
+    assert scheduler.most_decodes == 6
+    assert scheduler._most_drafts == MAX_NODES
+    decoded(scheduler)
+    for ours, theirs in zip(tasks, plainly, strict=True):
+        assert states(ours) == states(theirs)
+
+
 def test_half_the_drafts_are_half_of_the_most_that_a_decode_had(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -304,6 +304,7 @@ def test_answers_are_compared_with_plain_decoding_when_idle() -> None:
         for end in ends:
             end()
         wait_until(lambda: verified.labels("same")._value.get() == 2)
+        submit(engine, PROMPTS[2], drafts=False)[1]()  # plain already: nothing to compare
         done = submit(engine, PROMPTS[2])[1]
         engine._keep_to_check(done()._replace(ids=[1, 2]))  # what no decode gives
         wait_until(lambda: verified.labels("different")._value.get() == 1)
@@ -375,12 +376,23 @@ def test_costs_are_measured_only_for_auto_and_where_it_is_quick(
     assert not measured
 
 
+def raising(error: Exception) -> Callable[..., Any]:
+    def act(*_: Any) -> Any:
+        raise error
+
+    return act
+
+
 def test_a_prompt_that_cannot_be_decoded_is_no_reason_not_to_serve(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warm_up.warm_up(Engine(model(), settings()), "")
+    short = Engine(model(), settings())
+    monkeypatch.setattr(model(), "hidden_states", raising(torch.OutOfMemoryError("out of memory")))
+    warm_up.warm_up(short, QUESTION)
     assert [record.message for record in caplog.records] == [
-        "warming up: the prompt is empty: give it at least one word"
+        "warming up: the prompt is empty: give it at least one word",
+        "warming up: a forward without drafts does not fit into memory",
     ]
 
 
@@ -554,6 +566,8 @@ def test_models_health_metrics_and_a_page(here: Here) -> None:
     assert [card.id for card in here.client().models.list()] == ["tiny-sdar"]
     assert here.client().models.retrieve("tiny-sdar").id == "tiny-sdar"
     assert json.loads(here.ask("GET", "/health")[2]) == {"status": "ok"}
+    last = "spiffy_last_forward_timestamp_seconds"
+    assert time.time() - 3600 < here.sample(last) <= time.time()
     assert b"spiffy_forwards_total" in here.ask("GET", "/metrics")[2]
     status, headers, page = here.ask("GET", "/")
     assert status == 200
@@ -678,6 +692,7 @@ def test_a_key_is_asked_for_and_bodies_are_bounded(narrow: Here) -> None:
     with pytest.raises(openai.AuthenticationError):
         narrow.client("wrong").models.list()
     assert narrow.client("sesame").models.list()
+    assert narrow.ask("GET", "/v1/models", Authorization="bearer  sesame")[0] == 200
     assert narrow.ask("GET", "/health")[0] == 200
     with pytest.raises(openai.APIStatusError, match="more than 1000 bytes") as refused:
         narrow.client("sesame").chat.completions.create(
@@ -799,6 +814,10 @@ def test_a_model_that_computes_nan_fails_that_request(
                 model="tiny-sdar", messages=message(), stream=True
             )
         )
+    scans = model().broken_weights.cache_info()  # type: ignore[attr-defined]
+    assert (scans.misses, scans.hits) == (1, 1)  # weights do not change
+    status, headers, _ = here.ask("POST", "/v1/chat/completions", body())
+    assert (status, headers["x-should-retry"]) == (500, "false")  # it would be the same again
     poisoned = False
     answer = here.client().chat.completions.create(model="tiny-sdar", messages=message())
     assert answer.choices[0].message.content == plainly().text
@@ -834,6 +853,21 @@ def test_a_decode_can_be_watched_forward_by_forward(here: Here, drafts: bool) ->
     for event in forwards:
         shown = dict(zip(range(*event["span"]), event["tokens"], strict=True))
         assert all(shown.get(at) in (text, None) for at, text in committed.items() if at in shown)
+
+
+def test_who_reads_nothing_is_cut_off(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedProtocol, "unread_seconds", 0.1)
+    connections = here.server.server_state.connections
+    before = len(connections)
+    lines = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(here.address.rpartition(":")[2])))
+        client.settimeout(SECONDS)
+        with suppress(ConnectionError):  # cut off
+            for _ in range(2000):  # a page each: more than the buffers between us hold
+                client.sendall(lines)
+        wait_until(lambda: len(connections) <= before)
 
 
 def test_a_head_that_does_not_come_closes_the_connection(
@@ -1040,6 +1074,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(
         *("--graph", str(tmp_path / "graph.json"), "--any-model", "--seed", "5", "--port", "0"),
         *("--max-batch", "2", "--max-waiting", "3", "--verify-share", "0.25"),
         *("--max-body", "1000", "--max-connections", "20", "--drain-seconds", "29"),
+        *("--keep-alive", "31"),
     )
     asking.join(SECONDS)
     assert code == 0
@@ -1048,7 +1083,7 @@ def test_the_command_serves_and_drains_when_asked_to_stop(
     assert (engine.graph, engine.is_auto) == (other, True)
     assert engine.limits == Limits(batch=2, waiting=3, verify_share=0.25)
     (((_, served_by, sockets, _), _),) = made
-    assert (served_by, sockets) == (engine, Sockets(connections=20, drain_seconds=29))
+    assert (served_by, sockets) == (engine, Sockets(20, 29, 31))
     assert bound[0][0] == ("127.0.0.1", 0)
     assert statuses == [401, 413]
     seed = random.Random(5).getrandbits(32)  # the first of those that requests get
@@ -1080,6 +1115,7 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             ("--port", port, "--model", "tiny-sdar"): f"cannot listen at 127.0.0.1, port {port}",
             (): "--model NAME",
             ("--model", "tiny-sdar", "--budget", "8"): "give --graph",
+            ("--model", "tiny-sdar", "--verify-share", "1"): "give --graph",
             ("--model", "tiny-sdar", "--api-key", ""): "--api-key",
             ("--model", "tiny-sdar", "--api-key", "sesame\n"): "without a line's end",
             ("--model", "tiny-sdar", "--api-key", " sesame"): "drop the spaces around the key",
@@ -1089,6 +1125,16 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             log = capsys.readouterr().err
             assert expected in log
             assert len(log.strip().splitlines()) == 1
+
+
+def test_seeds_are_others_after_every_start_unless_one_is_given() -> None:
+    engine = Engine(model(), settings())
+
+    def drawn(seed: int | None) -> int:
+        return serving._Desk(engine, Access(), seed)._seeds.getrandbits(32)
+
+    assert drawn(5) == drawn(5) != drawn(6)
+    assert len({drawn(None) for _ in range(3)}) > 1
 
 
 def test_an_empty_key_is_no_key(

@@ -109,6 +109,23 @@ def test_who_went_is_not_encoded_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(slow.texts) == 2
 
 
+def test_what_is_being_encoded_counts_though_its_client_went(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(model(), settings(), limits=Limits(batch=1, waiting=0))
+    with served(engine, Access(), Sockets()) as here:
+        slow = Slow(monkeypatch)
+        connection = here.connect()
+        path = "/v1/chat/completions"
+        connection.request("POST", path, body(), {"Content-Type": "application/json"})
+        wait_until(lambda: len(slow.texts) == 1)
+        connection.close()
+        wait_until(lambda: here.sample("spiffy_requests_total", path=path, status="499") == 1)
+        assert here.ask("POST", path, body())[0] == 429
+        slow.go_on.set()
+        wait_until(lambda: here.ask("POST", path, body())[0] == 200)
+
+
 def test_a_lost_device_is_the_end_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every forward would fail, and fast: whoever shares out requests would send all of them."""
 

@@ -264,6 +264,36 @@ def test_an_answer_ends_before_its_first_stop_string() -> None:
     assert early.stats.nfe < whole.stats.nfe
 
 
+def test_a_stop_string_is_found_without_decoding_every_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codec = TextCodec(PreTrainedTokenizerFast(tokenizer_object=byte_level()), "m", ())
+    text = "".join("\U0001f600a\u00e9 b" * k + "#" for k in range(1, 9))
+    ids = codec.tokenizer(text)["input_ids"]
+    decode, decoded = TextCodec.decode, []
+    monkeypatch.setattr(
+        TextCodec, "decode", lambda *a, **how: (decoded.append(a), decode(*a, **how))[1]
+    )
+    for stop in (
+        "#",
+        "##",
+        " b#",
+        "\u00e9",
+        "\U0001f600",
+        "a\u00e9 b\U0001f600a\u00e9 b#\U0001f600",
+    ):
+        decoded.clear()
+        found = codec.before_stop(ids, [stop])
+        assert len(decoded) < 40 < len(ids) / 4
+        if (at := text.find(stop)) < 0:
+            assert found is None
+            continue
+        longest = max(
+            k for k in range(len(ids) + 1) if text[:at].startswith(decode(codec, ids[:k]))
+        )
+        assert found == (text[:at], ids[:longest])
+
+
 @pytest.mark.parametrize("stop", ["+4", "\n#", "apples"])
 def test_drafts_do_not_change_where_an_answer_stops(stop: str) -> None:
     model = tiny()

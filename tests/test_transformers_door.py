@@ -71,6 +71,9 @@ def test_rows_of_a_padded_batch_are_what_generate_gives(name: str) -> None:
         [inputs["input_ids"], torch.tensor([plainly(model, prompt) for prompt in prompts])], 1
     )
     assert torch.equal(drafted(model.module, inputs, graph=graph), expected)
+    mask = inputs["attention_mask"].bool()  # as `ids != pad` gives it
+    as_bool = {**inputs, "attention_mask": mask}
+    assert torch.equal(drafted(model.module, as_bool, graph=graph), expected)
     out = drafted(model.module, inputs, graph=graph, budget=2, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
     ours = [generate(model, prompt, graph=graph, budget=2).stats for prompt in prompts]
@@ -454,6 +457,21 @@ def test_another_mask_token_is_one_calls_alone() -> None:
     out = drafted(module, inputs, decoding=decoding)
     assert out[0, 6:].tolist() == plainly(model, prompt)
     assert DiffusionLM.of(module).eos_token_ids == ends != frozenset()  # type: ignore[union-attr]
+
+
+def test_a_module_in_training_is_so_again_after_a_call() -> None:
+    model = parity_model("llada-a")
+    module, inputs = copy.deepcopy(model.module), batch(model, 6)
+    module.train()
+    module.model.layers[0].eval()  # such as a frozen part
+    modes = [part.training for part in module.modules()]
+    seen: list[bool] = []
+    module.lm_head.register_forward_hook(lambda head, *_: seen.append(head.training))
+    options = {"family": "llada", "mask_token_id": model.mask_token_id}
+    for _ in range(2):  # not known, then known
+        drafted(module, inputs, decoding={"block_length": 4}, **options)
+        assert [part.training for part in module.modules()] == modes
+    assert not any(seen)
 
 
 def test_attention_that_was_refused_is_refused_again() -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from inspect import signature
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ class _Job:
     stop: tuple[str, ...]
     most: int  # tokens of the answer
     document: int
+    where: str  # the task, and the document
     sequence: int  # decides its noise
 
 
@@ -204,7 +206,8 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         with _named(request):
             prompt = self._encoded(context)
             self.loaded.task(prompt, settings, 0, stop)  # refuse it before anything is decoded
-        return _Job(prompt, settings, stop, most or settings.gen_length, document, sequence)
+        most, where = most or settings.gen_length, _where(request)
+        return _Job(prompt, settings, stop, most, document, where, sequence)
 
     def _room_for(self, tokens: int) -> int:
         """Positions for an answer: whole blocks, but where the last one may be cut."""
@@ -225,9 +228,15 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
     def _decoded(
         self, jobs: Sequence[_Job], numbers: Iterable[int], plain: bool = False
     ) -> Iterator[tuple[int, Output]]:
-        """Numbers and outputs of jobs, as they finish."""
-        from spiffy.runtime.decode import Scheduler
-        from spiffy.runtime.generate import generate_batch
+        """Numbers and outputs of jobs, as they finish.
+
+        Raises
+        ------
+        SpiffyError
+            If one fails; where the harness keeps answers in a cache, after all the others.
+        """
+        from spiffy.runtime.decode import run
+        from spiffy.runtime.generate import collect
 
         tasks, places = [], {}
         for number in numbers:
@@ -235,14 +244,22 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
             task = self.loaded.task(job.prompt, job.settings, job.sequence, job.stop, plain=plain)
             tasks.append(task)
             places[id(task)] = number
-        scheduler = Scheduler(self.loaded.model, self.batch_size)
-        for task, output in generate_batch(scheduler, tasks):
+        model, failed = self.loaded.model, []
+        for task in chain.from_iterable(run(model, tasks, self.batch_size, failed_too=True)):
             number = places[id(task)]
-            most = jobs[number].most
+            if task.error is not None:
+                failed.append(f"{jobs[number].where}: {said(task.error)}")
+                if self.cache_hook.dbdict is None:
+                    break
+                continue
+            output, most = collect(task), jobs[number].most
             if len(output.token_ids) > most:
                 ids = output.token_ids[:most]
-                output = replace(output, text=self.loaded.model.decode_text(ids), token_ids=ids)
+                output = replace(output, text=model.decode_text(ids), token_ids=ids)
             yield number, output
+        if failed:  # no answer at all would be scored as a wrong one
+            more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
+            raise SpiffyError(failed[0] + more)
 
     def _drawn(self, name: str, numbers: Sequence[int]) -> set[int]:
         """Which answers to verify: the same ones whenever this is run."""
@@ -401,8 +418,11 @@ def _named(request: Instance) -> Iterator[None]:
     try:
         yield
     except SpiffyError as problem:
-        where = f"{request.task_name}, document {request.doc_id}"
-        raise SpiffyError(f"{where}: {problem}") from None
+        raise SpiffyError(f"{_where(request)}: {problem}") from None
+
+
+def _where(request: Instance) -> str:
+    return f"{request.task_name}, document {request.doc_id}"
 
 
 def _may_be_none() -> set[str]:

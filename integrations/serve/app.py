@@ -74,14 +74,15 @@ class Access:
 def build(
     engine: Engine,
     access: Access = Access(),
-    seed: int = 0,
+    seed: int | None = None,
 ) -> FastAPI:
     """The application; it starts the engine, and stops it in the end.
 
     Parameters
     ----------
     seed
-        From which the seeds of requests that name none are drawn.
+        From which the seeds of requests that name none are drawn; None: they are others after
+        every start.
     """
 
     @asynccontextmanager
@@ -164,12 +165,11 @@ def _asking_routes(desk: _Desk) -> APIRouter:
 
 
 def _key_check(key: str | None) -> Callable[[Request], Coroutine[Any, Any, None]]:
-    wanted = None if key is None else f"Bearer {key}".encode()
-
     async def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # In constant time: how long it takes must not tell how much of a key is right.
-        if wanted is not None and not hmac.compare_digest(given, wanted):
+        right = key is None or hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+        if not right or (key is not None and scheme.lower() != "bearer"):
             raise ApiError(
                 401,
                 "this server wants its API key: Authorization: Bearer KEY",
@@ -184,15 +184,15 @@ def _key_check(key: str | None) -> Callable[[Request], Coroutine[Any, Any, None]
 class _Desk:
     """Takes requests in, and gives answers out."""
 
-    def __init__(self, engine: Engine, access: Access, seed: int) -> None:
+    def __init__(self, engine: Engine, access: Access, seed: int | None) -> None:
         self.engine, self.access = engine, access
-        # Prompts are encoded beside the forwards, one after the other: tokenizers need not be safe.
+        # Prompts are encoded beside the forwards, one after the other.
         self._encoder = ThreadPoolExecutor(1, "spiffy-encoder")
         self._encoding = 0  # answers whose prompts wait for it, or are at it
-        self._seeds = random.Random(seed)
+        self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
 
     def close(self) -> None:
-        self._encoder.shutdown(cancel_futures=True)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
 
     def check_model(self, name: str | None) -> None:
         served = self.engine.name
@@ -248,15 +248,23 @@ class _Desk:
         number = len(prompts) * n
         self._take(partial(self.engine.check_room, number + self._encoding))
         self._encoding += number
+        loop, encoding = asyncio.get_running_loop(), self._encoder.submit(prepare)
+
+        def encoded(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._encoded, number)
+
+        # Not when the client has gone: the encoder goes on with what it has begun.
+        encoding.add_done_callback(encoded)
         try:
-            encoding = asyncio.get_running_loop().run_in_executor(self._encoder, prepare)
-            return await _unless_gone(request, encoding)
+            return await _unless_gone(request, asyncio.wrap_future(encoding))
         except TooLongError as error:
             raise ApiError(400, str(error), code="context_length_exceeded") from None
         except SpiffyError as error:
             raise ApiError(400, str(error)) from None
-        finally:
-            self._encoding -= number
+
+    def _encoded(self, number: int) -> None:
+        self._encoding -= number
 
     @staticmethod
     def _take(asked: Callable[[], None]) -> None:
@@ -451,13 +459,19 @@ async def _shown(queue: _Queue, job: Job) -> AsyncIterator[bytes]:
 def _failure(error: Exception) -> ApiError:
     """Of an answer that was begun. What only the log should know stays there."""
     if isinstance(error, SpiffyError):  # the model computed NaN
-        return ApiError(500, str(error), kind="server_error", code="decoding_failed")
+        return _final(str(error), "decoding_failed")
     if is_out_of_memory(error):
-        return ApiError(500, "out of memory", kind="server_error", code="out_of_memory")
+        return _final("out of memory", "out_of_memory")
     if isinstance(error, StoppedError):
         return ApiError(503, str(error), kind="server_error")
     _LOG.error("an answer failed: %r", error, exc_info=error)
     return ApiError(500, "the answer failed: see the server's log", kind="server_error")
+
+
+def _final(message: str, code: str) -> ApiError:
+    """A failure that would come again: OpenAI's clients ask twice more unless they are told."""
+    headers = {"x-should-retry": "false"}
+    return ApiError(500, message, kind="server_error", code=code, headers=headers)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil
 from time import monotonic
 from typing import Any, Literal, NamedTuple
@@ -33,7 +34,7 @@ from spiffy.runtime.models.text import Prompt, given_ids
 from spiffy.runtime.streaming import NewText
 from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.decoding import FILTERS
-from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.errors import is_of_one_decode
 
 _LOG = logging.getLogger("spiffy")
 
@@ -207,6 +208,8 @@ class Engine:
         metrics: Metrics | None = None,
     ) -> None:
         self.model, self.settings, self.graph = model, settings, graph
+        # Of a model that is served nobody changes the weights: after a NaN they are scanned once.
+        model.broken_weights = cache(model.broken_weights)  # type: ignore[method-assign]
         self.edges, self.limits = edges, limits
         #: What the model is called: of a folder, its own name.
         self.name = served_name(model.name)
@@ -444,12 +447,16 @@ class Engine:
         del self._jobs[id(job.task)]
         self._forget(job, ended=True)  # whoever has the answer may ask again at once
         error = job.task.error
-        if isinstance(error, SpiffyError) or (error is not None and is_out_of_memory(error)):
+        if error is not None and is_of_one_decode(error):
             # Nobody reads its frames, which hold what all who shared the forward had computed.
             error.__traceback__ = error.__context__ = None
         event = job.end()
-        self.metrics.ended(job.task, event.ids if isinstance(event, Done) else None)
-        if isinstance(event, Done) and self._draw.random() < self.limits.verify_share:
+        if isinstance(event, Failed):
+            self.metrics.ended(job.task, None)
+            return
+        self.metrics.ended(job.task, event.ids)
+        # Without drafts it was decoded plainly already.
+        if event.stats.drafted and self._draw.random() < self.limits.verify_share:
             self._keep_to_check(event)
 
     def _keep_to_check(self, done: Done) -> None:

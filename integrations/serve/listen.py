@@ -26,7 +26,7 @@ from spiffy.schemas import SpiffyError
 _HEAD_BYTES = 32 * 1024
 _PIECE = 4 << 10  # bytes of a head that are looked at together
 _HEAD_SECONDS = 10.0
-_IDLE_SECONDS = 30  # between two requests of a connection
+_UNREAD_SECONDS = 60.0  # that nothing is read of what waits to be sent
 _FAREWELL_SECONDS = 5  # for responses to say that the server has stopped
 #: Asked by whoever decides whether the server is well: many clients are no sign that it is not.
 _CHECKS = frozenset({"/health", "/metrics"})
@@ -35,11 +35,13 @@ _CHECKS = frozenset({"/health", "/metrics"})
 class BoundedProtocol(H11Protocol):
     """HTTP/1.1 that closes connections on which what has begun does not come in time.
 
-    That is the head of a request, and what is left of a body that was refused by its head.
+    That is the head of a request, and what is left of a body that was refused by its head. So too
+    of clients that do not read what they are sent.
     """
 
-    head_seconds = _HEAD_SECONDS
+    head_seconds, unread_seconds = _HEAD_SECONDS, _UNREAD_SECONDS
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
@@ -65,7 +67,30 @@ class BoundedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._wait_for_head(False)
+        self._stop_waiting_for_reader()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().pause_writing()
+        # Not close, which waits for what is unread to be read.
+        self._unread = self.loop.call_later(self.unread_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._stop_waiting_for_reader()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """See `H11Protocol`."""
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _limit(self) -> None:
         """Set the time that this connection has from here on, while no answer is made for it."""
@@ -97,10 +122,13 @@ class Sockets:
         At a time; further ones get 503, unless they ask for `/health` or `/metrics`.
     drain_seconds
         That requests have to end when the server is asked to stop.
+    keep_alive_seconds
+        Between two requests of a connection.
     """
 
     connections: int = 256
     drain_seconds: int = 60
+    keep_alive_seconds: int = 75
 
 
 class _Bounded:
@@ -152,7 +180,7 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_keep_alive=sockets.keep_alive_seconds,
             timeout_graceful_shutdown=sockets.drain_seconds + _FAREWELL_SECONDS,
             h11_max_incomplete_event_size=_HEAD_BYTES,
         )
@@ -191,7 +219,8 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
+        # A name such as localhost has several: the clients of most look for it at IPv4 first.
+        family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         sock = socket.socket(family, kind, protocol)
         if os.name == "posix":  # which elsewhere lets two servers listen at one port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

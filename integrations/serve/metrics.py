@@ -50,6 +50,12 @@ class Metrics:
         )
         self.running = Gauge("spiffy_running", "Answers being decoded.", registry=registry)
         self.waiting = Gauge("spiffy_waiting", "Answers that wait.", registry=registry)
+        self.last_forward = Gauge(
+            "spiffy_last_forward_timestamp_seconds",
+            "When the last forward ended, else when this began, in seconds since 1970.",
+            registry=registry,
+        )
+        self.last_forward.set_to_current_time()
         self.together = Histogram(
             "spiffy_together", "Answers that share a forward.", buckets=_TOGETHER, registry=registry
         )
@@ -64,6 +70,7 @@ class Metrics:
     def forward(self, together: int) -> None:
         """Count a forward."""
         self.forwards.inc()
+        self.last_forward.set_to_current_time()
         self.together.observe(together)
 
     def ended(self, task: Task, ids: Sequence[int] | None) -> None:

@@ -8,7 +8,7 @@ from time import perf_counter
 from spiffy.integrations.serve.engine import Engine
 from spiffy.runtime.budget.auto import auto_profile
 from spiffy.runtime.decode import Task, run
-from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import is_of_one_decode, said
 
 _LOG = logging.getLogger("spiffy")
 
@@ -37,8 +37,10 @@ def warm_up(engine: Engine, prompt: str) -> None:
         until = perf_counter() + _DRAFTING_SECONDS
         while (left := until - perf_counter()) > 0:
             _decode(engine, engine.task(prompt), left)
-    except SpiffyError as problem:
-        _LOG.warning("warming up: %s", problem)
+    except Exception as problem:
+        if not is_of_one_decode(problem):
+            raise
+        _LOG.warning("warming up: %s", said(problem))
 
 
 def _decode(engine: Engine, task: Task, limit: float) -> float:

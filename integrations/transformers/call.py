@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, StopStringCriteria
 
-from spiffy.integrations.transformers.model import family_of, known_model, settings_of, with_ends
+from spiffy.integrations.transformers.model import (
+    evaluating,
+    family_of,
+    known_model,
+    settings_of,
+    with_ends,
+)
 from spiffy.integrations.transformers.refused import (
     refuse_arguments,
     refuse_inputs,
@@ -101,29 +107,34 @@ def custom_generate(
 
     if mask_token_id is None:
         mask_token_id = getattr(generation_config, "mask_token_id", None)
-    lm = with_ends(known_model(model, graph, family, mask_token_id), model, generation_config)
-    longest = generation_config.max_length - input_ids.shape[1]
-    settings = settings_of(lm, graph, any_model, decoding, generation_config, longest)
-    sampled = settings.temperature > 0
-    drawn = int(torch.randint(1 << 62, ())) if seed is None and sampled else seed or 0
-    rows = []
-    for number, (given, prompt) in enumerate(zip(input_ids, prompts, strict=True)):
-        task = make_task(lm, prompt, settings, None, drawn, number)
-        task.keeps_path = False
-        drafts.give(task)
-        rows.append(Row(task, given, longest, asked_criteria(stopping_criteria, generation_config)))
-    pad = None if generation_config.pad_token_id is None else int(generation_config.pad_token_id)
-    if pad is None and len(rows) > 1:
-        pad = min(lm.eos_token_ids, default=None)
-        if pad is None and any(row.asked for row in rows):
-            raise SpiffyError("rows may end apart, and nothing says what pads them: pad_token_id=")
-    for _ in run(lm, [row.task for row in rows], len(rows)):
+    with evaluating(model):
+        lm = with_ends(known_model(model, graph, family, mask_token_id), model, generation_config)
+        longest = generation_config.max_length - input_ids.shape[1]
+        settings = settings_of(lm, graph, any_model, decoding, generation_config, longest)
+        sampled = settings.temperature > 0
+        drawn = int(torch.randint(1 << 62, ())) if seed is None and sampled else seed or 0
+        rows = []
+        asked = asked_criteria(stopping_criteria, generation_config)
+        for number, (given, prompt) in enumerate(zip(input_ids, prompts, strict=True)):
+            task = make_task(lm, prompt, settings, None, drawn, number)
+            task.keeps_path = False
+            drafts.give(task)
+            rows.append(Row(task, given, longest, asked))
+        pad = generation_config.pad_token_id
+        pad = None if pad is None else int(pad)
+        if pad is None and len(rows) > 1:
+            pad = min(lm.eos_token_ids, default=None)
+            if pad is None and any(row.asked for row in rows):
+                raise SpiffyError(
+                    "rows may end apart, and nothing says what pads them: pad_token_id="
+                )
+        for _ in run(lm, [row.task for row in rows], len(rows)):
+            if streamer is not None:
+                for tokens in rows[0].fresh():
+                    streamer.put(torch.tensor(tokens))
         if streamer is not None:
-            for tokens in rows[0].fresh():
-                streamer.put(torch.tensor(tokens))
-    if streamer is not None:
-        streamer.end()
-    return output_of(rows, pad, generation_config.return_dict_in_generate)
+            streamer.end()
+        return output_of(rows, pad, generation_config.return_dict_in_generate)
 
 
 def generate_with(place: str, model: Any, *args: Any, **options: Any) -> Any:

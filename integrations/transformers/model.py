@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from spiffy.runtime.models import FAMILIES, DiffusionLM, wrap
 from spiffy.runtime.models.wrapping import check_attention
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.decoding import MAX_POSITIONS
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Decoding is in evaluation mode; what was in training, such as dropout, is so again after."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def known_model(

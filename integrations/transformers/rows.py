@@ -49,7 +49,7 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]
             f"attention_mask of shape {[*attention_mask.shape]} does not fit input_ids of shape "
             f"{[*input_ids.shape]}"
         )
-    if not torch.isin(attention_mask, attention_mask.new_tensor([0, 1])).all():
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():  # isin takes no bool
         raise SpiffyError("attention_mask holds other values than 0 and 1")
     prompts = []
     for number, (ids, seen) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):

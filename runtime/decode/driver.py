@@ -15,7 +15,7 @@ from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.device import synchronize
 from spiffy.schemas import SpiffyError
-from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.errors import is_of_one_decode, is_out_of_memory
 from spiffy.schemas.records import MAX_NODES
 
 _Running = tuple[Task, Decoding, list[Row]]
@@ -24,9 +24,11 @@ _TRY_AGAIN = 512  # forwards that fitted, after which a little more is tried
 _FAR_LONGER = 2  # times the usual length
 
 
-def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Iterator[list[Task]]:
+def run(
+    model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1, *, failed_too: bool = False
+) -> Iterator[list[Task]]:
     """Decode tasks, up to `batch_size` at a time sharing their forwards: see `Scheduler.run`."""
-    return Scheduler(model, batch_size).run(tasks)
+    return Scheduler(model, batch_size).run(tasks, failed_too=failed_too)
 
 
 class Scheduler:
@@ -36,7 +38,8 @@ class Scheduler:
     again with half the drafts; if there are none left, without the decode that is far longer than
     the others, else with half of them: the rest waits and is begun anew, for what it holds takes
     memory too. What fitted is remembered, and exceeded a little after many forwards; if a decode
-    does not fit alone, all was its fault. For one thread.
+    does not fit alone, all was its fault, and so it was if it is the far longer one and has ended.
+    For one thread.
 
     Raises
     ------
@@ -68,6 +71,7 @@ class Scheduler:
         self._most_drafts, self._most_decodes = MAX_NODES, batch_size  # that fitted
         self._fitted = 0  # forwards since one did not
         self._unhurt: tuple[int, int] | None = None  # the same two before that
+        self._far_longer: list[Task] = []  # on whose account they were lowered
 
     def __len__(self) -> int:
         """Number of tasks that are decoded or wait."""
@@ -88,13 +92,18 @@ class Scheduler:
         """Tasks that share the next forward with others that may join it."""
         return [task for task, _, _ in self._running]
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[list[Task]]:
+    def run(self, tasks: Iterable[Task], *, failed_too: bool = False) -> Iterator[list[Task]]:
         """Decode tasks, which are taken when there is room for them.
 
         Yields after every forward the tasks that it finished, often none; their `path` and `stats`
         are up to date at any time. The error of a task that fails is raised after those that the
-        same forward finished.
+        same forward finished. With `failed_too` such a task is yielded too, with its `error`,
+        unless that is no matter of this decode alone.
         """
+
+        def is_yielded(task: Task) -> bool:
+            return task.error is None or (failed_too and is_of_one_decode(task.error))
+
         more = iter(tasks)
         while True:
             while len(self) < self.batch_size and (task := next(more, None)) is not None:
@@ -102,9 +111,9 @@ class Scheduler:
             if not self.busy:
                 return
             finished = self.step()
-            yield [task for task in finished if task.error is None]
+            yield [*filter(is_yielded, finished)]
             for task in finished:
-                if task.error is not None:
+                if task.error is not None and not is_yielded(task):
                     raise task.error
 
     def add(self, task: Task) -> None:
@@ -115,6 +124,7 @@ class Scheduler:
         """Give up a task: the next forward is without its rows. No matter if it is not there."""
         self._waiting = deque(other for other in self._waiting if other is not task)
         self._running = [entry for entry in self._running if entry[0] is not task]
+        self._let_go(task)
 
     def step(self) -> list[Task]:
         """Make a forward; returns the tasks that it finished.
@@ -160,6 +170,8 @@ class Scheduler:
                 finished.append(task)
         for task, _, _ in walked:
             task.stats.seconds += perf_counter() - started
+        for task in finished:
+            self._let_go(task)
         return finished
 
     def _begin(self) -> list[Task]:
@@ -206,16 +218,16 @@ class Scheduler:
             return failed
         if len(tasks) == 1:
             self._running = []
-            self._most_drafts, self._most_decodes = self._unhurt
-            self._unhurt = None
-            for task in self._waiting:
-                if task.anew:
-                    task.allow(self._most_drafts)
+            self._far_longer = [task for task in self._far_longer if task is not tasks[0]]
+            self._restore()
             tasks[0].error = torch.OutOfMemoryError(
                 "a forward without drafts does not fit into memory"
             )
             return tasks
-        left_out = _left_out(tasks)
+        longest = _far_longer(tasks)
+        left_out = tasks[len(tasks) // 2 :] if longest is None else [longest]  # the younger half
+        if longest is not None and longest not in self._far_longer:
+            self._far_longer.append(longest)
         self._most_decodes = len(tasks) - len(left_out)
         self._running = [entry for entry in self._running if entry[0] not in left_out]
         for task in reversed(left_out):
@@ -223,10 +235,27 @@ class Scheduler:
             self._waiting.appendleft(task)
         return []
 
+    def _let_go(self, task: Task) -> None:
+        """Where one that was far longer than the others is gone, what it took comes back."""
+        if task in self._far_longer:
+            self._far_longer.remove(task)
+            if not self._far_longer:
+                self._restore()
+
+    def _restore(self) -> None:
+        """Allow again what was allowed before memory was short."""
+        if self._unhurt is None:
+            return
+        self._most_drafts, self._most_decodes = self._unhurt
+        self._unhurt = None
+        for task in (*self.running, *(task for task in self._waiting if task.anew)):
+            task.allow(self._most_drafts)
+
     def _remember_that_it_fitted(self) -> None:
         self._fitted += 1
         if self._fitted % _TRY_AGAIN == 0:
-            if not any(task.anew for task in self._waiting):  # else one may be to blame yet
+            blamed = [*self._far_longer, *(task for task in self._waiting if task.anew)]
+            if not blamed:  # else one may be to blame yet
                 self._unhurt = None
             if self._most_drafts < MAX_NODES:
                 self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
@@ -235,13 +264,11 @@ class Scheduler:
             self._most_decodes = min(self._most_decodes + 1, self.batch_size)
 
 
-def _left_out(tasks: Sequence[Task]) -> list[Task]:
-    """Who waits where not all fit: one that is far longer than most, else the younger half."""
+def _far_longer(tasks: Sequence[Task]) -> Task | None:
+    """The one that is far longer than most, if any is."""
     longest = max(tasks, key=lambda task: task.canvas.length)
     usual = median_low(task.canvas.length for task in tasks)
-    if longest.canvas.length > _FAR_LONGER * usual:
-        return [longest]
-    return list(tasks[len(tasks) // 2 :])
+    return longest if longest.canvas.length > _FAR_LONGER * usual else None
 
 
 def _forward(model: DiffusionLM, running: Sequence[_Running]) -> list[RowOutput] | None:

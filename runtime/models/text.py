@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, TypeGuard
@@ -23,6 +24,9 @@ _Render = Callable[[Sequence[Message]], str]
 # Stand for the first characters of spelled special tokens while a template sees them: private-use
 # characters, which no template trims, cases or splits, one for each.
 _STAND_INS = (0xF_8000, 0x10_8000)
+
+
+_SPELLING = 8  # tokens that one character may take
 
 
 class TextCodec:
@@ -111,16 +115,29 @@ class TextCodec:
             at = min((k for word in words if (k := text.find(word)) >= 0), default=None)
             if at is None:
                 continue
-            for count in range(len(token_ids), -1, -1):
-                ids = list(token_ids[:count])
-                start = self.decode(ids, with_special=with_special)
-                if text[:at].startswith(start):
-                    found.append((count, self.decode(ids) + text[len(start) : at], ids))
-                    break
+            ids, start = self._within(token_ids, text[:at], with_special)
+            found.append((len(ids), self.decode(ids) + text[len(start) : at], ids))
         if not found:
             return None
         _, shown, ids = min(found)
         return shown, ids
+
+    def _within(
+        self, token_ids: Sequence[int], text: str, with_special: bool
+    ) -> tuple[list[int], str]:
+        """As many of the first ids as spell a beginning of the text, and that beginning."""
+
+        def spelled(count: int) -> str:
+            return self.decode(token_ids[:count], with_special=with_special)
+
+        # Text grows with the tokens, but for characters that several of them spell; to decode it
+        # for every number of them would hold up whoever shares the thread.
+        counts = range(len(token_ids) + 1)
+        longer = bisect_right(counts, len(text), key=lambda count: len(spelled(count)))
+        for count in reversed(counts[: longer + _SPELLING]):
+            if text.startswith(start := spelled(count)):
+                break
+        return list(token_ids[:count]), start
 
     def _raw(self, prompt: str | Sequence[Message], system: str | None) -> list[int]:
         if not isinstance(prompt, str):
