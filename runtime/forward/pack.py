@@ -142,16 +142,21 @@ def forward(
     `lengths` are those of the whole sequences, row by row, where RoPE depends on them.
     """
     sizes = [len(row.ids) for row in rows]
-    ids, positions, at, pairs, *masks = on_device(
+    runs = [_at_once(row, model) for row in rows]
+    ids, positions, at, pairs, *others = on_device(
         [
             torch.cat([row.ids for row in rows]),
             torch.cat([row.positions for row in rows]),
             *numbered([row.asked for row in rows], sizes),
+            *(places for places in runs if places is not None),
             *(row.mask for row in rows if row.mask is not None),
         ],
         model.device,
     )
-    hidden = model.hidden_states(ids, positions, list(_groups(rows, masks, lengths)))
+    there = iter(others)
+    places = [None if each is None else next(there) for each in runs]
+    masks = [None if row.mask is None else next(there) for row in rows]
+    hidden = model.hidden_states(ids, positions, list(_groups(rows, places, masks, lengths)))
     asked = [row.asked for row in rows if row.asked is not None]
     said = iter(read(model, asked, hidden, at, pairs) if asked else ())
     return [
@@ -160,16 +165,30 @@ def forward(
     ]
 
 
+def _at_once(row: Row, model: DiffusionLM) -> Tensor | None:
+    """Places of keys and values (int64 [query]), where one kernel is better than one for each run.
+
+    On the CPU nothing is launched, and runs are copied faster.
+    """
+    if len(row.places) < 2 or model.device.type == "cpu":
+        return None
+    return torch.from_numpy(np.concatenate([np.arange(run.start, run.stop) for run in row.places]))
+
+
 def _groups(
-    rows: Sequence[Row], masks: Sequence[Tensor], lengths: Sequence[int] | None
+    rows: Sequence[Row],
+    places: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    lengths: Sequence[int] | None,
 ) -> Iterator[Group]:
-    """Rows that attend to themselves alone, and are equally long, attend together."""
-    on_device = iter(masks)
+    """Rows that attend to themselves alone, and are equally long, attend together.
+
+    `places` and `masks` are the rows', on the device.
+    """
     wholes: Sequence[int | None] = [None] * len(rows) if lengths is None else lengths
     alike: Group | None = None
-    for row, whole in zip(rows, wholes, strict=True):
-        mask = None if row.mask is None else next(on_device)
-        group = Group(1, len(row.ids), mask, row.kept, row.places, row.keys, whole)
+    for row, at, mask, whole in zip(rows, places, masks, wholes, strict=True):
+        group = Group(1, len(row.ids), mask, row.kept, row.places, row.keys, whole, at)
         if alike is not None and mask is None and alike._replace(rows=1) == group:
             alike = alike._replace(rows=alike.rows + 1)
             continue
