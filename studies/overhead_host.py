@@ -180,7 +180,7 @@ def _is_view(name: str) -> bool:
     packet = getattr(torch.ops.aten, name)
     returns = getattr(packet, packet.overloads()[0])._schema.returns
     shared = any(part.alias_info and not part.alias_info.is_write for part in returns)
-    return shared or name.startswith("empty")
+    return shared or name == "_unsafe_view" or name.removeprefix("new_").startswith("empty")
 
 
 def counted(model: DiffusionLM, task: Task, far: Any) -> tuple[float, float]:

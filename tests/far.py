@@ -8,7 +8,10 @@ makes the host wait for the device. Use `device="far"` where "cuda" would stand,
 crossings   how often the host waited, by kind: "copy to host", "copy from host" (there CUDA waits
             too, unless memory is pinned), "host index", "mask index", or the kernel (nonzero, ...);
 sources     the same by kind and line, the innermost one of `packages` on the Python stack;
-calls       how often each kernel ran, about the launches on a GPU; `reset()` clears all three.
+calls       how often each kernel ran, about the launches on a GPU;
+sent        bytes that copies from the host sent there, by what they hold (a dtype).
+
+`reset()` clears them all.
 
 A device type stays until the process ends, and libraries ask for it: `device_cases.py` runs in a
 process of its own.
@@ -37,6 +40,7 @@ packages = {"spiffy", "transformers"}
 crossings: Counter[str] = Counter()
 sources: Counter[tuple[str, str]] = Counter()
 calls: Counter[str] = Counter()
+sent: Counter[str] = Counter()
 
 _MOVES = {"_to_copy", "copy_", "_copy_from"}
 _INDEXES = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
@@ -48,7 +52,7 @@ _WAITS = {"_local_scalar_dense", "equal", "allclose", "nonzero", "masked_select"
 
 def reset() -> None:
     """Start counting anew."""
-    for counter in (crossings, sources, calls):
+    for counter in (crossings, sources, calls, sent):
         counter.clear()
 
 
@@ -116,6 +120,10 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     to_host = device is not None and torch.device(device).type == "cpu"
     if name in _MOVES:
         to_host |= name != "_to_copy" and not isinstance(args[name != "copy_"], Far)
+        if not to_host:
+            for part in tensors:
+                if not isinstance(part, Far):
+                    sent[str(part.dtype)] += part.numel() * part.itemsize
         if to_host:
             _cross("copy to host")
         elif len(ours) < len(tensors) and not (kwargs.get("non_blocking") or args[2:3] == (True,)):

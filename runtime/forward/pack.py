@@ -142,16 +142,21 @@ def forward(
     `lengths` are those of the whole sequences, row by row, where RoPE depends on them.
     """
     sizes = [len(row.ids) for row in rows]
-    ids, positions, at, cross_pairs, *masks = on_device(
+    runs = [_at_once(row, model) for row in rows]
+    ids, positions, at, cross_pairs, *others = on_device(
         [
             torch.cat([row.ids for row in rows]),
             torch.cat([row.positions for row in rows]),
             *merged([row.request for row in rows], sizes),
+            *(slots for slots in runs if slots is not None),
             *(row.mask for row in rows if row.mask is not None),
         ],
         model.device,
     )
-    hidden = model.hidden_states(ids, positions, list(_groups(rows, masks, lengths)))
+    there = iter(others)
+    slots = [None if each is None else next(there) for each in runs]
+    masks = [None if row.mask is None else next(there) for row in rows]
+    hidden = model.hidden_states(ids, positions, list(_groups(rows, slots, masks, lengths)))
     return _outputs(model, rows, hidden, at, cross_pairs)
 
 
@@ -179,20 +184,31 @@ def _outputs(
     ]
 
 
+def _at_once(row: Row, model: DiffusionLM) -> Tensor | None:
+    """Slots of keys and values (int64 [query]), where one kernel is better than one for each run.
+
+    On the CPU nothing is launched, and runs are copied faster.
+    """
+    if len(row.slots) < 2 or model.device.type == "cpu":
+        return None
+    return torch.from_numpy(np.concatenate([np.arange(run.start, run.stop) for run in row.slots]))
+
+
 def _groups(
-    rows: Sequence[Row], masks: Sequence[Tensor], lengths: Sequence[int] | None
+    rows: Sequence[Row],
+    slots: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    lengths: Sequence[int] | None,
 ) -> Iterator[Group]:
     """Rows that attend to themselves alone, and are equally long, attend together.
 
-    `masks` are those of the rows that have one, on the device.
+    `slots` and `masks` are the rows', on the device.
     """
-    masks_there = iter(masks)
     wholes: Sequence[int | None] = [None] * len(rows) if lengths is None else lengths
     alike: Group | None = None
-    for row, whole in zip(rows, wholes, strict=True):
-        mask = None if row.mask is None else next(masks_there)
+    for row, at, mask, whole in zip(rows, slots, masks, wholes, strict=True):
         assert row.kv is None or isinstance(row.kv, KeyValues)  # else an engine's rows
-        group = Group(1, len(row.ids), mask, row.kv, row.slots, row.kv_end, whole)
+        group = Group(1, len(row.ids), mask, row.kv, row.slots, row.kv_end, whole, at)
         if alike is not None and mask is None and alike._replace(rows=1) == group:
             alike = alike._replace(rows=alike.rows + 1)
             continue

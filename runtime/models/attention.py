@@ -50,7 +50,12 @@ class KeyValues:
         self._slots = self.length + (1 << (more - 1).bit_length() if more else 0)
 
     def put(
-        self, layer: int, fresh: Sequence[Tensor], slots: Sequence[range], kv_end: int
+        self,
+        layer: int,
+        fresh: Sequence[Tensor],
+        slots: Sequence[range],
+        kv_end: int,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Put a row's keys and values into their slots, and show all before slot `kv_end`.
 
@@ -60,12 +65,17 @@ class KeyValues:
             Keys and values, [1, heads, query, head_dim] each.
         slots
             Where they go, run by run.
+        at
+            The same, int64 [query] on the device, if they go there at once and not run by run.
         """
         buffers = self._buffers.get(layer)
         if buffers is None or buffers[0].shape[2] < kv_end:
             buffers = [self._grown(k, part, buffers) for k, part in enumerate(fresh)]
             self._buffers[layer] = buffers
         for buffer, part in zip(buffers, fresh, strict=True):
+            if at is not None:
+                buffer.index_copy_(2, at.to(buffer.device), part)
+                continue
             first = 0
             for run in slots:
                 stop = first + len(run)
@@ -120,6 +130,8 @@ class Group(NamedTuple):
         Slots before this one are attended to.
     whole
         Length of the sequence that each row is a part of, where RoPE depends on it.
+    at
+        The slots on the device (int64), where several runs are put there at once.
     """
 
     rows: int
@@ -129,6 +141,7 @@ class Group(NamedTuple):
     slots: Sequence[range] = ()
     kv_end: int = 0
     whole: int | None = None
+    at: Tensor | None = None
 
 
 class Masked(Protocol):
@@ -184,26 +197,39 @@ class _Arrangement:
         `layer` is transformers' module, for attention that is not torch's, and `number` its number.
         """
         self.layers += 1
+        # Heads that share keys and values are put below each other, so that these are not repeated.
+        shared = query.shape[1] // key.shape[1] if self.attention == "sdpa" else 1
+        below = _below(query, shared)
         found, start = [], 0
         for which, group in enumerate(self.groups):
             stop = start + group.rows * group.length
-            own = [query, key, value]
+            own = [below, key, value]
             if start or stop < query.shape[2]:
-                own = [part[:, :, start:stop] for part in own]
+                own = [part[:, :, start:stop] for part in (key, value)]
+                own.insert(0, below[:, :, shared * start : shared * stop])
             if group.kv is not None:
-                own[1:] = group.kv.put(number, own[1:], group.slots, group.kv_end)
+                own[1:] = group.kv.put(number, own[1:], group.slots, group.kv_end, group.at)
             elif group.rows > 1:
                 own = [_apart(part, group.rows) for part in own]
-            out = self._attended(layer, which, *own, **options)
+            out = self._attended(layer, which, shared, *own, **options)
             found.append(out.flatten(0, 1))
             start = stop
         if padding := query.shape[2] - start:  # whose values nobody reads
             found.append(out.new_zeros(padding, *out.shape[2:]))
-        return (found[0] if len(found) == 1 else torch.cat(found))[None]
+        # All that was moved about is copied once, here.
+        return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1, -2)[None]
 
     def _attended(
-        self, layer: Any, which: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self,
+        layer: Any,
+        which: int,
+        shared: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **options: Any,
     ) -> Tensor:
+        """One group's, [rows, length, ..., head_dim]; the queries come as `_below` gives them."""
         if self.attention != "sdpa":
             compute = _function(layer, self.attention)
             if self.attention == "eager":
@@ -212,17 +238,14 @@ class _Arrangement:
                 mask = self._seen(which, query, key)
             out, _ = compute(layer, query, key, value, mask, is_causal=False, **options)
             return out  # type: ignore[no-any-return]
-        # Heads that share keys and values are put below each other, so that these are not repeated.
-        rows, heads, length, width = query.shape
-        shared = heads // key.shape[1]
-        below = query.reshape(rows, heads // shared, shared * length, width)
         if self.masked is not None and self.groups[which].mask is not None:
             prepared = self._prepared(which, shared, query)
-            out = self.masked(below, key, value, prepared, options["scaling"])
+            out = self.masked(query, key, value, prepared, options["scaling"])
         else:
             mask = self._added(which, shared, query)
-            out = scaled_dot_product_attention(below, key, value, mask, scale=options["scaling"])
-        return out.reshape(rows, heads, length, -1).transpose(1, 2)
+            out = scaled_dot_product_attention(query, key, value, mask, scale=options["scaling"])
+        rows, heads, below, width = out.shape
+        return out.view(rows, heads, below // shared, shared, width).permute(0, 2, 1, 3, 4)
 
     def _prepared(self, which: int, shared: int, query: Tensor) -> Any:
         """A group's mask as `masked` wants it, for [.., shared * length, keys]."""
@@ -231,7 +254,7 @@ class _Arrangement:
         assert mask is not None
         made = (which, shared, "prepared")
         if made not in self._masks:
-            self._masks[made] = self.masked.prepared(mask.to(query.device).repeat(shared, 1))
+            self._masks[made] = self.masked.prepared(_each(mask.to(query.device), shared))
         return self._masks[made]
 
     def _seen(self, which: int, query: Tensor, key: Tensor) -> Tensor:
@@ -252,10 +275,26 @@ class _Arrangement:
         made = (which, shared, query.device, query.dtype)
         if made not in self._masks:
             # Elsewhere than the other inputs only where a device map spreads the model.
-            mask = mask.to(query.device)
-            mask = mask.repeat(shared, 1) if shared > 1 else mask
+            mask = _each(mask.to(query.device), shared)
             self._masks[made] = added(mask, query.dtype)[None, None]
         return self._masks[made]  # type: ignore[no-any-return]
+
+
+def _below(query: Tensor, shared: int) -> Tensor:
+    """From [1, heads, query, head_dim] to [1, heads / shared, query * shared, head_dim].
+
+    Position by position, so that those of a group lie together.
+    """
+    if shared == 1:
+        return query
+    _, heads, positions, width = query.shape
+    apart = query.view(1, heads // shared, shared, positions, width)
+    return apart.transpose(2, 3).flatten(2, 3)
+
+
+def _each(mask: Tensor, shared: int) -> Tensor:
+    """The rows of a mask (bool [query, keys]) as often, in the order of `_below`."""
+    return mask if shared == 1 else mask[:, None].expand(-1, shared, -1).flatten(0, 1)
 
 
 def _apart(part: Tensor, rows: int) -> Tensor:

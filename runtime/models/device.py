@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from statistics import median
 from threading import Lock
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.backends import cuda
@@ -72,5 +72,6 @@ def without_cudnn(device: torch.device) -> Iterator[None]:
 
 def _can_spare() -> bool:
     """Whether torch may use cuDNN's attention, and would have another one without it."""
-    others = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
-    return cuda.cudnn_sdp_enabled() and any(others)
+    own: Any = cuda  # whose questions have no types
+    others = (own.flash_sdp_enabled(), own.mem_efficient_sdp_enabled(), own.math_sdp_enabled())
+    return own.cudnn_sdp_enabled() and any(others)

@@ -97,7 +97,7 @@ class _Forward(NamedTuple):
         state = torch.arange(1 + case.drafts, device="cpu").repeat_interleave(case.block)
         own = (state[:, None] == state) | (state == 0)
         seen = torch.cat((own.new_ones(len(state), case.prefix), own), dim=1)
-        mask = seen.repeat(shape.shared, 1).to(device)
+        mask = seen.repeat_interleave(shape.shared, 0).to(device)
         draw = torch.Generator("cpu").manual_seed(0)
 
         def drawn(positions: int, heads: int) -> Tensor:  # as layers make it
