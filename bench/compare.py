@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from spiffy.bench.tables import interval, markdown_table, quantity
+from spiffy.bench.tables import markdown_table, quantity, ratio
 from spiffy.schemas.bench import Bench, Result
 
 #: Settings by which numbers they make incomparable.
@@ -150,7 +150,7 @@ def _table(a: Bench, b: Bench, spoilt: set[str]) -> str:
                     after.tokens_per_second / before.tokens_per_second,
                     speeds,
                 ),
-                f"{interval(before.speedup)} -> {interval(after.speedup)}",
+                f"{ratio(a, before.speedup)} -> {ratio(b, after.speedup)}",
                 _accuracies(before, after),
             ]
         )

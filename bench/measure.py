@@ -37,7 +37,7 @@ from spiffy.runtime.decode import Task, make_task
 from spiffy.runtime.generate import collect
 from spiffy.runtime.models.text import Prompt
 from spiffy.runtime.step.canvas import Canvas, Cursor
-from spiffy.schemas.bench import Interval, Machine, Result, Split, Walkthrough
+from spiffy.schemas.bench import INTERVAL_PROMPTS, Interval, Machine, Result, Split, Walkthrough
 from spiffy.schemas.labels import budgets_in_words
 
 _DRAWS = 2000
@@ -339,13 +339,16 @@ def _speed(rows: Sequence[Row]) -> float:
 def speedup(rows: Sequence[Row], base: Sequence[Row]) -> Interval:
     """Seconds of plain decoding over ours: the median prompt, of medians over its repeats.
 
-    The interval resamples prompts: other prompts of this kind would give another median.
+    The interval resamples prompts: other prompts of this kind would give another median. Of too
+    few prompts for one, it is the range.
     """
     plain = {(row.prompt, row.repeat): row.seconds for row in base}
     ratios: dict[int, list[float]] = {}
     for row in rows:
         ratios.setdefault(row.prompt, []).append(plain[row.prompt, row.repeat] / row.seconds)
     values = [median(of) for of in ratios.values()]
+    if len(values) < INTERVAL_PROMPTS:
+        return Interval(value=median(values), low=min(values), high=max(values))
     generator = random.Random(0)
     medians = sorted(median(generator.choices(values, k=len(values))) for _ in range(_DRAWS))
     return Interval(

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from spiffy.bench import tables
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.bench import Bench, Walkthrough
+from spiffy.schemas.bench import INTERVAL_PROMPTS, Bench, Walkthrough
 from spiffy.schemas.html import presentable, visible
 from spiffy.schemas.io import write_atomically
 from spiffy.schemas.labels import acceptance_in_words, device_in_words, policy_in_words
@@ -219,13 +219,15 @@ def _tiles(bench: Bench) -> Pairs:
     if best is None:
         return []
     ratio = best.speedup
+    spread = f"too few prompts for an interval: {INTERVAL_PROMPTS} are needed"
+    if bench.has_intervals:
+        spread = f"95% interval {ratio.low:.2f} to {ratio.high:.2f}"
     tiles = [
         (f"{tables.fewer_forwards(bench, best):.2f}x", f"fewer forwards (NFE {best.nfe:,})"),
         (f"{tables.more_positions(bench, best):.2f}x", "positions computed"),
         (
             f"{ratio.value:.2f}x",
-            f"plain decoding's speed (95% interval {ratio.low:.2f} to {ratio.high:.2f}), "
-            f"{best.tokens_per_second:,.1f} tokens/s",
+            f"plain decoding's speed ({spread}), {best.tokens_per_second:,.1f} tokens/s",
         ),
         (
             f"{best.compared - best.differing}/{best.compared}",
@@ -255,7 +257,9 @@ def _conditions(bench: Bench) -> Pairs:
     if data.system is not None:
         data_text += f"; after the system message {data.system!r}"
     if data.left_out:
-        data_text += f"; {data.left_out} left out (too long for the model)"
+        data_text += (
+            f"; {data.left_out} left out (they cannot be decoded: too long, or not encodable)"
+        )
     overlap = "none of them was calibrated on"
     if data.calibrated_on is None:
         overlap = "whether any of them was calibrated on is not known: the draft graph does not say"
@@ -299,8 +303,10 @@ def _conditions(bench: Bench) -> Pairs:
         (
             "Ratios",
             f"against {bench.baseline}, prompt by prompt: medians over repeats, then over prompts, "
-            "with 95% bootstrap intervals (prompts resampled). Counts (NFE, positions, steps) "
-            "repeat exactly, but for those of auto, which learns from times; seconds do not.",
+            f"with 95% bootstrap intervals (prompts resampled, {INTERVAL_PROMPTS} or more). The "
+            "fastest method is picked after all were measured, which flatters it a little; auto "
+            "had to choose beforehand. Counts (NFE, positions, steps) repeat exactly, but for "
+            "those of auto and model, which learn while they decode; seconds do not.",
         ),
     ]
 

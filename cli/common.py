@@ -28,6 +28,7 @@ from spiffy.cli.streams import OutputError, guarded_streams
 from spiffy.cli.threads import wait_passively
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.labels import ties_in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,11 +102,7 @@ def note_if_inexact(settings: DecodingSettings) -> None:
 def note_of_ties(lm: DiffusionLM) -> None:
     """Say what may be behind an answer that is not plain decoding's, and how to tell."""
     dtype = str(lm.dtype).removeprefix("torch.")
-    if dtype in ("float32", "float64"):
-        cause, finer = "a tie in floating point can do that, though seldom", "float64"
-    else:
-        cause = "near-ties can do that, as another batch size can: the shape of a forward decides"
-        finer = "float32"
+    cause, finer = ties_in_words(dtype)
     log.print(
         f"tokens differ, in {dtype}: {cause}. Repeat with --dtype {finer}; if they still differ, "
         "please report it (docs/losslessness.md)",

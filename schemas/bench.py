@@ -16,6 +16,9 @@ from spiffy.schemas.records import CostProfile, ModelRecord, Node, Record
 
 FORMAT = "spiffy.bench"
 VERSION = "1.1"
+#: Fewer have no 95% interval of their median: even all of their range, from the least to the
+#: greatest of n prompts, holds it with a chance of 1 - 2 ** (1 - n) only.
+INTERVAL_PROMPTS = 6
 
 MethodKind = Literal[
     "plain", "freedave", "chain", "paper", "pruned", "graph", "model", "order", "auto", "perfect"
@@ -23,7 +26,10 @@ MethodKind = Literal[
 
 
 class Interval(Record):
-    """A value and the ends of its 95% bootstrap interval, prompts resampled."""
+    """A value and the ends of its 95% bootstrap interval, prompts resampled.
+
+    Of fewer than `INTERVAL_PROMPTS` prompts they are the least and the greatest prompt's value.
+    """
 
     value: float
     low: float
@@ -403,6 +409,11 @@ class Bench(Record):
             ),
             table(headings, rows),
         )
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are prompts enough to say how sure a ratio is."""
+        return self.data.samples >= INTERVAL_PROMPTS
 
     def result(self, name: str) -> Result:
         """The result of that name.

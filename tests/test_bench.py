@@ -168,6 +168,9 @@ def test_speedup_is_the_median_prompt_and_pairs_what_ran_together() -> None:
     found = speedup(ours, plain)
     assert found.value == pytest.approx(3.0)
     assert (found.low, found.high) == (pytest.approx(2.0), pytest.approx(8.0))
+    many = rows_of({(prompt, 0): 2.0 + prompt for prompt in range(6)})
+    found = speedup(rows_of({(prompt, 0): 1.0 for prompt in range(6)}), many)
+    assert 2.0 <= found.low < found.value < found.high <= 7.0
     even = speedup(plain, plain)
     assert (even.value, even.low, even.high) == (1.0, 1.0, 1.0)
 

@@ -27,7 +27,7 @@ from spiffy.bench.report import write_calibration_report, write_report
 from spiffy.cli.graph import app as graph_app
 from spiffy.graphs.diff import differences
 from spiffy.schemas import DraftGraph, Node, SpiffyError
-from spiffy.schemas.bench import Acceptance, Bench, Draft, Interval, Turn
+from spiffy.schemas.bench import INTERVAL_PROMPTS, Acceptance, Bench, Draft, Interval, Turn
 from spiffy.schemas.html import visible
 
 ROOT = Path(__file__).parent.parent
@@ -288,7 +288,7 @@ def numbers(cell: str) -> list[float]:
 
 
 def test_the_markdown_table_is_the_data() -> None:
-    bench = example_bench()
+    bench = of_prompts(example_bench(), INTERVAL_PROMPTS)
     lines = tables.markdown(bench).splitlines()
     headings, rule, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines)
     assert len({len(row) for row in (headings, rule, *rows)}) == 1
@@ -327,8 +327,12 @@ def test_a_markdown_cell_cannot_end_its_column() -> None:
     assert table.splitlines()[2:] == ["| x y | 1 \\| 2 |", "| - | - |"]
 
 
+def of_prompts(bench: Bench, samples: int) -> Bench:
+    return bench.model_copy(update={"data": bench.data.model_copy(update={"samples": samples})})
+
+
 def with_speed(name: str, value: float, low: float, high: float, **changed: Any) -> Bench:
-    bench = example_bench()
+    bench = of_prompts(example_bench(), INTERVAL_PROMPTS)
     speedup = Interval(value=value, low=low, high=high)
     slow = Interval(value=0.5, low=0.4, high=0.6)
     rows = [
@@ -356,10 +360,34 @@ def test_the_headline_says_whether_drafts_pay(
 
 
 def test_the_headline_never_praises_bounds_or_what_loses_tokens() -> None:
+    shared = example_bench().decoding.model_copy(update={"cache": "prefix-shared"})
     for name, changed in (("perfect 4", {}), ("graph 4", {"differing": 1})):
-        best = tables.headline(with_speed(name, 9.0, 8.0, 10.0, **changed)).best
+        bench = with_speed(name, 9.0, 8.0, 10.0, **changed)
+        best = tables.headline(bench.model_copy(update={"decoding": shared})).best
         assert best is not None
         assert best.name != name
+
+
+def test_a_near_tie_hides_no_method_and_is_told() -> None:
+    bench = with_speed("graph 4", 1.5, 1.2, 1.8, compared=80, differing=6)
+    machine = bench.machine.model_copy(update={"dtype": "bfloat16, prepacked"})
+    told = tables.headline(bench.model_copy(update={"machine": machine}))
+    assert told.best is not None
+    assert (told.verdict, told.best.name) == ("pays", "graph 4")
+    assert "Of the 80 answers of graph 4 6 differ" in told.sentence
+    assert "In bfloat16 near-ties can do that" in told.sentence
+    assert "--dtype float32" in told.sentence
+    assert ("74/80", "answers identical, token for token") in report._tiles(bench)
+
+
+@pytest.mark.parametrize("prompts", [1, 5, 6])
+def test_few_prompts_have_no_interval_and_no_verdict(prompts: int) -> None:
+    bench = of_prompts(with_speed("graph 4", 1.5, 1.2, 1.8), prompts)
+    enough, told = prompts == 6, tables.headline(bench)
+    assert told.verdict == ("pays" if enough else "unclear")
+    assert (f"({prompts}): an interval needs 6" in told.sentence) == (not enough)
+    assert ("1.50x (1.20-1.80)" in tables.markdown(bench)) == enough
+    assert ("95% interval 1.20" in str(report._tiles(bench))) == enough
 
 
 def test_the_headline_says_what_auto_chose() -> None:
