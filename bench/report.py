@@ -250,6 +250,14 @@ def _conditions(bench: Bench) -> Pairs:
         else f"{machine.load[0]:.2f} at the start, {machine.load[1]:.2f} at the end (1 minute)"
     )
     versions = ", ".join(f"{name} {v}" for name, v in sorted(machine.versions.items()))
+    costs = []
+    if bench.costs_known is not None:
+        began = "costs measured before on this machine" if bench.costs_known else "no known costs"
+        costs = [("auto began with", began)]
+    if bench.machine.threads is None and any(r.kind == "order" for r in bench.results):
+        costs.append(
+            ("Order network", "drafts on the host's CPU: its seconds are no measure of it")
+        )
     model = bench.model
     data_text = f"{_counted(data.samples, 'prompt')} of {data.dataset}, seed {data.seed}"
     if data.raw:
@@ -260,11 +268,16 @@ def _conditions(bench: Bench) -> Pairs:
         data_text += (
             f"; {data.left_out} left out (they cannot be decoded: too long, or not encodable)"
         )
+    if data.stopped:
+        data_text += "; stopped early, with fewer prompts or repeats than asked for"
     overlap = "none of them was calibrated on"
     if data.calibrated_on is None:
         overlap = "whether any of them was calibrated on is not known: the draft graph does not say"
     elif data.calibrated_on:
         overlap = f"{data.calibrated_on} of them were calibrated on too: not held out"
+    edges = ", ".join(bench.edges) or "none"
+    if any(result.kind == "freedave" for result in bench.results):
+        edges += "; freedave has none, as FreeDave's own loop"
     adapter = "" if bench.adapter is None else f", with the adapter {bench.adapter}"
     graph_model = "" if bench.graph_model is None else f", made for {bench.graph_model}"
     return [
@@ -281,7 +294,7 @@ def _conditions(bench: Bench) -> Pairs:
             f"positions; cache {d.cache}{'' if d.exact else ' (near-lossless)'}; temperature "
             f"{d.temperature:g}",
         ),
-        ("Block edges", ", ".join(bench.edges) or "none"),
+        ("Block edges", edges),
         (
             "Draft graph",
             f"{len(bench.nodes)} nodes, digest {bench.graph_digest}{graph_model}",
@@ -291,12 +304,14 @@ def _conditions(bench: Bench) -> Pairs:
         (
             "Repeats",
             f"{_counted(data.repeats, 'counted decode')} of each prompt by each method, after "
-            f"{data.warm_up} not counted (warm-up)",
+            f"{data.warm_up} of the first prompt that {'is' if data.warm_up == 1 else 'are'} not "
+            "counted (warm-up)",
         ),
         (
             "Machine",
             f"{device_in_words(machine.device, machine.dtype, machine.threads)}; {machine.system}",
         ),
+        *costs,
         ("Load averages", load),
         ("Versions", versions),
         ("Code revision", machine.git_revision or "not recorded"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from threading import Timer
+from threading import Timer, current_thread, main_thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
@@ -27,7 +28,7 @@ from rich.progress import (
 from spiffy.cli.streams import OutputError, guarded_streams
 from spiffy.cli.threads import wait_passively
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.errors import is_out_of_memory, said
 from spiffy.schemas.labels import ties_in_words
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def run_app(app: Callable[[], None]) -> None:
         for command in app.registered_commands:
             command.help = paragraphs(inspect.getdoc(command.callback) or "")
     try:
-        with guarded_streams():
+        with guarded_streams(), _sigterm_as_ctrl_c():
             for out in (console, log):
                 if not out.file.isatty():
                     out.width = _WIDE
@@ -269,6 +270,19 @@ def run_app(app: Callable[[], None]) -> None:
         if not error.is_closed_pipe:
             _complain(str(error))
         sys.exit(2)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What a scheduler sends at its time limit keeps as much as Ctrl-C does."""
+    ours = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def paragraphs(text: str) -> str:
@@ -292,7 +306,11 @@ def _run(app: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        _complain("out of memory: lower --budget, or use a cache (--cache dual)")
+        _complain(  # not fewer drafts: those are halved until they fit
+            f"out of memory: {said(error, 200) or type(error).__name__}; take shorter prompts, a "
+            "smaller --gen-length, fewer prompts at a time (--batch-size, --max-batch), --dtype "
+            "bfloat16, or another device"
+        )
         sys.exit(2)
 
 

@@ -227,7 +227,7 @@ def test_conditions_are_stated(html: str) -> None:
         "2 prompts of synthetic",
         "bootstrap",
         "0.50 at the start",
-        "0 not counted (warm-up)",
+        "0 of the first prompt that are not counted (warm-up)",
     ):
         assert fact in stated
 
@@ -301,6 +301,9 @@ def test_the_markdown_table_is_the_data() -> None:
         assert nfe[0] == result.nfe
         if result is not base:
             assert nfe[1] == pytest.approx(base.nfe / result.nfe, abs=0.005)
+            if result.kind == "freedave":
+                own = (result.nfe + result.accepted) / result.nfe
+                assert nfe[2] == pytest.approx(own, abs=0.005)
             ratio = result.speedup
             assert numbers(cells["speed against plain"]) == pytest.approx(
                 [ratio.value, ratio.low, ratio.high], abs=0.005
@@ -423,6 +426,46 @@ def test_comparisons_say_which_numbers_mean_nothing() -> None:
     text = compare(a, b.model_copy(update={"data": data}))
     assert "counts (NFE, positions, steps) and accuracy cannot be compared" in text
     assert "(2.00x)" not in text
+
+
+def test_in_bfloat16_another_device_spoils_counts_and_identity_is_compared() -> None:
+    a = example_bench()
+    machine = a.machine.model_copy(update={"dtype": "bfloat16, prepacked"})
+    a = a.model_copy(update={"machine": machine})
+    other = machine.model_copy(update={"device": "another core"})
+    rows = tuple(r.model_copy(update={"differing": r.compared and 1}) for r in a.results)
+    text = compare(a, a.model_copy(update={"machine": other, "results": rows}))
+    assert "accuracy cannot be compared: different device" in text
+    assert "yes -> no: 1 of 2 (50%)" in next(
+        line for line in text.splitlines() if line.startswith("| graph 4")
+    )
+
+
+def test_plain_decoding_that_does_not_repeat_is_told() -> None:
+    bench = example_bench()
+    base = bench.results[0].model_copy(update={"differing": 1})
+    bench = bench.model_copy(update={"results": (base, *bench.results[1:])})
+    assert tables.identical(bench, base) == "no: 1 of 2 (50%)"
+    assert "1 of 2" in bench._repr_html_()
+
+
+def test_conditions_say_what_times_rest_on() -> None:
+    bench = example_bench()
+    assert "auto began with" not in dict(report._conditions(bench))
+    order = bench.results[1].model_copy(update={"name": "order 4", "kind": "order"})
+    bench = bench.model_copy(
+        update={
+            "costs_known": True,
+            "data": bench.data.model_copy(update={"stopped": True}),
+            "machine": bench.machine.model_copy(update={"threads": None}),
+            "results": (*bench.results, order),
+        }
+    )
+    told = dict(report._conditions(bench))
+    assert "measured before" in told["auto began with"]
+    assert "stopped early" in told["Data"]
+    assert "host's CPU" in told["Order network"]
+    assert "freedave has none" in told["Block edges"]
 
 
 @pytest.mark.parametrize("changed", [{"raw": True}, {"system": "Be brief."}, {"warm_up": 1}])
