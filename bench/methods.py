@@ -193,7 +193,11 @@ def methods(
 
 
 def to_step_through(methods: Sequence[Method]) -> Method:
-    """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at."""
+    """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at.
+
+    Where all have more, of those that have fewest; "auto" only where there is no other.
+    """
     order = ["model", "graph", "pruned", "paper", "order", "chain", "freedave", "perfect", "auto"]
-    small = [method for method in methods if method.budget is None or method.budget <= 8]
-    return min(small, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))
+    most = max(8, min((method.budget for method in methods if method.budget), default=8))
+    small = [method for method in methods if method.budget and method.budget <= most]
+    return min(small or methods, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))

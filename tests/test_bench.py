@@ -23,7 +23,7 @@ import spiffy.bench.measure as bench_measure
 from spiffy.bench import watch
 from spiffy.bench.compare import compare
 from spiffy.bench.measure import Measurements, Row, measure, results, speedup, walkthrough
-from spiffy.bench.methods import KINDS, Method, PerfectDrafter, methods
+from spiffy.bench.methods import KINDS, Method, PerfectDrafter, methods, to_step_through
 from spiffy.bench.score import passes, program, same_number, score, stated_answer
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
@@ -88,6 +88,20 @@ def test_freedave_is_held_against_plain_decoding_with_its_own_edges() -> None:
     assert (own.compared, own.differing, own.drafted) == (PROMPTS, 0, 0)
     assert own.nfe > named("plain static").nfe
     assert own.nfe == drafted.nfe + drafted.accepted
+
+
+def test_what_is_stepped_through_drafts_whatever_the_budgets_are() -> None:
+    found = run()[0]
+    many = [replace(m, budget=m.budget and 16 * m.budget) for m in found]  # 16 and 64
+    auto = Method("auto", "auto", found[0].settings, lambda _: None)
+    for methods_, expected in (
+        ([*found, auto], ("model", 4)),
+        ([*many, auto], ("model", 16)),
+        ([found[0], auto], ("auto", None)),
+        ([found[0]], ("plain", None)),
+    ):
+        shown = to_step_through(methods_)
+        assert (shown.kind, shown.budget) == expected
 
 
 def test_methods_take_turns_prompt_by_prompt() -> None:
