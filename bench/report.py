@@ -291,8 +291,7 @@ def _conditions(bench: Bench) -> Pairs:
         (
             "Decoding",
             f"{policy_in_words(d)}{by}; block {d.block_length}{part}, {d.gen_length} "
-            f"positions; cache {d.cache}{'' if d.exact else ' (near-lossless)'}; temperature "
-            f"{d.temperature:g}",
+            f"positions; cache {d.cache}{'' if d.exact else ' (near-lossless)'}; {d.sampling}",
         ),
         ("Block edges", edges),
         (
@@ -357,7 +356,7 @@ def _graph_conditions(graph: DraftGraph) -> Pairs:
         (
             "Decoding",
             f"{d.policy}, block {d.block_length}, cache {d.cache}"
-            f"{'' if graph.exact else ' (near-lossless)'}, temperature {d.temperature:g}",
+            f"{'' if graph.exact else ' (near-lossless)'}, {d.sampling}",
         ),
         (
             "Calibrated on",

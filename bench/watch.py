@@ -71,7 +71,8 @@ class WatchedAdviser:
 
     def __init__(self, adviser: Adviser) -> None:
         self.adviser = adviser
-        self.begin, self.turn, self.why = adviser.begin, adviser.turn, adviser.why
+        self.begin, self.why = adviser.begin, adviser.why
+        self.after_forward = adviser.after_forward
         self.calls: list[Call] = []
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -363,16 +363,21 @@ def _answer(runs: Runs, output: _Output) -> None:
 
 def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:
     """Decode prompts that share forwards; print JSON as they finish, texts in order."""
-    came: dict[int, Output] = {}
-    unprinted = [index for index, _ in runs.prompts]
-    for index, output in runs.together(runs.prompts, runs.shown, batch_size):
-        came[index] = output
-        if json_lines:
-            print_json(index, output)
-            continue
-        while unprinted and unprinted[0] in came:
-            write(came[unprinted.pop(0)].text + "\n")
-    runs.outputs[runs.shown] = [*came.values()]
+    from spiffy.runtime.generate import in_order
+
+    outputs: list[Output] = []
+
+    def finished() -> Iterator[tuple[int, Output]]:
+        for index, output in runs.together(runs.prompts, runs.shown, batch_size):
+            outputs.append(output)
+            if json_lines:
+                print_json(index, output)
+            yield index, output
+
+    for output in in_order([index for index, _ in runs.prompts], finished()):
+        if not json_lines:
+            write(output.text + "\n")
+    runs.outputs[runs.shown] = outputs
     report(runs)
 
 

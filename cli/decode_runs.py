@@ -67,41 +67,33 @@ class Runs:
     def decode(self, prompt: tuple[int, Tensor], name: str) -> None:
         """Decode one prompt with one drafter."""
         from spiffy.runtime.decode import run
+        from spiffy.runtime.generate import collect
 
         task = self._begun(prompt, name)
         for _ in run(self.lm, [task]):
             pass
-        self._keep(task, name)
+        self._keep(task, collect(task), name)
 
     def stream(self, prompt: tuple[int, Tensor], name: str) -> Iterator[str]:
         """Decode one prompt; yields the text of each block when it is finished."""
-        from spiffy.runtime.decode import run
-        from spiffy.runtime.generate import answer
+        from spiffy.runtime.streaming import Stream
 
         task = self._begun(prompt, name)
-        printed, block = "", 0
-        for _ in run(self.lm, [task]):
-            cursor = task.path[-1] if task.path else None
-            if cursor is not None and (cursor.block > block or cursor.finished):
-                block = cursor.block
-                full, _ = answer(task)
-                yield full[len(printed) :]
-                printed = full
-        self._keep(task, name)
+        pieces = Stream(task)
+        yield from pieces
+        self._keep(task, pieces.output, name)
 
     def _begun(self, prompt: tuple[int, Tensor], name: str) -> Task:
         task = self._task(prompt, name)
         task.most_drafts = min(task.most_drafts, self.fitting.get(name, task.most_drafts))
         return task
 
-    def _keep(self, task: Task, name: str) -> None:
+    def _keep(self, task: Task, output: Output, name: str) -> None:
         """Keep an answer, and how many drafts memory allowed."""
-        from spiffy.runtime.generate import collect
-
         if task.stats.halvings:
             self.fitting[name] = task.most_drafts
             _note_fewer_drafts(task)
-        self.outputs.setdefault(name, []).append(collect(task))
+        self.outputs.setdefault(name, []).append(output)
 
     def together(
         self, prompts: Iterable[tuple[int, Tensor]], name: str, batch_size: int
@@ -110,18 +102,17 @@ class Runs:
 
         Afterwards `shared` says what that took.
         """
-        from spiffy.runtime.decode import run
-        from spiffy.runtime.generate import collect
+        from spiffy.runtime.decode import Scheduler
+        from spiffy.runtime.generate import generate_batch
 
-        forwards, began, fewest = 0, perf_counter(), MAX_NODES
-        for finished in run(self.lm, (self._task(prompt, name) for prompt in prompts), batch_size):
-            forwards += 1
-            for task in finished:
-                if task.stats.halvings and task.most_drafts < fewest:
-                    fewest = task.most_drafts
-                    _note_fewer_drafts(task)
-                yield task.sequence, collect(task)
-        self.shared = Shared(batch_size, forwards, perf_counter() - began)
+        scheduler, began, fewest = Scheduler(self.lm, batch_size), perf_counter(), MAX_NODES
+        tasks = (self._task(prompt, name) for prompt in prompts)
+        for task, output in generate_batch(scheduler, tasks):
+            if task.stats.halvings and task.most_drafts < fewest:
+                fewest = task.most_drafts
+                _note_fewer_drafts(task)
+            yield task.sequence, output
+        self.shared = Shared(batch_size, scheduler.forwards, perf_counter() - began)
 
     def _task(self, prompt: tuple[int, Tensor], name: str) -> Task:
         from spiffy.runtime.decode import make_task

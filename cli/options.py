@@ -310,6 +310,20 @@ class Decoding:
         float | None,
         decoding_option(help="0 decodes greedily. Default: the graph's, else 0."),
     ] = None
+    top_k: Annotated[
+        int | None,
+        decoding_option(
+            help="Draw from so many of the likeliest tokens, at temperatures above 0. Default: the "
+            "graph's, else from all."
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        decoding_option(
+            help="Draw from the fewest of the likeliest tokens that have such a share of the "
+            "probability, at temperatures above 0; 1: from all. Default: the graph's, else 1."
+        ),
+    ] = None
     seed: Annotated[int, decoding_option(help="Draws the prompts, and the noise if any.")] = 0
     edges: Annotated[
         str,
@@ -332,6 +346,9 @@ class Decoding:
         for name, value in self._given().items():
             if value is not None:
                 check_setting(name, value)
+        for name, value in (("--top-k", self.top_k), ("--top-p", self.top_p)):
+            if self.temperature == 0 and value is not None:
+                raise SpiffyError(f"{name} {value} filters what is drawn: give --temperature too")
 
     def settings(
         self,

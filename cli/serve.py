@@ -143,8 +143,8 @@ def serve(
 ) -> None:
     """Serve a model to clients of OpenAI's API: chat, completions, streaming.
 
-    Requests share forwards. The temperature of a request that names none is the one given here, or
-    the graph's; its seed is drawn, from the one given here on.
+    Requests share forwards. What a request does not say of temperature, top_p and top_k is as
+    given here, or the graph's; its seed is drawn, from the one given here on.
 
     Example: spiffy-serve --model tiny-sdar --graph sdar.json
     """

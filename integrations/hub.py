@@ -75,7 +75,7 @@ def section(graph: DraftGraph, repo: str | None = None, beside: bool = False) ->
         "| --- | --- |",
         f"| unmasking policy | {policy_in_words(settings)} |",
         f"| block length, cache | {settings.block_length}, {settings.cache} |",
-        f"| temperature | {settings.temperature:g} |",
+        f"| sampling | {settings.sampling} |",
         f"| calibrated on | {_plain(record.dataset)}: {record.samples} prompts, "
         f"{record.roots} roots, seed {record.seed} |",
         f"| held out from that | {record.held_out_samples} prompts |",

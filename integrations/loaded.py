@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from spiffy.runtime import decoding_settings, load_model
-from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Task, make_task
-from spiffy.runtime.draft import Drafter, graph_drafter
-from spiffy.runtime.generate import check_seed
+from spiffy.runtime.generate import Drafts, check_seed
 from spiffy.runtime.models import DiffusionLM
 from spiffy.runtime.models.source import model_of_graph
 from spiffy.runtime.models.text import Prompt
@@ -68,7 +66,7 @@ class Loaded:
         loading = {name: options.pop(name) for name in _LOADING if name in options}
         self.model = _load(model, self.graph, graph, loading)
         self.settings = decoding_settings(self.model, self.graph, any_model=any_model, **options)
-        self._drafters: dict[DecodingSettings, Drafter] = {}
+        self._drafts = Drafts(self.graph, self.budget)
 
     def task(
         self,
@@ -87,15 +85,9 @@ class Loaded:
             If the prompt cannot be decoded.
         """
         task = make_task(self.model, prompt, settings, None, self.seed, sequence, stop=stop)
-        if plain or self.graph is None:
-            return task
-        if self.budget == "auto":
-            task.adviser = auto_budget(task, self.graph)
-        else:
-            if settings not in self._drafters:
-                drafter = graph_drafter(self.model, self.graph, settings, self.budget)
-                self._drafters[settings] = drafter
-            task.drafter = self._drafters[settings]
+        task.keeps_path = False
+        if not plain:
+            self._drafts.give(task)
         return task
 
 

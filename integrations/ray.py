@@ -16,7 +16,7 @@ import numpy as np
 
 from spiffy.calib.prompt_files import FIELDS, prompt_of
 from spiffy.integrations.loaded import Loaded
-from spiffy.runtime.decode import Task
+from spiffy.runtime.decode import Scheduler, Task
 from spiffy.runtime.generate import Output, generate_batch
 from spiffy.runtime.models.text import stop_strings
 from spiffy.schemas import Budget, SpiffyError
@@ -98,7 +98,8 @@ class Decoder:
                 errors[row] = str(problem)
         places = {id(task): row for row, task in tasks.items()}
         outputs: dict[int, Output] = {}
-        for task, output in generate_batch(self.loaded.model, [*tasks.values()], self.batch_size):
+        scheduler = Scheduler(self.loaded.model, self.batch_size)
+        for task, output in generate_batch(scheduler, tasks.values()):
             outputs[places[id(task)]] = output
         found = [outputs.get(row) for row in range(rows)]
         added: dict[str, Any] = {

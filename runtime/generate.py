@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, get_args
+from typing import Any, SupportsIndex, TypeVar, get_args
 
 from spiffy.runtime.budget.auto import auto_budget
-from spiffy.runtime.decode import Stats, Task, decoded, make_task, run
+from spiffy.runtime.decode import Scheduler, Stats, Task, checked_stop, decoded, make_task, run
 from spiffy.runtime.draft import Drafter, Selection, lasting_drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.decoding import FILTERS
 from spiffy.schemas.html import block, page, table
 from spiffy.schemas.records import Budget
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -87,6 +92,10 @@ def decoding_settings(
     given = {key: value for key, value in options.items() if value is not None}
     if "tokens_per_step" in given:  # the graph's other way of saying the same gives way
         base |= {"steps_per_block": None, "schedule": "even"}
+    if given.get("temperature") == 0:  # the graph's filters filter nothing then
+        base |= dict.fromkeys(FILTERS)
+    if isinstance(most := given.get("top_k"), int) and most >= model.vocab_size:
+        given["top_k"] = None  # all of them, whatever the graph says
     settings = DecodingSettings.parse(**{**base, **given})
     if settings.cache not in model.family.caches:
         known = ", ".join(model.family.caches)
@@ -130,8 +139,8 @@ def _check_drafter(drafter: Drafter, graph: DraftGraph | None) -> None:
         raise SpiffyError(f"drafter of type {type(drafter).__name__} has no {lacks}: see Drafter")
 
 
-def check_seed(seed: object) -> None:
-    """Refuse a seed that is no whole number.
+def check_seed(seed: object, name: str = "seed") -> None:
+    """Refuse a seed, or another number by its name, that is not whole.
 
     Raises
     ------
@@ -139,7 +148,114 @@ def check_seed(seed: object) -> None:
         Names it.
     """
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
-        raise SpiffyError(f"seed {seed!r}: give a whole number")
+        raise SpiffyError(f"{name} {seed!r}: give a whole number")
+
+
+class Drafts:
+    """Who drafts for tasks that are decoded with a graph: one drafter, or who chooses it.
+
+    Raises
+    ------
+    SpiffyError
+        If the arguments, which are those of `generate`, are wrong.
+    """
+
+    def __init__(
+        self, graph: DraftGraph | None, budget: Budget = "auto", selection: Selection = "model"
+    ) -> None:
+        check_drafting(graph, budget, selection)
+        self.graph, self.budget, self.selection = graph, budget, selection
+        self._drafters: dict[DecodingSettings, Drafter] = {}  # tasks of the same settings share one
+
+    def give(self, task: Task) -> None:
+        """Let them draft for a task; without a graph nobody does.
+
+        Raises
+        ------
+        SpiffyError
+            If the budget is a number below 1.
+        """
+        if self.graph is None:
+            return
+        if self.budget == "auto":
+            task.adviser = auto_budget(task, self.graph, self.selection)
+            return
+        if task.settings not in self._drafters:
+            drafting = (self.graph, task.settings, self.budget, self.selection)
+            self._drafters[task.settings] = lasting_drafter(task.model, *drafting)
+        task.drafter = self._drafters[task.settings]
+
+
+class TaskMaker:
+    """The options of `generate`, checked: what makes tasks of prompts."""
+
+    def __init__(
+        self,
+        model: DiffusionLM,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        stop: str | Sequence[str] | None = (),
+        graph: DraftGraph | None = None,
+        budget: Budget = "auto",
+        selection: Selection = "model",
+        drafter: Drafter | None = None,
+        seed: int = 0,
+        sequence: int = 0,
+        edges: BlockEdges = BlockEdges(),  # noqa: B008 (frozen)
+        trace: bool = False,
+        any_model: bool = False,
+        **options: Any,
+    ) -> None:
+        self._drafts = Drafts(graph, budget, selection)
+        if drafter is not None:
+            _check_drafter(drafter, graph)
+        check_seed(seed)
+        check_seed(sequence, "sequence")
+        self.model, self.trace = model, trace
+        self._settings = decoding_settings(model, graph, any_model=any_model, **options)
+        self._encoding: dict[str, Any] = {"raw": raw, "system": system}
+        self._drafter, self._seed, self._sequence, self._edges = drafter, seed, sequence, edges
+        self._stop = checked_stop(model, stop)
+
+    def one(self, prompt: Prompt) -> Task:
+        """Prepare the decoding of a prompt.
+
+        Raises
+        ------
+        SpiffyError
+            If it cannot be decoded.
+        """
+        task = self._made(prompt, self._sequence)
+        self._drafts.give(task)
+        return task
+
+    def all(self, prompts: Iterable[Prompt]) -> list[Task]:
+        """Prepare the decoding of several, each of them a sequence of its own.
+
+        Raises
+        ------
+        SpiffyError
+            If one cannot be decoded: says which.
+        """
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise SpiffyError(f"prompts of type {type(prompts).__name__}: give a list of prompts")
+        tasks = []
+        for number, prompt in enumerate(prompts):
+            try:
+                tasks.append(self._made(prompt, self._sequence + number))
+            except SpiffyError as problem:
+                raise SpiffyError(f"prompt {number}: {problem}") from None
+        for task in tasks:
+            self._drafts.give(task)
+        return tasks
+
+    def _made(self, prompt: Prompt, sequence: int) -> Task:
+        ids = self.model.encode(prompt, **self._encoding)
+        making = (self._drafter, self._seed, sequence, self._edges, self._stop)
+        task = make_task(self.model, ids, self._settings, *making)
+        task.keeps_path = self.trace
+        return task
 
 
 def generate(
@@ -202,33 +318,80 @@ def generate(
     SpiffyError
         If an option, the prompt, or the graph does not fit the model.
     """
-    check_drafting(graph, budget, selection)
-    if drafter is not None:
-        _check_drafter(drafter, graph)
-    check_seed(seed)
-    settings = decoding_settings(model, graph, any_model=any_model, **options)
-    ids = model.encode(prompt, raw=raw, system=system)
-    task = make_task(model, ids, settings, drafter, seed, sequence, edges, stop)
-    if graph is not None:
-        if budget == "auto":
-            task.adviser = auto_budget(task, graph, selection)
-        else:
-            task.drafter = lasting_drafter(model, graph, settings, budget, selection)
-    task.keeps_path = trace
+    maker = TaskMaker(
+        model,
+        raw=raw,
+        system=system,
+        stop=stop,
+        graph=graph,
+        budget=budget,
+        selection=selection,
+        drafter=drafter,
+        seed=seed,
+        sequence=sequence,
+        edges=edges,
+        trace=trace,
+        any_model=any_model,
+        **options,
+    )
+    task = maker.one(prompt)
     for _ in run(model, [task]):
         pass
     return collect(task, trace)
 
 
+def generate_many(
+    model: DiffusionLM,
+    prompts: Iterable[Prompt],
+    *,
+    graph: DraftGraph | None = None,
+    batch_size: int = 8,
+    budget: Budget = "auto",
+    **options: Any,
+) -> Iterator[Output]:
+    """Decode many prompts in shared forwards; yields their outputs in order, as they are ready.
+
+    The tokens are those of `generate`, prompt by prompt, but for what another batch size changes in
+    floating point. A prompt that finishes makes room for the next. All are read and checked before
+    this returns; the first forward is made when the first output is asked for.
+
+    Parameters
+    ----------
+    prompts
+        Each is whatever `generate` takes.
+    batch_size
+        Prompts that share forwards, at most.
+    graph, budget, options
+        As for `generate`, the same for all prompts. With temperature > 0 prompt k draws as
+        `generate(..., sequence=sequence + k)` does.
+
+    Raises
+    ------
+    SpiffyError
+        If an option or the graph does not fit the model, or a prompt does not, whose number (from
+        0) is named.
+    """
+    maker = TaskMaker(model, graph=graph, budget=budget, **options)
+    scheduler, tasks = Scheduler(model, batch_size), maker.all(prompts)
+    return in_order(tasks, generate_batch(scheduler, tasks, maker.trace))
+
+
 def generate_batch(
-    model: DiffusionLM, tasks: Sequence[Task], batch_size: int
+    scheduler: Scheduler, tasks: Iterable[Task], trace: bool = False
 ) -> Iterator[tuple[Task, Output]]:
-    """Decode tasks whose forwards are shared, up to `batch_size` at a time, as they finish."""
-    for task in tasks:
-        task.keeps_path = False
-    for finished in run(model, tasks, batch_size):
+    """Decode tasks in forwards that they share, as they finish."""
+    for finished in scheduler.run(tasks):
         for task in finished:
-            yield task, collect(task)
+            yield task, collect(task, trace)
+
+
+def in_order(keys: Iterable[Key], pairs: Iterable[tuple[Key, Value]]) -> Iterator[Value]:
+    """Values in the order of their keys, as soon as they and those before them have come."""
+    waiting, came = deque(keys), {}
+    for key, value in pairs:
+        came[key] = value
+        while waiting and waiting[0] in came:
+            yield came.pop(waiting.popleft())
 
 
 def answer_ids(task: Task) -> list[int]:

@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -23,6 +24,9 @@ CacheName = Literal["none", "prefix", "prefix-shared", "dual", "block"]
 
 #: More than any model was trained for: settings come from artifacts, too.
 MAX_POSITIONS = 1 << 20
+
+#: Settings that filter what is drawn.
+FILTERS = ("top_k", "top_p")
 
 
 class DecodingSettings(BaseModel):
@@ -90,7 +94,25 @@ class DecodingSettings(BaseModel):
     temperature: float = Field(
         0.0, ge=0.0, le=1000.0, allow_inf_nan=False, description="0 is greedy."
     )
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_POSITIONS,
+        description="Draw from so many of the likeliest tokens; null: from all.",
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="Draw from the fewest of the likeliest tokens (of those that top_k leaves) "
+        "whose probabilities at this temperature add up to such a share; null, as 1: from all.",
+    )
     stop_at_eos: bool = Field(True, description="End after the first block with an EOS token.")
+
+    @field_validator("top_p")
+    @classmethod
+    def _none_for_all(cls, top_p: float | None) -> float | None:
+        return None if top_p == 1.0 else top_p
 
     @model_validator(mode="after")
     def _combinations(self) -> DecodingSettings:
@@ -114,6 +136,12 @@ class DecodingSettings(BaseModel):
             )
         if self.schedule != "even" and self.steps_per_block is None:
             raise ValueError(f"schedule {self.schedule!r} needs steps_per_block")
+        for name in FILTERS:
+            if self.temperature == 0 and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name} {value} filters what is drawn, and at temperature 0 nothing is: give "
+                    "a temperature above 0 too"
+                )
         return self
 
     @model_serializer(mode="wrap")
@@ -125,9 +153,29 @@ class DecodingSettings(BaseModel):
         if self.policy != "joint":
             content.pop("edit_threshold", None)
             content.pop("max_post_steps", None)
-        if self.sub_block_length is None:
-            content.pop("sub_block_length", None)
+        for name in ("sub_block_length", *FILTERS):
+            if getattr(self, name) is None:
+                content.pop(name, None)
         return content
+
+    def changed(self, **changes: object) -> DecodingSettings:
+        """The same with other values; a temperature of 0 takes filters along, if none are given.
+
+        Raises
+        ------
+        SpiffyError
+            As `parse`.
+        """
+        if changes.get("temperature") == 0:
+            changes = dict.fromkeys(FILTERS) | changes
+        return DecodingSettings.parse(**{**self.model_dump(), **changes})
+
+    @property
+    def sampling(self) -> str:
+        """How tokens are chosen, in words."""
+        parts = [f"temperature {self.temperature:g}"]
+        parts += [f"{name} {getattr(self, name):g}" for name in FILTERS if getattr(self, name)]
+        return ", ".join(parts)
 
     @property
     def edits_full_blocks(self) -> bool:

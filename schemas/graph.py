@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import FailFast, Field, ValidationError, model_validator
 
-from spiffy.schemas.decoding import DecodingSettings, first_problem
+from spiffy.schemas.decoding import FILTERS, DecodingSettings, first_problem
 from spiffy.schemas.drawing import svg
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.html import inline, page, paragraph, table
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 FORMAT = "spiffy.draft-graph"
-MAJOR, MINOR = 1, 5
+MAJOR, MINOR = 1, 6
 _PREFIX_EXACT = 4  # the first minor version whose prefix cache is exact
 # How fingerprints of a model's meaning begin; older ones were of its files' bytes.
 FINGERPRINT = "m1-"
@@ -174,7 +174,8 @@ class DraftGraph(Record):
 
         Those that decide what a denoising step commits or knows; not how long an answer may be.
         """
-        fields = ["policy", "block_length", "sub_block_length", "cache", "temperature", "score"]
+        fields = ["policy", "block_length", "sub_block_length", "cache", "score"]
+        fields += ["temperature", *FILTERS]
         if settings.steps_per_block is None:
             fields += ["tokens_per_step", "steps_per_block"]
         else:

@@ -116,6 +116,9 @@ def setup(rng: random.Random) -> Setup:
         "temperature": rng.choice((0.0, 0.0, 0.3, 1.0, 5.0)),
         "stop_at_eos": rng.random() < 0.5,
     }
+    if options["temperature"] > 0:
+        options["top_k"] = rng.choice((None, None, 1, 2, 5, 1000))
+        options["top_p"] = rng.choice((None, None, 0.1, 0.5, 0.95, 1.0))
     if model.family.sub_block_length or rng.random() < 0.15:
         options["sub_block_length"] = rng.choice([k for k in range(1, block + 1) if block % k == 0])
     prompts = [
@@ -183,7 +186,7 @@ class TakingTurns:
     def begin(self, canvas: Canvas) -> None:
         """Nothing to prepare."""
 
-    def turn(self, sequences: int, seconds: float) -> None:
+    def after_forward(self, sequences: int, seconds: float) -> None:
         """Nothing to hear."""
 
     def advise(self) -> Advice:

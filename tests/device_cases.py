@@ -69,6 +69,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], Sequence[str]]] = {
         {"temperature": 0.4, "policy": "threshold", "threshold": 0.1},
         ONE,
     ),
+    "filters": ("sdar-a", {"temperature": 0.9, "top_k": 30, "top_p": 0.8}, ("graph",)),
     "temperature, timestep": (
         "dream-a",
         {"temperature": 0.4, "schedule": "timestep", "steps_per_block": 6},
@@ -169,7 +170,7 @@ class Turns:
 
     def begin(self, canvas: Canvas) -> None: ...
 
-    def turn(self, sequences: int, seconds: float) -> None: ...
+    def after_forward(self, sequences: int, seconds: float) -> None: ...
 
     def advise(self) -> Advice:
         self.asked += 1

@@ -24,7 +24,7 @@ from spiffy.runtime.budget.estimates import (
     Choice,
     ForwardSeconds,
     ForwardSteps,
-    Pace,
+    Slowdown,
     interpolated,
 )
 from spiffy.runtime.budget.shared import SharedController
@@ -155,7 +155,7 @@ def test_the_host_need_not_be_as_slow_as_the_device() -> None:
             steps = {PLAIN: 1.0, graph: 1.6, model: 1.9}[choice]
             drafting = {PLAIN: 0.0, graph: 0.03, model: 0.3}[choice]
             controller.learn(choice, steps, 1.1 * slower, drafting)
-        cheaper = min((graph, model), key=controller.seconds_per_step)
+        cheaper = min((graph, model), key=controller.costs.per_step)
         assert choice != model or cheaper == graph
     assert cheaper == model
 
@@ -201,7 +201,7 @@ def test_plain_forwards_that_are_faster_than_thought_are_believed() -> None:
     for _ in range(3):
         controller.learn(PLAIN, 1.0, 27.0, 0.0)
         controller.learn(two, 2.0, 50.0, 0.2)
-    assert controller.plain_seconds(0) == pytest.approx(27.0, rel=0.05)
+    assert controller.costs.plain == pytest.approx(27.0, rel=0.05)
 
 
 def test_what_is_known_keeps_its_proportions_while_the_machine_is_slower() -> None:
@@ -215,7 +215,7 @@ def test_what_is_known_keeps_its_proportions_while_the_machine_is_slower() -> No
         for slower in [1.0] * 20 + [1.4] * 400:
             controller.choose()
             controller.learn(PLAIN, 1.0, slower * rng.lognormvariate(0, 0.1), 0.0)
-        found.append(controller.plain_seconds(1) / controller.plain_seconds(0))
+        found.append(controller.costs.plain_with(1) / controller.costs.plain)
     assert fmean(found) == pytest.approx(1.5, rel=0.12)
 
 
@@ -272,10 +272,10 @@ def test_of_short_plain_forwards_fewer_are_learned_from(
     shared = SharedController(regret.EXPECTED, 8)
     for _ in range(800):
         if shared.rests:
-            shared.turn(1, plain)
+            shared.after_forward(1, plain)
             continue
         choice = shared.choose()
-        shared.turn(1, plain * (1 + choice.drafts))
+        shared.after_forward(1, plain * (1 + choice.drafts))
         shared.learn(choice, 1, 0.0)
     assert least < heard.count(0) / len(shared.steps) < most
 
@@ -291,7 +291,7 @@ def test_one_interrupted_forward_changes_nothing() -> None:
         steps = 1 if choice == PLAIN else 3
         controller.learn(choice, steps, seconds * (100 if forward == 60 else 1), 0.0)
         if forward > 40:
-            assert choice == PLAIN or controller.seconds_per_step(choice) < 0.6
+            assert choice == PLAIN or controller.costs.per_step(choice) < 0.6
     assert used[PLAIN] < 6
 
 
@@ -307,9 +307,9 @@ def test_an_answer_of_another_length_scales_the_forwards_that_compute_it(
     settings = DecodingSettings.parse(block_length=8, gen_length=16, cache=kind)
     budget = auto.AutoBudget(model, base, settings)
     budget.begin(Canvas.plan(32, 16, 8, block_causal=False))
-    budget.shared.mine.learn(PLAIN, 1, 1.0, 0.0)
+    budget.shared.current.learn(PLAIN, 1, 1.0, 0.0)
     budget.begin(Canvas.plan(32, 64, 8, block_causal=False))
-    assert budget.shared.mine.seconds_per_step(PLAIN) == pytest.approx(longer)
+    assert budget.shared.current.costs.per_step(PLAIN) == pytest.approx(longer)
 
 
 def test_small_changes_of_length_add_up() -> None:
@@ -320,7 +320,7 @@ def test_small_changes_of_length_add_up() -> None:
     while size < 2000:
         size *= 1.05
         controller.start(size)
-    assert controller.seconds_per_step(PLAIN) == pytest.approx(size / 1000, rel=0.1)
+    assert controller.costs.per_step(PLAIN) == pytest.approx(size / 1000, rel=0.1)
 
 
 # What it estimates
@@ -352,17 +352,17 @@ def test_an_odd_forward_does_not_count() -> None:
     assert known.expected(4) == pytest.approx(1.0)
 
 
-def test_the_pace_follows_the_machine_and_small_differences_are_noise() -> None:
-    pace = Pace()
+def test_the_slowdown_follows_the_machine_and_small_differences_are_noise() -> None:
+    slowdown = Slowdown()
     for ratio in (1.1, 0.9, 1.05, 4.0, 1.0, 3.0, 3.0, 1.1):
-        assert not pace.observe(ratio)
-        assert pace.value == 1.0
-    assert [pace.observe(2.0) for _ in range(5)].count(True) == 1
-    assert pace.value == 2.0
-    assert [pace.observe(1.0) for _ in range(5)].count(True) == 1
-    assert pace.value == 1.0
-    pace.set(0.5)
-    assert pace.value == 0.5
+        assert not slowdown.observe(ratio)
+        assert slowdown.value == 1.0
+    assert [slowdown.observe(2.0) for _ in range(5)].count(True) == 1
+    assert slowdown.value == 2.0
+    assert [slowdown.observe(1.0) for _ in range(5)].count(True) == 1
+    assert slowdown.value == 1.0
+    slowdown.set(0.5)
+    assert slowdown.value == 0.5
 
 
 @pytest.mark.parametrize("slope", [0.1, 1.0])
@@ -407,7 +407,7 @@ def test_sequences_that_have_just_begun_wait_for_the_drafts_of_others() -> None:
     controller.learn(PLAIN, 1, 1.0, 0.0, 4)
     for _ in range(100):
         controller.learn(Choice("graph", 4), 3, 1.0, 0.0, 3, share=0.75)
-    assert controller.seconds_per_step(Choice("graph", 4)) == pytest.approx(4 / 10, rel=0.03)
+    assert controller.costs.per_step(Choice("graph", 4)) == pytest.approx(4 / 10, rel=0.03)
 
 
 # In real decodes
@@ -429,7 +429,7 @@ def under(monkeypatch: pytest.MonkeyPatch, curve: Any) -> None:
     """Let a forward take what an invented machine takes."""
 
     def learn(self: Any, advice: Any, steps: int, _: float) -> None:
-        self.shared._own.seconds = curve(advice.choice.drafts)
+        self.shared._thread.seconds = curve(advice.choice.drafts)
         self.shared.learn(advice.choice, steps, 0.0)
 
     monkeypatch.setattr(auto.AutoBudget, "learn", learn)
@@ -469,7 +469,7 @@ def test_sequences_that_share_forwards_share_a_budget(graph: DraftGraph) -> None
     for _ in run(model, tasks, batch_size=4):
         pass
     assert [collect(task).token_ids for task in tasks] == [out.token_ids for out in plain]
-    assert adviser.shared.crowds[4].has_seen_plain
+    assert adviser.shared.by_batch[4].costs.knows_plain
     assert all(0 < sum(task.stats.budgets.values()) <= task.stats.nfe for task in tasks)
 
 
@@ -479,18 +479,18 @@ def test_a_draft_is_priced_by_the_forwards_of_its_own_thread() -> None:
     budget = auto.AutoBudget(model, base, DecodingSettings.parse(block_length=8, gen_length=16))
 
     def advised(sequences: int, seconds: float) -> Any:
-        budget.turn(sequences, seconds)
-        ours = budget.shared.mine
+        budget.after_forward(sequences, seconds)
+        ours = budget.shared.current
         ours.learn(PLAIN, 1, seconds, 0.0)
-        ours._now, ours._left = Choice("model", 2), 1
+        ours._current, ours._remaining = Choice("model", 2), 1
         return budget.advise().drafter
 
     here = advised(1, 1.0)
-    price = here.pays
+    price = here.cutoff
     with ThreadPoolExecutor(1) as other:
         there = other.submit(advised, 16, 5.0).result()
-    assert here.pays is price
-    assert there.pays.rate < price.rate
+    assert here.cutoff is price
+    assert there.cutoff.rate < price.rate
     assert there.weights is here.weights
 
 
@@ -540,10 +540,10 @@ def whimsical_paths(name: str, seed: int) -> list[list[list[int]]]:
     class Whimsical(auto.AutoBudget):
         def advise(self) -> Any:
             known = (
-                [*ways] if self.shared.mine.has_seen_plain else ["graph"]
+                [*ways] if self.shared.current.costs.knows_plain else ["graph"]
             )  # by what forwards take
             whims = [PLAIN, *(Choice(way, n) for way in known for n in range(1, base.budget + 1))]
-            self.shared.mine._now, self.shared.mine._left = rng.choice(whims), 1
+            self.shared.current._current, self.shared.current._remaining = rng.choice(whims), 1
             return super().advise()
 
     paths = []

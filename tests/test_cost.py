@@ -19,7 +19,7 @@ from spiffy.calib.record import Recorder, Trace
 from spiffy.runtime import decoding_settings, generate, load_model
 from spiffy.runtime.budget import cost
 from spiffy.runtime.budget.auto import (
-    Pays,
+    Cutoff,
     auto_budget,
     best_plan,
     expected_steps,
@@ -114,13 +114,13 @@ def test_drafts_beyond_what_was_measured_or_calibrated_are_not_planned() -> None
 
 def test_a_draft_is_kept_while_its_probability_exceeds_its_price() -> None:
     # At 2 steps a second, a draft of 0.2 s must gain 0.4 steps.
-    pays = Pays(2.0, np.array([1.0, 1.2, 1.4, 1.6]))
-    assert pays(np.array([0.9, 0.5, 0.3])) == 2
-    assert pays(np.array([0.3, 0.3, 0.3])) == 0
-    assert pays(np.array([])) == 0
-    assert pays(np.array([0.9] * 9)) == 3  # no price is known beyond
+    cutoff = Cutoff(2.0, np.array([1.0, 1.2, 1.4, 1.6]))
+    assert cutoff(np.array([0.9, 0.5, 0.3])) == 2
+    assert cutoff(np.array([0.3, 0.3, 0.3])) == 0
+    assert cutoff(np.array([])) == 0
+    assert cutoff(np.array([0.9] * 9)) == 3  # no price is known beyond
     # A step up that two drafts share: neither pays alone.
-    assert Pays(1.0, np.array([1.0, 1.9, 1.9]))(np.array([0.6, 0.5])) == 2
+    assert Cutoff(1.0, np.array([1.0, 1.9, 1.9]))(np.array([0.6, 0.5])) == 2
 
 
 probabilities = st.lists(st.floats(0, 1), max_size=12).map(lambda p: sorted(p, reverse=True))
@@ -132,7 +132,7 @@ def test_no_draft_is_chosen_whose_marginal_gain_is_negative(
     p: list[float], more: list[float], rate: float
 ) -> None:
     seconds = np.concatenate(([1.0], 1.0 + np.cumsum(more)))
-    n = Pays(rate, seconds)(np.array(p))
+    n = Cutoff(rate, seconds)(np.array(p))
     assert 0 <= n <= len(p)
     for fewer in range(n):  # dropping the last ones loses
         assert sum(p[fewer:n]) > rate * (seconds[n] - seconds[fewer]) - 1e-9
@@ -146,7 +146,7 @@ def test_dearer_drafts_are_never_more(
 ) -> None:
     cheap = np.concatenate(([1.0], 1.0 + np.cumsum(more)))
     dear = np.concatenate(([1.0], 1.0 + np.cumsum(np.add(more, extra))))
-    few, many = Pays(rate, dear)(np.array(p)), Pays(rate, cheap)(np.array(p))
+    few, many = Cutoff(rate, dear)(np.array(p)), Cutoff(rate, cheap)(np.array(p))
     # Sums round; equal worth may then go either way.
     gain = sum(p[many:few]) - rate * (dear[few] - dear[many])
     assert few <= many or gain < 1e-9
@@ -183,7 +183,7 @@ def test_drafts_that_do_not_pay_at_a_root_are_left_out(
         assert isinstance(drafter, AcceptanceDrafter)
         plan = best_plan(expected_steps(graph), profile((0, 1.0), (8, dear)))
         # A plain forward takes a second, so the speedup is also the steps per second.
-        drafter.pays = Pays(plan.speedup, np.linspace(1.0, dear, 9))
+        drafter.cutoff = Cutoff(plan.speedup, np.linspace(1.0, dear, 9))
         ours = decode(plain.model, plain.prompt, plain.settings, drafter)
         assert states(ours) == states(plain)
         drafted.append(ours.stats.drafted / ours.stats.nfe)
@@ -211,7 +211,7 @@ def test_settings_for_which_expected_steps_do_not_hold_are_named(
     task = make_task(plain.model, plain.prompt, other)
     budget = auto_budget(task, graph)
     assert budget is not None
-    assert {choice.way for choice in budget.shared.mine._choices} == {None, "graph"}
+    assert {choice.way for choice in budget.shared.current._choices} == {None, "graph"}
 
 
 def _given(graph: DraftGraph) -> dict[str, Any]:

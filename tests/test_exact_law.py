@@ -71,7 +71,7 @@ class TableModel(DiffusionLM):
 
 
 @cache
-def toy() -> TableModel:
+def toy(scores_drawn: bool = False) -> TableModel:
     torch.manual_seed(2)
     architecture, config = LLADA.architecture(CONFIG)
     module = architecture(config).double()
@@ -80,23 +80,32 @@ def toy() -> TableModel:
             if weight.dim() == 2:
                 weight.normal_()
         module.lm_head.weight.mul_(0.3)  # no near-certain choices
-    model = TableModel(module, LLADA, CONFIG, name="toy")
+    family = replace(LLADA, scores_drawn=scores_drawn)
+    model = TableModel(module, family, CONFIG, name="toy")
     model.fill_table()
     return model
 
 
-def setting(temperature: float) -> DecodingSettings:
+def setting(temperature: float, top_p: float | None = None) -> DecodingSettings:
     return DecodingSettings.parse(
-        block_length=BLOCK, gen_length=BLOCK, temperature=temperature, stop_at_eos=False
+        block_length=BLOCK,
+        gen_length=BLOCK,
+        temperature=temperature,
+        top_p=top_p,
+        stop_at_eos=False,
     )
 
 
-def exact_law(temperature: float) -> dict[Path, float]:
+def exact_law(
+    temperature: float, top_p: float | None = None, scores_drawn: bool = False
+) -> dict[Path, float]:
     """Probability of every path, from the sampler's definition and nothing of the runtime.
 
     At every masked position the token is argmax(logits + T * Gumbel), that is, a draw from
     softmax(logits / T) over the real tokens, independently of the others. Of these draws the one
     whose token has the highest untempered probability is committed, ties to the lower position.
+    With `top_p` the unlikelier of two tokens is drawn only where the other has less than that; with
+    `scores_drawn` the probability compared is the one of the draw.
     """
     table = toy().table.double()
     law: dict[Path, float] = {}
@@ -115,12 +124,18 @@ def exact_law(temperature: float) -> dict[Path, float]:
             confidence[k] = [exp(x) / total for x in logits[k]]
             tempered = [exp(x / temperature) for x in logits[k][:MASK]]
             drawn[k] = [x / sum(tempered) for x in tempered]
+            if top_p is not None and max(drawn[k]) >= top_p:
+                drawn[k] = [float(x == max(drawn[k])) for x in drawn[k]]
+            if scores_drawn:
+                confidence[k] = drawn[k]
         for tokens in product(range(MASK), repeat=len(masked)):
             chance, best, best_at = weight, -1.0, -1
             for k, token in zip(masked, tokens, strict=True):
                 chance *= drawn[k][token]
                 if confidence[k][token] > best:
                     best, best_at = confidence[k][token], k
+            if not chance:
+                continue
             committed = dict(zip(masked, tokens, strict=True))[best_at]
             after = (*state[:best_at], committed, *state[best_at + 1 :])
             extend((*path, after), after, chance)
@@ -214,6 +229,24 @@ def test_speculative_samples_follow_the_exact_law(temperature: float) -> None:
     paths, accepted = sample(temperature, seeds, lambda: graph_drafter(temperature))
     assert accepted > SAMPLES / 2  # drafts did decide where many of these were computed
     assert min(p_values(paths, temperature)) > 1e-4
+
+
+def test_filtered_samples_follow_the_exact_law_of_the_official_scores() -> None:
+    top_p, samples = 0.6, 400
+    model, options = toy(scores_drawn=True), setting(1.0, top_p)
+    law = exact_law(1.0, top_p, scores_drawn=True)
+    assert sum(law.values()) == pytest.approx(1.0)
+    paths: Counter[Path] = Counter()
+    accepted = 0
+    for seed in range(samples):
+        task = decode(model, PROMPT, options, GraphDrafter(FILLS, model), seed)
+        paths[tuple(tuple(cursor.ids[1:].tolist()) for cursor in task.path)] += 1
+        accepted += task.stats.accepted
+    assert accepted > samples / 2
+    assert p_value(paths, law) > 1e-4
+    for wrong in (exact_law(1.0), exact_law(1.0, top_p)):  # this many samples tell them apart
+        p = p_value(Counter({path: n for path, n in paths.items() if path in wrong}), wrong)
+        assert p < 1e-6 or not {*paths} <= {*wrong}
 
 
 def test_drawing_again_after_a_miss_breaks_the_law(monkeypatch: pytest.MonkeyPatch) -> None:

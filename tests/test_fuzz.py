@@ -351,7 +351,7 @@ def test_auto_never_plans_more_drafts_than_where_nobody_asked_for_a_number() -> 
     shared, planned = AutoBudget(model, graph, setting, "graph").shared, set()
     for _ in range(200):
         choices = [] if shared.rests else [shared.choose()]
-        shared.turn(1, 1.0)
+        shared.after_forward(1, 1.0)
         for choice in choices:
             planned.add(choice.drafts)
             shared.learn(choice, 1 + choice.drafts, 0.0)

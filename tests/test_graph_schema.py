@@ -125,7 +125,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     raw = (tmp_path / "graph.json").read_bytes()
     stored = json.loads(raw.decode("utf-8"))
     assert stored["format"] == "spiffy.draft-graph"
-    assert stored["version"] == "1.5"
+    assert stored["version"] == "1.6"
     assert [node["fill"] for node in stored["nodes"]] == [
         [[0, 0]],
         [[1, 0]],

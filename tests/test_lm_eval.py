@@ -236,6 +236,17 @@ def test_generation_arguments_are_honoured(sdar: SpiffyLM) -> None:
     third = _sequence("task", 0, 0, 2)
     assert answers[2] == generate(model, texts[2], sequence=third, **noisy).text
     assert answers[2] != whole[2]
+    filtered = {"top_k": 2, "top_p": 0.9}
+    drawn = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 20}
+    answers = sdar.generate_until(
+        [request(texts[2], **drawn, **filtered), request(texts[2], 1, **drawn, top_k=-1)],
+        disable_tqdm=True,
+    )
+    of = [_sequence("task", number, 0, 0) for number in (0, 1)]
+    assert answers == [
+        generate(model, texts[2], sequence=of[0], **noisy, **filtered).text,
+        generate(model, texts[2], sequence=of[1], **noisy).text,
+    ]
 
 
 def test_what_is_sampled_depends_on_the_request_not_on_those_beside_it(sdar: SpiffyLM) -> None:
@@ -261,7 +272,7 @@ def test_room_is_whole_blocks_and_answers_are_no_longer_than_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"top_p": 0.9, "do_sample": True, "temperature": 1.0}, {"num_beams": 4}]
+    "kwargs", [{"min_p": 0.1, "do_sample": True, "temperature": 1.0}, {"num_beams": 4}]
 )
 def test_generation_arguments_that_mean_nothing_here_are_refused(
     sdar: SpiffyLM, kwargs: dict[str, object]
@@ -310,6 +321,7 @@ def test_what_the_harness_has_cached_is_not_decoded_again(
         ({"verify_share": 2, "graph": "x.json"}, "verify_share 2: give a number from 0 to 1"),
         ({"likelihood_samples": 0}, "likelihood_samples 0: give a number from 1"),
         ({"temperature": 1.0}, "--gen_kwargs"),
+        ({"top_p": 0.9}, "--gen_kwargs"),
         ({"system": "x"}, "--system_instruction"),
         ({"trust_remote_code": True}, "no code of a checkpoint is run"),
         ({"any_model": "maybe"}, "any_model 'maybe': give True or False"),

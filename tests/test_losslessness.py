@@ -382,7 +382,7 @@ def test_drafts_start_from_the_prediction_that_produced_the_root(layout: str) ->
 
 @pytest.mark.parametrize("ranks", [4, 1 << 20])
 @pytest.mark.parametrize("layout", ["llada-none", "dream-none", "sdar-block"])
-def test_rejected_drafts_are_quoted_correctly(layout: str, ranks: int) -> None:
+def test_rejected_drafts_are_read_correctly(layout: str, ranks: int) -> None:
     """What is said of a draft is what a forward of its own says of that very state."""
     model, setting = setting_of(layout, "static-1")
     plainly = decode(model, random_prompt(model, 11), setting)

@@ -13,13 +13,18 @@ from scipy.stats import chi2_contingency, chisquare, kstest
 from torch import Tensor
 
 from spiffy.runtime.step import noise
-from spiffy.runtime.step.noise import Noise, draw, exponential, numbers
+from spiffy.runtime.step.noise import Noise, exponential, numbers
+from spiffy.runtime.step.weights import weights_of
 
 NOISE = Noise(seed=7, sequence=2)
 
 
 def keys(rows: int, committed: int = 3) -> Tensor:
     return NOISE.keys(torch.tensor(committed), 0, torch.arange(rows))
+
+
+def draw(log_p: Tensor, temperature: float, own: Tensor) -> Tensor:
+    return noise.draw(weights_of(log_p, temperature), own)
 
 
 def log_softmax(*shape: int) -> Tensor:

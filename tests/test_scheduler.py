@@ -13,7 +13,7 @@ from spiffy.bench.watch import Watch, Watched, WatchedAdviser
 from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.runtime.forward import cache
-from spiffy.runtime.generate import generate, generate_batch
+from spiffy.runtime.generate import generate, generate_many
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
@@ -145,14 +145,16 @@ def test_of_an_answer_no_states_are_kept_but_the_last(monkeypatch: pytest.Monkey
     """Unless they are asked for: those of a long one take gigabytes."""
     tasks, _ = begun("block")
     collected_tasks = collected(monkeypatch)
-    for _ in generate_batch(tasks[0].model, tasks, 3):
-        pass
-    settings = tasks[0].settings.model_dump()
+    model, settings = tasks[0].model, tasks[0].settings.model_dump()
+    prompts = [task.prompt for task in tasks]
     for trace in (False, True):
-        generate(tasks[0].model, tasks[0].prompt, trace=trace, **settings)
-    *batch, bare, traced = collected_tasks
-    assert [len(task.path) for task in (*batch, bare)] == [1] * (len(tasks) + 1)
-    assert len(traced.path) == traced.stats.steps > 1
+        list(generate_many(model, prompts, batch_size=3, trace=trace, **settings))
+        generate(model, prompts[0], trace=trace, **settings)
+    count = len(tasks) + 1
+    assert [len(task.path) for task in collected_tasks[:count]] == [1] * count
+    assert len(collected_tasks) == 2 * count
+    for traced in collected_tasks[count:]:
+        assert len(traced.path) == traced.stats.steps > 1
 
 
 def test_what_is_begun_anew_is_watched_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +228,7 @@ class Adviser:
     def begin(self, canvas: Any) -> None:
         pass
 
-    def turn(self, sequences: int, seconds: float) -> None:
+    def after_forward(self, sequences: int, seconds: float) -> None:
         self.turns.append(sequences)
 
     def advise(self) -> Advice:
@@ -450,7 +452,7 @@ def test_answers_come_before_the_error_of_the_same_forward() -> None:
 def test_a_forward_of_no_sequence_is_refused(size: int) -> None:
     tasks, _ = begun("block")
     with pytest.raises(SpiffyError, match=f"batch size {size}: at least 1 sequence"):
-        list(generate_batch(tasks[0].model, tasks, size))
+        Scheduler(tasks[0].model, size)
 
 
 def test_what_is_watched_was_verified_when_memory_came_and_went(

@@ -124,6 +124,11 @@ def test_an_answer_has_its_own_length_and_temperature() -> None:
             done = submit(engine, max_tokens=length)[1]()
             assert done.ids == plainly(gen_length=length).token_ids
             assert (len(done.ids), done.reason) == (length, "length")
+        filters = {"top_k": 3, "top_p": 0.9}
+        done = submit(engine, temperature=2.0, filters=filters, seed=3)[1]()
+        assert done.ids == plainly(temperature=2.0, **filters, seed=3).token_ids
+        done = submit(engine, filters=filters)[1]()
+        assert done.ids == plainly().token_ids
         done = submit(engine, temperature=2.0, seed=3, sequence=0)[1]()
         assert done.ids == plainly(temperature=2.0, seed=3, sequence=0).token_ids
         assert done.ids != plainly().token_ids
@@ -162,6 +167,8 @@ def test_temperatures_are_no_reason_to_learn_anew_how_many_drafts_pay() -> None:
     assert of[0.0] is not None
     assert all(adviser is of[0.0] for adviser in of.values())
     assert engine.task(QUESTION, temperature=0.3).settings.temperature == 0.3
+    filtered = engine.task(QUESTION, temperature=0.3, filters={"top_p": 0.9})
+    assert (filtered.settings.top_p, filtered.adviser) == (0.9, of[0.0])
     assert engine.task(QUESTION, drafts=False).adviser is None
 
 
@@ -169,6 +176,15 @@ def test_the_temperature_is_the_servers_unless_a_request_names_one() -> None:
     engine = Engine(model(), settings().model_copy(update={"temperature": 0.7}))
     for asked, expected in ((None, 0.7), (0.0, 0.0), (0.3, 0.3)):
         assert engine.task(QUESTION, temperature=asked).settings.temperature == expected
+    engine = Engine(model(), settings().changed(temperature=0.7, top_k=20, top_p=0.9))
+    for temperature, filters, sampling in (
+        (None, {}, "temperature 0.7, top_k 20, top_p 0.9"),
+        (0.0, {"top_p": 0.5}, "temperature 0"),
+        (0.3, {"top_k": None, "top_p": 1.0}, "temperature 0.3"),
+        (None, {"top_p": 0.5}, "temperature 0.7, top_k 20, top_p 0.5"),
+    ):
+        task = engine.task(QUESTION, temperature=temperature, filters=filters)
+        assert task.settings.sampling == sampling
 
 
 @pytest.mark.parametrize("watch", [False, True])
@@ -335,7 +351,7 @@ def test_a_warm_up_decodes_plainly_and_learns_what_drafts_cost(
     assert measured == [engine.graph]
     adviser = engine.task(QUESTION).adviser
     assert isinstance(adviser, AutoBudget)  # of the answers to come
-    assert sum(crowd.forwards for crowd in adviser.shared.crowds.values()) > 1
+    assert sum(each.forwards for each in adviser.shared.by_batch.values()) > 1
     assert engine.metrics.registry.get_sample_value("spiffy_forwards_total") == 0
     engine.start()
     assert submit(engine)[1]().ids == plainly().token_ids
@@ -487,6 +503,17 @@ def test_several_answers_have_noise_of_their_own(here: Here) -> None:
         model="tiny-sdar", messages=message(), max_tokens=LENGTH, n=3, temperature=1.0, seed=5
     )
     expected = [plainly(temperature=1.0, seed=5, sequence=k).text for k in range(3)]
+    filtered = json.loads(
+        here.ask(
+            "POST",
+            "/v1/chat/completions",
+            body(max_tokens=LENGTH, temperature=1.0, seed=5, top_p=0.3, top_k=4),
+        )[2]
+    )
+    assert (
+        filtered["choices"][0]["message"]["content"]
+        == plainly(temperature=1.0, seed=5, top_p=0.3, top_k=4).text
+    )
     assert [choice.message.content for choice in answer.choices] == expected
     unseeded = [
         here.client()
@@ -547,7 +574,9 @@ REFUSED = {
     "logprobs": (body(logprobs=True), 400, "logprobs"),
     "format": (body(response_format={"type": "json_object"}), 400, "response_format"),
     "bias": (body(logit_bias={"5": 1}), 400, "logit_bias"),
-    "top_p": (body(top_p=0.9), 400, "top_p"),
+    "min_p": (body(min_p=0.1), 400, "min_p"),
+    "top_p": (body(top_p=0), 400, "top_p"),
+    "top_k": (body(top_k=-2), 400, "top_k"),
     "no messages": (body(messages=[]), 400, "messages"),
     "role": (body(messages=[{"role": "tool", "content": "x"}]), 400, "messages.0.role"),
     "picture": (
@@ -621,7 +650,13 @@ def test_clients_see_refusals_as_what_they_are(here: Here) -> None:
 
 def test_fields_that_ask_for_nothing_are_taken(here: Here) -> None:
     neutral = body(
-        top_p=1, tools=None, logprobs=False, response_format={"type": "text"}, user="me", seed=None
+        top_p=1,
+        top_k=-1,
+        tools=None,
+        logprobs=False,
+        response_format={"type": "text"},
+        user="me",
+        seed=None,
     )
     assert here.ask("POST", "/v1/chat/completions", neutral)[0] == 200
     turns = [

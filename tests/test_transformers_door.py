@@ -194,6 +194,26 @@ def test_what_is_drawn_follows_torchs_seed_or_the_one_given() -> None:
     assert not torch.equal(first, second)
 
 
+def test_filters_are_followed_and_transformers_own_default_is_not() -> None:
+    model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 6)
+    graph = a_graph_of(model, block_length=4, stop_at_eos=False, temperature=0.3, top_p=0.4)
+    drawn = {"do_sample": True, "temperature": 1.5, "seed": 11, "graph": graph}
+
+    def expected(**filters: Any) -> list[int]:
+        prompt = inputs["input_ids"][0]
+        return plainly(model, prompt, temperature=1.5, seed=11, **filters)
+
+    def got(**filters: Any) -> list[int]:
+        ids: list[int] = drafted(model.module, inputs, **drawn, **filters)[0, 6:].tolist()
+        return ids
+
+    assert got(top_k=3, top_p=0.8) == expected(top_k=3, top_p=0.8)
+    assert got(top_p=0.5) == expected(top_p=0.5) != expected()
+    assert got() == got(top_k=0) == got(top_p=1.0) == got(top_k=50) == expected()
+    fifty = {"block_length": 4, "stop_at_eos": False, "top_k": 50}
+    assert got(decoding=fifty) == expected(top_k=50)
+
+
 def test_several_answers_of_a_prompt_are_drawn_each_by_its_number() -> None:
     model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 5, 9)
     options = {"do_sample": True, "temperature": 1.5, "seed": 11, "num_return_sequences": 2}
@@ -223,8 +243,11 @@ NOTHING = "has no meaning for a denoising decode"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 2}, f"generate: num_beams=2 {NOTHING}: drop it"),
     ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
-    ({"do_sample": True, "top_k": 5}, "top_k=5"),
-    ({"top_p": 0.5}, "top_p=0.5"),
+    ({"do_sample": True, "min_p": 0.1}, "min_p=0.1"),
+    ({"do_sample": True, "typical_p": 0.5}, "typical_p=0.5"),
+    ({"do_sample": True, "top_p": 0.0}, "top_p: Input should be greater than 0"),
+    ({"top_p": 0.5}, "top_p=0.5 needs do_sample=True"),
+    ({"top_k": 5}, "top_k=5 needs do_sample=True"),
     ({"temperature": 0.7}, "temperature=0.7 needs do_sample=True"),
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True"),
     ({"use_cache": False}, "give decoding={'cache': 'none'}"),
@@ -315,9 +338,14 @@ def test_a_native_module_is_of_the_graphs_family_or_the_one_named(
     graph = a_graph_of(model, block_length=4, stop_at_eos=False)
     expected = plainly(model, inputs["input_ids"][0])
     assert "may be of several families" in refusal(lambda: drafted(module, inputs))
-    said = refusal(lambda: drafted(module, inputs, do_sample=True))
-    assert "top_k=20 (of the module's generation_config)" in said
-    assert "give do_sample=False, or top_k=None" in said
+    said = refusal(lambda: drafted(module, inputs, do_sample=True, min_p=0.1))
+    assert "min_p=0.1" in said
+    own = module.generation_config
+    assert (own.temperature, own.top_k, own.top_p) == (0.6, 20, 0.95)
+    sampled = drafted(module, inputs, graph=graph, do_sample=True, seed=3)
+    assert sampled[0, 6:].tolist() == plainly(
+        model, inputs["input_ids"][0], temperature=0.6, top_k=20, top_p=0.95, seed=3
+    )
     assert drafted(module, inputs, graph=graph)[0, 6:].tolist() == expected
     decoding = {"block_length": 4, "stop_at_eos": False}
     assert drafted(module, inputs, decoding=decoding)[0, 6:].tolist() == expected  # known by now
@@ -351,7 +379,7 @@ def test_a_module_stays_known_without_its_model_and_learns_from_call_to_call() -
     for _ in range(2):
         drafted(module, batch(known, 6), graph=graph)
         (budget,) = auto._known._kept[module].values()
-        counted.append(budget.shared.mine.forwards)
+        counted.append(budget.shared.current.forwards)
     assert counted[1] > counted[0] > 0
     before = len(auto._known._kept)
     del module, known, budget

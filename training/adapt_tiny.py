@@ -40,9 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spiffy.calib.synthetic import final_answer
-from spiffy.runtime import decoding_settings, load_model
-from spiffy.runtime.decode import make_task
-from spiffy.runtime.generate import generate_batch
+from spiffy.runtime import decoding_settings, generate_many, load_model
 from spiffy.runtime.models.dream import DREAM
 from spiffy.runtime.models.llada import LLADA
 from spiffy.runtime.models.sdar import SDAR
@@ -297,16 +295,14 @@ def evaluate(args: argparse.Namespace) -> None:
     """Count exact answers on unseen problems, decoded by the package itself."""
     model = load_model(str(args.checkpoint))
     for policy in ("static", "threshold"):
-        settings = decoding_settings(
-            model, policy=policy, gen_length=args.gen_length, block_length=args.block_length
-        )
+        lengths = {"gen_length": args.gen_length, "block_length": args.block_length}
+        settings = decoding_settings(model, policy=policy, **lengths)
         chosen = unseen(args.problems)
-        tasks = [make_task(model, problem.question, settings) for problem in chosen]
-        answers = dict(zip(map(id, tasks), chosen, strict=True))
+        asked = [problem.question for problem in chosen]
         exact = tokens = steps = 0
-        for task, output in generate_batch(model, tasks, args.batch):
-            right = final_answer(answers[id(task)].answer)
-            exact += final_answer(output.text) == right
+        outputs = generate_many(model, asked, batch_size=args.batch, policy=policy, **lengths)
+        for problem, output in zip(chosen, outputs, strict=True):
+            exact += final_answer(output.text) == final_answer(problem.answer)
             tokens += len(output.token_ids)
             steps += output.stats.steps
         print(

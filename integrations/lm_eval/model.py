@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spiffy.integrations.lm_eval import launch
 from spiffy.integrations.lm_eval.counts import Counts
 from spiffy.schemas import Budget, DecodingSettings, SpiffyError
+from spiffy.schemas.decoding import FILTERS
 from spiffy.schemas.errors import said
 
 try:
@@ -36,13 +37,15 @@ if TYPE_CHECKING:
     from spiffy.runtime.generate import Output
 
 #: Of generation arguments that are no use here: what leaves an answer as it is.
-_NEUTRAL = {"num_beams": 1, "top_p": 1, "repetition_penalty": 1, "num_return_sequences": 1}
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1}
 _ELSEWHERE = {
     "temperature": "give --gen_kwargs do_sample=True,temperature=...",
+    "top_k": "give --gen_kwargs do_sample=True,top_k=...",
+    "top_p": "give --gen_kwargs do_sample=True,top_p=...",
     "system": "give --system_instruction",
     "trust_remote_code": "no code of a checkpoint is run: drop it",
 }
-_SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # without effect on greedy decoding
+_SAMPLING = (*FILTERS, "min_p", "typical_p")  # without effect on greedy decoding
 
 
 @dataclass(frozen=True)
@@ -182,17 +185,21 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         most, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
         stop = tuple(word for word in kwargs.pop("until") if word)
         kwargs.pop("do_sample")  # the temperature says it
+        changes: dict[str, Any] = {"temperature": temperature}
+        if temperature > 0:
+            changes |= {name: kwargs.pop(name) for name in FILTERS if name in kwargs}
+            if changes.get("top_k") in (0, -1):  # as others spell that it is off
+                changes["top_k"] = None
         for name, value in kwargs.items():
             greedy = temperature == 0 and name in _SAMPLING
             if not greedy and _NEUTRAL.get(name) != value:
                 raise SpiffyError(
                     f"{request.task_name}: generation argument {name}={value!r} means nothing to "
-                    "this decoding; until, max_gen_toks, do_sample and temperature do"
+                    "this decoding; until, max_gen_toks, do_sample, temperature, top_k and top_p do"
                 )
-        changes: dict[str, Any] = {"temperature": temperature}
         if most and self._gen_length is None:
             changes["gen_length"] = self._room_for(most)
-        settings = DecodingSettings.parse(**(self.loaded.settings.model_dump() | changes))
+        settings = self.loaded.settings.changed(**changes)
         document = int(request.doc_id or 0)
         with _named(request):
             prompt = self._encoded(context)
@@ -219,6 +226,7 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         self, jobs: Sequence[_Job], numbers: Iterable[int], plain: bool = False
     ) -> Iterator[tuple[int, Output]]:
         """Numbers and outputs of jobs, as they finish."""
+        from spiffy.runtime.decode import Scheduler
         from spiffy.runtime.generate import generate_batch
 
         tasks, places = [], {}
@@ -227,7 +235,8 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
             task = self.loaded.task(job.prompt, job.settings, job.sequence, job.stop, plain=plain)
             tasks.append(task)
             places[id(task)] = number
-        for task, output in generate_batch(self.loaded.model, tasks, self.batch_size):
+        scheduler = Scheduler(self.loaded.model, self.batch_size)
+        for task, output in generate_batch(scheduler, tasks):
             number = places[id(task)]
             most = jobs[number].most
             if len(output.token_ids) > most:

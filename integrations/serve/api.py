@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from spiffy.schemas.decoding import MAX_POSITIONS
+from spiffy.schemas.decoding import FILTERS, MAX_POSITIONS
 from spiffy.schemas.errors import printable
 
 _MOST_ANSWERS = 128  # per prompt, as OpenAI's
@@ -37,7 +37,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
-    "top_p": (1, 1.0),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -120,15 +119,29 @@ class StreamOptions(_Strict):
 _Stop = Annotated[str, Field(min_length=1)]
 
 
-class _Asked(_Strict):
+class _Drawn(_Strict):
+    """How tokens are drawn."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_POSITIONS)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+
+    @property
+    def filters(self) -> dict[str, float | None]:
+        """Those that are asked for; `top_k` is off where it is -1 or 0, as for vLLM and SGLang."""
+        given = {name: getattr(self, name) for name in FILTERS}
+        asked = {name: value for name, value in given.items() if value is not None}
+        return asked | ({"top_k": None} if asked.get("top_k", 1) < 1 else {})
+
+
+class _Asked(_Drawn):
     """What all ways of asking share."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_POSITIONS)
-    temperature: float | None = Field(None, ge=0, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] = []
     n: int = Field(1, ge=1, le=_MOST_ANSWERS)
     stream: bool = False
@@ -173,7 +186,7 @@ class CompletionRequest(_Asked):
         return [prompt] if alone else prompt
 
 
-class WatchRequest(_Strict):
+class WatchRequest(_Drawn):
     """`POST /spiffy/decode`: one answer, told forward by forward, with and without drafts."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -181,8 +194,6 @@ class WatchRequest(_Strict):
     model: str | None = None
     messages: _Messages
     max_tokens: int | None = Field(None, ge=1, le=MAX_POSITIONS)
-    temperature: float | None = Field(None, ge=0, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     drafts: bool = True
 
 

@@ -294,6 +294,7 @@ class _Desk:
             raw=way == "text",
             seed=asked.seed,
             stop=asked.stop,
+            filters=asked.filters,
             **options,
         )
         queue = _Queue()
@@ -319,6 +320,7 @@ class _Desk:
             1,
             max_tokens=asked.max_tokens,
             temperature=asked.temperature,
+            filters=asked.filters,
             seed=asked.seed,
             drafts=asked.drafts,
         )

@@ -10,7 +10,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from time import monotonic
@@ -26,11 +26,13 @@ from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import Scheduler, Stats, Task, decoded, make_task, planned
 from spiffy.runtime.draft import Drafter, graph_drafter
 from spiffy.runtime.forward.cache import BlockEdges
-from spiffy.runtime.generate import answer, collect
+from spiffy.runtime.generate import collect
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.source import served_name
 from spiffy.runtime.models.text import Prompt, given_ids
+from spiffy.runtime.streaming import NewText
 from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.decoding import FILTERS
 from spiffy.schemas.errors import is_out_of_memory
 
 _LOG = logging.getLogger("spiffy")
@@ -115,7 +117,7 @@ class Job:
         watch: bool = False,
     ) -> None:
         self.task, self.tell, self.number = task, tell, number
-        self._stream, self._block, self._sent = stream, 0, ""
+        self._new = NewText(task) if stream else None
         self._watch: Watch | None = None
         task.keeps_path = watch
         if watch:
@@ -131,9 +133,8 @@ class Job:
         """Tell what the last forward brought; called after each."""
         if self._watch is not None:
             self.tell(Seen(self, forward_event(self.task, self._watch.forward())))
-        if self._stream and self.task.path and self.task.path[-1].block > self._block:
-            self._block = self.task.path[-1].block
-            self._say(answer(self.task)[0])
+        if self._new is not None and (text := self._new.more()):
+            self.tell(Text(self, text))
 
     def end(self) -> Done | Failed:
         """Tell how it ended."""
@@ -151,14 +152,7 @@ class Job:
         if task.error is not None:
             raise task.error
         output = collect(task)
-        if self._stream:
-            self._say(output.text)
         return Done(self, output.text, output.token_ids, output.stats, _reason(task))
-
-    def _say(self, text: str) -> None:
-        if more := text[len(self._sent) :]:
-            self._sent = text
-            self.tell(Text(self, more))
 
 
 def _reason(task: Task) -> Literal["stop", "length"]:
@@ -196,7 +190,7 @@ class Engine:
     Parameters
     ----------
     settings
-        Of all answers; a job may have its own length and temperature.
+        Of all answers; a job may have its own length, temperature and filters.
     graph, budget
         What drafts, and how many; without a graph nothing does.
     """
@@ -265,6 +259,7 @@ class Engine:
         raw: bool = False,
         max_tokens: int | None = None,
         temperature: float | None = None,
+        filters: Mapping[str, object] | None = None,
         seed: int = 0,
         sequence: int = 0,
         stop: str | Sequence[str] | None = (),
@@ -274,7 +269,8 @@ class Engine:
 
         Blocks are decoded whole: where the length is no multiple of the block's, positions behind
         the answer are decoded too. Without `max_tokens` there is room for as much as the settings
-        say, or as the model reaches.
+        say, or as the model reaches. `filters` are values of `top_k` and `top_p` other than the
+        settings'; without a temperature they change nothing.
 
         Raises
         ------
@@ -285,7 +281,7 @@ class Engine:
         """
         ids = given_ids(self.model.encode(prompt, raw=raw), self.model.vocab_size)
         wanted = self._room(len(ids)) if max_tokens is None else max_tokens
-        settings = self._settings(wanted, temperature)
+        settings = self._settings(wanted, temperature, filters or {})
         length = planned(self.model, settings, len(ids)).length
         if length > self.max_length:
             raise TooLongError(
@@ -340,13 +336,15 @@ class Engine:
         most = (self.max_length - first) // block * block - (prompt_length - first)
         return max(1, min(settings.gen_length, most))
 
-    def _settings(self, max_tokens: int, temperature: float | None) -> DecodingSettings:
+    def _settings(
+        self, max_tokens: int, temperature: float | None, filters: Mapping[str, object]
+    ) -> DecodingSettings:
         block = self.settings.block_length
         whole = max_tokens if self.settings.cache == "block" else ceil(max_tokens / block) * block
-        changed: dict[str, object] = {"gen_length": whole}
-        if temperature is not None:
-            changed["temperature"] = temperature
-        return DecodingSettings.parse(**{**self.settings.model_dump(), **changed})
+        if temperature is None:
+            temperature = self.settings.temperature
+        own = filters if temperature > 0 else {}
+        return self.settings.changed(gen_length=whole, temperature=temperature, **own)
 
     def _equip(self, task: Task) -> None:
         """Give a task what drafts for it."""
@@ -356,8 +354,8 @@ class Engine:
             task.drafter = self._drafter
             return
         # One for all who share forwards: what these take depends on all of them.
-        usual = self.settings.temperature
-        settings = task.settings.model_copy(update={"temperature": usual})
+        usual = {name: getattr(self.settings, name) for name in ("temperature", *FILTERS)}
+        settings = task.settings.model_copy(update=usual)
         task.adviser = auto_budget(replace(task, settings=settings), self.graph)
 
     # ------------------------------------------------------------ the engine's thread

@@ -28,10 +28,9 @@ from spiffy.integrations.transformers.rows import (
     output_of,
     prompts_of,
 )
-from spiffy.runtime.budget.auto import auto_budget
 from spiffy.runtime.decode import make_task, run
-from spiffy.runtime.draft import Drafter, Selection, lasting_drafter
-from spiffy.runtime.generate import check_drafting, check_seed
+from spiffy.runtime.draft import Selection
+from spiffy.runtime.generate import Drafts, check_drafting, check_seed
 from spiffy.runtime.models import DiffusionLM, wrap
 from spiffy.schemas import Budget, DraftGraph, SpiffyError
 
@@ -95,7 +94,7 @@ def custom_generate(
         raise SpiffyError("input_ids holds no row: give one prompt at least")
     if streamer is not None and len(input_ids) > 1:
         raise SpiffyError(f"streamer: it takes one row, the batch has {len(input_ids)}")
-    check_drafting(graph, budget, selection)
+    drafts = Drafts(graph, budget, selection)
     check_seed(0 if seed is None else seed)
     prompts = prompts_of(input_ids, model_kwargs.get("attention_mask"))
     refuse_positions(model_kwargs.get("position_ids"), input_ids, prompts)
@@ -107,15 +106,11 @@ def custom_generate(
     settings = settings_of(lm, graph, any_model, decoding, generation_config, longest)
     sampled = settings.temperature > 0
     drawn = int(torch.randint(1 << 62, ())) if seed is None and sampled else seed or 0
-    drafter: Drafter | None = None
-    if graph is not None and budget != "auto":
-        drafter = lasting_drafter(lm, graph, settings, budget, selection)
     rows = []
     for number, (given, prompt) in enumerate(zip(input_ids, prompts, strict=True)):
-        task = make_task(lm, prompt, settings, drafter, drawn, number)
+        task = make_task(lm, prompt, settings, None, drawn, number)
         task.keeps_path = False
-        if graph is not None and budget == "auto":
-            task.adviser = auto_budget(task, graph, selection)
+        drafts.give(task)
         rows.append(Row(task, given, longest, asked_criteria(stopping_criteria, generation_config)))
     pad = None if generation_config.pad_token_id is None else int(generation_config.pad_token_id)
     if pad is None and len(rows) > 1:

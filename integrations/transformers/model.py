@@ -11,6 +11,7 @@ from spiffy.runtime.generate import decoding_settings
 from spiffy.runtime.models import FAMILIES, DiffusionLM, wrap
 from spiffy.runtime.models.wrapping import check_attention
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.decoding import MAX_POSITIONS
 
 
 def known_model(
@@ -72,6 +73,26 @@ def _end_tokens(generation_config: Any) -> frozenset[int]:
     return frozenset(() if ends is None else torch.as_tensor(ends).flatten().tolist())
 
 
+def drawing_of(config: Any, module: Any) -> dict[str, Any]:
+    """Settings of what a call draws, by its generation config.
+
+    The `top_k` that transformers fills in where nobody gives one stands for none, unless the
+    module's own generation config has it.
+    """
+    if not config.do_sample:
+        return {"temperature": 0.0}
+    temperature = 1.0 if config.temperature is None else float(config.temperature)
+    usual = getattr(config, "_get_default_generation_params", dict)().get("top_k")
+    own = getattr(getattr(module, "generation_config", None), "top_k", None)
+    top_k = None if config.top_k == 0 or (config.top_k == usual != own) else config.top_k
+    # 1 and the size of a vocabulary at most: None would leave what a graph says.
+    return {
+        "temperature": temperature,
+        "top_k": MAX_POSITIONS if top_k is None else top_k,
+        "top_p": 1.0 if config.top_p is None else float(config.top_p),
+    }
+
+
 def settings_of(
     lm: DiffusionLM,
     graph: DraftGraph | None,
@@ -100,8 +121,7 @@ def settings_of(
             f"max_length {generation_config.max_length} leaves no token for the answer: give "
             "max_new_tokens="
         )
-    temperature = 1.0 if generation_config.temperature is None else generation_config.temperature
-    options["temperature"] = float(temperature) if generation_config.do_sample else 0.0
+    options = drawing_of(generation_config, lm.module) | options
     block = options.get("block_length")
     if block is None:
         block = lm.default_block_length if graph is None else graph.decoding.block_length

@@ -9,7 +9,12 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import (
+    GenerationMixin,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from spiffy.schemas import SpiffyError
 
@@ -88,14 +93,14 @@ def refuse_positions(
 _FOLLOWED = frozenset(
     (
         *("max_length", "max_new_tokens", "max_time", "stop_strings"),
-        *("do_sample", "temperature", "num_return_sequences", "return_dict_in_generate"),
+        *("do_sample", "num_return_sequences", "return_dict_in_generate"),
         *("eos_token_id", "pad_token_id", "bos_token_id", "mask_token_id", "transformers_version"),
     )
 )
+# Options that are followed where tokens are drawn.
+_DRAWING = frozenset(("temperature", "top_k", "top_p"))
 # Options that say nothing where nothing is drawn.
-_OF_SAMPLING = frozenset(
-    ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "temperature")
-)
+_OF_SAMPLING = _DRAWING | {"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # Options that change how a forward is computed, not what it says.
 _OF_SPEED = frozenset(
     ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile")
@@ -114,23 +119,24 @@ def refuse_options(config: Any, of_module: Any) -> None:
             continue
         if name == "min_length" and config.min_new_tokens is not None:
             continue  # transformers made it of that, which is refused by its own name
-        if name in _FOLLOWED and (name != "temperature" or config.do_sample):
+        if name in _FOLLOWED or (name in _DRAWING and config.do_sample):
             continue  # before it is compared: tokens may be tensors
         came_along = of_module is not None and value == getattr(of_module, name, None)
         harmless = name in _OF_SPEED or (name in _OF_SAMPLING and not config.do_sample)
         if came_along and (harmless or name not in _known_options()):
             continue
-        if name == "temperature" and not config.do_sample:
-            raise SpiffyError(f"generate: temperature={value!r} needs do_sample=True")
-        if not (name == "top_k" and value == 0):
-            off = f"do_sample=False, or {name}=None"
-            if name not in _OF_SAMPLING:
-                off = f"{name}={usual.get(name)!r}"
-            whence = " (of the module's generation_config)" if came_along else ""
-            raise SpiffyError(
-                f"generate: {name}={value!r}{whence} has no meaning for a denoising decode: "
-                + (f"give {off}" if came_along else "drop it")
-            )
+        if name == "top_k" and value == 0:
+            continue
+        if name in _DRAWING:
+            raise SpiffyError(f"generate: {name}={value!r} needs do_sample=True")
+        off = f"do_sample=False, or {name}=None"
+        if name not in _OF_SAMPLING:
+            off = f"{name}={usual.get(name)!r}"
+        whence = " (of the module's generation_config)" if came_along else ""
+        raise SpiffyError(
+            f"generate: {name}={value!r}{whence} has no meaning for a denoising decode: "
+            + (f"give {off}" if came_along else "drop it")
+        )
     if config.use_cache is False and getattr(of_module, "use_cache", None) is not False:
         raise SpiffyError("generate: use_cache=False: give decoding={'cache': 'none'} instead")
 
@@ -143,18 +149,19 @@ def _known_options() -> frozenset[str]:
     return frozenset(vars(GenerationConfig()))
 
 
-def refuse_processors(processors: Sequence[Any], config: Any) -> None:
-    """Refuse what changes logits, but for what stands for the temperature.
+_WARPERS = (
+    (TemperatureLogitsWarper, "temperature"),
+    (TopKLogitsWarper, "top_k"),
+    (TopPLogitsWarper, "top_p"),
+)
 
-    transformers' own default of the 50 best tokens is left out: the noise is added to all logits.
-    """
+
+def refuse_processors(processors: Sequence[Any], config: Any) -> None:
+    """Refuse what changes logits, but for what stands for temperature, `top_k` and `top_p`."""
     for processor in processors:
-        if config.do_sample and (
-            (
-                isinstance(processor, TemperatureLogitsWarper)
-                and processor.temperature == config.temperature
-            )
-            or (isinstance(processor, TopKLogitsWarper) and processor.top_k == config.top_k)
+        if config.do_sample and any(
+            isinstance(processor, kind) and getattr(processor, name) == getattr(config, name)
+            for kind, name in _WARPERS
         ):
             continue
         raise SpiffyError(

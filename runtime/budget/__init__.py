@@ -1,1 +1,6 @@
-"""How many drafts pay: what a forward costs (`cost`, `roofline`), and the choice (`auto`)."""
+"""How many drafts pay.
+
+`controller` learns it while decoding: what it knows is in `learned` and `estimates`, what tries may
+lose in `tries`. `shared` has one for every number of sequences that share forwards, and `auto`
+connects it to the decode loop. `cost` measures beforehand; `roofline` predicts for other machines.
+"""

@@ -80,9 +80,9 @@ def _as_measured(
 ) -> tuple[ExpectedSteps, ...]:
     """A replayed curve, its accepted drafts scaled as those of the points measured were.
 
-    Few prompts are measured, and the curve is of many: what others than these few bring must not
-    pass for what replays leave out, so each point is compared with a replay of the same prompts.
-    (Before 1.5 none is stated; then the curve has to do.)
+    The few prompts that were measured may be easier than the curve's many. So each measured point
+    is compared with a replay of the same prompts. (Before 1.5 none is stated; then the curve has
+    to do.)
     """
     curve = [(p.drafts, p.steps) for p in replayed]
     scale = [
@@ -145,8 +145,8 @@ def _pairs(points: Sequence[CostPoint]) -> list[tuple[int, float]]:
 
 
 @dataclass(frozen=True)
-class Pays:
-    """How many of a root's drafts are worth verifying.
+class Cutoff:
+    """How many of a root's drafts, by descending probability, are worth verifying.
 
     A draft with acceptance probability p gains p steps, which would otherwise take p / rate
     seconds, and makes the forward longer.
@@ -191,11 +191,6 @@ class AutoBudget:
     ----------
     prior
         What forwards cost here as measured before, if it was.
-
-    Attributes
-    ----------
-    rests
-        See `Adviser`.
     """
 
     def __init__(
@@ -228,15 +223,17 @@ class AutoBudget:
 
     def begin(self, canvas: Canvas) -> None:
         """See `Adviser`: where forwards compute all the answer, a longer one makes them longer."""
-        first = canvas.span(0)
-        anew = {"none": range(canvas.length), "prefix": range(first.start, canvas.length)}
+        block = canvas.span(0)
+        # Positions that a plain forward computes; other caches recompute only the block.
+        computed = {"none": range(canvas.length), "prefix": range(block.start, canvas.length)}
         with self._lock:
-            self.shared.crowds[1].start(len(anew.get(self.settings.plain_cache, first)))
+            # Forwards that several sequences share mix their lengths: nothing is scaled there.
+            self.shared.by_batch[1].start(len(computed.get(self.settings.plain_cache, block)))
 
-    def turn(self, sequences: int, seconds: float) -> None:
+    def after_forward(self, sequences: int, seconds: float) -> None:
         """See `Adviser`."""
         with self._lock:
-            self.shared.turn(sequences, seconds)
+            self.shared.after_forward(sequences, seconds)
 
     def advise(self) -> Advice:
         """See `Adviser`."""
@@ -254,7 +251,7 @@ class AutoBudget:
     def why(self) -> str:
         """See `Adviser`."""
         with self._lock:
-            return self.shared.mine.why()
+            return self.shared.current.why()
 
     def _drafter(self, choice: Choice) -> Drafter:
         """Who drafts one forward, by a choice with drafts."""
@@ -269,7 +266,7 @@ class AutoBudget:
             self._by_model = made
         # A copy shares the weights; its price is that of this thread's forwards, not of another's.
         drafter = copy(self._by_model)
-        drafter.budget, drafter.pays = choice.drafts, self._pays(choice)
+        drafter.budget, drafter.cutoff = choice.drafts, self._cutoff(choice)
         return drafter
 
     def _way_of(self, way: Selection, drafts: int) -> Drafter:
@@ -279,12 +276,13 @@ class AutoBudget:
         assert model is not None  # one was made of it
         return way_of(model, self.graph, self.settings, drafts, way)
 
-    def _pays(self, choice: Choice) -> Callable[[Floats], int]:
-        """Which of a root's drafts to keep: all, where their number is only being tried."""
-        mine = self.shared.mine  # other threads may decode with more or fewer sequences
-        if mine.is_tried(choice):
+    def _cutoff(self, choice: Choice) -> Callable[[Floats], int]:
+        """How many of a root's drafts to keep: all, where their number is only being tried."""
+        controller = self.shared.current  # of this thread: others may have larger batches
+        if controller.is_tried(choice):
             return len
-        return Pays(1 / mine.seconds_per_step(choice), np.array(mine.forward_seconds(choice)))
+        costs = controller.costs
+        return Cutoff(1 / costs.per_step(choice), np.array(costs.forward_seconds(choice)))
 
 
 _NO_DRAFTS = Advice(None, PLAIN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -41,8 +41,8 @@ from spiffy.schemas import CostPoint, CostProfile, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
 from spiffy.schemas.io import canonical_json, read_json, write_atomically
 
-_ROUNDS = 20
-_SITES = 3
+_ROUNDS = 20  # times that every number of drafts is timed, at most
+_SITES = 3  # roots at which they are
 #: A forward this many times the price of a plain one never pays: walks are not that long.
 _HOPELESS = 6.0
 
@@ -352,38 +352,46 @@ def cost_profile(
         Measure in any case, and replace what was kept.
     """
     largest = min(largest, task.most_drafts)
-    here = conditions(task)
-    key = _key(here)
-    path = _profile_path(key)
-    wanted = set(drafters or {})
-    if not remeasure:
-        known = (_remembered.get(key), _load(path), *stored)
-        for profile in known:
-            if profile is not None and _serves(profile, here, largest, wanted):
-                return profile
+    known = None if remeasure else known_profile(task, stored, largest, set(drafters or {}))
+    if known is not None:
+        return known
     profile = measure_cost(task, largest, drafters)
+    key = _key(conditions(task))
     _remembered[key] = profile
-    _save(path, profile)
+    _save(_profile_path(key), profile)
     return profile
 
 
-def known_profile(task: Task, stored: tuple[CostProfile, ...]) -> CostProfile | None:
-    """What was measured for such tasks on this machine, of whatever drafts; None if nothing was."""
+def known_profile(
+    task: Task,
+    stored: tuple[CostProfile, ...] = (),
+    largest: int = 0,
+    drafters: Collection[str] = (),
+) -> CostProfile | None:
+    """What was measured for such tasks on this machine; None if nothing was.
+
+    Parameters
+    ----------
+    stored
+        Profiles that came with an artifact.
+    largest, drafters
+        The number of drafts and the ways of drafting that have to be among what was measured.
+    """
     here = conditions(task)
     key = _key(here)
     known = (_remembered.get(key), _load(_profile_path(key)), *stored)
-    return next((p for p in known if p is not None and _serves(p, here, 0, set())), None)
+    return next((p for p in known if p is not None and _serves(p, here, largest, drafters)), None)
 
 
 _remembered: dict[str, CostProfile] = {}  # by key, for machines where nothing can be written
 
 
 def _serves(
-    profile: CostProfile, here: Mapping[str, Any], largest: int, drafters: set[str]
+    profile: CostProfile, here: Mapping[str, Any], largest: int, drafters: Collection[str]
 ) -> bool:
     there = profile.model_dump(include=set(here))
     enough = profile.largest is not None and profile.largest >= largest
-    return _key(there) == _key(here) and enough and drafters <= set(profile.turns)
+    return _key(there) == _key(here) and enough and set(drafters) <= set(profile.turns)
 
 
 def cache_folder() -> Path | None:

@@ -1,7 +1,7 @@
 """What is learned of forwards: how long they take, how many denoising steps they are worth.
 
-Seconds are those of the machine as it usually is (`Pace`): what counts is how one choice compares
-with another.
+Seconds are those of the machine at its usual speed (`Slowdown`): what counts is how one choice
+compares with another.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ from typing import NamedTuple
 
 from spiffy.runtime.draft import Selection
 
-_STALE = 24  # forwards after which what was known is out of date
-_KEPT = 24  # forwards that count
-PACED = 5  # last forwards that say how fast the machine is at present,
-_USUAL = 1.15  # if they differ from what is known by more than this factor
-_LASTING = 12  # plain forwards in a row of another pace make it the usual one
-_SURE = 3  # forwards by which one of its kind is judged
+# Seconds of forwards.
+_KEPT = 24  # the last forwards with a number of drafts, by which it is judged
+_STALE = 24  # forwards of any kind after which what was known of one kind is out of date
+_ENOUGH = 3  # forwards with a number of drafts, with which one more can be compared
 _CHANGED = 1.5  # times slower or faster: an odd forward, or another machine
-_MEMORY = 0.985  # per forward: accepted drafts are forgotten by half in 46,
-_LONG_MEMORY = 0.9995  # and how one choice's compare with another's in 1,400 of its own
-# The number of accepted drafts varies by more than its mean from forward to forward, so it takes
-# hundreds to tell two choices apart: until then the artifact's curve decides between them.
-_BELIEF = 2.0  # accepted drafts' worth of belief that all is as the artifact says,
-_WAY_BELIEF = 300.0  # that graph and model compare as it says,
-_OWN_BELIEF = 1500.0  # and numbers of drafts
+_DOUBLES_AT = 20  # drafts that make a forward twice as long, where nothing says how long it is
+
+# The machine's speed.
+SPEED_WINDOW = 5  # the last forwards, which say how fast the machine is at present
+_TOLERANCE = 1.15  # times slower or faster than expected: up to there it is as usual
+_LASTING = 12  # plain forwards in a row at another speed, which make it the usual one
+
+# Accepted drafts, of which the sums below forget a share per forward.
+_MEMORY = 0.985  # of all choices together: forgotten by half in 46 forwards
+_LONG_MEMORY = 0.9995  # of one choice beside others: in 1,400 of its own
+# Pseudo-counts, in accepted drafts, of what the artifact says. The number of accepted drafts varies
+# by more than its mean from forward to forward, so it takes hundreds to tell two choices apart:
+# until then the artifact's curve decides between them.
+_PRIOR_ALL = 2.0  # how many drafts are accepted
+_PRIOR_WAY = 300.0  # how graph and acceptance model compare
+_PRIOR_CHOICE = 1500.0  # how numbers of drafts compare
 
 
 class Choice(NamedTuple):
@@ -52,7 +59,7 @@ def ladder(most: int) -> list[int]:
     return [*(drafts for drafts in LADDER if drafts < most), most]
 
 
-class Pace:
+class Slowdown:
     """How many times slower than usual the machine is at present: other processes come and go.
 
     They make all forwards longer by about the same factor, so that what was learned of one choice
@@ -61,50 +68,51 @@ class Pace:
     Attributes
     ----------
     value
-        Times slower at present.
+        Times slower than usual at present.
     usual
         Times slower usually than it was at first.
     """
 
     def __init__(self) -> None:
         self.value = self.usual = 1.0
-        self._unusual = 0  # plain forwards in a row
-        self._recent: deque[float] = deque(maxlen=PACED)
-        self._confirmed = 1.0
+        self._recent: deque[float] = deque(maxlen=SPEED_WINDOW)
+        self._reported = 1.0  # value at which a change was last reported
+        self._unusual = 0  # plain forwards in a row at another speed
 
     def observe(self, ratio: float, plain: bool = False) -> bool:
-        """Learn from a forward's seconds over what is known; whether much has changed."""
+        """Learn from a forward's seconds over those expected; returns whether much has changed."""
         self._recent.append(ratio)
         ordered = sorted(self._recent)
         middle = ordered[(len(ordered) - 1) // 2]
-        if 1 / _USUAL < middle < _USUAL:
+        full = len(ordered) == SPEED_WINDOW
+        if 1 / _TOLERANCE < middle < _TOLERANCE:
             self.value = 1.0
-        elif len(ordered) == PACED and (ordered[1] > _USUAL or ordered[-2] < 1 / _USUAL):
+        elif full and (ordered[1] > _TOLERANCE or ordered[-2] < 1 / _TOLERANCE):
             self.value = middle
         self._unusual = self._unusual + 1 if plain and self.value != 1.0 else 0
-        if not 1 / _CHANGED < self.value / self._confirmed < _CHANGED:
-            self._confirmed = self.value
+        if not 1 / _CHANGED < self.value / self._reported < _CHANGED:
+            self._reported = self.value
             return True
         if self._unusual >= _LASTING:
-            self._stay()
+            self._make_trimmed_mean()
         return False
 
-    def _stay(self) -> None:
-        """Take the present pace for the usual one.
+    def _make_trimmed_mean(self) -> None:
+        """Take the present speed for the usual one.
 
-        While it differs, what is known of plain forwards is measured by a pace that is measured by
+        While it differs, what is known of plain forwards is measured by a speed that is measured by
         it, and would wander off from what is known of others.
         """
         factor, self.value, self._unusual = self.value, 1.0, 0
         self.usual *= factor
-        self._confirmed /= factor
-        self._recent = deque((ratio / factor for ratio in self._recent), maxlen=PACED)
+        self._reported /= factor
+        self._recent = deque((ratio / factor for ratio in self._recent), maxlen=SPEED_WINDOW)
 
-    def set(self, ratio: float) -> None:
+    def set(self, value: float) -> None:
         """Take it to be so, whatever was thought before."""
-        self._recent.extend([ratio] * PACED)
-        self.observe(ratio)
-        self._confirmed = self.value
+        self._recent.extend([value] * SPEED_WINDOW)
+        self.observe(value)
+        self._reported = self.value
 
 
 class ForwardSeconds:
@@ -123,7 +131,7 @@ class ForwardSeconds:
         self._prior = prior
         self._recent: dict[int, deque[float]] = {}
         self._seen: dict[int, int] = {}  # number of the forward
-        self._usually: dict[int, float] = {}
+        self._mean: dict[int, float] = {}
         self._points: list[tuple[int, float]] = []
         self._odd: set[int] = set()
         self._forwards = 0
@@ -133,17 +141,18 @@ class ForwardSeconds:
         self._forwards += 1
         seconds = max(seconds, 1e-9)
         recent = self._recent.setdefault(drafts, deque(maxlen=_KEPT))
-        if recent and not 1 / _CHANGED < seconds / self._usually[drafts] < _CHANGED:
+        if recent and not 1 / _CHANGED < seconds / self._mean[drafts] < _CHANGED:
             self._odd.add(drafts)
         else:
             self._odd.discard(drafts)
-        if self._age(drafts) > _STALE:  # the machine may have drifted
+        if self._forwards_since(drafts) > _STALE:  # the machine may have drifted
             recent.clear()
         recent.append(seconds)
         self._seen[drafts] = self._forwards
-        self._draw(drafts)
+        self._refit(drafts)
 
-    def _age(self, drafts: int) -> int:
+    def _forwards_since(self, drafts: int) -> int:
+        """Forwards of any kind since one with that many drafts; 0 if there was none."""
         return self._forwards - self._seen.get(drafts, self._forwards)
 
     def doubts(self, drafts: int) -> bool:
@@ -152,26 +161,27 @@ class ForwardSeconds:
 
     def surely_knows(self, drafts: int) -> bool:
         """Whether one more forward with that many drafts can be compared with others."""
-        return len(self._recent.get(drafts, ())) >= _SURE
+        return len(self._recent.get(drafts, ())) >= _ENOUGH
 
     def forget(self, *drafts: int) -> None:
         """Forwards with that many drafts do not take what they took; by default, none do."""
         for n in drafts or [*self._recent]:
             self._recent.pop(n, None)
-        self._draw()
+        self._refit()
 
     def scale(self, factor: float) -> None:
         """Take another sequence's forwards to be longer by this factor."""
         for drafts, recent in self._recent.items():
             self._recent[drafts] = deque((value * factor for value in recent), maxlen=_KEPT)
-        self._draw(*self._recent)
+        self._refit(*self._recent)
 
-    def _draw(self, *changed: int) -> None:
+    def _refit(self, *changed: int) -> None:
+        """Take in what was recorded anew, of these numbers of drafts, into what is expected."""
         for drafts in changed:
-            self._usually[drafts] = _usual(self._recent[drafts])
+            self._mean[drafts] = _trimmed_mean(self._recent[drafts])
         most, self._points = 0.0, []
         for drafts in sorted(self._recent):  # more drafts never cost less: that would be noise
-            most = max(most, self._usually[drafts])
+            most = max(most, self._mean[drafts])
             self._points.append((drafts, most))
 
     def knows(self, drafts: int) -> bool:
@@ -191,7 +201,7 @@ class ForwardSeconds:
             return seconds * interpolated(self._prior, drafts) / interpolated(self._prior, nearest)
         if at and len(points) > 1:
             return max(seconds, _between(points[-2], points[-1], drafts))
-        return seconds * (1 + drafts / 20) / (1 + nearest / 20)
+        return seconds * (1 + drafts / _DOUBLES_AT) / (1 + nearest / _DOUBLES_AT)
 
     def at_best(self, drafts: int) -> float:
         """What a forward costs at least: what one with fewer drafts does."""
@@ -203,12 +213,14 @@ class ForwardSeconds:
 
         By those that were seen lately: others may be out of date.
         """
-        fresh = [(n, s) for n, s in self._points if n <= drafts and self._age(n) <= _STALE]
+        fresh = [
+            (n, s) for n, s in self._points if n <= drafts and self._forwards_since(n) <= _STALE
+        ]
         known, seconds = fresh[-1] if fresh else self._points[0]
         return seconds * max(1.0, (1 + drafts) / (1 + known))
 
 
-def _usual(values: Sequence[float]) -> float:
+def _trimmed_mean(values: Sequence[float]) -> float:
     """Their mean, without those that are far from the median."""
     middle = sorted(values)[(len(values) - 1) // 2]
     kept = [value for value in values if middle / _CHANGED <= value <= _CHANGED * middle]
@@ -241,8 +253,9 @@ class _Gain:
         self.accepted = self.accepted * self.memory + accepted
         self.expected = self.expected * self.memory + expected
 
-    def ratio(self, belief: float, otherwise: float) -> float:
-        return (self.accepted + belief * otherwise) / (self.expected + belief)
+    def ratio(self, prior: float) -> float:
+        """As far as observed; 1 where nothing was, with a weight of so many accepted drafts."""
+        return (self.accepted + prior) / (self.expected + prior)
 
 
 class ForwardSteps:
@@ -266,7 +279,7 @@ class ForwardSteps:
         self._by_choice.setdefault(choice, _Gain(_LONG_MEMORY)).observe(
             accepted, expected * self._ratio(choice.way)
         )
-        self._by_way[choice.way].observe(accepted, expected * self._all.ratio(_BELIEF, 1.0))
+        self._by_way[choice.way].observe(accepted, expected * self._all.ratio(_PRIOR_ALL))
         self._all.observe(accepted, expected)
 
     def expected(self, choice: Choice) -> float:
@@ -274,11 +287,11 @@ class ForwardSteps:
         if choice.way is None:
             return 1.0
         own = self._by_choice.get(choice)
-        residual = 1.0 if own is None else own.ratio(_OWN_BELIEF, 1.0)
+        residual = 1.0 if own is None else own.ratio(_PRIOR_CHOICE)
         return 1.0 + self._artifact(choice) * self._ratio(choice.way) * residual
 
     def _ratio(self, way: Selection) -> float:
-        return self._all.ratio(_BELIEF, 1.0) * self._by_way[way].ratio(_WAY_BELIEF, 1.0)
+        return self._all.ratio(_PRIOR_ALL) * self._by_way[way].ratio(_PRIOR_WAY)
 
     def _artifact(self, choice: Choice) -> float:
         assert choice.way is not None

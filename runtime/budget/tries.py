@@ -7,35 +7,42 @@ from dataclasses import dataclass
 from spiffy.runtime.budget.estimates import Choice
 
 _AT_FIRST = 2.0  # plain forwards that tries may lose before anything has been earned
-_SHARE = 0.003  # of the time spent without drafts, or with drafts that are tried, may be lost
-_SHARE_AHEAD = 0.006  # of the time spent with drafts that pay
+_SHARE = 0.003  # of the time spent plainly or with tries: may be lost by tries
+_SHARE_OF_DRAFTS = 0.006  # of the time spent with drafts that pay
 _MOST_SAVED = 4.0  # plain forwards: no more are saved up, and no more are missing
 
 
 @dataclass
 class Try:
-    """A look at a choice, for a few forwards.
+    """A choice that is tried for a few forwards.
 
     Attributes
     ----------
-    instead
-        What would be chosen without it.
-    otherwise
-        Seconds per step of that,
-    plain
-        and of a plain forward, as far as was known when it began.
-    forwards, asked
-        Learned of, and chosen so far.
+    fallback
+        What would be chosen without the try.
+    fallback_per_step
+        Seconds per step of the fallback, when the try began.
+    plain_seconds
+        Seconds of a plain forward, when the try began.
+    chosen
+        Forwards that it was chosen for so far.
+    learned
+        Those of them that were learned of.
     waited
-        Whether its end has been waited for.
+        Whether a forward was made already while the last of these was not learned of yet.
     """
 
-    instead: Choice
-    otherwise: float
-    plain: float
-    forwards: int = 0
-    asked: int = 0
+    fallback: Choice
+    fallback_per_step: float
+    plain_seconds: float
+    chosen: int = 0
+    learned: int = 0
     waited: bool = False
+
+    def scale(self, factor: float) -> None:
+        """Take all forwards to be longer by this factor."""
+        self.fallback_per_step *= factor
+        self.plain_seconds *= factor
 
 
 @dataclass
@@ -50,9 +57,9 @@ class Allowance:
 
     balance: float = 0.0
 
-    def earn(self, seconds: float, ahead: bool = False) -> None:
-        """Take in time that was spent; `ahead`: with drafts that pay."""
-        self.balance += (_SHARE_AHEAD if ahead else _SHARE) * seconds
+    def earn(self, seconds: float, pays: bool = False) -> None:
+        """Take in time that was spent; `pays`: with drafts that are not only tried."""
+        self.balance += (_SHARE_OF_DRAFTS if pays else _SHARE) * seconds
 
     def lose(self, seconds: float, plain: float) -> None:
         """Take in what a try has lost, where a plain forward takes `plain` seconds."""

@@ -6,6 +6,7 @@
 
 from spiffy.runtime.decode.driver import Scheduler, run
 from spiffy.runtime.decode.loop import (
+    TooLargeError,
     batches_head,
     denoise,
     denoising_step,
@@ -20,6 +21,7 @@ from spiffy.runtime.decode.task import (
     Adviser,
     Stats,
     Task,
+    checked_stop,
     decoded,
     make_task,
     median_task,
@@ -32,7 +34,9 @@ __all__ = [
     "Scheduler",
     "Stats",
     "Task",
+    "TooLargeError",
     "batches_head",
+    "checked_stop",
     "decoded",
     "denoise",
     "denoising_step",

@@ -25,23 +25,8 @@ _FAR_LONGER = 2  # times the usual length
 
 
 def run(model: DiffusionLM, tasks: Iterable[Task], batch_size: int = 1) -> Iterator[list[Task]]:
-    """Decode tasks, up to `batch_size` at a time sharing their forwards.
-
-    They are taken when there is room for them. Yields after every forward the tasks that it
-    finished, often none; their `path` and `stats` are up to date at any time. The error of a task
-    that fails is raised after those that the same forward finished.
-    """
-    scheduler, more = Scheduler(model, batch_size), iter(tasks)
-    while True:
-        while len(scheduler) < batch_size and (task := next(more, None)) is not None:
-            scheduler.add(task)
-        if not scheduler.busy:
-            return
-        finished = scheduler.step()
-        yield [task for task in finished if task.error is None]
-        for task in finished:
-            if task.error is not None:
-                raise task.error
+    """Decode tasks, up to `batch_size` at a time sharing their forwards: see `Scheduler.run`."""
+    return Scheduler(model, batch_size).run(tasks)
 
 
 class Scheduler:
@@ -72,9 +57,9 @@ class Scheduler:
     """
 
     def __init__(self, model: DiffusionLM, batch_size: int = 1) -> None:
-        if batch_size < 1:
+        if type(batch_size) is not int or batch_size < 1:
             raise SpiffyError(
-                f"batch size {batch_size}: at least 1 sequence has to be in a forward"
+                f"batch size {batch_size!r}: at least 1 sequence has to be in a forward"
             )
         self.model, self.batch_size = model, batch_size
         self.forwards = self.halvings = 0
@@ -102,6 +87,25 @@ class Scheduler:
     def running(self) -> list[Task]:
         """Tasks that share the next forward with others that may join it."""
         return [task for task, _, _ in self._running]
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[list[Task]]:
+        """Decode tasks, which are taken when there is room for them.
+
+        Yields after every forward the tasks that it finished, often none; their `path` and `stats`
+        are up to date at any time. The error of a task that fails is raised after those that the
+        same forward finished.
+        """
+        more = iter(tasks)
+        while True:
+            while len(self) < self.batch_size and (task := next(more, None)) is not None:
+                self.add(task)
+            if not self.busy:
+                return
+            finished = self.step()
+            yield [task for task in finished if task.error is None]
+            for task in finished:
+                if task.error is not None:
+                    raise task.error
 
     def add(self, task: Task) -> None:
         """Let a task wait for its turn."""
@@ -134,8 +138,9 @@ class Scheduler:
         synchronize(self.model.device)  # the walk waits for the values anyway
         forwarded = perf_counter() - started
         # Methods, not advisers: one that is watched has that of the one which it stands for.
-        for turn in {task.adviser.turn for task in self.running if task.adviser is not None}:
-            turn(len(self._running), forwarded)
+        advisers = [task.adviser for task in self.running if task.adviser is not None]
+        for after_forward in {adviser.after_forward for adviser in advisers}:
+            after_forward(len(self._running), forwarded)
         walked = self._running
         self._running = []
         for task, decoding, rows in walked:

@@ -22,6 +22,7 @@ from spiffy.runtime.forward.cache import CACHES, Cache
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.forward.request import Reader, reads_on_host
+from spiffy.runtime.models.attention import Slots
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.noise import redraw
 from spiffy.runtime.step.policy import replaced, select, step_quota
@@ -36,14 +37,17 @@ _HEAD_BATCH = 128
 Decoding = Generator[list[Row], list[RowOutput], None]
 
 
-def denoise(task: Task) -> Decoding:
+def denoise(task: Task, kv: Slots | None = None) -> Decoding:
     """Decode one sequence; yields the rows of each forward and is sent their outputs.
+
+    Whoever runs the forwards otherwise than `Scheduler` does may have a `kv` of its own for keys
+    and values (docs/engine.md).
 
     One turn is one forward over the root and its drafts, and the walk over what it verified. Drafts
     decide how many steps a forward is worth and nothing else: every step is a `denoising_step` on
     what the model says at a true state.
     """
-    cache = open_cache(task)
+    cache = open_cache(task, kv)
     drafting = _Drafting(task, cache)
     root = task.canvas.start(task.prompt, task.model.mask_token_id)
     while not root.finished:
@@ -220,7 +224,7 @@ def likely_states(
     return found
 
 
-def open_cache(task: Task) -> Cache:
+def open_cache(task: Task, kv: Slots | None = None) -> Cache:
     """The cache of a decode; without drafts a forward tells about the state that it is at."""
     drafter, advised = task.drafter, task.adviser is not None
     drafts = drafter is not None or advised
@@ -234,7 +238,7 @@ def open_cache(task: Task) -> Cache:
         asks_rejected=advised or (drafter is not None and drafter.asks_rejected),
         noise=task.noise,
     )
-    return CACHES[task.settings.cache](task.model, task.canvas, edges, reader)
+    return CACHES[task.settings.cache](task.model, task.canvas, edges, reader, kv)
 
 
 def may_complete(task: Task, cache: Cache, root: Cursor) -> bool:

@@ -78,15 +78,18 @@ class Adviser(Protocol):
 
     @property
     def rests(self) -> bool:
-        """Whether it does neither for the next forward, which is plain; changes only in `turn`."""
+        """Whether the next forward is plain whatever `advise` would say.
+
+        Then neither `advise` nor `learn` is called for it. Changes only in `after_forward`.
+        """
         ...
 
     def begin(self, canvas: Canvas) -> None:
-        """Meet a sequence."""
+        """A sequence is about to be decoded."""
         ...
 
-    def turn(self, sequences: int, seconds: float) -> None:
-        """Hear of a forward that so many sequences shared, before they learn of it and go on."""
+    def after_forward(self, sequences: int, seconds: float) -> None:
+        """A forward that so many sequences shared is done; called once, before they `learn`."""
         ...
 
     def advise(self) -> Advice:
@@ -196,11 +199,7 @@ def make_task(
         If the prompt is empty, holds ids outside the vocabulary, or leaves no room for the answer;
         if there are stop strings that are none, or no tokenizer to find them.
     """
-    stop = stop_strings(stop)
-    if stop and model.tokenizer is None:
-        raise SpiffyError(
-            f"{model.name} ships no tokenizer, so its answers have no text to stop at"
-        )
+    stop = checked_stop(model, stop)
     ids = given_ids(model.encode(prompt), model.vocab_size)
     canvas = planned(model, settings, len(ids))
     if model.max_length is not None and canvas.length > model.max_length:
@@ -220,6 +219,22 @@ def make_task(
         most_drafts(settings, canvas),
         stop=stop,
     )
+
+
+def checked_stop(model: DiffusionLM, stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop strings, one or several; None: none.
+
+    Raises
+    ------
+    SpiffyError
+        If one is none, or the model has no tokenizer to find them.
+    """
+    words = stop_strings(stop)
+    if words and model.tokenizer is None:
+        raise SpiffyError(
+            f"{model.name} ships no tokenizer, so its answers have no text to stop at"
+        )
+    return words
 
 
 def planned(model: DiffusionLM, settings: DecodingSettings, prompt_length: int) -> Canvas:

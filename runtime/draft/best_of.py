@@ -21,11 +21,12 @@ from spiffy.runtime.draft.by_graph import FillSet, GraphDrafter
 from spiffy.runtime.draft.candidates import Candidates, Drafter, Walk
 from spiffy.runtime.step.canvas import Cursor
 
-_MEMORY = 0.995  # of comparisons: some 200 of them count
-_LEAD = 2.0  # accepted drafts by which a way has to be ahead of the one that drafts
-_SURE = 4.0  # accepted drafts by which a way has to be behind, to be compared more seldom if it is
-_SELDOM = 4  # dear: once in so many walks
-_MOST = 16.0  # accepted drafts that a way can be behind: texts may change, and it come back
+_MEMORY = 0.995  # what a comparison keeps of those before it: some 200 count
+# Accepted drafts.
+_LEAD = 2.0  # by which a way has to be ahead of the one that drafts, to draft itself
+_FAR_BEHIND = 4.0  # by which it has to be behind, to be compared more seldom if that is expensive
+_MOST_BEHIND = 16.0  # beyond it nothing counts: texts may change, and a way come back
+_SELDOM = 4  # walks, of which such a way is compared after one
 
 
 Filled = list[int]  # tokens [M] at the candidates' positions, by rank
@@ -39,7 +40,7 @@ class Standing:
     ----------
     ahead
         By way: accepted drafts more than those of the one that drafts, slowly forgotten, and
-        never fewer than `_MOST` fewer.
+        never fewer than `_MOST_BEHIND` fewer.
     leader
         Which one that is; at first the first one.
     walks
@@ -52,8 +53,8 @@ class Standing:
     lock: Lock = field(default_factory=Lock, compare=False, repr=False)  # threads share it
 
     def is_due(self, way: int) -> bool:
-        """Whether a way that is dear to compare is to be compared after the next walk."""
-        return self.ahead[way] > -_SURE or (self.walks + 1) % _SELDOM == 0
+        """Whether a way that is expensive to compare is compared after the next walk."""
+        return self.ahead[way] > -_FAR_BEHIND or (self.walks + 1) % _SELDOM == 0
 
     def observe(self, accepted: Sequence[int | None]) -> None:
         """Take in how many drafts of a walk each way would have had accepted; None: not compared.
@@ -65,7 +66,7 @@ class Standing:
         led = accepted[self.leader]
         assert led is not None  # the leader has drafted
         self.ahead = [
-            before if new is None else max(_MEMORY * before + new - led, -_MOST)
+            before if new is None else max(_MEMORY * before + new - led, -_MOST_BEHIND)
             for before, new in zip(self.ahead, accepted, strict=True)
         ]
         most = max(self.ahead)
@@ -117,7 +118,7 @@ class BestOfDrafter:
     def _accepted(
         self, number: int, walk: Walk, filled: Sequence[Filled], fills: Sequence[FillSet]
     ) -> int | None:
-        """How many drafts of a way the walk would have come to; None if that is too dear to say."""
+        """How many drafts of a way the walk would have come to; None if that is too expensive."""
         way = self.ways[number]
         # Not one that chooses among its nodes, nor one with more of them than a forward carries.
         if type(way) is GraphDrafter and len(way.fills) <= walk.most:

@@ -50,9 +50,9 @@ class AcceptanceDrafter:
 
     Attributes
     ----------
-    pays
-        From the probabilities of the drafts (float64 [k], descending) to how many are worth their
-        cost; all of them, unless somebody says otherwise.
+    cutoff
+        How many of the drafts are worth their cost, from their probabilities (float64 [k],
+        descending); all of them, unless somebody says otherwise.
     """
 
     token_ranks = TOKEN_RANKS
@@ -66,7 +66,7 @@ class AcceptanceDrafter:
     ) -> None:
         self.weights = weights
         self.budget = budget
-        self.pays: Callable[[Floats], int] = len
+        self.cutoff: Callable[[Floats], int] = len
         self.asks_rejected = asks_rejected
         self.mask_token_id = model.mask_token_id
         self.eos_token_ids = np.array(sorted(model.eos_token_ids), dtype=np.int64)
@@ -98,5 +98,5 @@ class AcceptanceDrafter:
             return root.ids.new_empty((0, len(root.ids)))
         known = self._laid_out(self._search.lay_out, root, candidates)
         choice, p = self._search.expand(self._prepared, known, self.budget, room)
-        drafts = (known.positions, known.tokens, choice[: self.pays(p)])
+        drafts = (known.positions, known.tokens, choice[: self.cutoff(p)])
         return torch.from_numpy(self._search.fill_in(root.ids.numpy(), *drafts))

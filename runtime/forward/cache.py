@@ -18,7 +18,7 @@ from torch import Tensor
 from spiffy.runtime.forward.evaluation import Evaluation, Window
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, pack
 from spiffy.runtime.forward.request import Place, Reader
-from spiffy.runtime.models.attention import KeyValues
+from spiffy.runtime.models.attention import KeyValues, Slots
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import CacheName, DecodingSettings
@@ -106,7 +106,12 @@ class NoCache:
     """Every state is a full sequence, one row each. Exact."""
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
+        self,
+        model: DiffusionLM,
+        canvas: Canvas,
+        edges: BlockEdges,
+        reader: Reader,
+        kv: Slots | None = None,
     ) -> None:
         self.model = model
         self.reader = reader
@@ -146,13 +151,18 @@ class DualCache:
     crosses = False
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
+        self,
+        model: DiffusionLM,
+        canvas: Canvas,
+        edges: BlockEdges,
+        reader: Reader,
+        kv: Slots | None = None,
     ) -> None:
         self.model = model
         self.canvas = canvas
         self.reader = reader
         self.block = -1
-        self.kv = KeyValues(canvas.length)
+        self.kv: Slots = KeyValues(canvas.length) if kv is None else kv
 
     def first_only(self, cursor: Cursor) -> bool:
         """Whether a shifted family begins a block (Fast-dLLM).
@@ -171,21 +181,21 @@ class DualCache:
         if self.block != cursor.block:
             return (yield from self._refresh(cursor))
         span, length = self.canvas.span(cursor.block), self.canvas.length
-        anew = self._anew(span)
-        own = [
-            Segment(ids, anew.start, length + (k - 1) * len(anew) if k else anew.start)
-            for k, ids in enumerate(states.numpy()[:, anew.start : anew.stop])
+        run = self._recomputed(span)
+        segments = [
+            Segment(ids, run.start, length + (k - 1) * len(run) if k else run.start)
+            for k, ids in enumerate(states.numpy()[:, run.start : run.stop])
         ]
-        rows = [pack(own, [[k] for k in range(len(own))], self.kv, length)]
+        rows = [pack(segments, [[k] for k in range(len(segments))], self.kv, length)]
         # They end with the block: what lies behind it rests on this block's cache, and the next
         # block has another.
-        places = [Place(0, k * len(anew), span.start, len(span)) for k in range(len(own))]
+        places = [Place(0, k * len(run), span.start, len(span)) for k in range(len(segments))]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
     def settle(self, state: int, cursor: Cursor) -> None:
         """Keep nothing: the block's cache does not change until the next block."""
 
-    def _anew(self, span: range) -> range:
+    def _recomputed(self, span: range) -> range:
         """What a block's forwards compute anew, the block (`span`) first; the rest is frozen."""
         return span
 
@@ -208,7 +218,7 @@ class PrefixCache(DualCache):
     state to state: each carries its own behind its block.
     """
 
-    def _anew(self, span: range) -> range:
+    def _recomputed(self, span: range) -> range:
         return range(span.start, self.canvas.length)
 
 
@@ -230,10 +240,10 @@ class PrefixSharedCache(PrefixCache):
             for k, ids in enumerate(states.numpy()[:, span.start : span.stop])
         ]
         suffix = Segment(cursor.ids.numpy()[span.stop :], span.stop, span.stop)
-        last = len(blocks)
-        sees = [[k, last] for k in range(last)] + [[0, last]]
+        count = len(blocks)  # the suffix, behind them, attends to the root's block and to itself
+        sees = [[k, count] for k in range(count)] + [[0, count]]
         rows = [pack([*blocks, suffix], sees, self.kv, length)]
-        places = [Place(0, k * len(span), span.start, len(span)) for k in range(last)]
+        places = [Place(0, k * len(span), span.start, len(span)) for k in range(count)]
         return (yield from _evaluated(self.model, self.reader, cursor, states, rows, places))
 
 
@@ -249,14 +259,19 @@ class BlockCache:
     """
 
     def __init__(
-        self, model: DiffusionLM, canvas: Canvas, edges: BlockEdges, reader: Reader
+        self,
+        model: DiffusionLM,
+        canvas: Canvas,
+        edges: BlockEdges,
+        reader: Reader,
+        kv: Slots | None = None,
     ) -> None:
         self.model = model
         self.canvas = canvas
         self.reader = reader
         self.crosses = edges.complete
         self.fold = edges.fold
-        self.kv = KeyValues(canvas.length)
+        self.kv: Slots = KeyValues(canvas.length) if kv is None else kv
         self.stored = 0  # positions whose keys and values stay
         self.completed: dict[int, range] = {}  # state -> slots of the block that it completes
         self.block = 0  # of the last forward's root

@@ -137,8 +137,8 @@ class Evaluation:
         head cannot be read for single tokens (`DiffusionLM.head_of`).
         """
         if self.results is not None:
-            at, ids = positions.numpy(), tokens.numpy()
-            return self.results.cross_logits(source, states, at, ids, gather)
+            where, which = positions.numpy(), tokens.numpy()
+            return self.results.cross_logits(source, states, where, which, gather)
         windows = [self.windows[state] for state in (source, *states.tolist())]
         rows = [self.model.rows_of(positions, window.start) for window in windows]
         *at, tokens = on_device((*rows, tokens), self.model.device)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.forward.readout import Readout, RowRequest, merged, on_device, read_rows
-from spiffy.runtime.models.attention import Group, KeyValues
+from spiffy.runtime.models.attention import Group, KeyValues, Slots
 from spiffy.runtime.models.base import DiffusionLM
 
 Ints = NDArray[np.int64]
@@ -45,7 +45,7 @@ class Row:
     ids: Tensor
     positions: Tensor
     mask: Tensor | None = None
-    kv: KeyValues | None = None
+    kv: Slots | None = None
     slots: tuple[range, ...] = ()
     kv_end: int = 0
     request: RowRequest | None = None
@@ -78,9 +78,7 @@ class Segment(NamedTuple):
     slot: int
 
 
-def pack(
-    segments: Sequence[Segment], sees: Sequence[Sequence[int]], kv: KeyValues, held: int
-) -> Row:
+def pack(segments: Sequence[Segment], sees: Sequence[Sequence[int]], kv: Slots, held: int) -> Row:
     """Put segments side by side in one row; each keeps its own positions.
 
     Parameters
@@ -154,6 +152,25 @@ def forward(
         model.device,
     )
     hidden = model.hidden_states(ids, positions, list(_groups(rows, masks, lengths)))
+    return _outputs(model, rows, hidden, at, cross_pairs)
+
+
+def outputs_of(model: DiffusionLM, rows: Sequence[Row], hidden: Tensor) -> list[RowOutput]:
+    """What a forward gives for rows whose hidden states an engine has computed (docs/engine.md).
+
+    Parameters
+    ----------
+    hidden
+        [query, hidden], of one row behind the other, on the model's device.
+    """
+    request = merged([row.request for row in rows], [len(row.ids) for row in rows])
+    return _outputs(model, rows, hidden, *on_device(request, model.device))
+
+
+def _outputs(
+    model: DiffusionLM, rows: Sequence[Row], hidden: Tensor, at: Tensor, cross_pairs: Tensor
+) -> list[RowOutput]:
+    sizes = [len(row.ids) for row in rows]
     requests = [row.request for row in rows if row.request is not None]
     readouts = iter(read_rows(model, requests, hidden, at, cross_pairs) if requests else ())
     return [
@@ -174,6 +191,7 @@ def _groups(
     alike: Group | None = None
     for row, whole in zip(rows, wholes, strict=True):
         mask = None if row.mask is None else next(masks_there)
+        assert row.kv is None or isinstance(row.kv, KeyValues)  # else an engine's rows
         group = Group(1, len(row.ids), mask, row.kv, row.slots, row.kv_end, whole)
         if alike is not None and mask is None and alike._replace(rows=1) == group:
             alike = alike._replace(rows=alike.rows + 1)

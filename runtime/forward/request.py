@@ -79,7 +79,8 @@ class Reader:
     @cached_property
     def rules(self) -> Rules:
         """How a distribution is read."""
-        return Rules(self.settings, self.model.mask_token_id, self.ranks)
+        model = self.model
+        return Rules(self.settings, model.mask_token_id, self.ranks, model.family.scores_drawn)
 
     @cached_property
     def on_host(self) -> bool:
@@ -104,6 +105,7 @@ class Reader:
             wanted[:, :size] = True
         if not self.ranks:  # a plain walk ends with the block
             wanted[:, size:] = False
+        # A state's place tells about its positions, and about `shift` more behind them.
         numbers = np.fromiter(chain.from_iterable(places), np.int64)
         row, first, start, length = numbers.reshape(-1, len(Place._fields)).T
         position = np.arange(answer.start, answer.start + ids.shape[1])

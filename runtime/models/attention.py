@@ -90,6 +90,17 @@ class KeyValues:
                 buffer[:, :, to : to + len(run)] = buffer[:, :, run.start : run.stop]
 
 
+class Slots(Protocol):
+    """Where the keys and values of one sequence lie, slot by slot: `KeyValues`, or an engine's.
+
+    What a slot holds stays until something else is put or moved there (docs/engine.md).
+    """
+
+    def move(self, run: range, to: int) -> None:
+        """Copy what a run of slots holds to one that starts at `to` and does not overlap it."""
+        ...
+
+
 class Group(NamedTuple):
     """Rows of a forward that attend alike, each within itself.
 

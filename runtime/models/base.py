@@ -98,6 +98,9 @@ class DiffusionLM:
         self.mask_token_id = int(config["mask_token_id"])
         head: Any = module.lm_head  # whose weight, if quantized, may have any shape
         self.vocab_size = int(getattr(head, "out_features", None) or head.weight.shape[0])
+        weight = getattr(head, "weight", None)  # not of a quantized one
+        self._empty = weight is not None and weight.is_meta and not hasattr(head, "_hf_hook")
+        self._elsewhere: torch.device | None = None
         settings: Any = getattr(module, "config", None)
         self._attention = attention_of(settings) or "sdpa"
         limits = ("max_sequence_length", "max_position_embeddings")
@@ -120,6 +123,20 @@ class DiffusionLM:
         other.__dict__.update(self.__dict__ | facts)
         other.__dict__.pop("codec", None)  # made of the end tokens
         return other
+
+    def computed_by(
+        self, head: Callable[[Tensor], Tensor], device: torch.device | str
+    ) -> DiffusionLM:
+        """The same model for an engine that runs its forwards (docs/engine.md).
+
+        Parameters
+        ----------
+        head
+            From hidden states [M, hidden] to logits [M, vocab].
+        device
+            Where both lie.
+        """
+        return self.replaced(head=head, _elsewhere=torch.device(device))
 
     def remember(self) -> None:
         """Make this what `of` gives for its module."""
@@ -177,11 +194,15 @@ class DiffusionLM:
     @property
     def device(self) -> torch.device:
         """Where token ids are expected."""
+        if self._elsewhere is not None:
+            return self._elsewhere
         head: Any = self.module.lm_head
         weight = getattr(head, "weight", None)
         if weight is None:  # quantized, in buffers
             weight = next(iter((*head.parameters(), *head.buffers())))
-        if weight.is_meta:  # offloaded by a device map: accelerate brings it there and back
+        if (
+            weight.is_meta and not self._empty
+        ):  # offloaded by a device map: accelerate brings it there and back
             return torch.device(head._hf_hook.execution_device)
         return weight.device  # type: ignore[no-any-return]
 
@@ -269,8 +290,12 @@ class DiffusionLM:
         ------
         SpiffyError
             If the module does not compute its attention as transformers' modules do, where any
-            other may be registered.
+            other may be registered; or if the model was loaded without weights.
         """
+        if self._empty:
+            raise SpiffyError(
+                f"{self.name} was loaded without weights (device meta), for an engine that has them"
+            )
         module: Any = self.module
         # Has four dimensions, so that transformers makes no mask of it; nothing reads it.
         unread = ids.new_ones((1, 1, 1, 1), dtype=torch.bool)

@@ -25,6 +25,7 @@ DREAM = Family(
     logit_shift=1,
     block_causal=False,
     threshold_strict=False,
+    scores_drawn=True,
     caches=("none", "dual", "prefix", "prefix-shared"),
     entries=Entries(
         reads=USUAL | {"head_dim"},

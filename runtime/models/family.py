@@ -65,6 +65,10 @@ class Family:
         otherwise (Fast-dLLM v2); None: all of them together.
     threshold_strict
         Threshold unmasking commits confidences > tau (SDAR, LLaDA2) instead of >= tau (others).
+    scores_drawn
+        Above temperature 0 confidences, margins and entropies are of the distribution that tokens
+        are drawn from, tempered and filtered (Dream, SDAR, LLaDA2, Fast-dLLM v2), instead of the
+        model's own (LLaDA).
     caches
         Cache kinds that the family can decode with; the first is the default.
     merged
@@ -104,6 +108,7 @@ class Family:
     splits_masks: bool = False
     begins_blocks_alone: bool = False
     sub_block_length: int | None = None
+    scores_drawn: bool = False
     mask_token_id: int | None = None
     masked_types: tuple[str, ...] = ()
     block_size_varies: bool = False

@@ -30,6 +30,7 @@ FAST_DLLM = Family(
     logit_shift=1,
     block_causal=True,
     threshold_strict=True,
+    scores_drawn=True,
     caches=("block",),
     begins_blocks_alone=True,
     sub_block_length=8,

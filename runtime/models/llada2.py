@@ -115,6 +115,7 @@ LLADA2 = Family(
     logit_shift=0,
     block_causal=True,
     threshold_strict=True,
+    scores_drawn=True,
     caches=("block",),
     merged=_experts,
     split=_split,

@@ -27,7 +27,7 @@ from spiffy.runtime.models.tokens import (
     read_tokenizer,
     with_mask_token,
 )
-from spiffy.runtime.models.weights import load_module
+from spiffy.runtime.models.weights import empty_module, load_module
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.hub import cached_commit
 
@@ -62,7 +62,8 @@ def load_model(
     name
         Alias (see `ALIASES`), hub id, or directory in the family's official layout.
     device
-        "auto" takes the first GPU, else the CPU. Ignored if `device_map` is given.
+        "auto" takes the first GPU, else the CPU. Ignored if `device_map` is given. "meta" reads no
+        weights: for an engine that runs the forwards itself (docs/engine.md).
     dtype
         "auto" is bfloat16 on a GPU and float32 elsewhere.
     revision
@@ -123,7 +124,15 @@ def load_model(
     check_tokenizer(name, tokenizer, architecture[1].vocab_size)
     holders = (config, generation_config(source))
     eos_token_ids = end_tokens(source.place, holders, tokenizer, architecture[1].vocab_size)
-    module = load_module(name, source, facts, config, architecture, dtype, device_map)
+    if device.type == "meta" and device_map is None:
+        if others or adapter is not None or compile or prepack:
+            raise SpiffyError(
+                f"{name}: device meta means no weights: they can be neither adapted, quantized, "
+                "compiled nor prepacked"
+            )
+        module = empty_module(name, architecture, dtype)
+    else:
+        module = load_module(name, source, facts, config, architecture, dtype, device_map)
     source.remember()
     if (lora or quantize) and any(value.is_meta for value in module.parameters()):
         raise SpiffyError(

@@ -73,6 +73,7 @@ SDAR = Family(
     logit_shift=0,
     block_causal=True,
     threshold_strict=True,
+    scores_drawn=True,
     caches=("block",),
     block_size=4,
     merged=_experts,

@@ -92,6 +92,13 @@ def load_module(
     return module
 
 
+def empty_module(name: str, parts: Architecture, dtype: torch.dtype) -> Any:
+    """The module of a checkpoint without its weights; see `load_module`."""
+    architecture, module_config = parts
+    with loading(name), torch.device("meta"):
+        return architecture(module_config).to(dtype)
+
+
 def _refuse(name: str, family: Family, problem: str, parameters: Iterable[object]) -> None:
     """Raise if there are parameters with a problem; the first one is named."""
     keys = sorted(map(str, parameters))

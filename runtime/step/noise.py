@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from spiffy.runtime.step.canvas import Cursor
+from spiffy.runtime.step.weights import GROUP
 from spiffy.schemas import DecodingSettings
-
-_GROUP = 128  # tokens of the vocabulary
 
 
 def _signed(bits: int) -> int:
@@ -98,21 +97,18 @@ def exponential(keys: Tensor, count: int) -> Tensor:
     return uniform.log_().neg_()
 
 
-def draw(log_p: Tensor, temperature: float, keys: Tensor) -> Tensor:
-    """Tokens (int64 [M]) drawn from softmax(log_p / temperature), with log_p float64 [M, vocab].
+def draw(weights: Tensor, keys: Tensor) -> Tensor:
+    """Tokens (int64 [M]) drawn by weights float64 [M, vocab], as `weights_of` gives them.
 
     By the rule of LLaDA's `add_gumbel_noise`: the largest weight divided by an exponential number,
     which is Gumbel noise added to the logits. Applied twice, to groups of tokens, whose weight is
     the sum of their tokens', and to the tokens of the chosen group: one law, and a hundredth of the
     numbers. Equals go to the lower token id.
     """
-    weights = (log_p - log_p.amax(-1, keepdim=True)).div_(temperature).exp_()
-    if weights.shape[1] % _GROUP:
-        weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _GROUP))
-    groups = weights.shape[1] // _GROUP
-    grouped = weights.view(len(weights), groups, _GROUP)
+    groups = weights.shape[1] // GROUP
+    grouped = weights.view(len(weights), groups, GROUP)
     # Tokens first: whatever the vocabulary is filled up with does not change the numbers.
-    of_token, of_group = torch.split(exponential(keys, _GROUP + groups), [_GROUP, groups], 1)
+    of_token, of_group = torch.split(exponential(keys, GROUP + groups), [GROUP, groups], 1)
     group = (grouped.sum(-1) / of_group).max(-1).indices
-    own = grouped.gather(1, group[:, None, None].expand(-1, 1, _GROUP))[:, 0]
-    return group * _GROUP + (own / of_token).max(-1).indices
+    own = grouped.gather(1, group[:, None, None].expand(-1, 1, GROUP))[:, 0]
+    return group * GROUP + (own / of_token).max(-1).indices

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.step.noise import draw
-from spiffy.schemas import DecodingSettings, ScoreName
+from spiffy.runtime.step.weights import total, weights_of
+from spiffy.schemas import DecodingSettings
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -85,6 +86,7 @@ def choose(
     settings: DecodingSettings,
     mask_token_id: int,
     keys: Tensor | None = None,
+    scores_drawn: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Token (int64 [M]) and score (float64 [M], higher is committed earlier) of every position.
 
@@ -92,7 +94,10 @@ def choose(
     ----------
     keys
         int64 [M], see `Noise.keys`; needed if the temperature is above 0. The token is drawn from
-        the tempered softmax; the score comes from the untempered one (LLaDA's rule).
+        the tempered softmax, filtered by `top_k` and `top_p`.
+    scores_drawn
+        Scores of drawn tokens come from the distribution that they are drawn from, and not from the
+        model's own (`Family.scores_drawn`).
 
     Notes
     -----
@@ -104,22 +109,32 @@ def choose(
     masking = log_p[:, mask_token_id]
     seen = masking.clone()
     masking.fill_(-torch.inf)
-    # `max` finds the first maximum, as `argmax`, but several times faster.
-    drawn = None if keys is None else draw(log_p, settings.temperature, keys)
-    tokens = log_p.max(-1).indices if drawn is None else drawn
+    if keys is None:
+        weights = None
+        tokens = log_p.max(-1).indices  # the first maximum, as `argmax`, but several times faster
+    else:
+        weights = weights_of(log_p, settings.temperature, settings.top_k, settings.top_p)
+        tokens = draw(weights, keys)
     masking.copy_(seen)
     if settings.policy == "sequential":
         return tokens, torch.zeros_like(log_p[:, 0])  # ties go to the lower position
+    bounded = settings.policy == "entropy-bounded"
+    by_token = settings.score == "confidence" and not bounded
+    if weights is not None and scores_drawn:
+        p = weights.div_(total(weights))
+        score = p.gather(1, tokens[:, None])[:, 0] if by_token else _score(p, settings)
+    elif by_token:
+        score = log_p.gather(1, tokens[:, None])[:, 0].exp()
+    else:
+        score = _score(log_p.exp(), settings)
+    return tokens, score
+
+
+def _score(p: Tensor, settings: DecodingSettings) -> Tensor:
+    """Of probabilities [M, vocab] as a whole, whichever token is chosen."""
     if settings.policy == "entropy-bounded":
-        return tokens, -torch.special.entr(log_p.exp()).sum(-1)
-    return tokens, _score(log_p, tokens, settings.score)
-
-
-def _score(log_p: Tensor, tokens: Tensor, kind: ScoreName) -> Tensor:
-    if kind == "confidence":
-        return log_p.gather(-1, tokens[:, None])[:, 0].exp()
-    p = log_p.exp()
-    if kind == "margin":
+        return -torch.special.entr(p).sum(-1)
+    if settings.score == "margin":
         top = p.topk(2, dim=-1).values
         return top[:, 0] - top[:, 1]
     return (p * (p + 1e-10).log()).sum(-1)

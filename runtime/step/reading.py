@@ -28,7 +28,7 @@ class Rules:
 
     Attributes
     ----------
-    settings, mask_token_id
+    settings, mask_token_id, scores_drawn
         As `choose` takes them.
     ranks
         How many of each position's likeliest tokens are wanted.
@@ -37,6 +37,11 @@ class Rules:
     settings: DecodingSettings
     mask_token_id: int
     ranks: int
+    scores_drawn: bool = False
+
+    def choose(self, distribution: Distribution, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens and scores by these rules: `choose`."""
+        return choose(distribution, self.settings, self.mask_token_id, keys, self.scores_drawn)
 
     def table(self, logits: Tensor, keys: Tensor | None = None) -> Tensor:
         """Read logits [M, vocab] on their device, without a question to it; `keys` as in `choose`.
@@ -47,14 +52,16 @@ class Rules:
         (the exponentiated logits); whether the row is no number; the likeliest tokens, fewer than
         `ranks` in a small vocabulary; by their bits float64 log-probabilities of those.
         """
-        rows = max(1, _AT_ONCE // logits.shape[1])
+        # Sorting takes room for as much again, and for what is sorted.
+        most = _AT_ONCE // (4 if self.settings.top_p is not None else 1)
+        rows = max(1, most // logits.shape[1])
         parts = torch.split(logits, rows)
         own = [None] * len(parts) if keys is None else torch.split(keys, rows)
         return torch.cat([self._table(*pair) for pair in zip(parts, own, strict=True)])
 
     def _table(self, logits: Tensor, keys: Tensor | None) -> Tensor:
         distribution = Distribution.of(logits)
-        tokens, score = choose(distribution, self.settings, self.mask_token_id, keys)
+        tokens, score = self.choose(distribution, keys)
         broken = distribution.no_number[:, None]
         columns = [tokens[:, None], _bits(score[:, None])]
         columns += [_bits(_log_total(distribution, tokens)), broken.long()]
@@ -101,7 +108,7 @@ class Reading:
         chosen, totals, is_number = [], [], True
         for part, mine in zip(parts, own, strict=True):
             distribution = Distribution.of(part)
-            chosen.append(choose(distribution, rules.settings, rules.mask_token_id, mine))
+            chosen.append(rules.choose(distribution, mine))
             is_number &= not bool(distribution.no_number.any())
             if len(parts) > 1:
                 totals.append(_log_total(distribution, chosen[-1][0]))

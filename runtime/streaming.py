@@ -1,0 +1,90 @@
+"""An answer's text while it is decoded: block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from spiffy.runtime.decode import Task, run
+from spiffy.runtime.generate import Output, TaskMaker, answer, collect
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.text import Prompt
+from spiffy.schemas import SpiffyError
+
+
+def stream(model: DiffusionLM, prompt: Prompt, **options: Any) -> Stream:
+    """Decode one prompt and yield its text piece by piece, whenever a block is finished.
+
+        pieces = stream(model, prompt, graph=graph)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(pieces.output.stats.nfe)
+
+    Together the pieces are the text that `generate` returns. They end where that does, so nothing
+    of a stop string is yielded, and no half characters.
+
+    Parameters
+    ----------
+    options
+        As for `generate`.
+
+    Raises
+    ------
+    SpiffyError
+        As `generate`, before decoding begins, and if the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise SpiffyError(f"{model.name} ships no tokenizer, so its answers have no text to stream")
+    maker = TaskMaker(model, **options)
+    return Stream(maker.one(prompt), maker.trace)
+
+
+class Stream(Iterator[str]):
+    """The text of an answer, piece by piece (`stream`)."""
+
+    def __init__(self, task: Task, trace: bool = False) -> None:
+        self._task, self._trace = task, trace
+        self._output: Output | None = None
+        self._pieces = self._decoded()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def output(self) -> Output:
+        """The whole answer, and what it cost.
+
+        Raises
+        ------
+        SpiffyError
+            If there are pieces left.
+        """
+        if self._output is None:
+            raise SpiffyError("the answer is not whole yet: its output comes with its last piece")
+        return self._output
+
+    def _decoded(self) -> Iterator[str]:
+        new = NewText(self._task)
+        for _ in run(self._task.model, [self._task]):
+            if self._task.path and self._task.path[-1].finished:
+                self._output = collect(self._task, self._trace)
+            if piece := new.more():
+                yield piece
+
+
+class NewText:
+    """What of a task's answer is new, whenever a block of it is finished."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._block, self._told = task, 0, ""
+
+    def more(self) -> str:
+        """The text that came since the last call; empty if no block was finished."""
+        cursor = self._task.path[-1] if self._task.path else None
+        if cursor is None or (cursor.block <= self._block and not cursor.finished):
+            return ""
+        self._block = cursor.block
+        text, _ = answer(self._task)
+        new = text[len(self._told) :]
+        self._told += new
+        return new
