@@ -13,7 +13,9 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, median_low
 from typing import Any
@@ -34,10 +36,10 @@ from spiffy.calib.provenance import provenance
 from spiffy.runtime import BlockEdges, DiffusionLM
 from spiffy.runtime.budget.cost import device_name
 from spiffy.runtime.decode import Task, make_task
-from spiffy.runtime.generate import collect
+from spiffy.runtime.generate import Output, collect
 from spiffy.runtime.models.text import Prompt
 from spiffy.runtime.step.canvas import Canvas, Cursor
-from spiffy.schemas.bench import Interval, Machine, Result, Split, Walkthrough
+from spiffy.schemas.bench import INTERVAL_PROMPTS, Interval, Machine, Result, Split, Walkthrough
 from spiffy.schemas.labels import budgets_in_words
 
 _DRAWS = 2000
@@ -182,68 +184,80 @@ def rounds(
     """Decode a prompt by every method, then the next, all of them `repeats` times.
 
     Yields what was measured of a prompt once all methods have had it, so that whoever is stopped
-    has lost no more. The first method is the baseline. Before that each method decodes the first
-    prompt `warm_up` times, uncounted. `on_decode` is called after every decode.
+    has lost no more. The first method is the baseline; what it answers first, the others have to.
+    Before that each method decodes the first prompt `warm_up` times, uncounted. No method has seen
+    another prompt before its first counted decode. `on_decode` is called after every decode.
     """
     baseline, shown = methods[0], to_step_through(methods)
-    keeps_paths = any(method.kind == "perfect" for method in methods)
-    plain: dict[int, tuple[list[Cursor], list[int]]] = {}  # path and answer, by prompt
+    plain: dict[int, list[int]] = {}  # its first answer, by prompt
 
-    def prepared(method: Method, prompt: int) -> Task:
-        drafter = method.drafter(plain[prompt][0] if prompt in plain else ())
+    def prepared(method: Method, prompt: int, path: Sequence[Cursor]) -> Task:
+        drafter = method.drafter(path)
         watched = None if drafter is None else Watched(drafter)
         own = edges if method.edges is None else method.edges
         task = make_task(model, prompts[prompt], method.settings, watched, seed, prompt, own)
         task.adviser = None if method.adviser is None else WatchedAdviser(method.adviser)
         return task
 
-    for prompt in range(len(prompts)):  # also warms up the baseline
-        task = prepared(baseline, prompt)
-        decode(task)
-        plain[prompt] = task.path if keeps_paths else [], collect(task).token_ids
-        on_decode()
+    path: list[Cursor] = []  # plain decoding's, of the prompt in hand
     for _ in range(warm_up):
-        for method in methods[1:]:
-            decode(prepared(method, 0))
+        for method in methods:
+            task = prepared(method, 0, path)
+            decode(task)
+            path = task.path if method is baseline else path
             on_decode()
 
     judged: dict[tuple[int, str], bool | None] = {}  # running code twice tells nothing new
     for repeat in range(repeats):
         for prompt, record in enumerate(records):
-            rows: list[Row] = []
+            answers: dict[str, tuple[Output, int | None]] = {}  # and the peak of memory
             tallies: dict[tuple[str, int, int], Tallies] = {}
             seen = None
             # A decode right after a heavy one is slower by some percent: nobody always comes then.
-            order = random.Random(f"{seed} {repeat} {prompt}").sample(methods, len(methods))
-            for method in order:
-                task = prepared(method, prompt)
+            for method in _turns(methods, f"{seed} {repeat} {prompt}"):
+                task = prepared(method, prompt, path)
                 reset_peak(model.device)
                 forwards = decode(task)
                 peak = peak_bytes(model.device)
-                output, stats = collect(task), task.stats
+                answers[method.name] = collect(task), peak
                 tallies[method.name, prompt, repeat] = Tallies.of(task.canvas, forwards)
                 if method is shown and prompt == repeat == 0:
                     seen = Seen(method.name, task.canvas, forwards)
+                if method is baseline:
+                    path = task.path
+                del task, forwards  # their states are not of the next decode's peak
+                on_decode()
+            expected = plain.setdefault(prompt, answers[baseline.name][0].token_ids)
+            settings = {method.name: method.settings for method in methods}
+            rows: list[Row] = []
+            for name, (output, peak) in answers.items():
                 said = prompt, output.text
                 if said not in judged:
                     judged[said] = score(output.text, record, execute_code)
-                same = method.settings == baseline.settings
+                same = settings[name] == baseline.settings
                 rows.append(
                     Row(
-                        method=method.name,
+                        method=name,
                         prompt=prompt,
                         repeat=repeat,
                         tokens=len(output.token_ids),
                         peak_bytes=peak,
-                        differs=output.token_ids != plain[prompt][1] if same else None,
+                        differs=output.token_ids != expected if same else None,
                         correct=judged[said],
                         text=output.text,
-                        **asdict(stats),
+                        **asdict(output.stats),
                     )
                 )
-                del task, forwards  # their states are not of the next decode's peak
-                on_decode()
             yield Measurements(tuple(rows), tallies, seen)
+
+
+def _turns(methods: Sequence[Method], seed: str) -> list[Method]:
+    """An order drawn by `seed`; what drafts along plain decoding's path comes after it."""
+    order = random.Random(seed).sample(methods, len(methods))
+    at = next(k for k, method in enumerate(order) if method is methods[0])
+    before = next((k for k in range(at) if order[k].kind == "perfect"), at)
+    order[at], order[before] = order[before], order[at]
+    return order
 
 
 def results(methods: Sequence[Method], measured: Measurements) -> tuple[Result, ...]:
@@ -339,13 +353,16 @@ def _speed(rows: Sequence[Row]) -> float:
 def speedup(rows: Sequence[Row], base: Sequence[Row]) -> Interval:
     """Seconds of plain decoding over ours: the median prompt, of medians over its repeats.
 
-    The interval resamples prompts: other prompts of this kind would give another median.
+    The interval resamples prompts: other prompts of this kind would give another median. Of too
+    few prompts for one, it is the range.
     """
     plain = {(row.prompt, row.repeat): row.seconds for row in base}
     ratios: dict[int, list[float]] = {}
     for row in rows:
         ratios.setdefault(row.prompt, []).append(plain[row.prompt, row.repeat] / row.seconds)
     values = [median(of) for of in ratios.values()]
+    if len(values) < INTERVAL_PROMPTS:
+        return Interval(value=median(values), low=min(values), high=max(values))
     generator = random.Random(0)
     medians = sorted(median(generator.choices(values, k=len(values))) for _ in range(_DRAWS))
     return Interval(
@@ -383,9 +400,19 @@ def machine(model: DiffusionLM, load_before: float | None) -> Machine:
         threads=torch.get_num_threads() if kind == "cpu" else None,
         system=f"{platform.system()} {platform.machine()}",
         load=None if load_before is None or after is None else (load_before, after),
-        versions=made_by.versions,
+        versions=made_by.versions | _deciding_speed(kind),
         git_revision=made_by.git,
     )
+
+
+def _deciding_speed(kind: str) -> dict[str, str]:
+    """Versions of what need not be there: numba searches for drafts, CUDA runs the kernels."""
+    found = {}
+    with suppress(PackageNotFoundError):
+        found["numba"] = version("numba")
+    if kind == "cuda" and torch.version.cuda is not None:
+        found["CUDA"] = torch.version.cuda
+    return found
 
 
 def load_average() -> float | None:

@@ -114,9 +114,11 @@ def methods(
     """All methods of the given kinds, in the order in which they are shown.
 
     The first is plain decoding under `settings`, the baseline; plain decoding by the other of the
-    two common policies follows for reference. Kinds that cannot be had are left out: "paper" and
-    "pruned" without a graph grown by the paper's rule, "model" without an acceptance model,
-    "order" without a network; and "freedave" where it is what "chain" is.
+    two common policies follows for reference. So does plain decoding without block edges, where
+    "freedave" is measured, which has none. Kinds that cannot be had are left out: "paper" and
+    "pruned" without a graph grown by the paper's rule (or with more drafts than that has nodes),
+    "model" without an acceptance model, "order" without a network; and "freedave" where it is what
+    "chain" is.
 
     Parameters
     ----------
@@ -157,13 +159,17 @@ def methods(
             name = f"{kind} {budget}"
             found.append(Method(name, kind, settings, drafter, budget, edges=own))
 
-    for n in budgets if settings.cache in _WITH_EDGES and edges != NO_EDGES else ():
+    own_edges = settings.cache in _WITH_EDGES and edges != NO_EDGES
+    if own_edges and "freedave" in kinds:  # what to hold it against, besides ours
+        name = f"{found[0].name}, no edges"
+        found.append(Method(name, "plain", settings, fixed(None), edges=NO_EDGES))
+    for n in budgets if own_edges else ():
         # Its own loop drafts inside a block, and spends a forward on storing it.
         add("freedave", n, fixed(GraphDrafter(confidence_chain(n), model)), NO_EDGES)
     for n in budgets:
         add("chain", n, fixed(GraphDrafter(confidence_chain(n), model)))
     if paper is not None:
-        for n in budgets:
+        for n in (n for n in budgets if n <= paper.budget):
             nodes = [node.fill for node in paper.nodes[:n]]
             add("paper", n, fixed(GraphDrafter(nodes, model)))
         for n in budgets:
@@ -187,7 +193,11 @@ def methods(
 
 
 def to_step_through(methods: Sequence[Method]) -> Method:
-    """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at."""
+    """Of those that draft, the best chosen with up to 8 drafts: more cannot be looked at.
+
+    Where all have more, of those that have fewest; "auto" only where there is no other.
+    """
     order = ["model", "graph", "pruned", "paper", "order", "chain", "freedave", "perfect", "auto"]
-    small = [method for method in methods if method.budget is None or method.budget <= 8]
-    return min(small, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))
+    most = max(8, min((method.budget for method in methods if method.budget), default=8))
+    small = [method for method in methods if method.budget and method.budget <= most]
+    return min(small or methods, key=lambda m: ([*order, "plain"].index(m.kind), -(m.budget or 0)))

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from spiffy.bench import tables
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.bench import Bench, Walkthrough
+from spiffy.schemas.bench import INTERVAL_PROMPTS, Bench, Walkthrough
 from spiffy.schemas.html import presentable, visible
 from spiffy.schemas.io import write_atomically
 from spiffy.schemas.labels import acceptance_in_words, device_in_words, policy_in_words
@@ -219,13 +219,15 @@ def _tiles(bench: Bench) -> Pairs:
     if best is None:
         return []
     ratio = best.speedup
+    spread = f"too few prompts for an interval: {INTERVAL_PROMPTS} are needed"
+    if bench.has_intervals:
+        spread = f"95% interval {ratio.low:.2f} to {ratio.high:.2f}"
     tiles = [
         (f"{tables.fewer_forwards(bench, best):.2f}x", f"fewer forwards (NFE {best.nfe:,})"),
         (f"{tables.more_positions(bench, best):.2f}x", "positions computed"),
         (
             f"{ratio.value:.2f}x",
-            f"plain decoding's speed (95% interval {ratio.low:.2f} to {ratio.high:.2f}), "
-            f"{best.tokens_per_second:,.1f} tokens/s",
+            f"plain decoding's speed ({spread}), {best.tokens_per_second:,.1f} tokens/s",
         ),
         (
             f"{best.compared - best.differing}/{best.compared}",
@@ -248,6 +250,14 @@ def _conditions(bench: Bench) -> Pairs:
         else f"{machine.load[0]:.2f} at the start, {machine.load[1]:.2f} at the end (1 minute)"
     )
     versions = ", ".join(f"{name} {v}" for name, v in sorted(machine.versions.items()))
+    costs = []
+    if bench.costs_known is not None:
+        began = "costs measured before on this machine" if bench.costs_known else "no known costs"
+        costs = [("auto began with", began)]
+    if bench.machine.threads is None and any(r.kind == "order" for r in bench.results):
+        costs.append(
+            ("Order network", "drafts on the host's CPU: its seconds are no measure of it")
+        )
     model = bench.model
     data_text = f"{_counted(data.samples, 'prompt')} of {data.dataset}, seed {data.seed}"
     if data.raw:
@@ -255,12 +265,19 @@ def _conditions(bench: Bench) -> Pairs:
     if data.system is not None:
         data_text += f"; after the system message {data.system!r}"
     if data.left_out:
-        data_text += f"; {data.left_out} left out (too long for the model)"
+        data_text += (
+            f"; {data.left_out} left out (they cannot be decoded: too long, or not encodable)"
+        )
+    if data.stopped:
+        data_text += "; stopped early, with fewer prompts or repeats than asked for"
     overlap = "none of them was calibrated on"
     if data.calibrated_on is None:
         overlap = "whether any of them was calibrated on is not known: the draft graph does not say"
     elif data.calibrated_on:
         overlap = f"{data.calibrated_on} of them were calibrated on too: not held out"
+    edges = ", ".join(bench.edges) or "none"
+    if any(result.kind == "freedave" for result in bench.results):
+        edges += "; freedave has none, as FreeDave's own loop"
     adapter = "" if bench.adapter is None else f", with the adapter {bench.adapter}"
     graph_model = "" if bench.graph_model is None else f", made for {bench.graph_model}"
     return [
@@ -276,7 +293,7 @@ def _conditions(bench: Bench) -> Pairs:
             f"{policy_in_words(d)}{by}; block {d.block_length}{part}, {d.gen_length} "
             f"positions; cache {d.cache}{'' if d.exact else ' (near-lossless)'}; {d.sampling}",
         ),
-        ("Block edges", ", ".join(bench.edges) or "none"),
+        ("Block edges", edges),
         (
             "Draft graph",
             f"{len(bench.nodes)} nodes, digest {bench.graph_digest}{graph_model}",
@@ -286,20 +303,24 @@ def _conditions(bench: Bench) -> Pairs:
         (
             "Repeats",
             f"{_counted(data.repeats, 'counted decode')} of each prompt by each method, after "
-            f"{data.warm_up} not counted (warm-up)",
+            f"{data.warm_up} of the first prompt that {'is' if data.warm_up == 1 else 'are'} not "
+            "counted (warm-up)",
         ),
         (
             "Machine",
             f"{device_in_words(machine.device, machine.dtype, machine.threads)}; {machine.system}",
         ),
+        *costs,
         ("Load averages", load),
         ("Versions", versions),
         ("Code revision", machine.git_revision or "not recorded"),
         (
             "Ratios",
             f"against {bench.baseline}, prompt by prompt: medians over repeats, then over prompts, "
-            "with 95% bootstrap intervals (prompts resampled). Counts (NFE, positions, steps) "
-            "repeat exactly, but for those of auto, which learns from times; seconds do not.",
+            f"with 95% bootstrap intervals (prompts resampled, {INTERVAL_PROMPTS} or more). The "
+            "fastest method is picked after all were measured, which flatters it a little; auto "
+            "had to choose beforehand. Counts (NFE, positions, steps) repeat exactly, but for "
+            "those of auto and model, which learn while they decode; seconds do not.",
         ),
     ]
 

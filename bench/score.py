@@ -38,9 +38,14 @@ def score(text: str, record: Mapping[str, Any], execute_code: bool = False) -> b
     reference = record.get("answer")
     if isinstance(reference, str) and (expected := final_answer(reference)) is not None:
         return same_number(stated_answer(text), expected)
-    if execute_code and {"prompt", "test", "entry_point"} <= record.keys():
+    if execute_code and has_tests(record):
         return passes(program(text, record))
     return None
+
+
+def has_tests(record: Mapping[str, Any]) -> bool:
+    """Whether a prompt's record has tests to run, as HumanEval's have."""
+    return all(isinstance(record.get(key), str) for key in ("prompt", "test", "entry_point"))
 
 
 def stated_answer(text: str) -> str | None:
@@ -87,8 +92,10 @@ def program(text: str, record: Mapping[str, Any]) -> str:
     return f"{code}\n\n{record['test']}\n\ncheck({entry})\n"
 
 
-def passes(source: str, seconds: float = 10) -> bool:
+def passes(source: str, seconds: float = 10) -> bool | None:
     """Run a program in a process of its own, with limits of time and memory.
+
+    None if this system cannot start one now, which says nothing about the program.
 
     That stops accidents, not attacks: run answers of a model that you do not trust in a sandbox.
 
@@ -102,20 +109,17 @@ def passes(source: str, seconds: float = 10) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
-                [
-                    sys.executable,
-                    "-I",
-                    "-c",
-                    f"{_LIMITS}{_RUN.format(source)}",
-                ],
+                [sys.executable, "-I", "-"],  # on standard input: arguments may not be that long
                 cwd=folder,
                 env={},
-                stdin=subprocess.DEVNULL,
+                input=f"{_LIMITS}{_RUN.format(source)}".encode(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 timeout=seconds,
                 check=False,
             )
-        except (subprocess.TimeoutExpired, ValueError):  # ValueError: a NUL in the source
+        except subprocess.TimeoutExpired:
             return False
+        except OSError:  # no process, no memory for one
+            return None
     return done.returncode == 0

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from spiffy.schemas.bench import Bench, Interval, Result, Split
+from spiffy.schemas.bench import INTERVAL_PROMPTS, Bench, Interval, Result, Split
+from spiffy.schemas.labels import ties_in_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +40,11 @@ def interval(value: Interval) -> str:
     return f"{value.value:.2f}x ({value.low:.2f}-{value.high:.2f})"
 
 
+def ratio(bench: Bench, value: Interval) -> str:
+    """A ratio, with its interval where the run has prompts enough for one."""
+    return interval(value) if bench.has_intervals else f"{value.value:.2f}x"
+
+
 def quantity(count: int) -> str:
     """An exact count, in groups of three digits."""
     return f"{count:,}"
@@ -60,7 +66,7 @@ def shares(seconds: Split) -> str:
 
 def identical(bench: Bench, result: Result) -> str:
     """Whether the tokens are plain decoding's: yes, or how many answers are."""
-    if result.name == bench.baseline:
+    if result.name == bench.baseline and not result.differing:
         return "baseline"
     if not result.compared:
         return "other policy"
@@ -90,7 +96,10 @@ def more_positions(bench: Bench, result: Result) -> float:
 def _nfe(bench: Bench, result: Result) -> str:
     if result.name == bench.baseline:
         return quantity(result.nfe)
-    return f"{quantity(result.nfe)} ({fewer_forwards(bench, result):.2f}x)"
+    own = ""
+    if result.kind == "freedave":  # where nothing is folded, every draft that comes true saves one
+        own = f"; without edges {1 + result.accepted_per_forward:.2f}x"
+    return f"{quantity(result.nfe)} ({fewer_forwards(bench, result):.2f}x{own})"
 
 
 def _positions(bench: Bench, result: Result) -> str:
@@ -100,7 +109,7 @@ def _positions(bench: Bench, result: Result) -> str:
 
 
 def _speedup(bench: Bench, result: Result) -> str:
-    return "1" if result.name == bench.baseline else interval(result.speedup)
+    return "1" if result.name == bench.baseline else ratio(bench, result.speedup)
 
 
 COLUMNS = (
@@ -109,7 +118,8 @@ COLUMNS = (
     ),
     Column(
         "NFE (times fewer)",
-        "Model forwards, every one counted; how many times fewer than plain.",
+        "Model forwards, every one counted; how many times fewer than plain. FreeDave's chain has "
+        "no block edges, so also: than plain decoding without them.",
         _nfe,
     ),
     Column("positions (times plain's)", "Token positions computed in those forwards.", _positions),
@@ -128,13 +138,14 @@ COLUMNS = (
     ),
     Column(
         "speed against plain",
-        "Seconds of plain decoding over seconds of this, median over prompts (95% interval).",
+        "Seconds of plain decoding over seconds of this, median over prompts (95% interval, "
+        f"from {INTERVAL_PROMPTS} prompts on).",
         _speedup,
     ),
     Column(
         "forward / draft / verify / rest, %",
-        "Where the time went: the transformer; choosing drafts; output head, softmax, policy and "
-        "comparing states; packing, masks, caches.",
+        "Where the time went: the transformer; choosing drafts; policy and comparing states; "
+        "packing, caches. Output head and softmax are in verify on a CPU, else in forward.",
         lambda b, r: shares(r.seconds),
     ),
     Column(
@@ -211,10 +222,10 @@ class Headline:
     ----------
     verdict
         "pays": the best way of drafting is faster than plain decoding, its whole interval is.
-        "unclear": its interval holds 1. "slower": its whole interval lies below 1. "none": nothing
-        was drafted losslessly.
+        "unclear": its interval holds 1, or there are too few prompts for one. "slower": its whole
+        interval lies below 1. "none": nothing was drafted losslessly.
     best
-        The fastest way of drafting whose tokens are plain decoding's; None with "none".
+        The fastest lossless way of drafting; None with "none".
     sentence
         The same in words.
     """
@@ -225,13 +236,20 @@ class Headline:
 
 
 def headline(bench: Bench) -> Headline:
-    """Judge a run by the wall clock of what loses nothing."""
-    plain = bench.result(bench.baseline)
-    lossless = [r for r in drafting(bench) if r.compared and not r.differing]
+    """Judge a run by the wall clock of what loses nothing.
+
+    On an exact cache that is all drafting: an answer that differs there is a near-tie, or a mistake
+    of ours that the sentence must not hide. On others it is what gave plain decoding's tokens.
+    """
+    plain, exact = bench.result(bench.baseline), bench.decoding.exact
+    lossless = [r for r in drafting(bench) if r.compared and (exact or not r.differing)]
     if not lossless:
         return Headline("none", None, "Nothing here drafts and gives plain decoding's tokens.")
     best = max(lossless, key=lambda r: (r.speedup.value, -r.nfe))
-    if best.speedup.low > 1:
+    few = not bench.has_intervals
+    if few:
+        verdict, words = "unclear", "against plain decoding"
+    elif best.speedup.low > 1:
         verdict, words = "pays", "is faster than plain decoding"
     elif best.speedup.high < 1:
         verdict, words = "slower", "is slower than plain decoding: nothing pays here"
@@ -240,10 +258,15 @@ def headline(bench: Bench) -> Headline:
     auto = next((r for r in bench.results if r.kind == "auto"), None)
     sentence = "" if auto is None else _of_auto(bench, auto)
     sentence += (
-        f"The fastest lossless method, {best.name}, {words}: {interval(best.speedup)} its speed, "
-        f"with {fewer_forwards(bench, best):.2f}x fewer forwards ({best.nfe:,} instead of "
+        f"The fastest lossless method, {best.name}, {words}: {ratio(bench, best.speedup)} its "
+        f"speed, with {fewer_forwards(bench, best):.2f}x fewer forwards ({best.nfe:,} instead of "
         f"{plain.nfe:,}) over {more_positions(bench, best):.2f}x the positions."
     )
+    if few:
+        sentence += (
+            f" Too few prompts to say whether it is faster ({bench.data.samples}): an interval "
+            f"needs {INTERVAL_PROMPTS}."
+        )
     fewest = min(lossless, key=lambda r: r.nfe)
     if fewest.nfe < best.nfe:
         sentence += (
@@ -251,8 +274,9 @@ def headline(bench: Bench) -> Headline:
             f"{more_positions(bench, fewest):.2f}x the positions, at "
             f"{fewest.speedup.value:.2f}x the speed."
         )
+    sentence += _of_ties(bench, best)
     for other in bench.results:
-        if other.kind == "plain" and other.name != bench.baseline:
+        if other.kind == "plain" and not other.compared:
             sentence += (
                 f" For reference, {other.name} gives other tokens at "
                 f"{other.speedup.value:.2f}x the speed"
@@ -266,12 +290,27 @@ def headline(bench: Bench) -> Headline:
     return Headline(verdict, best, sentence)
 
 
+def _of_ties(bench: Bench, best: Result) -> str:
+    """How many answers are not plain decoding's: of the method that is named, and of any."""
+    most = max(drafting(bench), key=lambda r: r.differing)
+    if not (bench.decoding.exact and most.differing):
+        return ""
+    dtype = bench.machine.dtype.split(",")[0]
+    cause, finer = ties_in_words(dtype)
+    return (
+        f" Of the {best.compared} answers of {best.name} {best.differing} differ from plain "
+        f"decoding's; the most are {most.differing}, of {most.name}. In {dtype} {cause}: see "
+        f"whether they still do with --dtype {finer}."
+    )
+
+
 def _of_auto(bench: Bench, auto: Result) -> str:
     """What comes by default: the number of drafts is learned while decoding."""
+    speed = ratio(bench, auto.speedup)
     if not auto.drafted:
-        return f"Learning while it decoded, auto decided not to draft: {interval(auto.speedup)}. "
+        return f"Learning while it decoded, auto decided not to draft: {speed}. "
     return (
-        f"Learned while decoding (auto): {interval(auto.speedup)} plain decoding's speed, with "
+        f"Learned while decoding (auto): {speed} plain decoding's speed, with "
         f"{fewer_forwards(bench, auto):.2f}x fewer forwards. "
     )
 

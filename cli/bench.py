@@ -12,7 +12,10 @@ import typer
 
 from spiffy.cli.bench_run import (
     FILES,
+    ROWS_SO_FAR,
     Run,
+    check_rival,
+    costs_known,
     measured,
     print_table,
     profile_of,
@@ -159,7 +162,9 @@ class _Prompts:
                 soft_wrap=True,
             )
 
-    def known(self, texts: Sequence[Text], artifact: DraftGraph) -> int | None:
+    def known(
+        self, texts: Sequence[Text], artifact: DraftGraph, what: str = "the graph"
+    ) -> int | None:
         """How many of them the graph was calibrated on, if it says so; refused unless allowed."""
         from spiffy.bench.measure import overlap
         from spiffy.calib.prompts import prompt_digest
@@ -167,7 +172,7 @@ class _Prompts:
         known = overlap(map(prompt_digest, texts), artifact.calibration.prompt_digests)
         if known and not self.allow_calibrated:
             raise SpiffyError(
-                f"{self.dataset}: the graph was calibrated on {known} of these {len(texts)} "
+                f"{self.dataset}: {what} was calibrated on {known} of these {len(texts)} "
                 "prompts, which would flatter it: take others (--seed, --dataset), or "
                 "--allow-calibrated"
             )
@@ -203,7 +208,9 @@ class _Methods:
     repeats: Annotated[
         int, drafting_option(help="Counted decodes of each prompt by each method.")
     ] = 3
-    warm_up: Annotated[int, drafting_option(help="Decodes of each method, not counted.")] = 1
+    warm_up: Annotated[
+        int, drafting_option(help="Decodes of the first prompt by each method, not counted.")
+    ] = 1
     execute_code: Annotated[
         bool,
         drafting_option(
@@ -249,7 +256,8 @@ class _Methods:
     def check_all_there(self, found: Sequence[Method], cache: str) -> None:
         """Refuse to leave out, unsaid, what was asked for by name."""
         why = {
-            "freedave": f"with the cache {cache} it is what chain is",
+            "freedave": f"with the cache {cache} and these --edges it is what chain is",
+            "paper": "the graph of --paper has fewer nodes than --budgets",
             "model": "the graph has no acceptance model: calibrate again",
             "pruned": "the graph of --paper has no more nodes than --budgets",
         }
@@ -304,13 +312,22 @@ class _Output:
 
     def make_folder(self) -> None:
         """Make it, before hours of work."""
+        from spiffy.calib.ranks import Ranks
+
+        if Ranks.from_environment().world > 1:
+            raise SpiffyError("several ranks would write the same --out: measure with one process")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = f"--out {self.out}: cannot be written to ({error.strerror})"
             raise SpiffyError(problem) from None
-        for name in FILES:
+        for name in (*FILES, ROWS_SO_FAR):
             check_writable(self.out / name)
+        if (self.out / FILES[0]).exists():
+            log.print(
+                f"{self.out} holds a benchmark already, which will be replaced once this one ends",
+                soft_wrap=True,
+            )
 
 
 @app.command()
@@ -336,7 +353,7 @@ def bench(
 
     Methods take turns prompt by prompt, so that the machine's drift hits all alike. Every answer is
     compared with plain decoding's, token for token; exit code 1 if one differs that must not.
-    Stopped by Ctrl-C or an error, it sums up the prompts that all methods have decoded.
+    Stopped by Ctrl-C, SIGTERM or an error, it sums up the prompts that all methods have decoded.
 
     Example: spiffy-bench --graph llada.json --samples 12 --out out/llada
     """
@@ -351,7 +368,7 @@ def bench(
 
         load = load_average()
         run = _prepared(artifact, graph, model, shape, prompts, encoding, decoding, methods, status)
-    found, stopped_by = measured(run, methods.execute_code)
+    found, stopped_by = measured(run, methods.execute_code, output.out)
     write_rows(output.out, found)  # first: what follows may fail, after hours
     with doing("summing up"):
         profile = None
@@ -389,6 +406,7 @@ def _prepared(
     """Load the model, draw the prompts, set up the methods."""
     from spiffy.bench.methods import methods as methods_of
     from spiffy.bench.order import load_order
+    from spiffy.bench.score import has_tests
 
     threads = read_threads(model.threads)
     drawn = prompts.draw(decoding.seed)
@@ -400,7 +418,8 @@ def _prepared(
     small = lm.fingerprint
     lm, (ours, rival) = shape.grown(model, lm, (artifact, rival))
     artifact = ours or artifact
-    compared = ("static", "threshold")  # plain decoding by both
+    kinds, numbers = methods.kinds(), methods.numbers(artifact)
+    compared = ("static", "threshold") if "plain" in kinds else ()  # plain decoding by both
     settings = decoding.settings(lm, artifact, model.any_model, compared)
     edges = decoding.block_edges()
     set_threads(lm, settings, threads)
@@ -409,10 +428,16 @@ def _prepared(
     encoding.note_spelled(lm, drawn.texts)
     texts, ids = [drawn.texts[index] for index, _ in chosen], [ids for _, ids in chosen]
     known = prompts.known(texts, artifact)
+    if rival is not None:
+        check_rival(rival, settings, numbers)
+        prompts.known(texts, rival, "the graph of --paper")
     ready_to_draft(artifact, status)
+    records = [drawn.records[index] for index, _ in chosen]
     if methods.execute_code:
+        if not any(map(has_tests, records)):
+            raise SpiffyError(f"--execute-code: no prompt of {drawn.dataset} has tests to run")
         log.print("--execute-code runs what the model writes, in a process with limits")
-    kinds, numbers = methods.kinds(), methods.numbers(artifact)
+    known_costs = costs_known(lm, settings, edges, artifact, ids) if "auto" in kinds else None
     found = methods_of(
         lm, settings, artifact, kinds, numbers, rival, ids, edges, model.any_model, network, small
     )
@@ -425,7 +450,7 @@ def _prepared(
         methods=found,
         texts=texts,
         prompts=ids,
-        records=[drawn.records[index] for index, _ in chosen],
+        records=records,
         data=DataRecord(
             dataset=drawn.dataset,
             sha256=drawn.sha256,
@@ -440,6 +465,7 @@ def _prepared(
         ),
         adapter=model.adapter,
         compared_with=methods.digests(rival),
+        costs_known=known_costs,
     )
 
 

@@ -189,6 +189,15 @@ class _Output:
         A shard `writes` none.
         """
         path = self.out or _beside(model)
+        options = (
+            (self.report, "report"),
+            (self.profile, "profile"),
+            (self.predict_for, "predict-for"),
+        )
+        if given := [name for value, name in options if value and not writes]:
+            raise SpiffyError(
+                f"--shard: --{given[0]} is about an artifact, and a shard writes none: leave it out"
+            )
         if writes or self.out is not None:
             check_writable(path)
         if writes:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from threading import Timer
+from threading import Timer, current_thread, main_thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
@@ -27,7 +28,8 @@ from rich.progress import (
 from spiffy.cli.streams import OutputError, guarded_streams
 from spiffy.cli.threads import wait_passively
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-from spiffy.schemas.errors import is_out_of_memory
+from spiffy.schemas.errors import is_out_of_memory, said
+from spiffy.schemas.labels import ties_in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,11 +103,7 @@ def note_if_inexact(settings: DecodingSettings) -> None:
 def note_of_ties(lm: DiffusionLM) -> None:
     """Say what may be behind an answer that is not plain decoding's, and how to tell."""
     dtype = str(lm.dtype).removeprefix("torch.")
-    if dtype in ("float32", "float64"):
-        cause, finer = "a tie in floating point can do that, though seldom", "float64"
-    else:
-        cause = "near-ties can do that, as another batch size can: the shape of a forward decides"
-        finer = "float32"
+    cause, finer = ties_in_words(dtype)
     log.print(
         f"tokens differ, in {dtype}: {cause}. Repeat with --dtype {finer}; if they still differ, "
         "please report it (docs/losslessness.md)",
@@ -268,7 +266,7 @@ def run_app(app: Callable[[], None]) -> None:
         for command in app.registered_commands:
             command.help = paragraphs(inspect.getdoc(command.callback) or "")
     try:
-        with guarded_streams():
+        with guarded_streams(), _sigterm_as_ctrl_c():
             for out in (console, log):
                 if not out.file.isatty():
                     out.width = _WIDE
@@ -277,6 +275,19 @@ def run_app(app: Callable[[], None]) -> None:
         if not error.is_closed_pipe:
             _complain(str(error))
         sys.exit(2)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What a scheduler sends at its time limit keeps as much as Ctrl-C does."""
+    ours = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def paragraphs(text: str) -> str:
@@ -300,7 +311,11 @@ def _run(app: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        _complain("out of memory: lower --budget, or use a cache (--cache dual)")
+        _complain(  # not fewer drafts: those are halved until they fit
+            f"out of memory: {said(error, 200) or type(error).__name__}; take shorter prompts, a "
+            "smaller --gen-length, fewer prompts at a time (--batch-size, --max-batch), --dtype "
+            "bfloat16, or another device"
+        )
         sys.exit(2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -163,7 +163,7 @@ class _Drafting:
         return found
 
     def ways(
-        self, runs: Runs, artifact: DraftGraph | None, budgets: list[Budget]
+        self, runs: Runs, artifact: DraftGraph | None, budgets: Sequence[Budget]
     ) -> dict[str, Way]:
         """A way of decoding for every budget, by name; plain if there is none."""
         from spiffy.runtime.draft import graph_drafter
@@ -288,6 +288,8 @@ def decode(
     artifact = None if graph is None else DraftGraph.find(graph)
     if artifact is None and model.model is None:
         raise SpiffyError("give --graph FILE.json, or --model NAME to decode plainly")
+    if artifact is None and model.any_model:
+        raise SpiffyError("--any-model takes a graph of another model: give --graph, or drop it")
     ranks = Ranks.from_environment()
     speculative = artifact is not None and drafting.speculation
     output.check(speculative, prompts.prompts, ranks)
@@ -312,18 +314,27 @@ def decode(
             budget = next(iter(budgets), None)
             decode_into(output.out, runs, drawn, artifact, budget, ranks, output.batch_size)
         elif output.verify:
-            _verify(runs, output.json)
+            assert artifact is not None  # output.check
+            some = min(8, artifact.budget)  # auto may know its costs, and has drafted nothing yet
+            fixed = {some if budget == "auto" else budget for budget in budgets} - {0}
+            warming = {"plain": Way(), **drafting.ways(runs, artifact, sorted(fixed))}
+            _verify(runs, warming, output.json)
         elif output.batch_size > 1:
             _answer_together(runs, output.batch_size, output.json)
         else:
             _answer(runs, output)
 
 
-def _verify(runs: Runs, json_lines: bool) -> None:
-    """Decode plainly too, and compare; exit code 1 if a token differs."""
-    runs.ways = {"plain": Way(), **runs.ways}
-    runs.decode(runs.prompts[0], "plain")  # warm-up, not counted
+def _verify(runs: Runs, warming: Mapping[str, Way], json_lines: bool) -> None:
+    """Decode plainly too, and compare; exit code 1 if a token differs.
+
+    Before that the ways of `warming` decode the first prompt, uncounted: what they learn is theirs.
+    """
+    ways, runs.ways = runs.ways, dict(warming)
+    for name in warming:
+        runs.decode(runs.prompts[0], name)
     runs.outputs.clear()
+    runs.ways = {"plain": Way(), **ways}
     with progress_bar() as bar:
         for prompt in bar.track(runs.prompts, description="decoding both ways"):
             for name in runs.ways:  # prompt by prompt, so that drift hits all alike

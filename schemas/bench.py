@@ -15,7 +15,10 @@ from spiffy.schemas.io import canonical_json, read_json, write_atomically
 from spiffy.schemas.records import CostProfile, ModelRecord, Node, Record
 
 FORMAT = "spiffy.bench"
-VERSION = "1.1"
+VERSION = "1.2"
+#: Fewer have no 95% interval of their median: even all of their range, from the least to the
+#: greatest of n prompts, holds it with a chance of 1 - 2 ** (1 - n) only.
+INTERVAL_PROMPTS = 6
 
 MethodKind = Literal[
     "plain", "freedave", "chain", "paper", "pruned", "graph", "model", "order", "auto", "perfect"
@@ -23,7 +26,10 @@ MethodKind = Literal[
 
 
 class Interval(Record):
-    """A value and the ends of its 95% bootstrap interval, prompts resampled."""
+    """A value and the ends of its 95% bootstrap interval, prompts resampled.
+
+    Of fewer than `INTERVAL_PROMPTS` prompts they are the least and the greatest prompt's value.
+    """
 
     value: float
     low: float
@@ -40,10 +46,11 @@ class Split(Record):
     draft
         Ranking candidates and choosing drafts.
     verify
-        Output head, softmax and unmasking policy at the states of the walk, and finding them among
-        the drafts. Plain decoding does the first three too, once a step.
+        Unmasking policy at the states of the walk, and finding them among the drafts; on a CPU also
+        output head and softmax, which other devices compute with the forward. Plain decoding does
+        all but the finding too, once a step.
     rest
-        Packing, masks, caches.
+        Packing, caches; masks are made within `forward` in part.
     """
 
     forward: float
@@ -103,12 +110,13 @@ class Result(Record):
     name
         Unique in the run, such as "model 8".
     kind
-        "plain": no drafts. "freedave": the most confident tokens, one more per draft, and nothing
-        at block edges that FreeDave's own loop does not do. "chain": the same drafts with what this
-        runtime does there. "paper": the paper's graph, its first nodes. "pruned": all of it, pruned
-        at every root by geometric mean. "graph": our static graph. "model": drafts chosen at run
-        time. "order": drafts by an order network, our reading of SPOT. "auto": what `--budget auto`
-        chose. "perfect": drafts that all come true, a bound.
+        "plain": no drafts (and no block edges, if its name says so). "freedave": the most confident
+        tokens, one more per draft, and nothing at block edges that FreeDave's own loop does not do.
+        "chain": the same drafts with what this runtime does there. "paper": the paper's graph, its
+        first nodes. "pruned": all of it, pruned at every root by geometric mean. "graph": our
+        static graph. "model": drafts chosen at run time. "order": drafts by an order network, our
+        reading of SPOT. "auto": what `--budget auto` chose. "perfect": drafts that all come true, a
+        bound.
     budget
         Most drafts per forward, None where it does not apply.
     note
@@ -311,9 +319,11 @@ class DataRecord(Record):
         Prompts that the artifact was calibrated on too; above 0 only where that was asked for, and
         None where the artifact does not say what it was calibrated on.
     warm_up
-        Decodes of each method that are not counted.
+        Decodes of the first prompt by each method that are not counted.
     repeats
         Counted decodes of each prompt by each method.
+    stopped
+        Whether the run ended early: there are fewer prompts, or repeats, than were asked for.
     raw, system
         How prompts were encoded, if not by themselves and with the chat template.
     """
@@ -326,6 +336,7 @@ class DataRecord(Record):
     calibrated_on: int | None
     warm_up: int
     repeats: int
+    stopped: bool = False
     raw: bool = False
     system: str | None = None
 
@@ -348,6 +359,9 @@ class Bench(Record):
         The model that it was made for, if that is another one.
     compared_with
         Digests of the paper's graph and of the order network, where they were given.
+    costs_known
+        Whether "auto" began with costs of forwards that were measured before on this machine; None
+        where it was not measured.
     baseline
         Name of the result that the others are compared with: plain decoding by the same policy.
     results
@@ -373,6 +387,7 @@ class Bench(Record):
     adapter: str | None = None
     graph_model: str | None = None
     compared_with: dict[str, str] = Field(default_factory=dict)
+    costs_known: bool | None = None
 
     def _repr_html_(self) -> str:
         """For notebooks: the table of results."""
@@ -390,7 +405,9 @@ class Bench(Record):
                     f"{result.steps_per_forward:.2f}",
                     f"{result.tokens_per_second:,.1f}",
                     "1" if is_base else f"{result.speedup.value:.2f}x",
-                    "" if is_base or not result.compared else f"{same} of {result.compared}",
+                    ""
+                    if not result.compared or (is_base and not result.differing)
+                    else f"{same} of {result.compared}",
                 ]
             )
         headings = ["", "NFE", "positions", "steps per forward", "tokens/s", "speed", "identical"]
@@ -403,6 +420,11 @@ class Bench(Record):
             ),
             table(headings, rows),
         )
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are prompts enough to say how sure a ratio is."""
+        return self.data.samples >= INTERVAL_PROMPTS
 
     def result(self, name: str) -> Result:
         """The result of that name.

@@ -60,6 +60,14 @@ def device_in_words(device: str, dtype: str, threads: int | None) -> str:
     return f"{device}, {dtype}, {threads} thread{'' if threads == 1 else 's'}"
 
 
+def ties_in_words(dtype: str) -> tuple[str, str]:
+    """Why exact decoding may still give other tokens in a dtype, and one in which it should not."""
+    if dtype in ("float32", "float64"):
+        return "a tie in floating point can do that, though seldom", "float64"
+    cause = "near-ties can do that, as another batch size can: the shape of a forward decides"
+    return cause, "float32"
+
+
 def budgets_in_words(chosen: Iterable[Mapping[str, int]], why: str) -> str:
     """What `auto` chose, answer by answer, and what that rests on in the end; "" if it did not."""
     used: Counter[str] = sum(map(Counter, chosen), Counter())

@@ -23,7 +23,7 @@ import spiffy.bench.measure as bench_measure
 from spiffy.bench import watch
 from spiffy.bench.compare import compare
 from spiffy.bench.measure import Measurements, Row, measure, results, speedup, walkthrough
-from spiffy.bench.methods import KINDS, Method, PerfectDrafter, methods
+from spiffy.bench.methods import KINDS, Method, PerfectDrafter, methods, to_step_through
 from spiffy.bench.score import passes, program, same_number, score, stated_answer
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
@@ -73,13 +73,35 @@ def named(name: str) -> Result:
 def test_every_method_is_there_once_and_plain_comes_first() -> None:
     found, _, _ = run()
     names = [method.name for method in found]
-    assert names[:2] == ["plain static", "plain threshold"]
+    assert names[:3] == ["plain static", "plain threshold", "plain static, no edges"]
     expected = [
         f"{kind} {n}"
         for kind in ("freedave", "chain", "paper", "pruned", "graph", "model", "perfect")
         for n in (1, 4)
     ]
-    assert names[2:] == expected
+    assert names[3:] == expected
+
+
+def test_freedave_is_held_against_plain_decoding_with_its_own_edges() -> None:
+    """Ours folds stores into other forwards: drafts that come true would seem to cost forwards."""
+    own, drafted = named("plain static, no edges"), named("freedave 4")
+    assert (own.compared, own.differing, own.drafted) == (PROMPTS, 0, 0)
+    assert own.nfe > named("plain static").nfe
+    assert own.nfe == drafted.nfe + drafted.accepted
+
+
+def test_what_is_stepped_through_drafts_whatever_the_budgets_are() -> None:
+    found = run()[0]
+    many = [replace(m, budget=m.budget and 16 * m.budget) for m in found]  # 16 and 64
+    auto = Method("auto", "auto", found[0].settings, lambda _: None)
+    for methods_, expected in (
+        ([*found, auto], ("model", 4)),
+        ([*many, auto], ("model", 16)),
+        ([found[0], auto], ("auto", None)),
+        ([found[0]], ("plain", None)),
+    ):
+        shown = to_step_through(methods_)
+        assert (shown.kind, shown.budget) == expected
 
 
 def test_methods_take_turns_prompt_by_prompt() -> None:
@@ -91,6 +113,29 @@ def test_methods_take_turns_prompt_by_prompt() -> None:
         assert {row.method for row in turn} == {method.name for method in found}
         assert len({(row.prompt, row.repeat) for row in turn}) == 1
     assert len({turn[0].method for turn in turns}) > 1  # nobody is always first
+
+
+def test_no_method_has_seen_a_prompt_before_its_first_counted_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Plain decoding used to have decoded all of them, and was the only one that was warm."""
+    names = ("plain static", "graph 1", "perfect 1")
+    few = [method for method in run()[0] if method.name in names]
+    decoded: list[int | None] = []
+
+    def decode(task: Task) -> list[watch.Forward]:
+        decoded.append(task.sequence)
+        return watch.decode(task)
+
+    monkeypatch.setattr(bench_measure, "decode", decode)
+    questions = [problem.question for problem in islice(problems("test"), 2)]
+    measured = measure(sdar(), few, questions, [{}, {}], repeats=1, warm_up=1)
+    assert decoded == [0] * 3 + [0] * 3 + [1] * 3
+    assert not any(row.differs for row in measured.rows)
+    for seed in range(20):
+        order = [method.name for method in bench_measure._turns(few, str(seed))]
+        assert sorted(order) == sorted(names)
+        assert order.index("plain static") < order.index("perfect 1")
 
 
 def test_all_drafting_gives_the_tokens_of_plain_decoding() -> None:
@@ -168,6 +213,9 @@ def test_speedup_is_the_median_prompt_and_pairs_what_ran_together() -> None:
     found = speedup(ours, plain)
     assert found.value == pytest.approx(3.0)
     assert (found.low, found.high) == (pytest.approx(2.0), pytest.approx(8.0))
+    many = rows_of({(prompt, 0): 2.0 + prompt for prompt in range(6)})
+    found = speedup(rows_of({(prompt, 0): 1.0 for prompt in range(6)}), many)
+    assert 2.0 <= found.low < found.value < found.high <= 7.0
     even = speedup(plain, plain)
     assert (even.value, even.low, even.high) == (1.0, 1.0, 1.0)
 
@@ -215,7 +263,7 @@ def test_states_of_a_decode_are_not_there_in_the_next_one(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(bench_measure, "decode", decode)
     measured = measure(sdar(), few, questions, [{}, {}], repeats=1, warm_up=0)
-    assert len(left) == 2 + 2 * 2
+    assert len(left) == 2 * 2
     assert measured.seen is not None
     assert measured.seen.method == "graph 4"
     assert all(len(numbers) <= 1 for numbers in left)
@@ -341,6 +389,18 @@ def test_code_has_what_its_prompt_brings_along(text: str, right: bool) -> None:
     assert score(text, MANY, execute_code=True) is right
 
 
+def test_a_record_that_cannot_be_run_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = HUMANEVAL | {"test": HUMANEVAL["test"] + "\n# " + 200_000 * "x" + "\n"}
+    assert score("    return 2 * x\n", long, execute_code=True) is True  # too long for an argument
+    assert score("", HUMANEVAL | {"prompt": [{"role": "user"}]}, execute_code=True) is None
+
+    def run(*_: object, **__: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("subprocess.run", run)
+    assert score("    return 2 * x\n", HUMANEVAL, execute_code=True) is None
+
+
 def test_code_is_not_run_unless_that_was_asked_for() -> None:
     assert score("    return 2 * x\n", HUMANEVAL) is None
 
@@ -430,9 +490,9 @@ def test_what_was_measured_before_ctrl_c_or_an_error_is_summed_up(
     ways = 2  # plain and graph
     once = ways * PROMPTS
     cases = [
-        (PROMPTS + ways, KeyboardInterrupt(), 130, (1, 1)),  # after the first prompt
-        (PROMPTS + once, SpiffyError("it broke"), 2, (PROMPTS, 1)),
-        (PROMPTS + once + ways, KeyboardInterrupt(), 130, (PROMPTS, 1)),  # amid the second repeat
+        (ways, KeyboardInterrupt(), 130, (1, 1)),  # after the first prompt
+        (once, SpiffyError("it broke"), 2, (PROMPTS, 1)),
+        (once + ways, KeyboardInterrupt(), 130, (PROMPTS, 1)),  # amid the second repeat
     ]
     for decodes, problem, expected, kept in cases:
         left = iter(range(decodes))
@@ -467,7 +527,19 @@ def test_methods_asked_for_by_name_are_not_left_out_unsaid(artifact: Path, tmp_p
     options = ("--out", tmp_path / "run", "--samples", "1", "--device", "cpu", "--budgets", "1")
     code, _, error = invoke("--graph", plain, *options, "--methods", "graph,model")
     assert (code, "no model: the graph has no acceptance model" in error) == (2, True)
-    options = (*options, "--paper", artifact)  # it has 8 nodes, and 8 of them are all
+    paper = tmp_path / "paper.json"
+    graph("paper").save(paper)
+    calibrated = load_prompts("synthetic", 10).texts[0]
+    (tmp_path / "seen.jsonl").write_text(json.dumps({"question": calibrated}), encoding="utf-8")
+    seen = ("--dataset", tmp_path / "seen.jsonl", "--methods", "paper", "--paper", paper)
+    silent = plain.with_name("silent.json")  # only the rival says what it was calibrated on
+    record = graph().calibration.model_copy(update={"prompt_digests": None})
+    graph().model_copy(update={"calibration": record}).save(silent)
+    code, _, error = invoke("--graph", silent, *options, *seen)
+    assert (code, "the graph of --paper was calibrated on 1 of these 1" in error) == (2, True)
+    code, _, error = invoke("--graph", plain, *options, "--methods", "paper", "--paper", artifact)
+    assert (code, "grown by --objective expected-steps" in error) == (2, True)
+    options = (*options, "--paper", paper)  # it has 8 nodes, and 8 of them are all
     code, _, error = invoke(
         "--graph", artifact, *options[:-3], "8", *options[-2:], "--methods", "pruned"
     )
@@ -506,6 +578,28 @@ def test_a_run_states_what_decoded_and_not_what_the_graph_is_of(
     text = compare(ours, named)  # the same weights by another name
     assert "| model |" in text
     assert "cannot be compared" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--threshold", "0.8"), "--threshold is read by --policy"),  # by no method that is there
+        (("--execute-code",), "no prompt of synthetic has tests to run"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(
+    artifact: Path, tmp_path: Path, words: tuple[str, ...], why: str
+) -> None:
+    options = ("--samples", "1", "--device", "cpu", "--methods", "graph", "--budgets", "1")
+    code, _, error = invoke("--graph", artifact, "--out", tmp_path / "run", *options, *words)
+    assert (code, why in error) == (2, True)
+
+
+def test_papers_graph_is_measured_with_as_many_drafts_as_it_has_nodes() -> None:
+    model, few = sdar(), graph("paper")
+    few = few.model_copy(update={"nodes": few.nodes[:3]})
+    found = methods(model, decoding_settings(model, graph()), graph(), ["paper"], [1, 3, 4], few)
+    assert [method.name for method in found[1:]] == ["paper 1", "paper 3"]
 
 
 def test_a_token_that_differs_in_any_repeat_counts() -> None:

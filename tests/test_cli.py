@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from helpers import PARITY, Call, collected, of_another_model
+from torch import Tensor
 
 from spiffy.calib import pipeline
 from spiffy.cli import calibrate, calibration_tables
+from spiffy.cli.decode_runs import Runs
 from spiffy.schemas import DraftGraph, SpiffyError
 
 TINY = "tiny-llada"
@@ -206,9 +208,23 @@ def test_verify_compares_with_plain_decoding(
     call: Call, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")  # of no terminal: the table is whole all the same
+    decode, decoded = Runs.decode, list[tuple[int, str, int]]()
+
+    def noting(runs: Runs, prompt: tuple[int, Tensor], name: str) -> None:
+        decode(runs, prompt, name)
+        decoded.append((prompt[0], name, id(runs.ways[name].drafter)))
+
+    monkeypatch.setattr(Runs, "decode", noting)
     arguments = ("--prompts", "synthetic", "--samples", 2, "--verify", "--budget", "1,8")
     code, printed, _ = call("decode", "--graph", artifact, *arguments)
     assert code == 0
+    names = [
+        "plain",
+        "1 drafts",
+        "8 drafts",
+    ]  # each is warm when it counts, and has learned nothing
+    assert [way[:2] for way in decoded] == [(n, name) for n in (0, 0, 1) for name in names]
+    assert decoded[2] != decoded[5]
     assert "8 drafts" in printed  # more than the graph holds: its acceptance model chooses them
     assert "tokens identical" in printed
     assert "NFE" in printed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
 import time
 from importlib import import_module
@@ -14,7 +16,8 @@ import pytest
 from helpers import Call, chain_graph
 from rich.console import Console
 
-from spiffy.cli import bench, calibrate, calibration_runs, common, lm_eval
+from spiffy.bench.measure import Measurements
+from spiffy.cli import bench, bench_run, calibrate, calibration_runs, common, lm_eval
 from spiffy.runtime import generate, load_model
 from spiffy.runtime.budget import auto
 from spiffy.schemas import DraftGraph, Node, SpiffyError
@@ -350,6 +353,73 @@ def test_a_graph_of_another_family_is_refused_with_any_model_too(graph: Path, ca
         assert (code, why in log, "--any-model" in log) == (2, True, bool(given))
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
+    """Else the time limit of a scheduler would leave nothing of hours."""
+    done: list[str] = []
+
+    def app() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            done.append("summed up")
+            raise
+
+    with pytest.raises(SystemExit) as stop:
+        common.run_app(app)
+    assert (stop.value.code, done) == (common.INTERRUPTED, ["summed up"])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_want_of_memory_is_told_in_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    def app() -> None:
+        raise MemoryError("a forward without drafts does not fit")
+
+    with pytest.raises(SystemExit) as stop:
+        common.run_app(app)
+    told = capsys.readouterr().err
+    assert (stop.value.code, "a forward without drafts does not fit; take" in told) == (2, True)
+    assert "--budget" not in told
+
+
+def test_an_earlier_benchmark_is_named_and_several_ranks_are_refused(
+    graph: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "bench.json").touch()
+    words = (*least("bench", graph, tmp_path), "--dataset", tmp_path / "none.jsonl")
+    code, _, log = call("bench", *words)
+    assert (code, "holds a benchmark already, which will be replaced" in log) == (2, True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code, _, log = call("bench", *words)
+    assert (code, "measure with one process" in log) == (2, True)
+
+
+def test_a_shard_and_a_plain_decode_refuse_what_they_would_not_read(
+    call: Call, tmp_path: Path
+) -> None:
+    shard = ("--model", "tiny-sdar", "--workdir", tmp_path / "work", "--shard", "0/2")
+    for option in (("--report", tmp_path / "a.html"), ("--profile",), ("--predict-for", "x")):
+        code, _, log = call("calibrate", *shard, *option)
+        assert (code, f"--shard: {option[0]} is about an artifact" in log) == (2, True)
+    code, _, log = call("decode", "--model", "tiny-sdar", "--any-model", "--prompt", "a")
+    assert (code, "--any-model takes a graph of another model" in log) == (2, True)
+
+
+def test_rows_are_on_disk_as_they_come(tmp_path: Path) -> None:
+    """What is killed cannot write them at its end."""
+    path = tmp_path / "rows.jsonl.part"
+    path.write_text("of an earlier run\n", encoding="utf-8")
+    parts = [Measurements((), {}, None)] * 2
+    rows_of = iter(['{"prompt": 0}\n', '{"prompt": 1}\n'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_run, "_lines", lambda _: next(rows_of))
+        for number, _ in enumerate(bench_run._kept(parts, path)):
+            assert path.read_text("utf-8").count("prompt") == number + 1
+    assert "earlier" not in path.read_text("utf-8")
+
+
 def test_rows_are_kept_if_summing_up_fails(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,3 +436,4 @@ def test_rows_are_kept_if_summing_up_fails(
     assert stop.value.code == 2
     assert "the summary failed" in capsys.readouterr().err
     assert len((tmp_path / "run" / "rows.jsonl").read_text("utf-8").splitlines()) == 2
+    assert not (tmp_path / "run" / "rows.jsonl.part").exists()

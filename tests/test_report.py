@@ -27,7 +27,7 @@ from spiffy.bench.report import write_calibration_report, write_report
 from spiffy.cli.graph import app as graph_app
 from spiffy.graphs.diff import differences
 from spiffy.schemas import DraftGraph, Node, SpiffyError
-from spiffy.schemas.bench import Acceptance, Bench, Draft, Interval, Turn
+from spiffy.schemas.bench import INTERVAL_PROMPTS, Acceptance, Bench, Draft, Interval, Turn
 from spiffy.schemas.html import visible
 
 ROOT = Path(__file__).parent.parent
@@ -227,7 +227,7 @@ def test_conditions_are_stated(html: str) -> None:
         "2 prompts of synthetic",
         "bootstrap",
         "0.50 at the start",
-        "0 not counted (warm-up)",
+        "0 of the first prompt that are not counted (warm-up)",
     ):
         assert fact in stated
 
@@ -288,7 +288,7 @@ def numbers(cell: str) -> list[float]:
 
 
 def test_the_markdown_table_is_the_data() -> None:
-    bench = example_bench()
+    bench = of_prompts(example_bench(), INTERVAL_PROMPTS)
     lines = tables.markdown(bench).splitlines()
     headings, rule, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines)
     assert len({len(row) for row in (headings, rule, *rows)}) == 1
@@ -301,6 +301,9 @@ def test_the_markdown_table_is_the_data() -> None:
         assert nfe[0] == result.nfe
         if result is not base:
             assert nfe[1] == pytest.approx(base.nfe / result.nfe, abs=0.005)
+            if result.kind == "freedave":
+                own = (result.nfe + result.accepted) / result.nfe
+                assert nfe[2] == pytest.approx(own, abs=0.005)
             ratio = result.speedup
             assert numbers(cells["speed against plain"]) == pytest.approx(
                 [ratio.value, ratio.low, ratio.high], abs=0.005
@@ -327,8 +330,12 @@ def test_a_markdown_cell_cannot_end_its_column() -> None:
     assert table.splitlines()[2:] == ["| x y | 1 \\| 2 |", "| - | - |"]
 
 
+def of_prompts(bench: Bench, samples: int) -> Bench:
+    return bench.model_copy(update={"data": bench.data.model_copy(update={"samples": samples})})
+
+
 def with_speed(name: str, value: float, low: float, high: float, **changed: Any) -> Bench:
-    bench = example_bench()
+    bench = of_prompts(example_bench(), INTERVAL_PROMPTS)
     speedup = Interval(value=value, low=low, high=high)
     slow = Interval(value=0.5, low=0.4, high=0.6)
     rows = [
@@ -356,10 +363,34 @@ def test_the_headline_says_whether_drafts_pay(
 
 
 def test_the_headline_never_praises_bounds_or_what_loses_tokens() -> None:
+    shared = example_bench().decoding.model_copy(update={"cache": "prefix-shared"})
     for name, changed in (("perfect 4", {}), ("graph 4", {"differing": 1})):
-        best = tables.headline(with_speed(name, 9.0, 8.0, 10.0, **changed)).best
+        bench = with_speed(name, 9.0, 8.0, 10.0, **changed)
+        best = tables.headline(bench.model_copy(update={"decoding": shared})).best
         assert best is not None
         assert best.name != name
+
+
+def test_a_near_tie_hides_no_method_and_is_told() -> None:
+    bench = with_speed("graph 4", 1.5, 1.2, 1.8, compared=80, differing=6)
+    machine = bench.machine.model_copy(update={"dtype": "bfloat16, prepacked"})
+    told = tables.headline(bench.model_copy(update={"machine": machine}))
+    assert told.best is not None
+    assert (told.verdict, told.best.name) == ("pays", "graph 4")
+    assert "Of the 80 answers of graph 4 6 differ" in told.sentence
+    assert "In bfloat16 near-ties can do that" in told.sentence
+    assert "--dtype float32" in told.sentence
+    assert ("74/80", "answers identical, token for token") in report._tiles(bench)
+
+
+@pytest.mark.parametrize("prompts", [1, 5, 6])
+def test_few_prompts_have_no_interval_and_no_verdict(prompts: int) -> None:
+    bench = of_prompts(with_speed("graph 4", 1.5, 1.2, 1.8), prompts)
+    enough, told = prompts == 6, tables.headline(bench)
+    assert told.verdict == ("pays" if enough else "unclear")
+    assert (f"({prompts}): an interval needs 6" in told.sentence) == (not enough)
+    assert ("1.50x (1.20-1.80)" in tables.markdown(bench)) == enough
+    assert ("95% interval 1.20" in str(report._tiles(bench))) == enough
 
 
 def test_the_headline_says_what_auto_chose() -> None:
@@ -395,6 +426,46 @@ def test_comparisons_say_which_numbers_mean_nothing() -> None:
     text = compare(a, b.model_copy(update={"data": data}))
     assert "counts (NFE, positions, steps) and accuracy cannot be compared" in text
     assert "(2.00x)" not in text
+
+
+def test_in_bfloat16_another_device_spoils_counts_and_identity_is_compared() -> None:
+    a = example_bench()
+    machine = a.machine.model_copy(update={"dtype": "bfloat16, prepacked"})
+    a = a.model_copy(update={"machine": machine})
+    other = machine.model_copy(update={"device": "another core"})
+    rows = tuple(r.model_copy(update={"differing": r.compared and 1}) for r in a.results)
+    text = compare(a, a.model_copy(update={"machine": other, "results": rows}))
+    assert "accuracy cannot be compared: different device" in text
+    assert "yes -> no: 1 of 2 (50%)" in next(
+        line for line in text.splitlines() if line.startswith("| graph 4")
+    )
+
+
+def test_plain_decoding_that_does_not_repeat_is_told() -> None:
+    bench = example_bench()
+    base = bench.results[0].model_copy(update={"differing": 1})
+    bench = bench.model_copy(update={"results": (base, *bench.results[1:])})
+    assert tables.identical(bench, base) == "no: 1 of 2 (50%)"
+    assert "1 of 2" in bench._repr_html_()
+
+
+def test_conditions_say_what_times_rest_on() -> None:
+    bench = example_bench()
+    assert "auto began with" not in dict(report._conditions(bench))
+    order = bench.results[1].model_copy(update={"name": "order 4", "kind": "order"})
+    bench = bench.model_copy(
+        update={
+            "costs_known": True,
+            "data": bench.data.model_copy(update={"stopped": True}),
+            "machine": bench.machine.model_copy(update={"threads": None}),
+            "results": (*bench.results, order),
+        }
+    )
+    told = dict(report._conditions(bench))
+    assert "measured before" in told["auto began with"]
+    assert "stopped early" in told["Data"]
+    assert "host's CPU" in told["Order network"]
+    assert "freedave has none" in told["Block edges"]
 
 
 @pytest.mark.parametrize("changed", [{"raw": True}, {"system": "Be brief."}, {"warm_up": 1}])

@@ -126,7 +126,7 @@ def _walks(results: Sequence[Result]) -> Picture | None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("drafts accepted in one forward")
-    axes.set_ylabel("share of forwards")
+    axes.set_ylabel("share of forwards with drafts")
     axes.set_title("How far a forward gets")
     legend_below(figure, 3)
     text = f"Share of forwards by drafts accepted in them: {'; '.join(words)}."

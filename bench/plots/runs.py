@@ -22,7 +22,7 @@ from spiffy.bench.plots.style import (
     styled,
     targets,
 )
-from spiffy.bench.tables import fewer_forwards, interval, more_positions
+from spiffy.bench.tables import fewer_forwards, more_positions, ratio
 from spiffy.schemas.bench import Bench, Interval, MethodKind, Result
 from spiffy.schemas.html import presentable
 
@@ -58,7 +58,7 @@ def speed(bench: Bench) -> Picture | None:
         bench,
         "speed",
         "Speed against plain decoding",
-        "times as fast (95% interval)",
+        f"times as fast{' (95% interval)' if bench.has_intervals else ''}",
         lambda r: r.speedup.value,
         lambda r: r.speedup,
     )
@@ -88,13 +88,13 @@ def _by_budget(
         shift = 1.0 if spread is None else 1.035 ** (at - (len(curves) - 1) / 2)
         x, y = [place[r.budget or 0] * shift for r in results], [value(r) for r in results]
         axes.plot(x, y, label=WHO[kind], **_look(kind))
-        if spread is not None:
+        if spread is not None and bench.has_intervals:
             intervals = [spread(r) for r in results]
             low, high = [i.low for i in intervals], [i.high for i in intervals]
             axes.vlines(x, low, high, color=COLOUR_OF[kind], linewidth=1.2)
         told = [f"{r.name}: {_number(value(r))} {unit}" for r in results]
         if spread is not None:
-            told = [f"{r.name}: {interval(spread(r))}" for r in results]
+            told = [f"{r.name}: {ratio(bench, spread(r))}" for r in results]
         tips |= targets(axes, x, y, told, name)
         words.append(f"{WHO[kind]} ({listed([(r.budget, _number(value(r))) for r in results])})")
     for result, dash in zip(_plains(bench), _DASHES, strict=False):
