@@ -64,6 +64,8 @@ results: $(READY)
 	$(BIN)/python studies/prepack.py --into docs/cpu.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar \
 		--into docs/results-time.md
+	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-sdar --blocks 4 --policies static,threshold \
+		--prompts 6 --repeats 1 --budgets 2,4 --key real-sizes-threshold --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes qwen3-1.7b --models tiny-sdar --prompts 1 --budgets 2,4 \
 		--key real-sizes-1.7b --into docs/results-time.md
 	$(BIN)/python studies/real_sizes.py --shapes 0.3b --models tiny-llada,tiny-dream --prompts 1 --budgets 1,2,4 \
