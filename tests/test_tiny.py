@@ -106,7 +106,9 @@ def assert_lossless(
     for mine, theirs in zip(ours, plain, strict=True):
         assert collect(mine, trace=True).states == collect(theirs, trace=True).states
         assert collect(mine).token_ids == collect(theirs).token_ids
-    assert sum(task.stats.nfe for task in ours) < sum(task.stats.nfe for task in plain)
+    spent, plainly = (sum(task.stats.nfe for task in tasks) for tasks in (ours, plain))
+    # What few prompts draw by threshold may leave so few forwards that none can be saved.
+    assert spent <= plainly if temperature and policy == "threshold" else spent < plainly
 
 
 @pytest.mark.parametrize(
