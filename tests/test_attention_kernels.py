@@ -15,6 +15,7 @@ from torch.backends import cuda
 from spiffy.runtime import DiffusionLM
 from spiffy.runtime.models import attention, base, flex
 from spiffy.runtime.models.device import without_cudnn
+from spiffy.runtime.models.mask import Mask
 
 CUDA = torch.device("cuda")
 
@@ -131,7 +132,7 @@ def test_rows_of_a_mask_begin_at_multiples_of_eight(
     draw = torch.Generator().manual_seed(queries)
     mask = torch.rand(queries, keys, generator=draw) < 0.3
     mask[:, 0] = True
-    ours = attention.added(mask, dtype)
+    ours = Mask.of(mask).added(dtype)
     usual = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
     assert torch.equal(ours, usual)
     query, key, value = (

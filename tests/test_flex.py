@@ -18,6 +18,7 @@ from spiffy.runtime import load_model
 from spiffy.runtime.models import flex
 from spiffy.runtime.models.base import Compiled
 from spiffy.runtime.models.flex import Flex, Shape, better_masked
+from spiffy.runtime.models.mask import Mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 SHAPE = Shape(heads=4, shared=2, width=16, layers=2)
@@ -37,7 +38,7 @@ def test_it_gives_what_torchs_usual_attention_gives(
         torch.randn(1, 2, n, 16, generator=draw, dtype=dtype) for n in (queries, keys, keys)
     )
     ours = Flex()
-    found = ours(query, key, value, ours.prepared(mask), 0.3)
+    found = ours(query, key, value, ours.prepared(Mask.of(mask)), 0.3)
     torch.testing.assert_close(
         found, scaled_dot_product_attention(query, key, value, mask, scale=0.3)
     )

@@ -24,6 +24,7 @@ from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
 from spiffy.runtime.forward.request import Reader, _cross_pairs
 from spiffy.runtime.models.attention import KeyValues
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.mask import Mask
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import DecodingSettings
 
@@ -50,7 +51,7 @@ def held_at(kv: KeyValues, layer: int, slots: range) -> tuple[Tensor, Tensor]:
 
 
 def behind(
-    model: DiffusionLM, ids: Tensor, past: int, mask: Tensor | None = None, seed: int = 0
+    model: DiffusionLM, ids: Tensor, past: int, mask: Mask | None = None, seed: int = 0
 ) -> Row:
     """A row behind `past` random positions (0: on its own)."""
     positions, end = torch.arange(len(ids)) + past, past + len(ids)
@@ -84,8 +85,9 @@ def pairs(draw: st.DrawFn, model: DiffusionLM) -> list[tuple[Row, Row]]:
         mask = None
         if draw(st.booleans()):
             generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-            mask = torch.rand(length, past + length, generator=generator) < 0.5
-            mask[:, past:] |= torch.eye(length, dtype=torch.bool)
+            seen = torch.rand(length, past + length, generator=generator) < 0.5
+            seen[:, past:] |= torch.eye(length, dtype=torch.bool)
+            mask = Mask.of(seen)
         ids = random_prompt(model, length, number)
         twice = (behind(model, ids, past, mask, number) for _ in range(2))
         made.append((next(twice), next(twice)))
@@ -119,7 +121,7 @@ def test_rows_of_equal_length_attend_apart(checkpoint: str) -> None:
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_a_row_without_mask_attends_to_everything(checkpoint: str) -> None:
     model = parity_model(checkpoint, "float64")
-    ids, everything = random_prompt(model, 4, 1), torch.ones(4, 9, dtype=torch.bool)
+    ids, everything = random_prompt(model, 4, 1), Mask.of(torch.ones(4, 9, dtype=torch.bool))
     rows = behind(model, ids, 5), behind(model, ids, 5, everything)
     assert_same(model, rows, (forward(model, [rows[0]])[0], forward(model, [rows[1]])[0]))
 
@@ -260,7 +262,7 @@ def test_dual_cache_freezes_what_the_blocks_first_forward_saw(checkpoint: str) -
     block = root.ids[span.start : span.stop]
     slots = (range(length, length + len(span)),)
     held = held_of(model, cursor.ids)
-    row = Row(block, torch.tensor(span), sees, held, slots, length + len(span))
+    row = Row(block, torch.tensor(span), Mask.of(sees), held, slots, length + len(span))
     assert apart(ours.windows[0].hidden, forward(model, [row])[0].hidden) < TOLERANCE
 
 
@@ -402,7 +404,7 @@ def test_pack_lets_segments_see_exactly_what_they_list() -> None:
     assert row.kv_end == 9
     assert row.mask is not None
     first, second = [1, 1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 1, 1]
-    assert row.mask.int().tolist() == [first, first, second, second, first, first]
+    assert row.mask.dense().int().tolist() == [first, first, second, second, first, first]
 
 
 @given(st.data())
@@ -433,7 +435,7 @@ def test_any_segments_are_packed_position_by_position(data: st.DataObject) -> No
     if row.mask is None:
         assert all(map(all, seen))
     else:
-        assert row.mask.tolist() == seen
+        assert row.mask.dense().tolist() == seen
 
 
 @given(st.integers(0, 10**6))

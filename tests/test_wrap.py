@@ -26,6 +26,7 @@ from transformers import (
 from spiffy.runtime import ALIASES, DiffusionLM, load_model, wrap
 from spiffy.runtime.draft import GraphDrafter
 from spiffy.runtime.models.attention import Group
+from spiffy.runtime.models.mask import Mask
 from spiffy.runtime.models.stored import stored_tensors
 from spiffy.schemas import DecodingSettings, SpiffyError
 
@@ -238,7 +239,7 @@ def test_all_layers_of_a_forward_are_given_the_same_masks(
     given.clear()
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     ids = random_prompt(ours, 7)
-    ours.hidden_states(ids, torch.arange(7), [Group(1, 4, causal), Group(1, 3)])
+    ours.hidden_states(ids, torch.arange(7), [Group(1, 4, Mask.of(causal)), Group(1, 3)])
     masked, free = given[::2], given[1::2]
     assert len(masked) == len(free) == model.module.config.num_hidden_layers > 1  # type: ignore[union-attr]
     assert all(mask is masked[0] for mask in masked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,9 @@ from torch import Tensor
 from spiffy.runtime.forward.readout import Readout, RowRequest, merged, on_device, read_rows
 from spiffy.runtime.models.attention import Group, KeyValues, Slots
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.mask import Mask, aligned
 
 Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Row:
     ids, positions
         int64 [query].
     mask
-        bool [query, kv_end] ([query, query] without `kv`), True where the query attends; None
-        attends to everything.
+        Which of the slots before `kv_end` (without `kv`, of the row's own positions) each position
+        attends to; None: to all.
     kv
         Where the row's keys and values go, and what it attends to lies; None: it attends to its
         own positions, whose keys and values are not kept.
@@ -44,7 +44,7 @@ class Row:
 
     ids: Tensor
     positions: Tensor
-    mask: Tensor | None = None
+    mask: Mask | None = None
     kv: Slots | None = None
     slots: tuple[range, ...] = ()
     kv_end: int = 0
@@ -97,7 +97,7 @@ def pack(segments: Sequence[Segment], sees: Sequence[Sequence[int]], kv: Slots, 
     kv_end = max(held, *(run.stop for run in slots))
     mask = None
     if any(len(seen) < len(segments) for seen in sees):
-        mask = torch.from_numpy(_mask(sees, lengths, slots, kv_end))
+        mask = _mask(sees, lengths, slots, kv_end)
     return Row(
         torch.from_numpy(np.concatenate([segment.ids for segment in segments])),
         torch.from_numpy(np.concatenate([arange[span] for span in spans])),
@@ -119,19 +119,19 @@ def _joined(starts: Sequence[int], lengths: Sequence[int]) -> tuple[range, ...]:
 
 def _mask(
     sees: Sequence[Sequence[int]], lengths: Sequence[int], slots: Sequence[range], kv_end: int
-) -> Bools:
-    """Who attends to whom, [query, kv_end], of segments that lie one after the other in `slots`."""
+) -> Mask:
+    """Who attends to whom, of segments that lie one after the other in `slots`."""
     count = len(sees)
     number = np.arange(count).repeat(lengths)  # of the segment, by position in the row
     # Whose slot it is; the last column of `allowed` is for what is held.
-    owner = np.full(kv_end, count)
+    owner = np.full(aligned(kv_end), count)
     owner[np.concatenate([np.arange(run.start, run.stop) for run in slots])] = number
     allowed = np.zeros((count, count + 1), dtype=np.bool_)
     allowed[:, -1] = True
     seen = np.fromiter(chain.from_iterable(sees), np.int64)
     allowed[np.arange(count).repeat([len(each) for each in sees]), seen] = True
-    mask: Bools = allowed.take(owner, 1).take(number, 0)
-    return mask
+    query, key, segments = map(torch.from_numpy, (number, owner, allowed))
+    return Mask(query, key, segments, kv_end)
 
 
 def forward(
@@ -143,20 +143,25 @@ def forward(
     """
     sizes = [len(row.ids) for row in rows]
     runs = [_at_once(row, model) for row in rows]
+    masks = [row.mask for row in rows if row.mask is not None]
     ids, positions, at, cross_pairs, *others = on_device(
         [
             torch.cat([row.ids for row in rows]),
             torch.cat([row.positions for row in rows]),
             *merged([row.request for row in rows], sizes),
             *(slots for slots in runs if slots is not None),
-            *(row.mask for row in rows if row.mask is not None),
+            *(mask.query for mask in masks),
+            *(mask.key for mask in masks),
+            *(mask.allowed for mask in masks),
         ],
         model.device,
     )
     there = iter(others)
     slots = [None if each is None else next(there) for each in runs]
-    masks = [None if row.mask is None else next(there) for row in rows]
-    hidden = model.hidden_states(ids, positions, list(_groups(rows, slots, masks, lengths)))
+    parts = [list(islice(there, len(masks))) for _ in range(3)]
+    moved = map(Mask, *parts, [mask.keys for mask in masks])
+    seen = [None if row.mask is None else next(moved) for row in rows]
+    hidden = model.hidden_states(ids, positions, list(_groups(rows, slots, seen, lengths)))
     return _outputs(model, rows, hidden, at, cross_pairs)
 
 
@@ -197,7 +202,7 @@ def _at_once(row: Row, model: DiffusionLM) -> Tensor | None:
 def _groups(
     rows: Sequence[Row],
     slots: Sequence[Tensor | None],
-    masks: Sequence[Tensor | None],
+    masks: Sequence[Mask | None],
     lengths: Sequence[int] | None,
 ) -> Iterator[Group]:
     """Rows that attend to themselves alone, and are equally long, attend together.

@@ -22,8 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spiffy.runtime.models.mask import Mask
+
 _NAME = "spiffy"  # of this module's attention, in transformers' register
-_ALIGNED = 8  # elements
 
 
 class KeyValues:
@@ -119,8 +120,8 @@ class Group(NamedTuple):
     rows, length
         Number of rows, and positions of each. They follow one another.
     mask
-        bool [length, kv_end] ([length, length] without `kv`), True where a position attends; None:
-        to everything.
+        Which of the `kv_end` slots (without `kv`, of the `length` positions) each position attends
+        to; None: to all.
     kv
         Where the row's keys and values go, and what it attends to lies (one row only); None: rows
         attend to their own positions.
@@ -136,7 +137,7 @@ class Group(NamedTuple):
 
     rows: int
     length: int
-    mask: Tensor | None = None
+    mask: Mask | None = None
     kv: KeyValues | None = None
     slots: Sequence[range] = ()
     kv_end: int = 0
@@ -147,8 +148,8 @@ class Group(NamedTuple):
 class Masked(Protocol):
     """A kernel for attention under a mask."""
 
-    def prepared(self, mask: Tensor) -> Any:
-        """What it makes of a mask (bool [query, keys]) once for all layers."""
+    def prepared(self, mask: Mask) -> Any:
+        """What it makes of a mask, once for all layers."""
         ...
 
     def __call__(
@@ -156,18 +157,6 @@ class Masked(Protocol):
     ) -> Tensor:
         """From [rows, heads, query or keys, head_dim] each to [rows, heads, query, head_dim]."""
         ...
-
-
-def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask (bool [query, keys]) as what is added to scores: 0 where it is True, -inf elsewhere.
-
-    Its rows begin at multiples of eight elements: any other mask torch's memory-efficient attention
-    copies to such a place, in every layer.
-    """
-    queries, keys = mask.shape
-    width = -(-keys // _ALIGNED) * _ALIGNED
-    hidden = torch.zeros(queries, width, dtype=dtype, device=mask.device)[:, :keys]
-    return hidden.masked_fill_(~mask, -torch.inf)
 
 
 class _Arrangement:
@@ -254,7 +243,7 @@ class _Arrangement:
         assert mask is not None
         made = (which, shared, "prepared")
         if made not in self._masks:
-            self._masks[made] = self.masked.prepared(_each(mask.to(query.device), shared))
+            self._masks[made] = self.masked.prepared(mask.to(query.device).repeated(shared))
         return self._masks[made]
 
     def _seen(self, which: int, query: Tensor, key: Tensor) -> Tensor:
@@ -263,8 +252,10 @@ class _Arrangement:
         if made not in self._masks:
             mask = self.groups[which].mask
             if mask is None:
-                mask = query.new_ones((query.shape[2], key.shape[2]), dtype=torch.bool)
-            self._masks[made] = mask.to(query.device)[None, None]
+                seen = query.new_ones((query.shape[2], key.shape[2]), dtype=torch.bool)
+            else:
+                seen = mask.to(query.device).dense()
+            self._masks[made] = seen[None, None]
         return self._masks[made]  # type: ignore[no-any-return]
 
     def _added(self, which: int, shared: int, query: Tensor) -> Tensor | None:
@@ -275,8 +266,8 @@ class _Arrangement:
         made = (which, shared, query.device, query.dtype)
         if made not in self._masks:
             # Elsewhere than the other inputs only where a device map spreads the model.
-            mask = _each(mask.to(query.device), shared)
-            self._masks[made] = added(mask, query.dtype)[None, None]
+            mask = mask.to(query.device).repeated(shared)
+            self._masks[made] = mask.added(query.dtype)[None, None]
         return self._masks[made]  # type: ignore[no-any-return]
 
 
@@ -290,11 +281,6 @@ def _below(query: Tensor, shared: int) -> Tensor:
     _, heads, positions, width = query.shape
     apart = query.view(1, heads // shared, shared, positions, width)
     return apart.transpose(2, 3).flatten(2, 3)
-
-
-def _each(mask: Tensor, shared: int) -> Tensor:
-    """The rows of a mask (bool [query, keys]) as often, in the order of `_below`."""
-    return mask if shared == 1 else mask[:, None].expand(-1, shared, -1).flatten(0, 1)
 
 
 def _apart(part: Tensor, rows: int) -> Tensor:

@@ -16,6 +16,7 @@ from spiffy.runtime.models.attention import Group, Masked, arranged, attention_o
 from spiffy.runtime.models.block_size import is_published, stated_block_size
 from spiffy.runtime.models.device import without_cudnn
 from spiffy.runtime.models.family import Family
+from spiffy.runtime.models.mask import Mask
 from spiffy.runtime.models.rotary import install, reach, whole_lengths
 from spiffy.runtime.models.stored import stored_tensors
 from spiffy.runtime.models.text import Prompt, TextCodec, given_ids, is_text
@@ -397,7 +398,7 @@ class DiffusionLM:
             first = size if first_block is None else first_block
             if not 1 <= first <= size:
                 raise SpiffyError(f"first_block {first} must be 1 to block_length {size}")
-            mask = block_causal_mask(positions + size - first, size)
+            mask = Mask.of(block_causal_mask(positions + size - first, size))
         group = Group(rows, length, mask, whole=length)
         hidden = self.hidden_states(ids.flatten(), positions.repeat(rows), [group])
         hidden = hidden.view(rows, length, -1)

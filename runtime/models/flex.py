@@ -20,8 +20,9 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from spiffy.runtime.models.attention import Masked, added
+from spiffy.runtime.models.attention import Masked
 from spiffy.runtime.models.device import median_seconds, without_cudnn
+from spiffy.runtime.models.mask import Mask
 from spiffy.schemas.errors import said
 from spiffy.schemas.notes import note
 
@@ -41,14 +42,14 @@ class Flex:
     def __init__(self, attend: Callable[..., Any] = flex_attention) -> None:
         self._attend = attend
 
-    def prepared(self, mask: Tensor) -> BlockMask:
-        """A mask (bool [query, keys]) by tiles."""
+    def prepared(self, mask: Mask) -> BlockMask:
+        """A mask by tiles."""
+        (queries, keys), seen = mask.shape, mask.dense()
 
         def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return mask[query, key]
+            return seen[query, key]
 
-        queries, keys = mask.shape
-        return create_block_mask(attends, None, None, queries, keys, device=mask.device)
+        return create_block_mask(attends, None, None, queries, keys, device=seen.device)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float
@@ -64,8 +65,8 @@ class _Usual:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
-    def prepared(self, mask: Tensor) -> Tensor:
-        return added(mask, self._dtype)
+    def prepared(self, mask: Mask) -> Tensor:
+        return mask.added(self._dtype)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
@@ -88,7 +89,7 @@ class _Forward(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor
+    mask: Mask
     scaling: float
 
     @classmethod
@@ -97,7 +98,8 @@ class _Forward(NamedTuple):
         state = torch.arange(1 + case.drafts, device="cpu").repeat_interleave(case.block)
         own = (state[:, None] == state) | (state == 0)
         seen = torch.cat((own.new_ones(len(state), case.prefix), own), dim=1)
-        mask = seen.repeat_interleave(shape.shared, 0).to(device)
+        mask = Mask.of(seen).repeated(shape.shared).to(device)
+        queries, keys = mask.shape
         draw = torch.Generator("cpu").manual_seed(0)
 
         def drawn(positions: int, heads: int) -> Tensor:  # as layers make it
@@ -105,10 +107,10 @@ class _Forward(NamedTuple):
             return numbers.to(device, dtype).transpose(1, 2)
 
         pairs = shape.heads // shape.shared
-        query = drawn(len(state), shape.heads).reshape(1, pairs, len(mask), shape.width)
+        query = drawn(len(state), shape.heads).reshape(1, pairs, queries, shape.width)
         # They lie in larger buffers (`attention.KeyValues`).
-        buffers = (drawn(mask.shape[1] + _ROOM, pairs).contiguous() for _ in range(2))
-        key, value = (buffer[:, :, : mask.shape[1]] for buffer in buffers)
+        buffers = (drawn(keys + _ROOM, pairs).contiguous() for _ in range(2))
+        key, value = (buffer[:, :, :keys] for buffer in buffers)
         return cls(query, key, value, mask, shape.width**-0.5)
 
     def off(self, way: Masked) -> float:
@@ -117,7 +119,7 @@ class _Forward(NamedTuple):
             self.query.double(),
             self.key.double(),
             self.value.double(),
-            self.mask,
+            self.mask.dense(),
             scale=self.scaling,
         )
         return (self.through(way, way.prepared(self.mask)) - exact).abs().max().item()
@@ -130,7 +132,7 @@ class _Forward(NamedTuple):
             for _ in range(layers):
                 self.through(way, prepared)
 
-        return median_seconds(attended, self.mask.device, _TIMED)
+        return median_seconds(attended, self.query.device, _TIMED)
 
     def through(self, way: Masked, prepared: Any) -> Tensor:
         """Attention's result, with the mask as that way has prepared it."""

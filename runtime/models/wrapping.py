@@ -19,6 +19,7 @@ from spiffy.runtime.models.families import FAMILIES
 from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fields import refuse_windows, without_quantization
 from spiffy.runtime.models.identity import differences, fingerprint
+from spiffy.runtime.models.mask import Mask
 from spiffy.runtime.models.tokens import check_tokenizer, end_tokens, with_mask_token
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import said
@@ -228,18 +229,18 @@ def _both_ways(model: DiffusionLM) -> tuple[Tensor, Tensor]:
     positions = torch.arange(7, device=device)
     before, drafts = ids[:3], ids[3:].view(2, 4)
     rows = torch.cat([before.expand(2, 3), drafts], 1)
-    mask = torch.ones(7, 7, dtype=torch.bool, device=device)
-    mask[:3, 3:] = False  # what is frozen has not seen what follows
-    alone = model.hidden_states(rows.flatten(), positions.repeat(2), [Group(2, 7, mask, whole=7)])
+    seen = torch.ones(7, 7, dtype=torch.bool, device=device)
+    seen[:3, 3:] = False  # what is frozen has not seen what follows
+    apart = [Group(2, 7, Mask.of(seen), whole=7)]
+    alone = model.hidden_states(rows.flatten(), positions.repeat(2), apart)
     kv = KeyValues(3)
     frozen = Group(1, 3, None, kv, (range(3),), 3, 7)
     model.hidden_states(before, positions[:3], [frozen])
     order = torch.tensor([7, 3, 6, 2, 5, 1, 4, 0], device=device)
     draft = order // 4
     among = draft[:, None] == draft
-    packed = Group(
-        1, 8, torch.cat([torch.ones_like(among[:, :3]), among], 1), kv, (range(3, 11),), 11, 7
-    )
-    found = model.hidden_states(drafts.flatten()[order], positions[3 + order % 4], [packed])
-    apart = alone.view(2, 7, -1)[:, 3:].reshape(8, -1)
-    return apart.float(), found[order.argsort()].float()
+    mask = Mask.of(torch.cat([torch.ones_like(among[:, :3]), among], 1))
+    packed = [Group(1, 8, mask, kv, (range(3, 11),), 11, 7)]
+    found = model.hidden_states(drafts.flatten()[order], positions[3 + order % 4], packed)
+    own = alone.view(2, 7, -1)[:, 3:].reshape(8, -1)
+    return own.float(), found[order.argsort()].float()
