@@ -1,0 +1,341 @@
+"""`spiffy-try`: from a model's name to what drafts gain on this machine, in one command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from zipfile import ZIP_DEFLATED, ZipFile
+
+import typer
+
+from spiffy.cli.common import INTERRUPTED, doing, log, run_app
+from spiffy.cli.options import (
+    Compile,
+    Device,
+    Dtype,
+    Revision,
+    Threads,
+    VersionOption,
+    decoding_option,
+    drafting_option,
+    model_option,
+    output_option,
+    prompt_option,
+    spread,
+)
+from spiffy.cli.streams import write
+from spiffy.cli.threads import read_threads
+from spiffy.schemas import DraftGraph, SpiffyError
+from spiffy.schemas.decoding import check_setting
+from spiffy.schemas.io import write_atomically
+from spiffy.schemas.records import MAX_NODES
+
+if TYPE_CHECKING:
+    from spiffy.schemas.bench import Bench
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_OPTIONS = "options.json"
+_MACHINE = "machine.txt"
+#: Of each policy's folder, what others can read the results from.
+_KEPT = ("graph.json", "bench.json", "rows.jsonl", "table.md", "report.html")
+
+_STATIC = ("--policy", "static")
+_METHODS = ("plain", "chain", "graph", "model", "auto", "perfect")
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model to try."""
+
+    model: Annotated[
+        str, model_option(help="Alias (sdar-1.7b, llada-8b, ...), hub id, or checkpoint folder.")
+    ]
+    revision: Revision = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    compile: Compile = False
+    threads: Threads = "auto"
+
+    @property
+    def ships(self) -> bool:
+        """Whether it is one of the tiny models."""
+        from spiffy.runtime.models import ALIASES
+
+        return Path(ALIASES.get(self.model, "")).is_absolute()
+
+    @property
+    def words(self) -> list[str]:
+        """What both commands are told of it; the benchmark's model is the graph's."""
+        found = ["--device", self.device, "--dtype", self.dtype, "--threads", self.threads]
+        return [*found, "--compile"] if self.compile else found
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The prompts to try it on."""
+
+    dataset: Annotated[
+        str | None,
+        prompt_option(
+            help="As for spiffy-calibrate. Default: gsm8k, for the tiny models synthetic.",
+        ),
+    ] = None
+    calibrate: Annotated[int, prompt_option(min=2, help="Prompts to calibrate on.")] = 50
+    samples: Annotated[int, prompt_option(min=1, help="Other prompts, to measure on.")] = 8
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """How it decodes."""
+
+    policies: Annotated[
+        str,
+        decoding_option(
+            help="served: the policy that the model is served with, threshold for most. static: "
+            "one token per step, the reference for quality. Or both."
+        ),
+    ] = "served,static"
+    gen_length: Annotated[int, decoding_option(help="Positions of an answer.")] = 128
+    block_length: Annotated[
+        int | None, decoding_option(help="Positions decoded together. Default: the model's.")
+    ] = None
+    cache: Annotated[
+        str | None,
+        decoding_option(help="Default: dual where the family has it, else its first one."),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse what is wrong before anything is loaded."""
+        for word in self.names:
+            if word not in ("served", "static"):
+                raise SpiffyError(f"--policies {self.policies}: {word!r} is not served or static")
+        for name in ("gen_length", "block_length", "cache"):
+            if (value := getattr(self, name)) is not None:
+                check_setting(name, value)
+
+    @property
+    def names(self) -> list[str]:
+        """The policies, each once."""
+        return list(dict.fromkeys(word.strip() for word in self.policies.split(",")))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """All that decides what is measured, and where it goes."""
+
+    model: _Model
+    prompts: _Prompts
+    decoding: _Decoding
+    budgets: tuple[int, ...]
+    folder: Path
+
+    @property
+    def dataset(self) -> str:
+        """Where prompts come from."""
+        return self.prompts.dataset or ("synthetic" if self.model.ships else "gsm8k")
+
+    def begin(self) -> None:
+        """Make the folder and note the options, or refuse one that holds what others measured.
+
+        Raises
+        ------
+        SpiffyError
+            If it cannot be written to, or was made with other options.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"--out {self.folder}: cannot be written to ({error.strerror})"
+            raise SpiffyError(problem) from None
+        path = self.folder / _OPTIONS
+        groups = asdict(self.model), asdict(self.prompts), asdict(self.decoding)
+        text = json.dumps([*groups, self.budgets], indent=1) + "\n"
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise SpiffyError(
+                f"{self.folder} holds a trial with other options ({path}): give another --out, or "
+                "remove it"
+            )
+        write_atomically(path, text)
+
+    def calibrate(self, name: str, settings: Sequence[str]) -> None:
+        """Calibrate for a policy."""
+        place, folder = ["--model", self.model.model], self.folder / name
+        if self.model.revision is not None:
+            place += ["--revision", self.model.revision]
+        if self.decoding.block_length is not None:
+            place += ["--block-length", str(self.decoding.block_length)]
+        self._run(
+            "spiffy-calibrate",
+            *(*place, *self.model.words, *settings),
+            *("--gen-length", str(self.decoding.gen_length), "--dataset", self.dataset),
+            *("--samples", str(self.prompts.calibrate), "--workdir", str(folder / "work")),
+            *("--out", str(folder / "graph.json")),
+            done=folder / "calibrated",
+        )
+
+    def measure(self, name: str) -> None:
+        """Measure the graph that was calibrated for a policy: all that it has."""
+        folder = self.folder / name
+        graph = DraftGraph.load(folder / "graph.json")
+        methods = [m for m in _METHODS if m != "model" or graph.acceptance is not None]
+        budgets = [n for n in self.budgets if n <= graph.budget] or [graph.budget]
+        self._run(
+            "spiffy-bench",
+            *("--graph", str(folder / "graph.json"), *self.model.words),
+            *("--dataset", self.dataset, "--samples", str(self.prompts.samples)),
+            *("--repeats", "1", "--budgets", ",".join(map(str, budgets))),
+            *("--methods", ",".join(methods), "--out", str(folder)),
+            done=folder / "measured",
+        )
+
+    def _run(self, *words: str, done: Path) -> None:
+        """Run a command, unless the file `done` says that it has ended well.
+
+        Raises
+        ------
+        SpiffyError
+            If it does not. Answers that differ are a result, which the benchmark counts.
+        """
+        command = shlex.join(words)
+        if done.exists():
+            log.print(f"done before: {command}", soft_wrap=True)
+            return
+        log.print(f"$ {command}", soft_wrap=True)
+        code = run_apart(*words)
+        if code == INTERRUPTED:
+            log.print("interrupted: the same command goes on from here")
+            raise typer.Exit(INTERRUPTED)
+        if code not in (0, 1):
+            raise SpiffyError(f"{words[0]} ended with exit code {code}, for the reason above")
+        done.touch()
+
+    def bench(self, name: str) -> Bench:
+        """What was measured for a policy."""
+        from spiffy.schemas.bench import Bench
+
+        return Bench.load(self.folder / name / "bench.json")
+
+    def pack(self, names: Sequence[str]) -> Path:
+        """Put together what others can read the results from."""
+        files = [self.folder / _OPTIONS, self.folder / _MACHINE]
+        files += [self.folder / name / file for name in names for file in _KEPT]
+        path = self.folder / "results.zip"
+        with ZipFile(path, "w", ZIP_DEFLATED) as packed:
+            for file in files:
+                if file.exists():
+                    packed.write(file, file.relative_to(self.folder))
+        return path
+
+
+def run_apart(command: str, *words: str) -> int:
+    """Exit code of a command in a process of its own: the next one finds all memory free."""
+    module = f"spiffy.cli.{command.removeprefix('spiffy-')}"
+    return subprocess.run([sys.executable, "-m", module, *words], check=False).returncode
+
+
+@app.command()
+@spread
+def try_model(
+    model: _Model,
+    prompts: _Prompts,
+    decoding: _Decoding,
+    budgets: Annotated[
+        str, drafting_option(help="Numbers of drafts to measure beside auto.")
+    ] = "4,8,16,32",
+    out: Annotated[
+        Path | None, output_option(help="Folder to write. Default: spiffy-try/<alias>.")
+    ] = None,
+    version: VersionOption = False,
+) -> None:
+    """Try drafts on a model: calibrate, benchmark, and say whether they pay on this machine.
+
+    For each of two baselines, the policy that the model is served with and static unmasking, it
+    runs spiffy-calibrate and spiffy-bench, with their output, and prints both commands. All answers
+    are compared with plain decoding's, token for token; exit code 1 if one differs. Ctrl-C is safe:
+    the same command goes on where it stopped.
+
+    Example: spiffy-try --model sdar-1.7b
+    """
+    decoding.check()
+    read_threads(model.threads)
+    folder = out or Path("spiffy-try") / model.model.rstrip("/").rsplit("/", 1)[-1].lower()
+    trial = _Trial(model, prompts, decoding, _numbers(budgets), folder)
+    with doing("looking up the model"):
+        cache, served = _chosen(model, decoding)
+    trial.begin()
+    with doing("describing the machine"):
+        write_atomically(folder / _MACHINE, _machine())
+    policies = {"served": served, "static": _STATIC}
+    for name in decoding.names:
+        (folder / name).mkdir(exist_ok=True)
+        trial.calibrate(name, (*cache, *policies[name]))
+        trial.measure(name)
+    found = [trial.bench(name) for name in decoding.names]
+    for bench in found:
+        write(f"{_verdict(bench)}\n")
+    log.print(
+        f"wrote {trial.pack(decoding.names)}: machine, graphs and results, prompts and answers "
+        "among them (docs/gpu.md: what to send back)",
+        soft_wrap=True,
+    )
+    if any(result.differing for bench in found if bench.decoding.exact for result in bench.results):
+        raise typer.Exit(1)
+
+
+def _numbers(budgets: str) -> tuple[int, ...]:
+    found = [word.strip() for word in budgets.split(",")]
+    if not all(word.isdecimal() and 1 <= int(word) <= MAX_NODES for word in found):
+        raise SpiffyError(f"--budgets {budgets}: give numbers of drafts with commas between them")
+    return tuple(sorted({int(word) for word in found}))
+
+
+def _chosen(model: _Model, decoding: _Decoding) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Options for the cache, and for the policy that the model is served with."""
+    from spiffy.runtime import load_model
+
+    # Config and tokenizer say what family it is; weights are loaded by the commands.
+    family = load_model(model.model, revision=model.revision, device="meta").family
+    cache = decoding.cache or ("dual" if "dual" in family.caches else None)
+    return () if cache is None else ("--cache", cache), served_with(family.name, model.model)
+
+
+def served_with(family: str, name: str) -> tuple[str, ...]:
+    """Options for the policy that a model of a family is served with (docs/settings.md).
+
+    Nothing but its name tells LLaDA2.1 from LLaDA2.0.
+    """
+    if family != "llada2":
+        return ("--policy", "threshold", "--threshold", "0.9")
+    if "llada2.1" not in name.lower():
+        return ("--policy", "threshold", "--threshold", "0.95")
+    return ("--policy", "joint", "--threshold", "0.7", "--edit-threshold", "0.5")
+
+
+def _machine() -> str:
+    """What times depend on."""
+    from torch.utils import collect_env
+
+    return f"{collect_env.get_pretty_env_info()}\n"  # type: ignore[no-untyped-call]
+
+
+def _verdict(bench: Bench) -> str:
+    """What a benchmark says, in words."""
+    from spiffy.bench.tables import describe, headline
+
+    return f"{describe(bench)}. {headline(bench).sentence}"
+
+
+def main() -> None:
+    """Entry point of `spiffy-try`."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""`spiffy-try`: calibrates and measures, for the policy that a model is served with and static."""
+
+import importlib
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import PARITY, Call, chain_graph
+
+from spiffy.cli import trial
+from spiffy.schemas import DraftGraph
+from spiffy.schemas.bench import Bench
+
+SMALL = ("--calibrate", 6, "--samples", 2, "--gen-length", 16, "--budgets", "2,64")
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Its commands run in this process; returns the words of each."""
+    run: list[list[str]] = []
+
+    def here(command: str, *words: str) -> int:
+        run.append([command, *words])
+        module = importlib.import_module(f"spiffy.cli.{command.removeprefix('spiffy-')}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", run[-1])
+            try:
+                module.main()
+            except SystemExit as stop:
+                return int(stop.code or 0)
+        return 0
+
+    monkeypatch.setattr(trial, "run_apart", here)
+    return run
+
+
+def test_it_calibrates_measures_and_says_it_again(
+    call: Call, run_here: list[list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "made" / "anew"
+    asked = ("trial", "--model", "tiny-sdar", "--policies", "static", *SMALL, "--out", out)
+    code, printed, said = call(*asked)
+    assert code == 0, said
+    assert [words[0] for words in run_here] == ["spiffy-calibrate", "spiffy-bench"]
+    (line,) = printed.splitlines()[-1:]
+    assert line.startswith("tiny-sdar: static, cache block")
+    folder = out / "static"
+    graph, bench = DraftGraph.load(folder / "graph.json"), Bench.load(folder / "bench.json")
+    assert graph.decoding == bench.decoding
+    assert (graph.decoding.gen_length, bench.data.samples) == (16, 2)
+    assert graph.calibration.dataset == bench.data.dataset == "synthetic"
+    assert {result.budget for result in bench.results if result.kind == "graph"} == {2}
+    assert ("model" in {result.kind for result in bench.results}) == bool(graph.acceptance)
+    with zipfile.ZipFile(out / "results.zip") as packed:
+        names = {*packed.namelist()}
+        assert packed.read("static/bench.json") == (folder / "bench.json").read_bytes()
+    assert {"options.json", "machine.txt", "static/graph.json", "static/rows.jsonl"} <= names
+    assert not any("work" in name for name in names)
+
+    run_here.clear()
+    code, again, said = call(*asked)
+    assert (code, run_here) == (0, [])
+    assert again.splitlines() == [line]
+    assert said.count("done before: spiffy-") == 2
+
+    code, _, said = call(*asked, "--samples", 3)
+    assert (code, run_here) == (2, [])
+    assert "holds a trial with other options" in said
+
+    results = [r.model_copy(update={"differing": int(r.compared > 0)}) for r in bench.results]
+    bench.model_copy(update={"results": tuple(results)}).save(folder / "bench.json")
+    code, printed, said = call(*asked)  # as the benchmark does; all is written all the same
+    assert code == 1
+    assert "static, cache block" in printed
+    assert "results.zip" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("tiny-sdar", "--policy threshold --threshold 0.9"),
+        ("tiny-llada", "--cache dual --policy threshold --threshold 0.9"),
+        ("tiny-llada2", "--policy threshold --threshold 0.95"),
+        (
+            str(PARITY / "fastdllm2-a"),
+            "--policy threshold --threshold 0.9",
+        ),
+    ],
+)
+def test_settings_are_those_that_a_family_is_served_with(
+    model: str, options: str, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As docs/settings.md has them; interrupted, it goes on with what was not done."""
+    run: list[tuple[str, ...]] = []
+    codes = iter((130, 2))
+
+    def ended(*command: str) -> int:
+        run.append(command)
+        return next(codes)
+
+    monkeypatch.setattr(trial, "run_apart", ended)
+    asked = ("trial", "--model", model, "--out", tmp_path)
+    code, _, said = call(*asked)
+    assert code == 130
+    assert "goes on from here" in said
+    ((command, *words),) = run
+    assert command == "spiffy-calibrate"
+    assert options in " ".join(words)
+    dataset = "synthetic" if model.startswith("tiny-") else "gsm8k"
+    assert f"--dataset {dataset} --samples 50" in " ".join(words)
+    assert call(*asked)[0] == 2
+    assert run[0] == run[1]
+
+
+def test_both_policies_are_measured_with_what_their_graphs_have(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three nodes and no acceptance model; it ends where a command does not end well."""
+    run: list[str] = []
+
+    def ended(*command: str) -> int:
+        run.append(" ".join(command))
+        if command[0] == "spiffy-calibrate":
+            policy = command[command.index("--policy") + 1]
+            graph = chain_graph("tiny-sdar", policy=policy)
+            graph.save(Path(command[command.index("--out") + 1]))
+        return 2 if len(run) == 4 else 0
+
+    monkeypatch.setattr(trial, "run_apart", ended)
+    code, _, said = call("trial", "--model", "tiny-sdar", "--out", tmp_path)
+    assert code == 2
+    assert said.splitlines()[-1] == (
+        "error: spiffy-bench ended with exit code 2, for the reason above"
+    )
+    assert [words.split()[0] for words in run] == ["spiffy-calibrate", "spiffy-bench"] * 2
+    for bench, name in zip(run[1::2], ("served", "static"), strict=True):
+        assert f"--graph {tmp_path / name / 'graph.json'}" in bench
+        assert "--budgets 3 --methods plain,chain,graph,auto,perfect" in bench
+    assert "--policy static" in run[2]
+
+
+@pytest.mark.parametrize("name", ["llada2.1-mini", "some/LLaDA2.1-flash-tuned"])
+def test_llada2_1_is_served_with_edits(name: str) -> None:
+    assert trial.served_with("llada2", name)[1] == "joint"
+    assert trial.served_with("llada2", "llada2-mini")[1] == "threshold"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (("--policies", "served,fast"), "'fast' is not served or static"),
+        (("--budgets", "4,x"), "--budgets 4,x: give numbers of drafts"),
+        (("--cache", "disk"), "--cache disk"),
+        (("--gen-length", "0"), "--gen-length 0"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_anything_is_loaded(
+    wrong: tuple[str, str], problem: str, call: Call, tmp_path: Path
+) -> None:
+    code, _, said = call("trial", "--model", "tiny-sdar", *wrong, "--out", tmp_path / "new")
+    assert code == 2
+    assert problem in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
