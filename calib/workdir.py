@@ -263,7 +263,7 @@ def join(folders: Sequence[Path]) -> Joined:
 
 @contextmanager
 def until_interrupted(tell: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a request to stop; a second one interrupts at once."""
+    """Turn the first Ctrl-C, or SIGTERM, into a request to stop; a second one stops at once."""
     asked = False
 
     def ask(*_: object) -> None:
@@ -273,8 +273,9 @@ def until_interrupted(tell: Callable[[str], None]) -> Iterator[Callable[[], bool
         asked = True
         tell("finishing the prompts in hand; Ctrl-C again stops at once")
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -143,9 +143,7 @@ class Decoder:
         else:
             digest = hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).digest()
             number = int.from_bytes(digest[:8], "big")
-        task = loaded.task(ids, loaded.settings, number, self.stop)
-        task.keeps_path = False
-        return task
+        return loaded.task(ids, loaded.settings, number, self.stop)
 
 
 def _number(value: Any) -> int:

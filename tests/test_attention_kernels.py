@@ -172,17 +172,17 @@ def test_no_mask_of_a_decode_is_copied(
     assert all(map(is_aligned, masks))
 
 
-def test_runs_are_put_into_their_places_at_once_as_one_by_one() -> None:
-    places = (range(2, 4), range(9, 12), range(5, 6))
-    at = torch.tensor([place for run in places for place in run])
+def test_runs_are_put_into_their_slots_at_once_as_one_by_one() -> None:
+    slots = (range(2, 4), range(9, 12), range(5, 6))
+    at = torch.tensor([slot for run in slots for slot in run])
     fresh = [torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
     found = []
     for index in (None, at):
-        kept = attention.KeyValues(8)
-        kept.reserve(12)
+        kv = attention.KeyValues(8)
+        kv.reserve(12)
         everything = [torch.zeros(1, 2, 12, 4)] * 2
-        kept.put(0, everything, (range(12),), 12)
-        found.append(kept.put(0, fresh, places, 12, index))
+        kv.put(0, everything, (range(12),), 12)
+        found.append(kv.put(0, fresh, slots, 12, index))
     for part, one_by_one, at_once in zip(fresh, *found, strict=True):
         assert torch.equal(one_by_one, at_once)
         assert torch.equal(at_once[:, :, at], part)

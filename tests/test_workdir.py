@@ -497,21 +497,25 @@ def test_a_file_is_read_once_where_nobody_else_records(
         assert len(first.traces().prompts) == 2
 
 
-@pytest.mark.parametrize(("times", "recorded"), [(1, 2), (2, 0)])
+@pytest.mark.parametrize(
+    ("sent", "recorded"),
+    [([signal.SIGINT], 2), ([signal.SIGTERM], 2), ([signal.SIGTERM, signal.SIGINT], 0)],
+)
 def test_ctrl_c_finishes_the_prompts_in_hand_and_a_second_one_does_not(
     run: Calibrate,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    times: int,
+    sent: list[signal.Signals],
     recorded: int,
 ) -> None:
+    """And so does SIGTERM, which a scheduler sends at its time limit."""
     base = (*SETTINGS, "--samples", 4, "--batch-size", 2, "--workdir", tmp_path / "work")
     append = TraceFile.append
 
     def interrupted(self: TraceFile, payload: bytes) -> None:
         monkeypatch.setattr(TraceFile, "append", append)
-        for _ in range(times):
-            os.kill(os.getpid(), signal.SIGINT)
+        for number in sent:
+            os.kill(os.getpid(), number)
             time.sleep(0.01)
         append(self, payload)
 

@@ -94,10 +94,10 @@ class Slowdown:
             self._reported = self.value
             return True
         if self._unusual >= _LASTING:
-            self._make_trimmed_mean()
+            self._make_usual()
         return False
 
-    def _make_trimmed_mean(self) -> None:
+    def _make_usual(self) -> None:
         """Take the present speed for the usual one.
 
         While it differs, what is known of plain forwards is measured by a speed that is measured by
