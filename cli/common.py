@@ -313,8 +313,8 @@ def _run(app: Callable[[], None]) -> None:
             raise
         _complain(  # not fewer drafts: those are halved until they fit
             f"out of memory: {said(error, 200) or type(error).__name__}; take shorter prompts, a "
-            "smaller --gen-length, fewer prompts at a time (--batch-size, --max-batch), --dtype "
-            "bfloat16, or another device"
+            "smaller --gen-length, fewer prompts at a time (a smaller --batch-size or --max-batch, "
+            "where there is one), --dtype bfloat16, or another device"
         )
         sys.exit(2)
 

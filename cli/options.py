@@ -345,9 +345,12 @@ class Unseeded:
         for name, value in self._given().items():
             if value is not None:
                 check_setting(name, value)
-        for name, value in (("--top-k", self.top_k), ("--top-p", self.top_p)):
-            if self.temperature == 0 and value is not None:
-                raise SpiffyError(f"{name} {value} filters what is drawn: give --temperature too")
+        # A top_p of 1 filters nothing.
+        for name, value, off in (("--top-k", self.top_k, None), ("--top-p", self.top_p, 1.0)):
+            if self.temperature == 0 and value not in (None, off):
+                raise SpiffyError(
+                    f"{name} {value} filters what is drawn: give a --temperature above 0 too"
+                )
 
     def settings(
         self,

@@ -174,6 +174,8 @@ def serve(
         raise SpiffyError("--verify-share compares drafting with plain decoding: give --graph")
     if budget is not None and artifact is None:
         raise SpiffyError("--budget counts drafts: give --graph")
+    if model.any_model and artifact is None:
+        raise SpiffyError("--any-model takes a graph of another model: give --graph, or drop it")
     drafts = read_budget("auto" if budget is None else budget)
     threads = read_threads(model.threads)
     with doing("loading") as status:

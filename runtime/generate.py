@@ -16,6 +16,7 @@ from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.decoding import FILTERS
+from spiffy.schemas.errors import said
 from spiffy.schemas.html import block, page, table
 from spiffy.schemas.records import Budget
 
@@ -370,12 +371,23 @@ def generate_many(
     ------
     SpiffyError
         If an option or the graph does not fit the model, or a prompt does not, whose number (from
-        0) is named.
+        0) is named. So is that of one whose decode fails, after the outputs before it.
     """
     maker = TaskMaker(model, graph=graph, budget=budget, **options)
     scheduler, tasks = Scheduler(model, batch_size), maker.all(prompts)
-    finished = chain.from_iterable(scheduler.run(tasks))
-    return in_order(tasks, ((task, collect(task, maker.trace)) for task in finished))
+    finished = chain.from_iterable(scheduler.run(tasks, failed_too=True))
+    collected = (
+        (task, collect(task, maker.trace) if task.error is None else task.error)
+        for task in finished
+    )
+    return _unless_failed(in_order(tasks, collected))
+
+
+def _unless_failed(outputs: Iterable[Output | Exception]) -> Iterator[Output]:
+    for number, output in enumerate(outputs):
+        if isinstance(output, Exception):
+            raise SpiffyError(f"prompt {number}: {said(output)}") from output
+        yield output
 
 
 def in_order(keys: Iterable[Key], pairs: Iterable[tuple[Key, Value]]) -> Iterator[Value]:

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import Call, chain_graph
+from helpers import Call, chain_graph, refusal
 from rich.console import Console
 
 from spiffy.bench.measure import Measurements
 from spiffy.cli import bench, bench_run, calibrate, calibration_runs, common, lm_eval
+from spiffy.cli.options import Unseeded
 from spiffy.runtime import generate, load_model
 from spiffy.runtime.budget import auto
 from spiffy.schemas import DraftGraph, Node, SpiffyError
@@ -405,6 +406,11 @@ def test_a_shard_and_a_plain_decode_refuse_what_they_would_not_read(
         assert (code, f"--shard: {option[0]} is about an artifact" in log) == (2, True)
     code, _, log = call("decode", "--model", "tiny-sdar", "--any-model", "--prompt", "a")
     assert (code, "--any-model takes a graph of another model" in log) == (2, True)
+
+
+def test_a_top_p_of_1_filters_nothing_and_goes_with_any_temperature() -> None:
+    Unseeded(temperature=0.0, top_p=1.0).check()
+    assert "--top-p 0.9 filters" in refusal(Unseeded(temperature=0.0, top_p=0.9).check)
 
 
 def test_rows_are_on_disk_as_they_come(tmp_path: Path) -> None:

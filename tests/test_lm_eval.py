@@ -250,6 +250,10 @@ def test_generation_arguments_are_honoured(sdar: SpiffyLM) -> None:
         [request(texts[2], **drawn, **filtered), request(texts[2], 1, **drawn, top_k=-1)],
         disable_tqdm=True,
     )
+    sdar.loaded.settings = sdar.loaded.settings.changed(temperature=1.0, **filtered)  # a graph's
+    assert answers == sdar.generate_until(
+        [request(texts[2], **drawn, **filtered), request(texts[2], 1, **drawn)], disable_tqdm=True
+    )
     of = [_sequence("task", number, 0, 0) for number in (0, 1)]
     assert answers == [
         generate(model, texts[2], sequence=of[0], **noisy, **filtered).text,

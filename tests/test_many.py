@@ -13,7 +13,8 @@ import torch
 from helpers import chain_graph, parity_model, random_prompt, refusal, shown
 
 from spiffy.runtime import Stream, generate, generate_many, load_model, stream
-from spiffy.runtime.decode import driver
+from spiffy.runtime.decode import Task, denoise, driver
+from spiffy.runtime.decode.loop import Decoding
 from spiffy.runtime.generate import TaskMaker, in_order
 
 PROMPTS = [f"Tom has {k} apples. He buys 4 more. How many now?" for k in (1, 2, 3)]
@@ -30,6 +31,16 @@ class Forwards:
         assert not self.forbidden
         self.made += 1
         return self.forward(*args)
+
+
+def _rest(made: Decoding, rows: Any) -> Decoding:
+    """What a decode goes on with, from rows that it has yielded."""
+    while True:
+        outputs = yield rows
+        try:
+            rows = made.send(outputs)
+        except StopIteration:
+            return
 
 
 @pytest.fixture
@@ -86,6 +97,31 @@ def test_who_finishes_later_is_waited_for_and_others_join_meanwhile(forwards: Fo
     assert forwards.made == long.stats.nfe  # the second one has come, too, and the third has joined
     assert [out.states for out in outputs] == [out.states for out in alone[1:]]
     assert list(in_order("abc", [("b", 2), ("c", 3), ("a", 1)])) == [1, 2, 3]
+
+
+def test_a_prompt_that_fails_amid_its_decode_is_named_after_the_outputs_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second one is done when it does not fit; the first, which is longer, still comes."""
+    model = parity_model("llada-a", "float64")
+    prompts = [random_prompt(model, length) for length in (9, 7, 5)]
+    options: dict[str, Any] = {"gen_length": 16, "block_length": 4}
+    alone = [generate(model, prompt, **options) for prompt in prompts]
+
+    def failing(task: Task) -> Decoding:
+        made = denoise(task)
+        rows = next(made)
+        for _ in range(2):
+            outputs = yield rows
+            if task.sequence == 1:
+                raise torch.OutOfMemoryError("no more of it")
+            rows = made.send(outputs)
+        yield from _rest(made, rows)
+
+    monkeypatch.setattr(driver, "denoise", failing)
+    outputs = generate_many(model, prompts, batch_size=3, **options)
+    assert next(outputs).token_ids == alone[0].token_ids
+    assert refusal(lambda: next(outputs)) == "prompt 1: no more of it"
 
 
 def test_no_prompts_have_no_outputs() -> None:

@@ -10,7 +10,7 @@ from helpers import Oracle, collected, decode, parity_model, random_prompt, stat
 from test_trust import Memory
 
 from spiffy.bench.watch import Watch, Watched, WatchedAdviser
-from spiffy.runtime.decode import Advice, Scheduler, Task, driver, make_task, run
+from spiffy.runtime.decode import Advice, Scheduler, Task, driver, loop, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.runtime.forward import cache
 from spiffy.runtime.generate import generate, generate_many
@@ -296,9 +296,9 @@ def test_one_that_does_not_fit_alone_costs_the_others_nothing_for_long(
     assert all(task.stats.accepted for task in tasks[2:])
 
 
-@pytest.mark.parametrize("given_up", [False, True])
+@pytest.mark.parametrize("way", ["ends", "given up", "fails when it begins anew"])
 def test_what_a_far_longer_one_took_comes_back_when_it_is_gone(
-    monkeypatch: pytest.MonkeyPatch, given_up: bool
+    monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     tasks, plainly = begun("none", drafts=1)
     model, settings = tasks[0].model, tasks[0].settings
@@ -314,9 +314,17 @@ def test_what_a_far_longer_one_took_comes_back_when_it_is_gone(
         scheduler.add(task)
     scheduler.step()
     assert scheduler.most_decodes < 6
-    if given_up:
+    if way == "given up":
         scheduler.remove(large)
     else:
+        if way != "ends":
+
+            def denoise(task: Task) -> loop.Decoding:
+                if task is large:
+                    raise RuntimeError("of the host's memory")
+                yield from loop.denoise(task)
+
+            monkeypatch.setattr(driver, "denoise", denoise)
         while large.error is None and not (large.path and large.path[-1].finished):
             scheduler.step()
     assert scheduler.most_decodes == 6

@@ -1115,6 +1115,7 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             (): "--model NAME",
             ("--model", "tiny-sdar", "--budget", "8"): "give --graph",
             ("--model", "tiny-sdar", "--verify-share", "1"): "give --graph",
+            ("--model", "tiny-sdar", "--any-model"): "--any-model takes a graph of another model",
             ("--model", "tiny-sdar", "--api-key", ""): "--api-key",
             ("--model", "tiny-sdar", "--api-key", "sesame\n"): "without a line's end",
             ("--model", "tiny-sdar", "--api-key", " sesame"): "drop the spaces around the key",

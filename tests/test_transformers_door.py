@@ -516,6 +516,7 @@ def test_attention_that_was_refused_is_refused_again() -> None:
         ({"graph": "llada.json"}, "graph of type str: give a DraftGraph"),
         ({"decoding": "threshold"}, "decoding='threshold': give settings by their names"),
         ({"decoding": {1: 2}}, "decoding={1: 2}"),
+        ({"decoding": {"top_k": 5}}, "decoding: top_k filters what is drawn: give do_sample=True"),
         ({"budget": True}, "budget True"),
         ({"do_sample": True, "seed": "a"}, "seed 'a': give a whole number"),
         ({"mask_token_id": 320}, "mask_token_id 320 is not a token of 320"),

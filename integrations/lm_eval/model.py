@@ -187,7 +187,8 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
         most, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
         stop = tuple(word for word in kwargs.pop("until") if word)
         kwargs.pop("do_sample")  # the temperature says it
-        changes: dict[str, Any] = {"temperature": temperature}
+        # What a task does not name is off, whatever the graph says.
+        changes: dict[str, Any] = {"temperature": temperature} | dict.fromkeys(FILTERS)
         if temperature > 0:
             changes |= {name: kwargs.pop(name) for name in FILTERS if name in kwargs}
             if changes.get("top_k") in (0, -1):  # as others spell that it is off
@@ -201,9 +202,9 @@ class SpiffyLM(TemplateLM):  # type: ignore[misc]
                 )
         if most and self._gen_length is None:
             changes["gen_length"] = self._room_for(most)
-        settings = self.loaded.settings.changed(**changes)
         document = int(request.doc_id or 0)
         with _named(request):
+            settings = self.loaded.settings.changed(**changes)
             prompt = self._encoded(context)
             self.loaded.task(prompt, settings, 0, stop)  # refuse it before anything is decoded
         most, where = most or settings.gen_length, _where(request)

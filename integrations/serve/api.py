@@ -24,6 +24,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "logit_bias": ({},),
     "logprobs": (False,),
+    "min_p": (0, 0.0),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),

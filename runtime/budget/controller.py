@@ -392,8 +392,8 @@ class Controller:
 
         def is_due(choice: Choice) -> bool:
             # What seemed to cost much more is tried more seldom.
-            dearer = costs.best_per_step(choice) / now
-            return self._age(choice) > _REVISIT * dearer**2 * self._backoff(choice, _MOST_BACKOFF)
+            ratio = costs.best_per_step(choice) / now
+            return self._age(choice) > _REVISIT * ratio**2 * self._backoff(choice, _MOST_BACKOFF)
 
         def is_affordable(choice: Choice) -> bool:
             return self._length(choice, now) * costs.worst_loss(choice, now) <= allowance

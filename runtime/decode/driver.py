@@ -136,6 +136,13 @@ class Scheduler:
         Exception
             What the forward itself raises; it can be made again.
         """
+        finished = self._step()
+        for task in finished:
+            self._let_go(task)
+        return finished
+
+    def _step(self) -> list[Task]:
+        """See `step`."""
         finished = self._begin()
         if finished or not self._running:
             return finished
@@ -170,8 +177,6 @@ class Scheduler:
                 finished.append(task)
         for task, _, _ in walked:
             task.stats.seconds += perf_counter() - started
-        for task in finished:
-            self._let_go(task)
         return finished
 
     def _begin(self) -> list[Task]:
