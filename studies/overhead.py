@@ -35,7 +35,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from overhead_host import in_papers_terms
+from overhead_host import beside_accelerator
 from pages import add_into, at_least, command, expect, fill, load_average, machine, start
 from timing import timed
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -220,7 +220,7 @@ def main() -> None:
         if name == "parts":
             found = by_part(model, settings, graph, args.layers, *counts)
         else:
-            found = in_papers_terms(model, graph, *counts)
+            found = beside_accelerator(model, graph, *counts)
         table = "\n".join(found)
         alone = argparse.Namespace(**{**vars(args), "tables": [name]})
         note = (
