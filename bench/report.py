@@ -114,8 +114,9 @@ def graph_picture(graph: DraftGraph) -> Picture:
 
 def _predicted(graph: DraftGraph, profile: int) -> int:
     """Drafts that should pay by a cost profile, `auto` still knowing nothing else; 0: none."""
-    auto = import_module("spiffy.runtime.budget.auto")  # imports torch, which no other report needs
-    plan = auto.best_plan(auto.expected_steps(graph), graph.cost_profiles[profile])
+    # It imports torch, which no other report needs.
+    predict = import_module("spiffy.runtime.budget.predict")
+    plan = predict.best_plan(predict.steps_by_drafts(graph), graph.cost_profiles[profile])
     drafts: int = plan.drafts
     return drafts
 

@@ -136,7 +136,7 @@ def summed_up(
 
 def profile_of(run: Run) -> CostProfile | None:
     """What a forward costs here; known already if "auto" was measured."""
-    from spiffy.runtime.budget.auto import auto_profile
+    from spiffy.runtime.budget.predict import auto_profile
     from spiffy.runtime.decode import make_task, median_task
 
     if run.artifact.differences(run.settings):

@@ -185,7 +185,7 @@ def measured(graph: DraftGraph, tasks: Sequence[Task], traces: Traces) -> DraftG
 
 def timed(tasks: Sequence[Task], graph: DraftGraph) -> tuple[Task, CostProfile | None]:
     """The task of median length, and what forwards behind its prompt cost here."""
-    from spiffy.runtime.budget.auto import auto_profile
+    from spiffy.runtime.budget.predict import auto_profile
     from spiffy.runtime.decode import median_task
 
     with doing("timing forwards"):

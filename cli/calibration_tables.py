@@ -86,7 +86,7 @@ def predict(graph: DraftGraph, measured: CostProfile, task: Task, like: str | No
     Accelerators are left out for small models: kernel launches decide there, which a roofline does
     not know. `like` names a shape that they are predicted for instead.
     """
-    from spiffy.runtime.budget.auto import best_plan, expected_steps
+    from spiffy.runtime.budget.predict import best_plan, steps_by_drafts
     from spiffy.runtime.budget.roofline import ACCELERATORS, Shape, predicted_profile
 
     shape = Shape.of(task.model) if like is None else shape_like(like)
@@ -103,7 +103,7 @@ def predict(graph: DraftGraph, measured: CostProfile, task: Task, like: str | No
     for heading in ("plain forward", "drafts", "chosen by", "speedup"):
         table.add_column(heading, justify="right")
     for device, profile in profiles.items():
-        plan = best_plan(expected_steps(graph), profile)
+        plan = best_plan(steps_by_drafts(graph), profile)
         table.add_row(
             device,
             f"{'measured' if profile is measured else 'roofline'}, {profile.dtype}",

@@ -180,7 +180,8 @@ class _Drafting:
         return ways
 
     def _auto(self, runs: Runs, artifact: DraftGraph) -> AutoBudget | None:
-        from spiffy.runtime.budget.auto import auto_budget, auto_profile
+        from spiffy.runtime.budget.auto import auto_budget
+        from spiffy.runtime.budget.predict import auto_profile
         from spiffy.runtime.decode import make_task, median_task
 
         task = median_task(

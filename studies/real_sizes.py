@@ -63,8 +63,8 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.calib.synthetic import problems
 from spiffy.runtime import BlockEdges, DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.budget.auto import expected_steps, plan_of
 from spiffy.runtime.budget.cost import device_name, measure_cost
+from spiffy.runtime.budget.predict import plan_of, steps_by_drafts
 from spiffy.runtime.decode import make_task
 from spiffy.runtime.draft import Selection, graph_drafter
 from spiffy.runtime.models.prepack import prepack_if_faster
@@ -155,7 +155,7 @@ def predictions(
     question: str,
 ) -> Callable[[Result], float | None]:
     """From a result to the speedup that was to be expected of it."""
-    steps = expected_steps(graph)
+    steps = steps_by_drafts(graph)
     selection: Selection = "model" if "model" in steps else "graph"
     drafters = {selection: lambda n: graph_drafter(model, graph, settings, n, selection)}
     task = make_task(model, question, settings)

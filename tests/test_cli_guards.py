@@ -20,7 +20,7 @@ from spiffy.bench.measure import Measurements
 from spiffy.cli import bench, bench_run, calibrate, calibration_runs, common, lm_eval
 from spiffy.cli.options import Unseeded
 from spiffy.runtime import generate, load_model
-from spiffy.runtime.budget import auto
+from spiffy.runtime.budget import predict
 from spiffy.schemas import DraftGraph, Node, SpiffyError
 from spiffy.schemas.io import check_writable
 
@@ -123,7 +123,7 @@ def test_much_memory_is_named_before_it_is_taken(
 ) -> None:
     run = ("--model", "tiny-sdar", "--gen-length", 8, "--samples", 2, "--out", graph)
     monkeypatch.setattr(calibrate, "predict", lambda *_: None)
-    monkeypatch.setattr(auto, "auto_profile", lambda *_: None)
+    monkeypatch.setattr(predict, "auto_profile", lambda *_: None)
     assert "of memory" not in call("calibrate", *run)[2]
     monkeypatch.setattr(calibration_runs, "_MUCH", 8 * 8 * 8)
     code, _, log = call("calibrate", *run)

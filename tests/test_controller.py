@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_fuzz import artifact
 
 from spiffy.runtime import generate, load_model
-from spiffy.runtime.budget import auto
+from spiffy.runtime.budget import auto, predict
 from spiffy.runtime.budget.controller import Controller
 from spiffy.runtime.budget.estimates import (
     PLAIN,
@@ -547,7 +547,7 @@ def whimsical_paths(name: str, seed: int) -> list[list[list[int]]]:
     )
     prompt = random_prompt(model, 9, seed % 1000)
     base = _artifact(name)
-    ways = auto.expected_steps(base)
+    ways = predict.steps_by_drafts(base)
     assert set(ways) == {"graph", "model"}
 
     class Whimsical(auto.AutoBudget):

@@ -18,12 +18,8 @@ from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, Trace
 from spiffy.runtime import decoding_settings, generate, load_model
 from spiffy.runtime.budget import cost
-from spiffy.runtime.budget.auto import (
-    Cutoff,
-    auto_budget,
-    best_plan,
-    expected_steps,
-)
+from spiffy.runtime.budget.auto import Cutoff, auto_budget
+from spiffy.runtime.budget.predict import best_plan, steps_by_drafts
 from spiffy.runtime.budget.roofline import (
     Accelerator,
     Shape,
@@ -181,7 +177,7 @@ def test_drafts_that_do_not_pay_at_a_root_are_left_out(
     for dear in (1.0, 3.0):
         drafter = way_of(plain.model, graph, plain.settings, 8, "model")
         assert isinstance(drafter, AcceptanceDrafter)
-        plan = best_plan(expected_steps(graph), profile((0, 1.0), (8, dear)))
+        plan = best_plan(steps_by_drafts(graph), profile((0, 1.0), (8, dear)))
         # A plain forward takes a second, so the speedup is also the steps per second.
         drafter.cutoff = Cutoff(plan.speedup, np.linspace(1.0, dear, 9))
         ours = decode(plain.model, plain.prompt, plain.settings, drafter)

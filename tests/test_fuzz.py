@@ -14,7 +14,8 @@ from helpers import decode, parity_model, random_prompt, states, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiffy.runtime.budget.auto import AutoBudget, auto_budget, best_plan, expected_steps
+from spiffy.runtime.budget.auto import AutoBudget, auto_budget
+from spiffy.runtime.budget.predict import best_plan, steps_by_drafts
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.draft import (
     AcceptanceDrafter,
@@ -300,8 +301,8 @@ def test_absurd_costs_and_expectations_change_no_token(data: st.DataObject) -> N
             for way in ("graph", "model")
         },
     )
-    assert set(expected_steps(graph)) == {"graph", "model"}
-    assert best_plan(expected_steps(graph), profile).drafts <= MAX_NODES
+    assert set(steps_by_drafts(graph)) == {"graph", "model"}
+    assert best_plan(steps_by_drafts(graph), profile).drafts <= MAX_NODES
     budget = auto_budget(task, graph)
     assert budget is not None
     for _ in range(2):  # what was learned from the first decode serves the second

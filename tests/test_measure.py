@@ -15,7 +15,7 @@ from spiffy.calib.pipeline import Traces, build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.graphs import replay
 from spiffy.runtime import decoding_settings, generate, load_model
-from spiffy.runtime.budget.auto import expected_steps
+from spiffy.runtime.budget.predict import steps_by_drafts
 from spiffy.schemas import DraftGraph, ExpectedSteps, SpiffyError
 
 Calibrated = tuple[list[Any], Traces, DraftGraph]
@@ -76,11 +76,11 @@ def test_what_was_measured_is_compared_with_a_replay_of_the_same_prompts(
 def test_other_prompts_than_most_do_not_scale_the_curve(calibrated: Calibrated) -> None:
     """Four prompts that draft better than the others, by decodes and by replays alike."""
     _, _, graph = calibrated
-    before = expected_steps(graph)["graph"]
+    before = steps_by_drafts(graph)["graph"]
     for share in (1.0, 0.5):
         few = ExpectedSteps(drafts=8, steps=1 + 3 * share, replayed=4.0)
         corrected = graph.model_copy(update={"measured_steps": {"graph": (few,)}})
-        after = expected_steps(corrected)["graph"]
+        after = steps_by_drafts(corrected)["graph"]
         assert [p.steps - 1 for p in after] == pytest.approx(
             [share * (p.steps - 1) for p in before]
         )
@@ -96,7 +96,7 @@ def test_the_replayed_curve_goes_through_what_was_measured(calibrated: Calibrate
     _, _, graph = calibrated
     point = ExpectedSteps(drafts=8, steps=3.0)
     corrected = graph.model_copy(update={"measured_steps": {"graph": (point,)}})
-    before, after = expected_steps(graph), expected_steps(corrected)
+    before, after = steps_by_drafts(graph), steps_by_drafts(corrected)
     assert after["model"] == before["model"]
     at = {p.drafts: p.steps for p in after["graph"]}
     assert at[8] == pytest.approx(3.0)

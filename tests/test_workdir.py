@@ -35,7 +35,7 @@ from spiffy.calib.store import About, Stored, TraceFile, scan
 from spiffy.calib.workdir import WorkDir, join, manifest_of
 from spiffy.cli import calibrate
 from spiffy.runtime import decoding_settings, load_model
-from spiffy.runtime.budget import auto
+from spiffy.runtime.budget import predict
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.workdir import Manifest
@@ -48,7 +48,7 @@ Calibrate = Callable[..., tuple[int, str]]
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "predict", lambda *_: None)  # its tables are not asked for here
-    monkeypatch.setattr(auto, "auto_profile", lambda *_: None)  # nor are times
+    monkeypatch.setattr(predict, "auto_profile", lambda *_: None)  # nor are times
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ import kill, spiffy.calib.workdir
 from spiffy.calib.ranks import Ranks
 from spiffy.cli import calibrate
 # it times forwards for seconds
-sys.modules["spiffy.runtime.budget.auto"].auto_profile = lambda *_: None
+sys.modules["spiffy.runtime.budget.predict"].auto_profile = lambda *_: None
 folder = Path(sys.argv[2])
 log = folder / "log"
 plain = folder / "plain.json"

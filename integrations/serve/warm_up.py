@@ -6,7 +6,7 @@ import logging
 from time import perf_counter
 
 from spiffy.integrations.serve.engine import Engine
-from spiffy.runtime.budget.auto import auto_profile
+from spiffy.runtime.budget.predict import auto_profile
 from spiffy.runtime.decode import Task, run
 from spiffy.schemas.errors import is_of_one_decode, said
 
