@@ -243,7 +243,7 @@ def _tiles(bench: Bench) -> Pairs:
 def _conditions(bench: Bench) -> Pairs:
     """Everything needed to judge the numbers and to measure them again."""
     machine, data, d = bench.machine, bench.data, bench.decoding
-    by = "" if d.policy == "entropy-bounded" else f", by {d.score}"
+    by = "" if d.policy == "entropy-bounded" or d.own_policy else f", by {d.score}"
     part = "" if d.sub_block_length is None else f", {d.sub_block_length} positions at a time"
     load = (
         "not available"

@@ -75,8 +75,8 @@ def can_fit(settings: DecodingSettings) -> bool:
 
 
 def _commits_sets(settings: DecodingSettings) -> bool:
-    """Whether a step commits as many positions as the model is sure of."""
-    return settings.policy in ("threshold", "entropy-bounded", "joint")
+    """Whether a step commits as many positions as it likes: as a policy that is not shipped may."""
+    return settings.policy in ("threshold", "entropy-bounded", "joint") or settings.own_policy
 
 
 def fit_acceptance(

@@ -18,7 +18,7 @@ import typer
 from spiffy.cli.common import log
 from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.decoding import check_setting
+from spiffy.schemas.decoding import check_setting, is_own_policy
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import MAX_NODES, Budget, Objective
 
@@ -246,9 +246,9 @@ class Unseeded:
     policy: Annotated[
         str | None,
         decoding_option(
-            help="Unmasking policy: static, threshold, sequential, entropy-bounded or joint "
-            "(LLaDA2.1: commits by threshold and replaces committed tokens). Default: the graph's, "
-            "else static."
+            help="Unmasking policy: static, threshold, sequential, entropy-bounded, joint "
+            "(LLaDA2.1: commits by threshold and replaces committed tokens), or one of your own as "
+            "module:object, which is imported. Default: the graph's, else static."
         ),
     ] = None
     tokens_per_step: Annotated[
@@ -351,6 +351,10 @@ class Unseeded:
                 raise SpiffyError(
                     f"{name} {value} filters what is drawn: give a --temperature above 0 too"
                 )
+        if self.policy is not None and is_own_policy(self.policy):
+            from spiffy.runtime.step.own_policy import import_policy
+
+            import_policy(self.policy)
 
     def settings(
         self,

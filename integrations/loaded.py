@@ -13,7 +13,9 @@ from spiffy.runtime.generate import Drafts, check_seed
 from spiffy.runtime.models import DiffusionLM
 from spiffy.runtime.models.source import model_of_graph
 from spiffy.runtime.models.text import Prompt
+from spiffy.runtime.step.own_policy import import_policy
 from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.decoding import is_own_policy
 
 _LOADING = tuple(signature(load_model).parameters)[1:]  # without the name
 
@@ -35,7 +37,7 @@ class Loaded:
         Take a graph of another model of the family.
     options
         Options of `load_model`, and fields of `DecodingSettings`; what of these is not given is
-        the graph's, else the family's.
+        the graph's, else the family's. A policy `module:object` is imported if it is given here.
 
     Raises
     ------
@@ -61,6 +63,9 @@ class Loaded:
             raise SpiffyError(f"budget {budget} counts drafts: give a graph")
         if budget not in (None, "auto") and (type(budget) is not int or budget < 1):
             raise SpiffyError(f"budget {budget!r}: give 'auto' or a number of drafts from 1")
+        policy = options.get("policy")
+        if isinstance(policy, str) and is_own_policy(policy):  # the user's words, not the graph's
+            import_policy(policy)
         self.budget: Budget = budget or "auto"
         self.seed = seed
         loading = {name: options.pop(name) for name in _LOADING if name in options}

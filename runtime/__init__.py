@@ -8,6 +8,7 @@ Imports torch, transformers and pydantic, and nothing of calibration or graph se
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.generate import Output, decoding_settings, generate, generate_many
 from spiffy.runtime.models import ALIASES, DiffusionLM, load_model, wrap
+from spiffy.runtime.step.own_policy import Policy, Step, register_policy
 from spiffy.runtime.streaming import Stream, stream
 
 __all__ = [
@@ -15,11 +16,14 @@ __all__ = [
     "BlockEdges",
     "DiffusionLM",
     "Output",
+    "Policy",
+    "Step",
     "Stream",
     "decoding_settings",
     "generate",
     "generate_many",
     "load_model",
+    "register_policy",
     "stream",
     "wrap",
 ]

@@ -14,6 +14,7 @@ from spiffy.runtime.draft import Drafter, Selection, lasting_drafter
 from spiffy.runtime.forward.cache import BlockEdges
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt, without_beginnings
+from spiffy.runtime.step.own_policy import registered_policy
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.decoding import FILTERS
 from spiffy.schemas.errors import said
@@ -99,6 +100,8 @@ def decoding_settings(
     if isinstance(most := given.get("top_k"), int) and most >= model.vocab_size:
         given["top_k"] = None  # all of them, whatever the graph says
     settings = DecodingSettings.parse(**{**base, **given})
+    if settings.own_policy:
+        registered_policy(settings.policy)
     if settings.cache not in model.family.caches:
         known = ", ".join(model.family.caches)
         raise SpiffyError(f"{model.family.name} has no cache {settings.cache!r}: choose {known}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -21,6 +24,31 @@ PolicyName = Literal["static", "threshold", "sequential", "entropy-bounded", "jo
 ScoreName = Literal["confidence", "margin", "entropy"]
 ScheduleName = Literal["even", "timestep", "round"]
 CacheName = Literal["none", "prefix", "prefix-shared", "dual", "block"]
+
+#: Names of policies that are not shipped, `module:object`. Naming one imports nothing.
+OWN_POLICY = r"^[A-Za-z_][A-Za-z0-9_.]{0,199}:[A-Za-z_][A-Za-z0-9_]{0,99}$"
+_POLICIES = get_args(PolicyName)
+
+
+def _check_policy(name: str) -> str:
+    if name not in _POLICIES and not is_own_policy(name):
+        raise ValueError(f"choose {', '.join(_POLICIES)}, or module:object of your own")
+    return name
+
+
+def is_own_policy(name: str) -> bool:
+    """Whether a policy is named as one that is not shipped."""
+    return re.fullmatch(OWN_POLICY, name) is not None
+
+
+#: A policy that is shipped, or the name of another one.
+AnyPolicy = Annotated[
+    str,
+    AfterValidator(_check_policy),
+    WithJsonSchema(
+        {"anyOf": [{"enum": list(_POLICIES)}, {"pattern": OWN_POLICY}], "type": "string"}
+    ),
+]
 
 #: More than any model was trained for: settings come from artifacts, too.
 MAX_POSITIONS = 1 << 20
@@ -37,12 +65,12 @@ class DecodingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    policy: PolicyName = Field(
+    policy: AnyPolicy = Field(
         "static",
         description="Unmasking policy: the most confident positions (static), all above the "
         "threshold (threshold), left to right (sequential), the most certain ones within a bound "
-        "on their entropy (entropy-bounded), or all above the threshold while tokens committed in "
-        "the block may still be replaced (joint).",
+        "on their entropy (entropy-bounded), all above the threshold while tokens committed in "
+        "the block may still be replaced (joint), or one that is not shipped (module:object).",
     )
     tokens_per_step: int = Field(
         1, ge=1, le=MAX_POSITIONS, description="Tokens a static step commits."
@@ -178,6 +206,11 @@ class DecodingSettings(BaseModel):
         return ", ".join(parts)
 
     @property
+    def own_policy(self) -> bool:
+        """Whether the policy is not shipped: it has to be registered (docs/extending.md)."""
+        return is_own_policy(self.policy)
+
+    @property
     def edits_full_blocks(self) -> bool:
         """Whether a block without masks takes more denoising steps."""
         return self.policy == "joint" and self.max_post_steps > 0
@@ -221,7 +254,8 @@ def check_setting(name: str, value: object) -> None:
         for problem in error.errors(include_url=False, include_input=False):
             if problem["loc"] != (name,):  # may be right beside others
                 continue
-            takes = problem["msg"].replace("Input should be", "must be")
+            takes = problem["msg"].removeprefix("Value error, ")
+            takes = takes.replace("Input should be", "must be")
             if problem["type"] == "literal_error":
                 takes = f"choose {problem['ctx']['expected'].replace(chr(39), '')}"
             raise SpiffyError(f"--{name.replace('_', '-')} {value}: {takes}") from None

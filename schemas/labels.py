@@ -25,6 +25,8 @@ def policy_in_words(settings: DecodingSettings) -> str:
         )
     if settings.policy == "entropy-bounded":
         return f"entropy-bounded, {settings.entropy_bound:g} nats"
+    if settings.own_policy and settings.steps_per_block is None:
+        return f"{settings.policy}, tokens a step: at least {settings.tokens_per_step}"
     if settings.steps_per_block is not None:
         return f"{settings.policy}, {settings.steps_per_block} steps a block ({settings.schedule})"
     return f"{settings.policy}, tokens a step: {settings.tokens_per_step}"

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from spiffy.schemas.decoding import CacheName, PolicyName
+from spiffy.schemas.decoding import AnyPolicy, CacheName
 
 MAX_NODES = 4096
 MAX_RANK = 1023
@@ -253,7 +253,7 @@ class CostProfile(Record):
     model: Text | None = None
     block_length: Count | None = Field(default=None, ge=1)
     cache: CacheName | None = None
-    policy: PolicyName | None = None
+    policy: AnyPolicy | None = None
     prefix_length: Count | None = None
     suffix_length: Count | None = None
 

@@ -16,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import own_policies
 import pytest
 import torch
 
@@ -60,6 +61,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], Sequence[str]]] = {
     "threshold, none": ("llada-a", {"policy": "threshold", "threshold": 0.1}, ONE),
     "sequential": ("sdar-a", {"policy": "sequential"}, ONE),
     "entropy-bounded": ("llada-a", {"policy": "entropy-bounded", "entropy_bound": 2.0}, ONE),
+    "own policy": ("llada-a", {"policy": own_policies.ODD, "temperature": 0.7}, ONE),
     "margin": ("dream-a", {"score": "margin"}, ONE),
     "entropy": ("sdar-a", {"score": "entropy", "steps_per_block": 3}, ONE),
     "joint": ("llada21-a", {"policy": "joint", "threshold": 0.2, "max_post_steps": 1}, ONE),

@@ -25,6 +25,7 @@ from spiffy.runtime.forward.request import Reader, reads_on_host
 from spiffy.runtime.models.attention import Slots
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.noise import redraw
+from spiffy.runtime.step.own_policy import Step, own_choice
 from spiffy.runtime.step.policy import replaced, select, step_quota
 from spiffy.runtime.step.reading import Reading
 from spiffy.schemas import SpiffyError
@@ -367,7 +368,13 @@ def denoising_step(
     shared = len(own) if model.family.splits_masks else None
     steady = step_quota(settings, cursor.block_step, int(free.sum()), shared)
     quota = 1 if first_only else steady
-    chosen = select(score, quota, settings, model.family.threshold_strict, free)
+    if settings.own_policy:
+        told = score[free], tokens[free], positions[free] - canvas.prompt_length
+        own_step = Step(*told, quota, cursor.block, cursor.block_step)
+        chosen = np.zeros_like(free)
+        chosen[free] = own_choice(settings.policy, own_step)
+    else:
+        chosen = select(score, quota, settings, model.family.threshold_strict, free)
     if settings.policy == "joint":
         chosen |= replaced(tokens, score, held, settings) & ~masked
     ids = cursor.ids.clone()

@@ -81,7 +81,8 @@ def redraw(settings: DecodingSettings, cursor: Cursor) -> int:
     did not have to commit any: what it drew has had its chance. Where the schedule alone lets a
     step commit nothing, its draws have decided nothing yet, and the next step makes the same.
     """
-    if settings.schedule == "timestep" and settings.policy in ("threshold", "joint"):
+    rejects = settings.policy in ("threshold", "joint") or settings.own_policy
+    if settings.schedule == "timestep" and rejects:
         return cursor.block_step
     return cursor.post_steps
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.step.noise import draw
+from spiffy.runtime.step.own_policy import own_score
 from spiffy.runtime.step.weights import total, weights_of
 from spiffy.schemas import DecodingSettings
 
@@ -116,6 +117,8 @@ def choose(
         weights = weights_of(log_p, settings.temperature, settings.top_k, settings.top_p)
         tokens = draw(weights, keys)
     masking.copy_(seen)
+    if settings.own_policy:
+        return tokens, own_score(settings.policy, log_p, tokens)
     if settings.policy == "sequential":
         return tokens, torch.zeros_like(log_p[:, 0])  # ties go to the lower position
     bounded = settings.policy == "entropy-bounded"
