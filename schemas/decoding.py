@@ -208,7 +208,7 @@ class DecodingSettings(BaseModel):
     @property
     def own_policy(self) -> bool:
         """Whether the policy is not shipped: it has to be registered (docs/extending.md)."""
-        return is_own_policy(self.policy)
+        return ":" in self.policy
 
     @property
     def edits_full_blocks(self) -> bool:

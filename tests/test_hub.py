@@ -77,6 +77,7 @@ def test_a_card_names_the_model_and_shows_what_was_measured(call: Call, file: Pa
             "joint 0.9, edits above 0.5, at most 16 steps of a full block",
         ),
         ({"policy": "entropy-bounded"}, "entropy-bounded, 0.1 nats"),
+        ({"policy": "mine:rule"}, "mine:rule, tokens a step: at least 1"),
     ],
 )
 def test_a_card_says_what_a_step_commits_by(settings: dict[str, Any], said: str) -> None:

@@ -47,6 +47,8 @@ from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step import own_policy, reading
+from spiffy.runtime.step.canvas import Cursor
+from spiffy.runtime.step.noise import redraw
 from spiffy.runtime.step.own_policy import Bools, own_choice
 from spiffy.schemas import DecodingSettings, DraftGraph
 
@@ -107,6 +109,14 @@ def test_any_drafts_leave_every_state_as_it_was(layout: str, name: str) -> None:
         assert_lossless(decode(model, prompt, setting, drafter, seed, edges=edges), plainly)
 
     check()
+
+
+def test_what_a_policy_left_masked_is_drawn_anew() -> None:
+    """As with `threshold`, where a schedule lets a step commit nothing: its draws had their go."""
+    setting = DecodingSettings.parse(**SCHEDULES[2], policy=FACTOR, temperature=1.0)
+    cursor = Cursor(torch.zeros(4, dtype=torch.long), block_step=5)
+    assert redraw(setting, cursor) == 5
+    assert redraw(setting.changed(policy="static"), cursor) == 0
 
 
 # ---------------------------------------------------------------- what a policy is told and says
