@@ -272,7 +272,7 @@ def test_what_is_no_drafter_is_refused(drafter: Any, graph: bool, why: str) -> N
         (("--top-p", "0"), "--top-p 0.0: must be greater than 0"),
         (("--top-p", "1.5"), "--top-p 1.5: must be less than or equal to 1"),
         (("--top-k", "0"), "--top-k 0: must be greater than or equal to 1"),
-        (("--top-k", "5", "--temperature", "0"), "--top-k 5 filters what is drawn: give --temp"),
+        (("--top-k", "5", "--temperature", "0"), "--top-k 5 filters what is drawn: give a --temp"),
         (("--gen-length", "0"), "--gen-length 0: must be greater than or equal to 1"),
         (("--edges", "foo"), "foo"),
     ],

@@ -17,7 +17,7 @@ from spiffy.calib.pipeline import Traces, build_graph
 from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, Trace
 from spiffy.runtime import decoding_settings, generate, load_model
-from spiffy.runtime.budget import cost
+from spiffy.runtime.budget import cost, timed
 from spiffy.runtime.budget.auto import Cutoff, auto_budget
 from spiffy.runtime.budget.predict import best_plan, steps_by_drafts
 from spiffy.runtime.budget.roofline import (
@@ -271,7 +271,7 @@ def test_a_large_head_is_part_of_the_forward_as_several_states_pass_it_at_once(
     task = make_task(model, random_prompt(model, 16), settings)
     passed: dict[str, list[int]] = {"forward": [], "step": []}
     doing = ["forward"]
-    head, step = model.head, cost._Stage.step
+    head, step = model.head, timed._DecodeParts.step
 
     def counting(hidden: torch.Tensor) -> torch.Tensor:
         passed[doing[-1]].append(len(hidden))
@@ -283,7 +283,7 @@ def test_a_large_head_is_part_of_the_forward_as_several_states_pass_it_at_once(
         doing.pop()
 
     monkeypatch.setattr(model, "head", counting)
-    monkeypatch.setattr(cost._Stage, "step", stepping)
+    monkeypatch.setattr(timed._DecodeParts, "step", stepping)
     cost.measure_cost(task, 2, limit=0.2)
     assert passed["step"]
     monkeypatch.setattr(base, "_EXPENSIVE", 0)
@@ -301,7 +301,7 @@ def test_what_is_slow_once_is_not_taken_for_what_drafts_cost(
     model = parity_model("sdar-a")
     settings = decoding_settings(model, gen_length=16, block_length=8, cache="block")
     task = make_task(model, random_prompt(model, 16), settings)
-    forward, seen = cost._Stage.forward, set[int]()
+    forward, seen = timed._DecodeParts.forward, set[int]()
     now = 0.0  # of a clock that goes on where a forward is made
 
     def first_slow(stage: Any, site: Any, states: torch.Tensor) -> Any:
@@ -310,8 +310,8 @@ def test_what_is_slow_once_is_not_taken_for_what_drafts_cost(
         seen.add(len(states))
         return forward(stage, site, states)
 
-    monkeypatch.setattr(cost._Stage, "forward", first_slow)
-    monkeypatch.setattr(cost, "perf_counter", lambda: now)
+    monkeypatch.setattr(timed._DecodeParts, "forward", first_slow)
+    monkeypatch.setattr(timed, "perf_counter", lambda: now)
     measured = cost.measure_cost(task, 4, limit=1.0)
     assert [point.drafts for point in measured.points] == [0, 1, 2, 3, 4]
     assert [point.seconds for point in measured.points] == pytest.approx([0.01] * 5)
