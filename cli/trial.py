@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from spiffy.cli.options import (
 from spiffy.cli.streams import write
 from spiffy.cli.threads import read_threads
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.decoding import check_setting
+from spiffy.schemas.decoding import check_setting, is_own_policy
 from spiffy.schemas.io import write_atomically
 from spiffy.schemas.records import MAX_NODES
 
@@ -99,7 +100,8 @@ class _Decoding:
         str,
         decoding_option(
             help="served: the policy that the model is served with, threshold for most. static: "
-            "one token per step, the reference for quality. Or both."
+            "one token per step, the reference for quality. module:object: one of your own. With "
+            "commas between them."
         ),
     ] = "served,static"
     gen_length: Annotated[int, decoding_option(help="Positions of an answer.")] = 128
@@ -114,8 +116,9 @@ class _Decoding:
     def check(self) -> None:
         """Refuse what is wrong before anything is loaded."""
         for word in self.names:
-            if word not in ("served", "static"):
-                raise SpiffyError(f"--policies {self.policies}: {word!r} is not served or static")
+            if word not in ("served", "static") and not is_own_policy(word):
+                problem = f"{word!r} is not served, static or module:object"
+                raise SpiffyError(f"--policies {self.policies}: {problem}")
         for name in ("gen_length", "block_length", "cache"):
             if (value := getattr(self, name)) is not None:
                 check_setting(name, value)
@@ -177,6 +180,7 @@ class _Trial:
             *("--gen-length", str(self.decoding.gen_length), "--dataset", self.dataset),
             *("--samples", str(self.prompts.calibrate), "--workdir", str(folder / "work")),
             *("--out", str(folder / "graph.json")),
+            writes=folder / "graph.json",
             done=folder / "calibrated",
         )
 
@@ -186,33 +190,38 @@ class _Trial:
         graph = DraftGraph.load(folder / "graph.json")
         methods = [m for m in _METHODS if m != "model" or graph.acceptance is not None]
         budgets = [n for n in self.budgets if n <= graph.budget] or [graph.budget]
+        # A graph names its policy, and who uses it imports that.
+        own = ("--policy", graph.decoding.policy) if graph.decoding.own_policy else ()
         self._run(
             "spiffy-bench",
-            *("--graph", str(folder / "graph.json"), *self.model.words),
+            *("--graph", str(folder / "graph.json"), *self.model.words, *own),
             *("--dataset", self.dataset, "--samples", str(self.prompts.samples)),
             *("--repeats", "1", "--budgets", ",".join(map(str, budgets))),
             *("--methods", ",".join(methods), "--out", str(folder)),
+            writes=folder / "bench.json",
             done=folder / "measured",
         )
 
-    def _run(self, *words: str, done: Path) -> None:
+    def _run(self, *words: str, writes: Path, done: Path) -> None:
         """Run a command, unless the file `done` says that it has ended well.
 
         Raises
         ------
         SpiffyError
-            If it does not. Answers that differ are a result, which the benchmark counts.
+            If it does not. Answers that differ are a result, which the benchmark counts: then it
+            has written it.
         """
         command = shlex.join(words)
         if done.exists():
             log.print(f"done before: {command}", soft_wrap=True)
             return
         log.print(f"$ {command}", soft_wrap=True)
+        before = _written(writes)
         code = run_apart(*words)
         if code == INTERRUPTED:
             log.print("interrupted: the same command goes on from here")
             raise typer.Exit(INTERRUPTED)
-        if code not in (0, 1):
+        if code != 0 and (code != 1 or _written(writes) == before):
             raise SpiffyError(f"{words[0]} ended with exit code {code}, for the reason above")
         done.touch()
 
@@ -234,10 +243,30 @@ class _Trial:
         return path
 
 
+def _written(path: Path) -> int | None:
+    """When a file was written, in nanoseconds."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def run_apart(command: str, *words: str) -> int:
-    """Exit code of a command in a process of its own: the next one finds all memory free."""
+    """Exit code of a command in a process of its own: the next one finds all memory free.
+
+    It is waited for however it is interrupted: it finishes what is in hand. A terminal's Ctrl-C
+    reaches it too; SIGTERM is passed on.
+    """
     module = f"spiffy.cli.{command.removeprefix('spiffy-')}"
-    return subprocess.run([sys.executable, "-m", module, *words], check=False).returncode
+    with subprocess.Popen([sys.executable, "-m", module, *words]) as process:
+
+        def pass_on(number: int, _: object) -> None:
+            if number == signal.SIGTERM:
+                process.send_signal(number)
+
+        before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return process.wait()
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
 
 @app.command()
@@ -273,15 +302,17 @@ def try_model(
     with doing("describing the machine"):
         write_atomically(folder / _MACHINE, _machine())
     policies = {"served": served, "static": _STATIC}
-    for name in decoding.names:
-        (folder / name).mkdir(exist_ok=True)
-        trial.calibrate(name, (*cache, *policies[name]))
-        trial.measure(name)
-    found = [trial.bench(name) for name in decoding.names]
+    names = []
+    for word in decoding.names:
+        names.append(word.replace(":", "-"))  # of its folder
+        (folder / names[-1]).mkdir(exist_ok=True)
+        trial.calibrate(names[-1], (*cache, *policies.get(word, ("--policy", word))))
+        trial.measure(names[-1])
+    found = [trial.bench(name) for name in names]
     for bench in found:
         write(f"{_verdict(bench)}\n")
     log.print(
-        f"wrote {trial.pack(decoding.names)}: machine, graphs and results, prompts and answers "
+        f"wrote {trial.pack(names)}: machine, graphs and results, prompts and answers "
         "among them (docs/gpu.md: what to send back)",
         soft_wrap=True,
     )

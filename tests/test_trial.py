@@ -1,6 +1,8 @@
 """`spiffy-try`: calibrates and measures, for the policy that a model is served with and static."""
 
 import importlib
+import signal
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -116,7 +118,13 @@ def test_settings_are_those_that_a_family_is_served_with(
 def test_both_policies_are_measured_with_what_their_graphs_have(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Three nodes and no acceptance model; it ends where a command does not end well."""
+    """Three nodes and no acceptance model; it ends where a command does not end well.
+
+    A command that fails with 1, without having written anything, has not ended well.
+    """
+    monkeypatch.setattr(trial, "run_apart", lambda *_: 1)
+    code, _, said = call("trial", "--model", "tiny-sdar", "--out", tmp_path)
+    assert (code, "spiffy-calibrate ended with exit code 1" in said) == (2, True)
     run: list[str] = []
 
     def ended(*command: str) -> int:
@@ -140,6 +148,49 @@ def test_both_policies_are_measured_with_what_their_graphs_have(
     assert "--policy static" in run[2]
 
 
+def test_a_policy_of_ones_own_is_named_to_both_commands(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which import it; a graph does not."""
+    run: list[str] = []
+
+    def ended(*command: str) -> int:
+        run.append(" ".join(command))
+        if command[0] == "spiffy-calibrate":
+            graph = chain_graph("tiny-sdar")
+            settings = graph.decoding.model_copy(update={"policy": "mine:rule"})
+            graph.model_copy(update={"decoding": settings}).save(tmp_path / "mine-rule/graph.json")
+            return 0
+        return 2
+
+    monkeypatch.setattr(trial, "run_apart", ended)
+    asked = ("trial", "--model", "tiny-sdar", "--policies", "mine:rule", "--out", tmp_path)
+    assert call(*asked)[0] == 2
+    assert len(run) == 2
+    assert all("--policy mine:rule" in command for command in run)
+
+
+def test_a_command_is_waited_for_when_it_is_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """SIGTERM is passed on; Ctrl-C, which reaches all of a terminal's processes, is not."""
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import os, pathlib, signal, sys\n"
+        "def stop(number, frame):\n"
+        "    sys.exit(10 + number)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    os.kill(os.getppid(), number)\n"
+        "signal.pause()\n"
+    )
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _: popen([sys.executable, str(child)]))
+    handler = signal.getsignal(signal.SIGINT)
+    assert trial.run_apart("spiffy-bench") == 10 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 @pytest.mark.parametrize("name", ["llada2.1-mini", "some/LLaDA2.1-flash-tuned"])
 def test_llada2_1_is_served_with_edits(name: str) -> None:
     assert trial.served_with("llada2", name)[1] == "joint"
@@ -149,7 +200,7 @@ def test_llada2_1_is_served_with_edits(name: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
-        (("--policies", "served,fast"), "'fast' is not served or static"),
+        (("--policies", "served,fast"), "'fast' is not served, static or module:object"),
         (("--budgets", "4,x"), "--budgets 4,x: give numbers of drafts"),
         (("--cache", "disk"), "--cache disk"),
         (("--gen-length", "0"), "--gen-length 0"),
