@@ -30,12 +30,30 @@ CLI = "tests/test_cli.py::test_"
 DOOR = "tests/test_transformers_door.py::test_"
 HUB = "tests/test_hub.py::test_"
 SERVE = "tests/test_serve.py::test_"
+# One official loop of every checkpoint, and of every cache. What a dependency can change there are
+# the logits, and these are compared in all recorded forwards.
+LOOPS = (
+    "llada-a-full_L8_2tok",
+    "llada-a-prefix_L8_2tok",
+    "llada-a-dual_L8_2tok",
+    "dream-a-maskgit_plus_half",
+    "dream-a-block_dual_L8_thr",
+    "sdar-a-static_L8_1tok",
+    "llada2-a-thr_L8_s8",
+    "illada-a-orig_L8_2tok",
+    "illadalike-a-full_L8_thr",
+    "sdc-a-L8_1tok",
+    "a2d-mdlm-a-L8_1tok",
+    "a2d-bd3lm-a-L4_2tok",
+    "llada21-a-joint_L8",
+    "fastdllm2-a-L32_s8_thr",
+)
 FAST = (
     "tests/test_warnings.py",
     "tests/test_load.py",
     "tests/test_compiled_drafts.py",
     "tests/test_parity.py::test_logits_equal_the_official_models",
-    "tests/test_parity.py::test_trajectory_equals_the_official_loop",
+    *(f"tests/test_parity.py::test_trajectory_equals_the_official_loop[{loop}]" for loop in LOOPS),
     *(
         f"{LOSSLESS}any_drafts_leave_every_state_as_it_was[{case}]"
         for case in ("llada-dual-threshold", "dream-none-uneven", "sdar-block-entropy-bounded")
@@ -68,6 +86,7 @@ import sys
 from importlib.metadata import version
 print(", ".join(f"{name} {version(name)}" for name in sys.argv[1:]))
 """
+COMPILE = "from spiffy.runtime.draft import fastest_search; fastest_search()"
 TEST_TOOLS = ("hypothesis", "openai", "pytest", "pytest-xdist")
 
 
@@ -131,6 +150,8 @@ def try_versions(which: str, with_torch: bool) -> int:
             return failed
         print(f"{which}: ", end="", flush=True)
         run([python, "-c", SHOW, *sorted(bounds())], **variables)
+        # Once, and not by every worker at the same time.
+        run([python, "-W", "ignore", "-c", COMPILE], **variables)
         test = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
         failed = run([*test, "-p", "no:cacheprovider", *FAST], **variables)
         print(

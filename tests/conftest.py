@@ -33,6 +33,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _measured_briefly() -> Iterator[None]:
+    """Time every number of drafts twice, not 20 times: seconds for each model and setting.
+
+    What is chosen by it differs from run to run anyway.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spiffy.runtime.budget.cost._ROUNDS", 2)
+        yield
+
+
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     return Call(capsys, monkeypatch)

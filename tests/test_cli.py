@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,13 @@ PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("artifact") / "graph.json"
-    command = [sys.executable, "-m", "spiffy.cli.calibrate", "--model", TINY, *QUICK]
-    subprocess.run([*command, "--out", str(path)], check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["spiffy-calibrate", "--model", TINY, *QUICK, "--out", str(path)]
+        )
+        with pytest.raises(SystemExit) as ended:
+            calibrate.main()
+    assert not ended.value.code
     return path
 
 

@@ -32,7 +32,7 @@ from spiffy.schemas import DecodingSettings
 
 MASK, BLOCK, VOCAB = 2, 4, 3
 PROMPT = torch.tensor([1])
-SAMPLES = 2000
+SAMPLES = 1200
 CONFIG = {
     "model_type": "llada",
     "d_model": 8,

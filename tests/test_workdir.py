@@ -229,7 +229,6 @@ sys.modules["spiffy.runtime.budget.predict"].auto_profile = lambda *_: None
 folder = Path(sys.argv[2])
 log = folder / "log"
 plain = folder / "plain.json"
-assert kill.run(plain, None, log)[0] == 0, log.read_text()
 
 def launch(rank, job):
     child = os.fork()
@@ -242,6 +241,11 @@ def port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+"""
+
+
+_PLAINLY = """
+assert kill.run(plain, None, log)[0] == 0, log.read_text()
 """
 
 
@@ -267,7 +271,7 @@ for number in (1, 4, 13, 15):
     assert kill.run(out, work, log)[0] == 0, log.read_text()
     assert out.read_bytes() == plain.read_bytes(), number
 """
-    children(script, tmp_path)
+    children(_PLAINLY + script, tmp_path)
 
 
 def test_the_artifact_is_the_same_with_a_work_directory_and_when_it_goes_on(
@@ -674,7 +678,7 @@ assert kill.run(folder / "again.json", work, log)[0] == 0, log.read_text()
 assert "recorded already" in log.read_text()
 assert (folder / "again.json").read_bytes() == plain.read_bytes()
 """
-    children(script, tmp_path)
+    children(_PLAINLY + script, tmp_path)
 
 
 def test_a_dead_rank_is_named(tmp_path: Path) -> None:
