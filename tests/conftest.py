@@ -40,7 +40,7 @@ def _measured_briefly() -> Iterator[None]:
     What is chosen by it differs from run to run anyway.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spiffy.runtime.budget.cost._ROUNDS", 2)
+        patch.setattr("spiffy.runtime.budget.timed._ROUNDS", 2)
         yield
 
 
