@@ -308,7 +308,10 @@ def _of_auto(bench: Bench, auto: Result) -> str:
     """What comes by default: the number of drafts is learned while decoding."""
     speed = ratio(bench, auto.speedup)
     if not auto.drafted:
-        return f"Learning while it decoded, auto decided not to draft: {speed}. "
+        return (
+            f"Learning while it decoded, auto decided not to draft ({speed}: plain decoding beside "
+            "itself). "
+        )
     return (
         f"Learned while decoding (auto): {speed} plain decoding's speed, with "
         f"{fewer_forwards(bench, auto):.2f}x fewer forwards. "

@@ -179,8 +179,11 @@ def measured(graph: DraftGraph, tasks: Sequence[Task], traces: Traces) -> DraftG
     from spiffy.calib.measure import decodes, measure_steps
 
     with progress_bar() as bar:
-        line = bar.add_task("decoding held-out prompts with drafts", total=decodes(graph, traces))
-        return measure_steps(graph, tasks, traces, lambda: bar.advance(line))
+        most = decodes(graph, traces)
+        line = bar.add_task("decoding held-out prompts with drafts", total=most)
+        found = measure_steps(graph, tasks, traces, lambda: bar.advance(line))
+        bar.update(line, completed=most)  # it ends sooner where that takes long
+        return found
 
 
 def timed(tasks: Sequence[Task], graph: DraftGraph) -> tuple[Task, CostProfile | None]:

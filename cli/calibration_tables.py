@@ -113,7 +113,10 @@ def predict(graph: DraftGraph, measured: CostProfile, task: Task, like: str | No
             f"{plan.speedup:.2f}x",
         )
     console.print(table)
-    note = "predictions: held-out steps per forward, over seconds of forward and drafting"
+    note = (
+        "predictions from few held-out prompts and briefly timed forwards: spiffy-decode --verify "
+        "and spiffy-bench measure"
+    )
     if len(profiles) > 1:
         note += (
             ". Roofline: bandwidth and peak of the data sheet, without kernel launches, drafting "

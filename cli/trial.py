@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +20,7 @@ from spiffy.cli.options import (
     Compile,
     Device,
     Dtype,
+    Quantize,
     Revision,
     Threads,
     VersionOption,
@@ -61,6 +62,7 @@ class _Model:
     revision: Revision = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    quantize: Quantize = None
     compile: Compile = False
     threads: Threads = "auto"
 
@@ -75,6 +77,7 @@ class _Model:
     def words(self) -> list[str]:
         """What both commands are told of it; the benchmark's model is the graph's."""
         found = ["--device", self.device, "--dtype", self.dtype, "--threads", self.threads]
+        found += [] if self.quantize is None else ["--quantize", self.quantize]
         return [*found, "--compile"] if self.compile else found
 
 
@@ -115,7 +118,7 @@ class _Decoding:
 
     def check(self) -> None:
         """Refuse what is wrong before anything is loaded."""
-        for word in self.names:
+        for word in self.words:
             if word not in ("served", "static") and not is_own_policy(word):
                 problem = f"{word!r} is not served, static or module:object"
                 raise SpiffyError(f"--policies {self.policies}: {problem}")
@@ -124,7 +127,7 @@ class _Decoding:
                 check_setting(name, value)
 
     @property
-    def names(self) -> list[str]:
+    def words(self) -> list[str]:
         """The policies, each once."""
         return list(dict.fromkeys(word.strip() for word in self.policies.split(",")))
 
@@ -140,6 +143,11 @@ class _Trial:
     folder: Path
 
     @property
+    def names(self) -> list[str]:
+        """The folder of each policy."""
+        return [word.replace(":", "-") for word in self.decoding.words]
+
+    @property
     def dataset(self) -> str:
         """Where prompts come from."""
         return self.prompts.dataset or ("synthetic" if self.model.ships else "gsm8k")
@@ -152,19 +160,23 @@ class _Trial:
         SpiffyError
             If it cannot be written to, or was made with other options.
         """
+        path, model = self.folder / _OPTIONS, asdict(self.model)
+        if Path(self.model.model).is_dir():  # the same name elsewhere is another one
+            model["model"] = str(Path(self.model.model).resolve())
+        groups = model, asdict(self.prompts), asdict(self.decoding)
+        text = json.dumps([*groups, self.budgets], indent=1) + "\n"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in self.names:
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            begun = any((self.folder / name / "work").exists() for name in self.names)
+            if begun and path.exists() and path.read_bytes() != text.encode():
+                raise SpiffyError(
+                    f"{self.folder} holds a trial with other options ({path}): give another --out, "
+                    "or remove it"
+                )
         except OSError as error:
             problem = f"--out {self.folder}: cannot be written to ({error.strerror})"
             raise SpiffyError(problem) from None
-        path = self.folder / _OPTIONS
-        groups = asdict(self.model), asdict(self.prompts), asdict(self.decoding)
-        text = json.dumps([*groups, self.budgets], indent=1) + "\n"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise SpiffyError(
-                f"{self.folder} holds a trial with other options ({path}): give another --out, or "
-                "remove it"
-            )
         write_atomically(path, text)
 
     def calibrate(self, name: str, settings: Sequence[str]) -> None:
@@ -180,7 +192,6 @@ class _Trial:
             *("--gen-length", str(self.decoding.gen_length), "--dataset", self.dataset),
             *("--samples", str(self.prompts.calibrate), "--workdir", str(folder / "work")),
             *("--out", str(folder / "graph.json")),
-            writes=folder / "graph.json",
             done=folder / "calibrated",
         )
 
@@ -190,6 +201,7 @@ class _Trial:
         graph = DraftGraph.load(folder / "graph.json")
         methods = [m for m in _METHODS if m != "model" or graph.acceptance is not None]
         budgets = [n for n in self.budgets if n <= graph.budget] or [graph.budget]
+        before = _written(folder / "bench.json")
         # A graph names its policy, and who uses it imports that.
         own = ("--policy", graph.decoding.policy) if graph.decoding.own_policy else ()
         self._run(
@@ -198,30 +210,37 @@ class _Trial:
             *("--dataset", self.dataset, "--samples", str(self.prompts.samples)),
             *("--repeats", "1", "--budgets", ",".join(map(str, budgets))),
             *("--methods", ",".join(methods), "--out", str(folder)),
-            writes=folder / "bench.json",
             done=folder / "measured",
+            differs=lambda: self._differs(name, before),
         )
 
-    def _run(self, *words: str, writes: Path, done: Path) -> None:
+    def _differs(self, name: str, before: int | None) -> bool:
+        """Whether the benchmark has ended since, by telling of answers that differ."""
+        if _written(self.folder / name / "bench.json") == before:
+            return False
+        bench = self.bench(name)
+        return not bench.data.stopped and any(result.differing for result in bench.results)
+
+    def _run(self, *words: str, done: Path, differs: Callable[[], bool] = lambda: False) -> None:
         """Run a command, unless the file `done` says that it has ended well.
+
+        Exit code 1 is that of answers that differ, and of a crash: `differs` tells which.
 
         Raises
         ------
         SpiffyError
-            If it does not. Answers that differ are a result, which the benchmark counts: then it
-            has written it.
+            If it does not end well. Answers that differ are a result.
         """
         command = shlex.join(words)
         if done.exists():
             log.print(f"done before: {command}", soft_wrap=True)
             return
         log.print(f"$ {command}", soft_wrap=True)
-        before = _written(writes)
         code = run_apart(*words)
         if code == INTERRUPTED:
             log.print("interrupted: the same command goes on from here")
             raise typer.Exit(INTERRUPTED)
-        if code != 0 and (code != 1 or _written(writes) == before):
+        if code != 0 and not (code == 1 and differs()):
             raise SpiffyError(f"{words[0]} ended with exit code {code}, for the reason above")
         done.touch()
 
@@ -231,10 +250,10 @@ class _Trial:
 
         return Bench.load(self.folder / name / "bench.json")
 
-    def pack(self, names: Sequence[str]) -> Path:
+    def pack(self) -> Path:
         """Put together what others can read the results from."""
         files = [self.folder / _OPTIONS, self.folder / _MACHINE]
-        files += [self.folder / name / file for name in names for file in _KEPT]
+        files += [self.folder / name / file for name in self.names for file in _KEPT]
         path = self.folder / "results.zip"
         with ZipFile(path, "w", ZIP_DEFLATED) as packed:
             for file in files:
@@ -294,7 +313,9 @@ def try_model(
     """
     decoding.check()
     read_threads(model.threads)
-    folder = out or Path("spiffy-try") / model.model.rstrip("/").rsplit("/", 1)[-1].lower()
+    place = Path(model.model)
+    name = place.resolve().name if place.is_dir() else model.model.rsplit("/", 1)[-1]
+    folder = out or Path("spiffy-try") / (name.lower() or "model")
     trial = _Trial(model, prompts, decoding, _numbers(budgets), folder)
     with doing("looking up the model"):
         cache, served = _chosen(model, decoding)
@@ -302,17 +323,14 @@ def try_model(
     with doing("describing the machine"):
         write_atomically(folder / _MACHINE, _machine())
     policies = {"served": served, "static": _STATIC}
-    names = []
-    for word in decoding.names:
-        names.append(word.replace(":", "-"))  # of its folder
-        (folder / names[-1]).mkdir(exist_ok=True)
-        trial.calibrate(names[-1], (*cache, *policies.get(word, ("--policy", word))))
-        trial.measure(names[-1])
-    found = [trial.bench(name) for name in names]
+    for word, name in zip(decoding.words, trial.names, strict=True):
+        trial.calibrate(name, (*cache, *policies.get(word, ("--policy", word))))
+        trial.measure(name)
+    found = [trial.bench(name) for name in trial.names]
     for bench in found:
         write(f"{_verdict(bench)}\n")
     log.print(
-        f"wrote {trial.pack(names)}: machine, graphs and results, prompts and answers "
+        f"wrote {trial.pack()}: machine, graphs and results, prompts and answers "
         "among them (docs/gpu.md: what to send back)",
         soft_wrap=True,
     )

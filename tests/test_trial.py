@@ -66,6 +66,10 @@ def test_it_calibrates_measures_and_says_it_again(
     assert again.splitlines() == [line]
     assert said.count("done before: spiffy-") == 2
 
+    (out / "options.json").write_bytes(b"\xff")  # damaged, or by hand
+    assert call(*asked)[0] == 2
+    (out / "options.json").unlink()
+    assert call(*asked)[0] == 0
     code, _, said = call(*asked, "--samples", 3)
     assert (code, run_here) == (2, [])
     assert "holds a trial with other options" in said
@@ -123,8 +127,9 @@ def test_both_policies_are_measured_with_what_their_graphs_have(
     A command that fails with 1, without having written anything, has not ended well.
     """
     monkeypatch.setattr(trial, "run_apart", lambda *_: 1)
-    code, _, said = call("trial", "--model", "tiny-sdar", "--out", tmp_path)
+    code, _, said = call("trial", "--model", "tiny-sdar", "--gen-length", 64, "--out", tmp_path)
     assert (code, "spiffy-calibrate ended with exit code 1" in said) == (2, True)
+    # Nothing was recorded: other options are welcome.
     run: list[str] = []
 
     def ended(*command: str) -> int:
