@@ -130,6 +130,12 @@ def _differs(ours: Task, trace: Trace, drafts: str) -> bool:
     same = ours.path[-1].ids.tolist() == trace.path[-1].ids.tolist()
     if same or not ours.settings.exact:
         return False
+    if ours.settings.own_policy:
+        raise SpiffyError(
+            f"drafts changed a token of prompt {ours.sequence} ({drafts}): is policy "
+            f"{ours.settings.policy} a pure function of what it is given (docs/extending.md)? If "
+            "it is, record again with --batch-size 1 (and another --workdir)"
+        )
     if ours.model.dtype in _EXACT:
         raise SpiffyError(
             f"drafts changed a token of prompt {ours.sequence} ({drafts}): recorded in batches, "

@@ -278,4 +278,4 @@ def until_interrupted(tell: Callable[[str], None]) -> Iterator[Callable[[], bool
         yield lambda: asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -163,12 +164,14 @@ class _Trial:
         path, model = self.folder / _OPTIONS, asdict(self.model)
         if Path(self.model.model).is_dir():  # the same name elsewhere is another one
             model["model"] = str(Path(self.model.model).resolve())
-        groups = model, asdict(self.prompts), asdict(self.decoding)
+        decoding = asdict(self.decoding)
+        del decoding["policies"]  # each has a folder of its own
+        groups = model, asdict(self.prompts), decoding
         text = json.dumps([*groups, self.budgets], indent=1) + "\n"
         try:
             for name in self.names:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            begun = any((self.folder / name / "work").exists() for name in self.names)
+            begun = any(self.folder.glob("*/work"))
             if begun and path.exists() and path.read_bytes() != text.encode():
                 raise SpiffyError(
                     f"{self.folder} holds a trial with other options ({path}): give another --out, "
@@ -254,11 +257,12 @@ class _Trial:
         """Put together what others can read the results from."""
         files = [self.folder / _OPTIONS, self.folder / _MACHINE]
         files += [self.folder / name / file for name in self.names for file in _KEPT]
-        path = self.folder / "results.zip"
-        with ZipFile(path, "w", ZIP_DEFLATED) as packed:
+        path, content = self.folder / "results.zip", BytesIO()
+        with ZipFile(content, "w", ZIP_DEFLATED) as packed:
             for file in files:
                 if file.exists():
                     packed.write(file, file.relative_to(self.folder))
+        write_atomically(path, content.getvalue())
         return path
 
 
@@ -274,7 +278,7 @@ def run_apart(command: str, *words: str) -> int:
     reaches it too; SIGTERM is passed on.
     """
     module = f"spiffy.cli.{command.removeprefix('spiffy-')}"
-    with subprocess.Popen([sys.executable, "-m", module, *words]) as process:
+    with subprocess.Popen([sys.executable, "-P", "-m", module, *words]) as process:
 
         def pass_on(number: int, _: object) -> None:
             if number == signal.SIGTERM:
@@ -285,7 +289,7 @@ def run_apart(command: str, *words: str) -> int:
             return process.wait()
         finally:
             for each, handler in before.items():
-                signal.signal(each, handler)
+                signal.signal(each, handler or signal.SIG_DFL)
 
 
 @app.command()
@@ -307,7 +311,7 @@ def try_model(
     For each of two baselines, the policy that the model is served with and static unmasking, it
     runs spiffy-calibrate and spiffy-bench, with their output, and prints both commands. All answers
     are compared with plain decoding's, token for token; exit code 1 if one differs. Ctrl-C is safe:
-    the same command goes on where it stopped.
+    the same command goes on where it stopped; a benchmark begins anew.
 
     Example: spiffy-try --model sdar-1.7b
     """

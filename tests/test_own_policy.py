@@ -202,6 +202,8 @@ def nothing(step: Step) -> Bools:
         (Says(lambda s: nothing(s)[1:]), "select gave bool [7] instead of a NumPy array, bool [8]"),
         (Says(lambda s: torch.tensor([True] * 8)), "select gave bool [8] instead of a NumPy array"),
         (Says(None), "select gave an object of type NoneType instead of"),
+        (Says(lambda s: nothing(s)[99]), "select failed (IndexError: "),
+        (Says(nothing, lambda s: s[99]), "score failed (IndexError: "),
     ],
 )
 def test_what_says_something_else_is_named(policy: Says, why: str) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.decoding import is_own_policy
-from spiffy.schemas.errors import said
+from spiffy.schemas.errors import is_out_of_memory, said
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -135,8 +138,12 @@ def import_policy(name: str) -> None:
         reason = f"{type(error).__name__}: {said(error)}"
         raise SpiffyError(f"policy {name}: {where} cannot be imported ({reason})") from None
     if not hasattr(module, what):
-        raise SpiffyError(f"policy {name}: {where} ({module.__file__}) has no {what}")
+        raise SpiffyError(f"policy {name}: {where} ({_file_of(module)}) has no {what}")
     register_policy(name, getattr(module, what))
+
+
+def _file_of(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or "a folder"  # of a namespace
 
 
 def registered_policy(name: str) -> Policy:
@@ -162,9 +169,10 @@ def own_score(name: str, log_p: Tensor, tokens: Tensor) -> Tensor:
     Raises
     ------
     SpiffyError
-        If they are of another kind.
+        If they are of another kind, or it fails.
     """
-    score = registered_policy(name).score(log_p, tokens)
+    with _named(name, "score"):
+        score = registered_policy(name).score(log_p, tokens)
     asked = f"float64 {list(tokens.shape)}"
     if not isinstance(score, Tensor) or _kind(score) != asked:
         raise SpiffyError(f"policy {name}: score gave {_kind(score)} instead of a tensor, {asked}")
@@ -180,13 +188,14 @@ def own_choice(name: str, step: Step) -> Bools:
     Raises
     ------
     SpiffyError
-        If its scores are no numbers, or what it selects is of another kind.
+        If its scores are no numbers, what it selects is of another kind, or it fails.
     """
     score = step.score.copy()
     if np.isnan(score).any():
         place = step.positions[np.isnan(score)][0]
         raise SpiffyError(f"policy {name}: the score of the answer's position {place} is NaN")
-    chosen = registered_policy(name).select(step)
+    with _named(name, "select"):
+        chosen = registered_policy(name).select(step)
     asked = f"bool {list(score.shape)}"
     if not isinstance(chosen, np.ndarray) or _kind(chosen) != asked:
         what = f"{_kind(chosen)} instead of a NumPy array, {asked}"
@@ -197,6 +206,20 @@ def own_choice(name: str, step: Step) -> Bools:
         others = np.flatnonzero(~chosen)
         chosen[others[(-score[others]).argsort(kind="stable")[:missing]]] = True
     return chosen
+
+
+@contextmanager
+def _named(name: str, method: str) -> Iterator[None]:
+    """Say whose fault an error is; not of those that tell how much memory there is."""
+    try:
+        yield
+    except SpiffyError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {said(error)}"
+        raise SpiffyError(f"policy {name}: {method} failed ({reason})") from error
 
 
 def _kind(found: object) -> str:
