@@ -58,7 +58,7 @@ results: $(READY)
 	$(BIN)/python studies/auto.py --into docs/results-time.md
 	$(BIN)/python studies/auto.py --busy --into docs/results-time.md
 	$(BIN)/python studies/overhead.py --into docs/results-time.md
-	$(BIN)/python studies/launched.py --tables kernels --into docs/gpu.md
+	$(BIN)/python studies/launched.py --into docs/gpu.md
 	$(BIN)/python studies/regret.py --into docs/auto.md
 	$(BIN)/python studies/threads.py --into docs/cpu.md
 	$(BIN)/python studies/prepack.py --into docs/cpu.md
