@@ -6,10 +6,8 @@ A directory is a `RecordFolder` of traces.
 from __future__ import annotations
 
 import hashlib
-import signal
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -259,23 +257,3 @@ def join(folders: Sequence[Path]) -> Joined:
     texts = {text for manifest in manifests.values() for text in manifest.prompt_digests}
     origin = Origin(name, digest, len(texts), tuple(sorted(texts)))
     return Joined(manifest, origin, traces, repeated + len(found) - len(once))
-
-
-@contextmanager
-def until_interrupted(tell: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C, or SIGTERM, into a request to stop; a second one stops at once."""
-    asked = False
-
-    def ask(*_: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        tell("finishing the prompts in hand; Ctrl-C again stops at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's

@@ -144,7 +144,7 @@ def _record_into(
 ) -> None:
     """Record what is missing of this shard and this rank, until done or interrupted."""
     from spiffy.calib.pipeline import groups
-    from spiffy.calib.workdir import until_interrupted
+    from spiffy.calib.signals import until_interrupted
 
     for note in work.notes:
         log.print(note, soft_wrap=True)

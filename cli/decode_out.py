@@ -64,7 +64,7 @@ def decode_into(
 
 def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int) -> None:
     from spiffy.calib.answers import failed
-    from spiffy.calib.workdir import until_interrupted
+    from spiffy.calib.signals import until_interrupted
 
     for note in answers.notes:
         log.print(note, soft_wrap=True)

@@ -16,6 +16,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import typer
 
+from spiffy.calib.signals import on_stop
 from spiffy.cli.common import INTERRUPTED, doing, log, run_app
 from spiffy.cli.options import (
     Compile,
@@ -284,12 +285,8 @@ def run_apart(command: str, *words: str) -> int:
             if number == signal.SIGTERM:
                 process.send_signal(number)
 
-        before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with on_stop(pass_on):
             return process.wait()
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler or signal.SIG_DFL)
 
 
 @app.command()
