@@ -153,12 +153,13 @@ def is_large(model: DiffusionLM) -> bool:
 
 def tell_of_bfloat16(model: DiffusionLM, dtype: str) -> None:
     """Say that a large model would be faster in another dtype than the one that nobody chose."""
-    from spiffy.runtime.budget.cost import has_amx
+    from spiffy.runtime.budget.cost import multiplies_bfloat16
 
-    if dtype == "auto" and model.device.type == "cpu" and has_amx() and is_large(model):
+    how = multiplies_bfloat16()
+    if dtype == "auto" and model.device.type == "cpu" and how and is_large(model):
         note(
-            "this processor computes bfloat16 in half to two thirds of the time (AMX): try --dtype "
-            "bfloat16; near-ties, and so tokens, may be others than in float32"
+            f"this processor computes bfloat16 in half to two thirds of the time ({how}): try "
+            "--dtype bfloat16; near-ties, and so tokens, may be others than in float32"
         )
 
 

@@ -32,7 +32,7 @@ from spiffy.bench.grow import grow, grow_graph
 from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.runtime import DiffusionLM, decoding_settings, generate, load_model
-from spiffy.runtime.budget.cost import has_amx
+from spiffy.runtime.budget.cost import multiplies_bfloat16
 from spiffy.runtime.models.prepack import prepack_if_faster
 from spiffy.schemas import CacheName, DraftGraph
 
@@ -171,7 +171,8 @@ def main() -> int:
     if not args.small:
         few = texts[: 1 if perf_counter() - began > SLOW else 2]
         with log.status(f"growing tiny-sdar into the shape of {SHAPE}"):
-            dtype = "bfloat16" if has_amx() else "float32"  # what a real model had better run in
+            # What a real model had better run in.
+            dtype = "bfloat16" if multiplies_bfloat16() else "float32"
             tiny = load_model("tiny-sdar", device="cpu", dtype=dtype)
             graph = DraftGraph.load(args.out / "tiny-sdar.json")
             large = grow(tiny, SHAPE)

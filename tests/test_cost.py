@@ -359,7 +359,11 @@ def test_a_measurement_is_kept_across_processes_and_for_similar_prompts(
 
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [("fpu avx512f amx_bf16 amx_tile", "Some Xeon with AMX"), ("fpu avx512f", "Some Xeon")],
+    [
+        ("fpu avx512_bf16 amx_bf16 amx_tile", "Some Xeon with AMX"),
+        ("fpu avx512f avx512_bf16", "Some Xeon with AVX-512 BF16"),
+        ("fpu avx512f", "Some Xeon"),
+    ],
 )
 def test_processors_of_one_name_are_told_apart_by_what_they_multiply(
     flags: str, name: str, monkeypatch: pytest.MonkeyPatch

@@ -226,28 +226,29 @@ def test_the_benchmark_prepacks_what_it_has_grown(
 
 
 @pytest.mark.parametrize(
-    ("amx", "large", "dtype", "said"),
+    ("how", "large", "dtype", "said"),
     [
-        (True, True, "auto", True),
-        (True, True, "float32", False),
-        (True, False, "auto", False),
-        (False, True, "auto", False),
+        ("AMX", True, "auto", True),
+        ("AVX-512 BF16", True, "auto", True),
+        ("AMX", True, "float32", False),
+        ("AMX", False, "auto", False),
+        (None, True, "auto", False),
     ],
 )
 def test_commands_say_that_a_large_model_is_faster_in_bfloat16(
-    amx: bool,
+    how: str | None,
     large: bool,
     dtype: str,
     said: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(cost, "has_amx", lambda: amx)
+    monkeypatch.setattr(cost, "multiplies_bfloat16", lambda: how)
     if large:
         monkeypatch.setattr(options, "_LARGE", 1000)
     note.cache_clear()
     options.ModelOfGraph(model="tiny-sdar", device="cpu", dtype=dtype).load(None, None)
-    assert ("try --dtype bfloat16" in caplog.text) == said
+    assert (f"({how}): try --dtype bfloat16" in caplog.text) == said
 
 
 def test_recording_goes_on_with_and_without() -> None:

@@ -59,12 +59,17 @@ def device_name(device: torch.device) -> str:
         return device.type
     name = _cpuinfo().get("model name") or platform.processor() or platform.machine() or "cpu"
     # Virtual machines go by one name with and without.
-    return f"{name} with AMX" if has_amx() else name
+    return f"{name} with {how}" if (how := multiplies_bfloat16()) else name
 
 
-def has_amx() -> bool:
-    """Whether the CPU multiplies tiles of bfloat16, beside which float32 is slow (Linux)."""
-    return "amx_bf16" in _cpuinfo().get("flags", "").split()
+#: Instructions that multiply bfloat16, by their flags, the faster ones first.
+_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16"}
+
+
+def multiplies_bfloat16() -> str | None:
+    """By which instructions the CPU does, beside which float32 is slow; None: by none (Linux)."""
+    flags = _cpuinfo().get("flags", "").split()
+    return next((name for flag, name in _BFLOAT16.items() if flag in flags), None)
 
 
 def _cpuinfo() -> dict[str, str]:
