@@ -35,7 +35,8 @@ from spiffy.runtime.decode import Task, loop, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter, graph_drafter
 from spiffy.runtime.forward.pack import Row, forward
 from spiffy.runtime.models import attention
-from spiffy.runtime.models.attention import KeyValues
+from spiffy.runtime.models.lanes import Pool
+from spiffy.runtime.models.slots import KeyValues
 from spiffy.schemas import DecodingSettings, DraftGraph
 
 MODELS = (("tiny-llada", "dual"), ("tiny-sdar", "block"))
@@ -111,7 +112,9 @@ def drafts_of(model: DiffusionLM, drafts: int) -> Drafter | None:
 
 def in_mid_block(counted: Counted, tasks: Sequence[Task]) -> Launched:
     """A forward that sequences share, after some that began their blocks."""
-    decodings = [loop.denoise(task) for task in tasks]
+    pool = Pool()
+    lanes = [pool.open(task.canvas.length) if len(tasks) > 1 else None for task in tasks]
+    decodings = [loop.denoise(task, kv) for task, kv in zip(tasks, lanes, strict=True)]
     rows = [next(decoding) for decoding in decodings]
     for _ in range(TURNS):
         _, outputs = counted.forward([row for own in rows for row in own])

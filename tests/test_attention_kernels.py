@@ -16,6 +16,7 @@ from spiffy.runtime import DiffusionLM
 from spiffy.runtime.models import attention, base, flex
 from spiffy.runtime.models.device import without_cudnn
 from spiffy.runtime.models.mask import Mask
+from spiffy.runtime.models.slots import KeyValues
 
 CUDA = torch.device("cuda")
 
@@ -178,7 +179,7 @@ def test_runs_are_put_into_their_slots_at_once_as_one_by_one() -> None:
     fresh = [torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
     found = []
     for index in (None, at):
-        kv = attention.KeyValues(8)
+        kv = KeyValues(8)
         kv.reserve(12)
         everything = [torch.zeros(1, 2, 12, 4)] * 2
         kv.put(0, everything, (range(12),), 12)

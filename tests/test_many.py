@@ -16,6 +16,7 @@ from spiffy.runtime import Stream, generate, generate_many, load_model, stream
 from spiffy.runtime.decode import Task, denoise, driver
 from spiffy.runtime.decode.loop import Decoding
 from spiffy.runtime.generate import TaskMaker, in_order
+from spiffy.runtime.models.slots import Slots
 
 PROMPTS = [f"Tom has {k} apples. He buys 4 more. How many now?" for k in (1, 2, 3)]
 SETTINGS: dict[str, Any] = {"gen_length": 8, "block_length": 4, "cache": "dual"}
@@ -108,8 +109,8 @@ def test_a_prompt_that_fails_amid_its_decode_is_named_after_the_outputs_before_i
     options: dict[str, Any] = {"gen_length": 16, "block_length": 4}
     alone = [generate(model, prompt, **options) for prompt in prompts]
 
-    def failing(task: Task) -> Decoding:
-        made = denoise(task)
+    def failing(task: Task, kv: Slots | None = None) -> Decoding:
+        made = denoise(task, kv)
         rows = next(made)
         for _ in range(2):
             outputs = yield rows

@@ -22,9 +22,10 @@ from spiffy.runtime.forward import cache as caches
 from spiffy.runtime.forward.cache import CACHES, BlockEdges, Cache, Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, forward, pack
 from spiffy.runtime.forward.request import Reader, _cross_pairs
-from spiffy.runtime.models.attention import KeyValues
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.lanes import Pool
 from spiffy.runtime.models.mask import Mask
+from spiffy.runtime.models.slots import KeyValues
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import DecodingSettings
 
@@ -182,11 +183,11 @@ def drafts_of(model: DiffusionLM, cursor: Cursor, span: range, count: int) -> Te
     return drafts
 
 
-def opened(model: DiffusionLM, canvas: Canvas, cache: str) -> Cache:
+def opened(model: DiffusionLM, canvas: Canvas, cache: str, kv: KeyValues | None = None) -> Cache:
     """A cache of blocks of 4, of which nothing is read beforehand."""
     settings = DecodingSettings.parse(cache=cache, block_length=4, gen_length=12)
     reader = Reader(model, settings, canvas, 0, asks_rejected=False)
-    return CACHES[settings.cache](model, canvas, BlockEdges(), reader)
+    return CACHES[settings.cache](model, canvas, BlockEdges(), reader, kv)
 
 
 def evaluate(
@@ -488,19 +489,22 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("lengths", [(400,), (400, 430, 411)])
+@pytest.mark.parametrize(
+    ("lengths", "together"), [((400,), False), ((400, 430, 411), False), ((400, 430, 411), True)]
+)
 @pytest.mark.parametrize(("checkpoint", "cache"), [("sdar-a", "block"), ("llada-a", "dual")])
 def test_no_forward_copies_what_is_stored(
-    checkpoint: str, cache: str, lengths: tuple[int, ...]
+    checkpoint: str, cache: str, lengths: tuple[int, ...], together: bool
 ) -> None:
     """Once there is room for a draft, alone and among unequal prompts, nothing
-    that an operation makes is as large as one layer's stored keys."""
+    that an operation makes is as large as one layer's stored keys: one sequence's, or all
+    those that attend together."""
     model = parity_model(checkpoint, "float64")
-    rows, caches_of = [], []
+    rows, caches_of, pool = [], [], Pool()
     for seed, length in enumerate(lengths):
         canvas = Canvas.plan(length, 8, 4, model.family.block_causal)
         cursor = canvas.start(random_prompt(model, length, seed), model.mask_token_id)
-        own = opened(model, canvas, cache)
+        own = opened(model, canvas, cache, pool.open(canvas.length) if together else None)
         evaluate(model, own, cursor, cursor.ids[None])
         drafts = drafts_of(model, cursor, canvas.span(0), 1)
         evaluate(model, own, cursor, drafts)  # room is made
@@ -510,6 +514,7 @@ def test_no_forward_copies_what_is_stored(
     config: Any = model.module.config
     stored = min(lengths) * config.num_key_value_heads * config.hidden_size
     stored //= config.num_attention_heads
+    stored *= len(lengths) if together else 1
     with _Largest() as largest:
         forward(model, rows)
     assert 0 < largest.elements < stored

@@ -14,6 +14,7 @@ from spiffy.runtime.decode import Advice, Scheduler, Task, driver, loop, make_ta
 from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.runtime.forward import cache
 from spiffy.runtime.generate import generate, generate_many
+from spiffy.runtime.models.slots import Slots
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
@@ -319,10 +320,10 @@ def test_what_a_far_longer_one_took_comes_back_when_it_is_gone(
     else:
         if way != "ends":
 
-            def denoise(task: Task) -> loop.Decoding:
+            def denoise(task: Task, kv: Slots | None = None) -> loop.Decoding:
                 if task is large:
                     raise RuntimeError("of the host's memory")
-                yield from loop.denoise(task)
+                yield from loop.denoise(task, kv)
 
             monkeypatch.setattr(driver, "denoise", denoise)
         while large.error is None and not (large.path and large.path[-1].finished):

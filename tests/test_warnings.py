@@ -9,7 +9,8 @@ import torch
 from helpers import PARITY
 
 from spiffy.runtime import load_model
-from spiffy.runtime.models.attention import Group, KeyValues
+from spiffy.runtime.models.attention import Group
+from spiffy.runtime.models.slots import KeyValues
 
 
 @pytest.mark.parametrize("category", [UserWarning, FutureWarning, DeprecationWarning])

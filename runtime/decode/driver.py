@@ -14,6 +14,7 @@ from spiffy.runtime.decode.task import Task
 from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.device import synchronize
+from spiffy.runtime.models.lanes import Pool
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import is_of_one_decode, is_out_of_memory
 from spiffy.schemas.records import MAX_NODES
@@ -66,6 +67,8 @@ class Scheduler:
             )
         self.model, self.batch_size = model, batch_size
         self.forwards = self.halvings = 0
+        # Side by side, sequences attend together: on a CPU, which launches nothing, for nothing.
+        self._pool = Pool() if batch_size > 1 and model.device.type != "cpu" else None
         self._waiting: deque[Task] = deque()
         self._running: list[_Running] = []
         self._most_drafts, self._most_decodes = MAX_NODES, batch_size  # that fitted
@@ -150,6 +153,8 @@ class Scheduler:
         while (outputs := _forward(self.model, self._running)) is None:
             if failed := self._do_with_less():
                 return failed
+            if self._pool is not None:
+                self._pool.trim()
         self.forwards += 1
         self._remember_that_it_fitted()
         synchronize(self.model.device)  # the walk waits for the values anyway
@@ -185,7 +190,8 @@ class Scheduler:
         while self._waiting and len(self._running) < self._most_decodes:
             task = self._waiting.popleft()
             task.most_drafts = min(task.most_drafts, self._most_drafts)
-            decoding, started = denoise(task), perf_counter()
+            kv = None if self._pool is None else self._pool.open(task.canvas.length)
+            decoding, started = denoise(task, kv), perf_counter()
             try:
                 self._running.append((task, decoding, next(decoding)))
                 task.ready = perf_counter()

@@ -22,7 +22,7 @@ from spiffy.runtime.forward.cache import CACHES, Cache
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.forward.request import Reader, reads_on_host
-from spiffy.runtime.models.attention import Slots
+from spiffy.runtime.models.slots import Slots
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.runtime.step.noise import redraw
 from spiffy.runtime.step.own_policy import Step, own_choice

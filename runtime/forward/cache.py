@@ -18,8 +18,8 @@ from torch import Tensor
 from spiffy.runtime.forward.evaluation import Evaluation, Window
 from spiffy.runtime.forward.pack import Row, RowOutput, Segment, pack
 from spiffy.runtime.forward.request import Place, Reader
-from spiffy.runtime.models.attention import KeyValues, Slots
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.slots import KeyValues, Slots
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.schemas import CacheName, DecodingSettings
 

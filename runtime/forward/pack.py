@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiffy.runtime.forward.readout import Readout, RowRequest, merged, on_device, read_rows
-from spiffy.runtime.models.attention import Group, KeyValues, Slots
+from spiffy.runtime.models.attention import Group, attention_of
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.batch import Batch, Part, batched, batches
+from spiffy.runtime.models.lanes import Lane
 from spiffy.runtime.models.mask import Mask, aligned
+from spiffy.runtime.models.slots import KeyValues, Slots
 
 Ints = NDArray[np.int64]
 
@@ -141,28 +144,29 @@ def forward(
 
     `lengths` are those of the whole sequences, row by row, where RoPE depends on them.
     """
-    sizes = [len(row.ids) for row in rows]
-    runs = [_at_once(row, model) for row in rows]
-    masks = [row.mask for row in rows if row.mask is not None]
+    wholes: Sequence[int | None] = [None] * len(rows) if lengths is None else lengths
+    batches = _batches(model, rows)
+    order = [*chain.from_iterable(batches)]
+    order += sorted(set(range(len(rows))) - set(order))
+    apart = order[sum(map(len, batches)) :]
+    groups: list[Group | Batch] = [
+        *(batched([_part(rows[k], wholes[k]) for k in batch]) for batch in batches),
+        *_groups(model, [rows[k] for k in apart], [wholes[k] for k in apart]),
+    ]
+    ordered = [rows[k] for k in order]
     ids, positions, at, cross_pairs, *others = on_device(
         [
-            torch.cat([row.ids for row in rows]),
-            torch.cat([row.positions for row in rows]),
-            *merged([row.request for row in rows], sizes),
-            *(slots for slots in runs if slots is not None),
-            *(mask.query for mask in masks),
-            *(mask.key for mask in masks),
-            *(mask.allowed for mask in masks),
+            torch.cat([row.ids for row in ordered]),
+            torch.cat([row.positions for row in ordered]),
+            *merged([row.request for row in ordered], [len(row.ids) for row in ordered]),
+            *chain.from_iterable(group.tensors() for group in groups),
         ],
         model.device,
     )
     there = iter(others)
-    slots = [None if each is None else next(there) for each in runs]
-    parts = [list(islice(there, len(masks))) for _ in range(3)]
-    moved = map(Mask, *parts, [mask.keys for mask in masks])
-    seen = [None if row.mask is None else next(moved) for row in rows]
-    hidden = model.hidden_states(ids, positions, list(_groups(rows, slots, seen, lengths)))
-    return _outputs(model, rows, hidden, at, cross_pairs)
+    hidden = model.hidden_states(ids, positions, [group.with_tensors(there) for group in groups])
+    outputs = dict(zip(order, _outputs(model, ordered, hidden, at, cross_pairs), strict=True))
+    return [outputs[k] for k in range(len(rows))]
 
 
 def outputs_of(model: DiffusionLM, rows: Sequence[Row], hidden: Tensor) -> list[RowOutput]:
@@ -199,22 +203,32 @@ def _at_once(row: Row, model: DiffusionLM) -> Tensor | None:
     return torch.from_numpy(np.concatenate([np.arange(run.start, run.stop) for run in row.slots]))
 
 
-def _groups(
-    rows: Sequence[Row],
-    slots: Sequence[Tensor | None],
-    masks: Sequence[Mask | None],
-    lengths: Sequence[int] | None,
-) -> Iterator[Group]:
-    """Rows that attend to themselves alone, and are equally long, attend together.
+def _batches(model: DiffusionLM, rows: Sequence[Row]) -> list[list[int]]:
+    """Which rows attend together, in the order of their lanes; all others do for themselves."""
+    if len(rows) < 2 or attention_of(model.module.config) != "sdpa":
+        return []
+    own = [(k, row.kv, row) for k, row in enumerate(rows) if isinstance(row.kv, Lane)]
+    # They may change to other lanes, all of one size: the one that needs most comes first.
+    for _, lane, row in sorted(own, key=lambda each: each[1].length - each[2].kv_end):
+        lane.reserve(row.kv_end)
+    return batches([(k, lane, len(row.ids)) for k, lane, row in own])
 
-    `slots` and `masks` are the rows', on the device.
-    """
-    wholes: Sequence[int | None] = [None] * len(rows) if lengths is None else lengths
+
+def _part(row: Row, whole: int | None) -> Part:
+    assert isinstance(row.kv, Lane)  # as `_batches` chose it
+    return Part(row.kv, len(row.ids), row.slots, row.kv_end, row.mask, whole)
+
+
+def _groups(
+    model: DiffusionLM, rows: Sequence[Row], wholes: Sequence[int | None]
+) -> Iterator[Group]:
+    """Rows that attend to themselves alone, and are equally long, attend together."""
     alike: Group | None = None
-    for row, at, mask, whole in zip(rows, slots, masks, wholes, strict=True):
+    for row, whole in zip(rows, wholes, strict=True):
         assert row.kv is None or isinstance(row.kv, KeyValues)  # else an engine's rows
-        group = Group(1, len(row.ids), mask, row.kv, row.slots, row.kv_end, whole, at)
-        if alike is not None and mask is None and alike._replace(rows=1) == group:
+        at = _at_once(row, model)
+        group = Group(1, len(row.ids), row.mask, row.kv, row.slots, row.kv_end, whole, at)
+        if alike is not None and row.mask is None and alike._replace(rows=1) == group:
             alike = alike._replace(rows=alike.rows + 1)
             continue
         if alike is not None:

@@ -60,17 +60,15 @@ class Readout(NamedTuple):
 
 
 def on_device(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the host on a device, in one copy.
-
-    The widest dtype comes first: each tensor has to begin at a multiple of its numbers' size.
-    """
+    """Tensors of the host on a device, in one copy."""
     if device.type == "cpu":
         return list(parts)
-    flat = torch.cat([part.flatten().view(torch.uint8) for part in parts]).to(device)
-    pieces = torch.split(flat, [part.numel() * part.itemsize for part in parts])
-    return [
-        piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts, strict=True)
-    ]
+    # Each has to begin at a multiple of its numbers' size: the widest dtype comes first.
+    order = sorted(range(len(parts)), key=lambda k: -parts[k].itemsize)
+    flat = torch.cat([parts[k].flatten().view(torch.uint8) for k in order]).to(device)
+    pieces = torch.split(flat, [parts[k].numel() * parts[k].itemsize for k in order])
+    found = dict(zip(order, pieces, strict=True))
+    return [found[k].view(part.dtype).view(part.shape) for k, part in enumerate(parts)]
 
 
 def merged(requests: Sequence[RowRequest | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -22,94 +22,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spiffy.runtime.models.batch import Batch, BatchMask
 from spiffy.runtime.models.mask import Mask
+from spiffy.runtime.models.slots import KeyValues
 
 _NAME = "spiffy"  # of this module's attention, in transformers' register
-
-
-class KeyValues:
-    """Keys and values of one sequence, a slot for each position, for every layer.
-
-    There are slots for the sequence's positions, and behind them room for what drafts compute,
-    which grows to the next power of two where a forward needs more. One that did not fit into
-    memory is made again with fewer drafts: nothing grows for those that it had.
-
-    Parameters
-    ----------
-    length
-        Positions of the sequence.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self._buffers: dict[int, list[Tensor]] = {}  # of [1, heads, slots, head_dim]
-        self._slots = 0
-
-    def reserve(self, slots: int) -> None:
-        """Let the next forward have as many slots; what the sequence's own hold is kept."""
-        more = max(slots - self.length, 0)
-        self._slots = self.length + (1 << (more - 1).bit_length() if more else 0)
-
-    def put(
-        self,
-        layer: int,
-        fresh: Sequence[Tensor],
-        slots: Sequence[range],
-        kv_end: int,
-        at: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Put a row's keys and values into their slots, and show all before slot `kv_end`.
-
-        Parameters
-        ----------
-        fresh
-            Keys and values, [1, heads, query, head_dim] each.
-        slots
-            Where they go, run by run.
-        at
-            The same, int64 [query] on the device, if they go there at once and not run by run.
-        """
-        buffers = self._buffers.get(layer)
-        if buffers is None or buffers[0].shape[2] < kv_end:
-            buffers = [self._grown(k, part, buffers) for k, part in enumerate(fresh)]
-            self._buffers[layer] = buffers
-        for buffer, part in zip(buffers, fresh, strict=True):
-            if at is not None:
-                buffer.index_copy_(2, at.to(buffer.device), part)
-                continue
-            first = 0
-            for run in slots:
-                stop = first + len(run)
-                buffer[:, :, run.start : run.stop] = part[:, :, first:stop]
-                first = stop
-        keys, values = (buffer[:, :, :kv_end] for buffer in buffers)
-        return keys, values
-
-    def _grown(self, number: int, like: Tensor, before: list[Tensor] | None) -> Tensor:
-        _, heads, _, width = like.shape
-        buffer = like.new_empty(1, heads, self._slots, width)
-        if before is not None:
-            own = slice(min(self.length, before[number].shape[2]))
-            buffer[:, :, own] = before[number][:, :, own]
-        return buffer
-
-    @torch.inference_mode()
-    def move(self, run: range, to: int) -> None:
-        """Copy what a run of slots holds to one that starts at `to` and does not overlap it."""
-        for buffers in self._buffers.values():
-            for buffer in buffers:
-                buffer[:, :, to : to + len(run)] = buffer[:, :, run.start : run.stop]
-
-
-class Slots(Protocol):
-    """Where the keys and values of one sequence lie, slot by slot: `KeyValues`, or an engine's.
-
-    What a slot holds stays until something else is put or moved there (docs/engine.md).
-    """
-
-    def move(self, run: range, to: int) -> None:
-        """Copy what a run of slots holds to one that starts at `to` and does not overlap it."""
-        ...
 
 
 class Group(NamedTuple):
@@ -144,6 +61,31 @@ class Group(NamedTuple):
     whole: int | None = None
     at: Tensor | None = None
 
+    @property
+    def positions(self) -> int:
+        """How many there are, of all rows."""
+        return self.rows * self.length
+
+    @property
+    def wholes(self) -> tuple[tuple[int | None, int], ...]:
+        """See `Batch.wholes`; all rows are alike."""
+        return ((self.whole, self.positions),)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What has to be on the device."""
+        if self.at is not None:
+            yield self.at
+        if self.mask is not None:
+            yield from (self.mask.query, self.mask.key, self.mask.allowed)
+
+    def with_tensors(self, tensors: Iterator[Tensor]) -> Group:
+        """The same with the tensors that `tensors` has, on a device."""
+        at = None if self.at is None else next(tensors)
+        mask = self.mask
+        if mask is not None:
+            mask = Mask(next(tensors), next(tensors), next(tensors), mask.keys)
+        return self._replace(at=at, mask=mask)
+
 
 class Masked(Protocol):
     """A kernel for attention under a mask."""
@@ -162,14 +104,16 @@ class Masked(Protocol):
 class _Arrangement:
     """The groups of one forward, and the attention that computes each of them."""
 
-    def __init__(self, groups: Sequence[Group], attention: str, masked: Masked | None) -> None:
+    def __init__(
+        self, groups: Sequence[Group | Batch], attention: str, masked: Masked | None
+    ) -> None:
         self.groups = groups
         self.attention = attention
         self.masked = masked
         self.layers = 0  # that attended
         self._masks: dict[tuple[Any, ...], Any] = {}  # made once, for all layers
         for group in groups:
-            if group.kv is not None:
+            if isinstance(group, Group) and group.kv is not None:
                 group.kv.reserve(group.kv_end)
 
     def attend(
@@ -191,26 +135,52 @@ class _Arrangement:
         below = _below(query, shared)
         found, start = [], 0
         for which, group in enumerate(self.groups):
-            stop = start + group.rows * group.length
+            stop = start + group.positions
             own = [below, key, value]
             if start or stop < query.shape[2]:
                 own = [part[:, :, start:stop] for part in (key, value)]
                 own.insert(0, below[:, :, shared * start : shared * stop])
+            start = stop
+            if isinstance(group, Batch):
+                found.append(self._together(which, group, number, shared, own, options["scaling"]))
+                continue
             if group.kv is not None:
                 own[1:] = group.kv.put(number, own[1:], group.slots, group.kv_end, group.at)
             elif group.rows > 1:
                 own = [_apart(part, group.rows) for part in own]
-            out = self._attended(layer, which, shared, *own, **options)
-            found.append(out.flatten(0, 1))
-            start = stop
+            found.append(self._attended(layer, group, which, shared, *own, **options).flatten(0, 1))
         if padding := query.shape[2] - start:  # whose values nobody reads
-            found.append(out.new_zeros(padding, *out.shape[2:]))
+            found.append(found[-1].new_zeros(padding, *found[-1].shape[1:]))
         # All that was moved about is copied once, here.
         return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1, -2)[None]
+
+    def _together(
+        self,
+        which: int,
+        batch: Batch,
+        number: int,
+        shared: int,
+        own: Sequence[Tensor],
+        scaling: float,
+    ) -> Tensor:
+        """A batch's, [positions, ...]; the queries come as `_below` gives them."""
+        query = batch.queries(own[0], shared)
+        key, value = batch.put(number, own[1:])
+        mask = None
+        if batch.mask is not None:
+            made = (which, shared, query.device, query.dtype)
+            if made not in self._masks:
+                there = BatchMask(*(part.to(query.device) for part in batch.mask))
+                self._masks[made] = there.added(query.dtype, batch.kv_end, shared)
+            mask = self._masks[made]
+        return batch.outputs(
+            scaled_dot_product_attention(query, key, value, mask, scale=scaling), shared
+        )
 
     def _attended(
         self,
         layer: Any,
+        group: Group,
         which: int,
         shared: int,
         query: Tensor,
@@ -222,23 +192,23 @@ class _Arrangement:
         if self.attention != "sdpa":
             compute = _function(layer, self.attention)
             if self.attention == "eager":
-                mask = self._added(which, 1, query)
+                mask = self._added(group, which, 1, query)
             else:  # some take none for a causal one
-                mask = self._seen(which, query, key)
+                mask = self._seen(group, which, query, key)
             out, _ = compute(layer, query, key, value, mask, is_causal=False, **options)
             return out  # type: ignore[no-any-return]
-        if self.masked is not None and self.groups[which].mask is not None:
-            prepared = self._prepared(which, shared, query)
+        if self.masked is not None and group.mask is not None:
+            prepared = self._prepared(group, which, shared, query)
             out = self.masked(query, key, value, prepared, options["scaling"])
         else:
-            mask = self._added(which, shared, query)
+            mask = self._added(group, which, shared, query)
             out = scaled_dot_product_attention(query, key, value, mask, scale=options["scaling"])
         rows, heads, below, width = out.shape
         return out.view(rows, heads, below // shared, shared, width).permute(0, 2, 1, 3, 4)
 
-    def _prepared(self, which: int, shared: int, query: Tensor) -> Any:
+    def _prepared(self, group: Group, which: int, shared: int, query: Tensor) -> Any:
         """A group's mask as `masked` wants it, for [.., shared * length, keys]."""
-        mask = self.groups[which].mask
+        mask = group.mask
         assert self.masked is not None
         assert mask is not None
         made = (which, shared, "prepared")
@@ -246,11 +216,11 @@ class _Arrangement:
             self._masks[made] = self.masked.prepared(mask.to(query.device).repeated(shared))
         return self._masks[made]
 
-    def _seen(self, which: int, query: Tensor, key: Tensor) -> Tensor:
+    def _seen(self, group: Group, which: int, query: Tensor, key: Tensor) -> Tensor:
         """What a group attends to, bool [1, 1, length, keys]."""
         made = (which, query.device)
         if made not in self._masks:
-            mask = self.groups[which].mask
+            mask = group.mask
             if mask is None:
                 seen = query.new_ones((query.shape[2], key.shape[2]), dtype=torch.bool)
             else:
@@ -258,9 +228,9 @@ class _Arrangement:
             self._masks[made] = seen[None, None]
         return self._masks[made]  # type: ignore[no-any-return]
 
-    def _added(self, which: int, shared: int, query: Tensor) -> Tensor | None:
+    def _added(self, group: Group, which: int, shared: int, query: Tensor) -> Tensor | None:
         """A group's mask, to be added to scores [.., shared * length, keys]."""
-        mask = self.groups[which].mask
+        mask = group.mask
         if mask is None:
             return None
         made = (which, shared, query.device, query.dtype)
@@ -309,7 +279,9 @@ def attention_of(config: Any) -> str | None:
 
 
 @contextmanager
-def arranged(config: Any, groups: Sequence[Group], masked: Masked | None) -> Iterator[_Arrangement]:
+def arranged(
+    config: Any, groups: Sequence[Group | Batch], masked: Masked | None
+) -> Iterator[_Arrangement]:
     """Let the layers of a module (`config` is theirs) attend by groups, in this thread.
 
     For as long as this lasts the config names this module's attention; whoever else calls the

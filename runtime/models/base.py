@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spiffy.runtime.models.attention import Group, Masked, arranged, attention_of
+from spiffy.runtime.models.batch import Batch
 from spiffy.runtime.models.block_size import is_published, stated_block_size
 from spiffy.runtime.models.device import without_cudnn
 from spiffy.runtime.models.family import Family
@@ -273,7 +274,9 @@ class DiffusionLM:
         return family.block_size
 
     @torch.inference_mode()
-    def hidden_states(self, ids: Tensor, positions: Tensor, groups: Sequence[Group]) -> Tensor:
+    def hidden_states(
+        self, ids: Tensor, positions: Tensor, groups: Sequence[Group | Batch]
+    ) -> Tensor:
         """One forward of the transformer, without the output head.
 
         Parameters

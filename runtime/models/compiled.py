@@ -168,7 +168,7 @@ def _difference(model: DiffusionLM, captured: Captured) -> str | None:
 @torch.inference_mode()
 def _hidden(model: DiffusionLM, way: Callable[..., Any], groups: list[Group]) -> Tensor:
     """What a transformer gives for some tokens, in rows."""
-    positions = sum(group.rows * group.length for group in groups)
+    positions = sum(group.positions for group in groups)
     ids = torch.arange(positions, device=model.device) % model.vocab_size
     places = torch.arange(positions, device=model.device) % groups[0].length
     return model.replaced(compiled=Compiled(way)).hidden_states(ids, places, groups)

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
-from itertools import groupby
-from operator import attrgetter
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from spiffy.runtime.models.attention import Group
+from spiffy.runtime.models.batch import Batch
 
 _DYNAMIC = "dynamic"
 _REMEMBERED = 64  # lengths; the prompts of a batch, or of a set, have a few
@@ -86,11 +87,13 @@ def install(module: Any) -> None:
 
 
 @contextmanager
-def whole_lengths(groups: Sequence[Group]) -> Iterator[None]:
+def whole_lengths(groups: Sequence[Group | Batch]) -> Iterator[None]:
     """Say of sequences of which lengths the positions of a forward are parts."""
     found = [
-        (length, sum(group.rows * group.length for group in alike))
-        for length, alike in groupby(groups, attrgetter("whole"))
+        (length, sum(positions for _, positions in alike))
+        for length, alike in groupby(
+            chain.from_iterable(group.wholes for group in groups), itemgetter(0)
+        )
     ]
     before = _LENGTHS.set(None if any(length is None for length, _ in found) else found)
     try:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from spiffy.runtime.models.architecture import check_ids, checked_architecture
-from spiffy.runtime.models.attention import Group, KeyValues, attention_of
+from spiffy.runtime.models.attention import Group, attention_of
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.families import FAMILIES
 from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fields import refuse_windows, without_quantization
 from spiffy.runtime.models.identity import differences, fingerprint
 from spiffy.runtime.models.mask import Mask
+from spiffy.runtime.models.slots import KeyValues
 from spiffy.runtime.models.tokens import check_tokenizer, end_tokens, with_mask_token
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import said

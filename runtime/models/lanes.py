@@ -1,0 +1,206 @@
+"""Keys and values of sequences that share forwards, side by side, so that they attend together.
+
+Attention of one sequence after the other launches its kernels for each of them, in every layer. On
+an accelerator a forward of many sequences then waits for the host. So there each sequence has a
+lane of a common buffer, and those whose forwards are about as long attend in one call, queries
+filled up to those of the longest. Keys and values stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from spiffy.runtime.models.slots import KeyValues, put_away
+from spiffy.schemas.errors import is_out_of_memory
+
+_LEAST_SLOTS = 64  # of a lane
+_ROOMY = 1024  # slots up to which lanes come in powers of two; longer ones in quarters of these
+
+
+class Lanes:
+    """Buffers of every layer with lanes of equally many slots.
+
+    Parameters
+    ----------
+    slots
+        Of a lane.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._used: WeakValueDictionary[int, Lane] = WeakValueDictionary()
+        self._count = 0  # lanes that buffers need to have
+        self._buffers: dict[int, list[Tensor]] = {}  # of [lanes, slots, heads, head_dim]
+
+    def __len__(self) -> int:
+        """Number of lanes that are used."""
+        return len(self._used)
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that something was put into."""
+        return [*self._buffers]
+
+    @torch.inference_mode()
+    def take(self, lane: Lane) -> int:
+        """The lowest number that is free.
+
+        Its slots hold zeros: those that are not attended to count nothing only if they are finite,
+        and what was there before may not be.
+        """
+        number = next(k for k in range(len(self._used) + 1) if k not in self._used)
+        for buffer in chain.from_iterable(self._buffers.values()):
+            buffer[number : number + 1].zero_()
+        self._used[number] = lane
+        self._count = max(self._count, number + 1)
+        return number
+
+    def leave(self, number: int) -> None:
+        """Nobody uses it any more; a lane that is garbage has left by itself."""
+        del self._used[number]
+
+    def of(self, layer: int, like: Sequence[Tensor]) -> list[Tensor]:
+        """A layer's keys and values [lanes, slots, heads, head_dim], made or grown if need be.
+
+        `like` are some, [1, heads, query, head_dim].
+        """
+        before = self._buffers.get(layer)
+        if before is None or len(before[0]) < self._count:
+            lanes = 1 << (self._count - 1).bit_length()
+            grown = []
+            for k, part in enumerate(like):
+                buffer = part.new_zeros(lanes, self.slots, part.shape[1], part.shape[3])
+                if before is not None:
+                    buffer[: len(before[k])] = before[k]
+                grown.append(buffer)
+            self._buffers[layer] = grown
+        return self._buffers[layer]
+
+    def known(self, layer: int) -> list[Tensor]:
+        """A layer's keys and values, as they are."""
+        return self._buffers[layer]
+
+    @torch.inference_mode()
+    def trim(self) -> None:
+        """Give back the memory of lanes that nobody uses, as far as copying leaves any."""
+        lanes = [lane for _, lane in sorted(self._used.items())]
+        for to, lane in enumerate(lanes):
+            if to != lane.number:
+                for buffer in chain.from_iterable(self._buffers.values()):
+                    buffer[to] = buffer[lane.number]
+                lane.number = to
+        self._used = WeakValueDictionary(enumerate(lanes))
+        self._count = len(lanes)
+        if not lanes:
+            self._buffers.clear()
+        try:
+            for buffers in self._buffers.values():
+                for k, buffer in enumerate(buffers):
+                    if len(buffer) > len(lanes):
+                        buffers[k] = buffer[: len(lanes)].clone()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+
+
+class Lane(KeyValues):
+    """`KeyValues` of a sequence in a lane; it takes another one where its slots do not suffice."""
+
+    def __init__(self, pool: Pool, length: int) -> None:
+        super().__init__(length)
+        self.lanes = pool.lanes(length + pool.room)
+        self.number = self.lanes.take(self)
+        self._pool = pool
+
+    @torch.inference_mode()
+    def reserve(self, slots: int) -> None:
+        """See `KeyValues`. Nothing has changed if memory does not suffice.
+
+        As much room as others needed is reserved, too: so all come to the same size.
+        """
+        room = slots - self.length
+        slots = max(slots, self.length + self._pool.room)
+        if slots > self.lanes.slots:
+            before, number = self.lanes, self.number
+            lanes = self._pool.lanes(slots)
+            to = lanes.take(self)
+            try:
+                for layer in before.layers:
+                    own = [part for buffer in before.known(layer) for part in buffer[number:][:1]]
+                    if own:  # else nothing has been put there yet
+                        like = [part.transpose(0, 1)[None] for part in own]
+                        for buffer, part in zip(lanes.of(layer, like), own, strict=True):
+                            buffer[to, : self.length] = part[: self.length]
+            except BaseException:
+                lanes.leave(to)
+                raise
+            self.lanes, self.number = lanes, to
+            before.leave(number)
+        self._pool.room = max(self._pool.room, room)
+
+    def put(
+        self,
+        layer: int,
+        fresh: Sequence[Tensor],
+        slots: Sequence[range],
+        kv_end: int,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `KeyValues`."""
+        found = []
+        for buffer, part in zip(self.lanes.of(layer, fresh), fresh, strict=True):
+            own = buffer[self.number].transpose(0, 1)[None]
+            put_away(own, part, slots, at)
+            found.append(own[:, :, :kv_end])
+        keys, values = found
+        return keys, values
+
+    @torch.inference_mode()
+    def move(self, run: range, to: int) -> None:
+        """See `Slots`."""
+        for layer in self.lanes.layers:
+            for buffer in self.lanes.known(layer):
+                own = buffer[self.number]
+                own[to : to + len(run)] = own[run.start : run.stop]
+
+
+class Pool:
+    """Lanes of all sizes, for sequences that share forwards; for one thread.
+
+    Attributes
+    ----------
+    room
+        Slots behind a sequence that drafts needed so far: new ones have them from the first.
+    """
+
+    def __init__(self) -> None:
+        self.room = 0
+        self._lanes: dict[int, Lanes] = {}
+
+    def open(self, length: int) -> Lane:
+        """A lane for a sequence of so many positions."""
+        return Lane(self, length)
+
+    def lanes(self, slots: int) -> Lanes:
+        """Those with at least so many slots; forgets others that nobody uses."""
+        size = roomy(slots)
+        self._lanes = {s: lanes for s, lanes in self._lanes.items() if len(lanes) or s == size}
+        return self._lanes.setdefault(size, Lanes(size))
+
+    def trim(self) -> None:
+        """Give back the memory that nobody uses: it is short."""
+        self.room = 0
+        for lanes in self._lanes.values():
+            lanes.trim()
+
+
+def roomy(slots: int) -> int:
+    """A size of lanes for so many slots, such that sequences of like length have the same one."""
+    power = max(1 << (slots - 1).bit_length(), _LEAST_SLOTS)
+    step = power if power <= _ROOMY else power // 8
+    return -(-slots // step) * step
