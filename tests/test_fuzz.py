@@ -52,23 +52,23 @@ def test_the_valid_artifact_drafts_by_its_acceptance_model() -> None:
 
 def test_mutated_artifacts_are_accepted_as_graphs_or_refused_in_one_line(tmp_path: Path) -> None:
     path, counts = tmp_path / "graph.json", Counter[str]()
-    for seed in range(2000):
+    for seed in range(1000):
         kind, raw = fuzz.case(seed, STORED)
         path.unlink(missing_ok=True)  # a file system may take long to empty a file
         path.write_bytes(raw)
         found, _ = fuzz.verdict(path)
         assert found in ("accepted", "refused"), f"seed {seed} ({kind})"
         counts[found] += 1
-    assert min(counts["accepted"], counts["refused"]) > 300  # the cases are neither all dull
+    assert min(counts["accepted"], counts["refused"]) > 150  # the cases are neither all dull
 
 
 def test_every_field_survives_hostile_values(tmp_path: Path) -> None:
-    """Each place of the artifact with a sixth of the values, as its only fault."""
+    """Each place of the artifact with a twelfth of the values, as its only fault."""
     path = tmp_path / "graph.json"
     whole = json.loads(STORED)
     del whole["digest"]
     for number in range(len(fuzz.places(whole))):
-        for value in fuzz.HOSTILE[number % 6 :: 6]:
+        for value in fuzz.HOSTILE[number % 12 :: 12]:
             content = json.loads(json.dumps(whole))
             holder, key = fuzz.places(content)[number]
             holder[key] = value

@@ -29,11 +29,11 @@ def place() -> Iterator[Path]:
 def test_mutated_checkpoints_are_refused_or_computed_as_they_say(place: Path) -> None:
     """A few of `studies/fuzz_checkpoints.py`."""
     counts = Counter[str]()
-    for seed in range(100):
+    for seed in range(60):
         kind, found, _ = fuzz.judge(seed, place)
         assert found in ("loaded", "refused"), f"seed {seed} ({kind})"
         counts[found] += 1
-    assert min(counts["loaded"], counts["refused"]) > 20
+    assert min(counts["loaded"], counts["refused"]) > 12
 
 
 def altered(folder: Path, source: str, **entries: Any) -> Path:
