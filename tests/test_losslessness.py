@@ -98,15 +98,20 @@ EDITING: dict[str, dict[str, Any]] = {
     "joint-sure": {"policy": "joint", "threshold": 0.5, "edit_threshold": 1.0},
 }
 TEMPERATURES = (0.0, 0.6, 1.0)
+# Where there are few policies, for time's sake: what a step commits does not ask which cache its
+# logits came from, nor (sdar-block has all policies) what a forward stores beside them.
+FEW: dict[str, tuple[str, ...]] = {
+    "llada-prefix": ("static-1", "threshold"),
+    "dream-prefix": ("static-1", "threshold"),
+    "sdar-plain-edges": ("static-1", "uneven", "threshold", "entropy-bounded"),
+}
 COMBINATIONS = [
     pytest.param(layout, policy, id=f"{layout}-{policy}")
     for layout, policies in [
-        *((layout, tuple(POLICIES)) for layout in LAYOUTS),
+        *((layout, FEW.get(layout, tuple(POLICIES))) for layout in LAYOUTS),
         *((layout, policies) for layout, (_, _, policies) in SPECIAL.items()),
     ]
     for policy in policies
-    # For time's sake: what a step commits does not ask which cache its logits came from.
-    if "prefix" not in layout or policy in ("static-1", "threshold")
 ]
 # At one temperature where there are many policies, so that every layout, and every policy, meets
 # all of them; at each of them where there are few.
