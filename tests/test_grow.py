@@ -6,14 +6,14 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from helpers import decode, parity_model, random_prompt, states
+from helpers import chain_graph, decode, parity_model, random_prompt, states
 
 from spiffy.bench.grow import SHAPES, Shape, blank, grow, grow_graph, shape_named
-from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
 from spiffy.runtime.draft import Selection, graph_drafter
-from spiffy.schemas import CacheName, DraftGraph, PolicyName, SpiffyError
+from spiffy.runtime.draft.acceptance import POSITION_FEATURES, TOKEN_FEATURES
+from spiffy.schemas import AcceptanceModel, CacheName, DraftGraph, PolicyName, SpiffyError
 
 NAMES = ("tiny-llada", "tiny-dream", "tiny-sdar")
 # Every size larger, heads grouped and twice as wide, a head count that is no power of two.
@@ -44,12 +44,16 @@ def wide(name: str) -> DiffusionLM:
 
 @cache
 def graph(name: str, kind: CacheName, policy: PolicyName) -> DraftGraph:
-    model = small(name)
-    prompts = load_prompts("synthetic", 6)
-    settings = decoding_settings(model, gen_length=GEN_LENGTH, cache=kind, policy=policy)
-    return build_graph(
-        model, prompts, settings, record(model, prepare(model, prompts, settings)), 16
+    """No calibration: all that an acceptance model may ask of the model counts a little."""
+    found = chain_graph(name, cache=kind, policy=policy, gen_length=GEN_LENGTH)
+    position = dict.fromkeys(POSITION_FEATURES, 0.02) | {"logit": 1.0, "nearness": 1.0}
+    acceptance = AcceptanceModel(
+        position=position,
+        commit=position | {"spread": 0.5} if policy == "threshold" else None,
+        token=dict.fromkeys(TOKEN_FEATURES, 0.02) | {"log_p": 1.0},
+        bigrams=tuple((token, token + 1, 3) for token in range(100)),
     )
+    return found.model_copy(update={"acceptance": acceptance})
 
 
 @pytest.mark.parametrize("shape", [WIDE, UNTIED, NARROW], ids=lambda shape: shape.name)
