@@ -215,63 +215,19 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
     TraceFile(path).close()
 
 
-_CHILDREN = """
-import os, socket, sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-from dataclasses import replace
-from pathlib import Path
-import kill, spiffy.calib.workdir
-from spiffy.calib.ranks import Ranks
-from spiffy.cli import calibrate
-# it times forwards for seconds
-sys.modules["spiffy.runtime.budget.predict"].auto_profile = lambda *_: None
-folder = Path(sys.argv[2])
-log = folder / "log"
-plain = folder / "plain.json"
-
-def launch(rank, job):
-    child = os.fork()
-    if child == 0:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        job()
-    return child
-
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-"""
-
-
-_PLAINLY = """
-assert kill.run(plain, None, log)[0] == 0, log.read_text()
-"""
-
-
-def children(script: str, folder: Path) -> None:
-    """Run a script that forks many runs from one process that has imported everything."""
-    studies = Path(__file__).parent.parent / "studies"
-    command = [sys.executable, "-c", _CHILDREN + script, str(studies), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What went wrong in each part of `forked_runs.py`; "" for nothing."""
+    command = [sys.executable, "forked_runs.py", str(tmp_path_factory.mktemp("forked"))]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
-def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(wrong: dict[str, str]) -> None:
     """A small version of studies/kill.py: in a record, in a sync, before each of both renames."""
-    script = """
-for number in (1, 4, 13, 15):
-    out, work = folder / f"{number}.json", folder / f"{number}"
-    assert kill.run(out, work, log, operation=number)[0] == -9, number
-    assert out.exists() == (number == 15)
-    if out.exists():  # all but what is measured of it
-        graph = kill.DraftGraph.load(out)
-        assert not graph.measured_steps
-        assert graph.digest() == kill.DraftGraph.load(plain).digest()
-    assert kill.run(out, work, log)[0] == 0, log.read_text()
-    assert out.read_bytes() == plain.read_bytes(), number
-"""
-    children(_PLAINLY + script, tmp_path)
+    assert wrong["killed"] == ""
 
 
 def test_the_artifact_is_the_same_with_a_work_directory_and_when_it_goes_on(
@@ -660,48 +616,12 @@ def test_directories_of_other_settings_are_not_joined(tmp_path: Path) -> None:
     assert isinstance(manifest, Manifest)
 
 
-def test_two_ranks_write_what_one_writes(tmp_path: Path) -> None:
-    script = """
-port()
-logs = [folder / f"log-{rank}" for rank in range(2)]
-out, work = folder / "two.json", folder / "work"
-jobs = [launch(rank, lambda: kill._command(out, work, logs[rank])) for rank in range(2)]
-assert [os.waitpid(job, 0)[1] for job in jobs] == [0, 0], [log.read_text() for log in logs]
-assert out.read_bytes() == plain.read_bytes()
-assert sorted(path.name for path in work.glob("traces*")) == ["traces-0000.bin", "traces-0001.bin"]
-assert all(path.stat().st_size for path in work.glob("traces*"))
-assert "wrote" in logs[0].read_text()
-assert logs[1].read_text() == ""
-# One process goes on with what two have begun.
-(work / "traces-0001.bin").unlink()
-assert kill.run(folder / "again.json", work, log)[0] == 0, log.read_text()
-assert "recorded already" in log.read_text()
-assert (folder / "again.json").read_bytes() == plain.read_bytes()
-"""
-    children(_PLAINLY + script, tmp_path)
+def test_two_ranks_write_what_one_writes(wrong: dict[str, str]) -> None:
+    assert wrong["two_ranks"] == ""
 
 
-def test_a_dead_rank_is_named(tmp_path: Path) -> None:
-    script = """
-port()
-def wait():
-    ranks = Ranks.from_environment()
-    ranks.join()
-    ranks.wait()  # both are there
-    if ranks.rank == 1:
-        os.kill(os.getpid(), 9)
-    with log.open("w") as file:
-        try:
-            ranks.wait()
-        except calibrate.SpiffyError as error:
-            print(error, file=file)
-    os._exit(0)
-for job in [launch(rank, wait) for rank in range(2)]:
-    os.waitpid(job, 0)
-text = log.read_text()
-assert text.startswith("rank 0: rank 1 has ended; what is recorded is safe"), text
-"""
-    children(script, tmp_path)
+def test_a_dead_rank_is_named(wrong: dict[str, str]) -> None:
+    assert wrong["dead_rank"] == ""
 
 
 def test_ranks_without_a_work_directory_are_refused(
