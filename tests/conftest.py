@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 # The models are tiny: a second thread costs more than it gives, above all on a busy machine. Before
@@ -23,6 +24,30 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],  # so is the machine, at times
 )
 settings.load_profile("spiffy")
+
+#: Files that take longest, the longest first.
+LONGEST = (
+    *("test_tiny", "test_losslessness", "test_cli", "test_workdir", "test_families", "test_serve"),
+    *("test_fuzz", "test_report", "test_ray", "test_device", "test_exact_law", "test_bench"),
+    *("test_lm_eval", "test_fuzz_checkpoints", "test_acceptance", "test_grow", "test_trial"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist's, which would go by numbers of tests
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers the longest files begin first: none is waited for at the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    tests = Counter(item.path.stem for item in items)
+
+    def place(item: pytest.Item) -> tuple[int, int, str]:
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST), -tests[name], name
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")
