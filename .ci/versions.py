@@ -17,6 +17,10 @@ import sys
 import tempfile
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +30,8 @@ WITH_TORCH = ("torch", "accelerate", "peft")
 
 # What a dependency could break: the official outputs, loading, losslessness, the commands.
 LOSSLESS = "tests/test_losslessness.py::test_"
+LOAD = "tests/test_load.py::test_"
+LIMITS = "tests/test_serve_limits.py::test_"
 CLI = "tests/test_cli.py::test_"
 DOOR = "tests/test_transformers_door.py::test_"
 HUB = "tests/test_hub.py::test_"
@@ -48,9 +54,30 @@ LOOPS = (
     "llada21-a-joint_L8",
     "fastdllm2-a-L32_s8_thr",
 )
+# What huggingface_hub, safetensors, tokenizers, transformers and accelerate have to do with loading.
+LOADING = (
+    "a_hub_id_without_network_is_refused",
+    "a_cached_config_without_weights_is_refused",
+    "a_cached_model_loads_without_network",
+    "all_files_are_of_the_commit_that_the_hub_names",
+    "a_missing_parameter_is_named",
+    "an_unexpected_parameter_is_named",
+    "a_parameter_of_another_shape_is_refused",
+    "a_truncated_weight_file_is_refused",
+    "a_sharded_checkpoint_equals_the_single_file",
+    "a_broken_index_of_shards_is_refused",
+    "a_loaded_model_does_not_depend_on_its_file",
+    "bfloat16_gives_float32_logits_near_those_of_float32",
+    "a_tied_checkpoint_uses_its_embeddings_as_output_head",
+    "eos_tokens_are_those_of_both_configs",
+    "without_a_mask_token_in_the_config_it_is_the_tokenizers",
+    "a_device_map_places_layers_and_changes_no_logits",
+    "a_device_map_that_names_no_device_is_refused",
+    "special_tokens_spelled_in_a_prompt_stay_text",
+)
 FAST = (
     "tests/test_warnings.py",
-    "tests/test_load.py",
+    *(f"{LOAD}{name}" for name in LOADING),
     "tests/test_compiled_drafts.py",
     "tests/test_parity.py::test_logits_equal_the_official_models",
     *(f"tests/test_parity.py::test_trajectory_equals_the_official_loop[{loop}]" for loop in LOOPS),
@@ -58,17 +85,26 @@ FAST = (
         f"{LOSSLESS}any_drafts_leave_every_state_as_it_was[{case}]"
         for case in ("llada-dual-threshold", "dream-none-uneven", "sdar-block-entropy-bounded")
     ),
-    f"{LOSSLESS}batched_decoding_equals_one_by_one",
+    *(
+        f"{LOSSLESS}batched_decoding_equals_one_by_one[{case}]"
+        for case in ("llada-dual-0.0", "dream-none-1.0", "sdar-block-1.0")
+    ),
     f"{CLI}verify_compares_with_plain_decoding",
     f"{CLI}json_has_one_object_per_prompt",
     f"{CLI}graph_commands_describe_an_artifact",
     f"{CLI}help_and_version",
     "tests/test_wrap.py::test_what_transformers_loads_is_what_our_loader_gives",
-    "tests/test_wrap.py::test_attention_that_does_not_keep_to_the_mask_is_refused",
+    *(
+        f"tests/test_wrap.py::test_attention_that_does_not_keep_to_the_mask_is_refused[{case}]"
+        for case in ("llada-a-_causal", "dream-a-_ignoring", "sdar-a-_causal", "llada2-a-_forgetful")
+    ),
     "tests/test_adapters.py::test_drafts_leave_an_adapted_models_tokens_as_they_are",
     "tests/test_quantize.py::test_drafts_leave_a_quantized_models_tokens_as_they_are",
-    "tests/test_prepack.py::test_drafts_leave_its_tokens_as_they_are",
-    f"{CLI}bad_decode_input_is_one_line",
+    *(
+        f"tests/test_prepack.py::test_drafts_leave_its_tokens_as_they_are[{case}-float32]"
+        for case in ("llada-a-none", "dream-a-dual", "sdar-a-block")
+    ),
+    f"{CLI}bad_decode_input_is_one_line[budget -1]",
     f"{DOOR}rows_of_a_padded_batch_are_what_generate_gives",
     f"{DOOR}a_streamer_gets_the_prompt_and_then_block_by_block",
     f"{DOOR}stopping_criteria_end_an_answer_where_they_would_token_by_token",
@@ -79,7 +115,8 @@ FAST = (
     f"{SERVE}a_stream_comes_block_by_block",
     f"{SERVE}a_head_that_does_not_come_closes_the_connection",
     f"{SERVE}the_command_serves_and_drains_when_asked_to_stop",
-    "tests/test_serve_limits.py",
+    f"{LIMITS}the_first_wrong_item_is_enough",
+    f"{LIMITS}who_went_is_not_encoded_for",
 )
 SHOW = """
 import sys
@@ -128,37 +165,54 @@ def run(command: list[str], **variables: str) -> int:
     ).returncode
 
 
-def try_versions(which: str, with_torch: bool) -> int:
-    """Install, test, say what was tried and how long it took; nonzero if anything failed."""
+@dataclass(frozen=True)
+class Installed:
+    """Versions in a folder of their own: by which Python, and how, they are imported."""
+
+    name: str
+    python: str
+    variables: dict[str, str]
+    failed: int
+    seconds: float
+
+
+def installed(which: str, folder: str, with_torch: bool) -> Installed:
+    """Install them into an empty folder."""
     pip = ["-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
-    # Not in the checkout: hypothesis reads the source of all that is imported from there.
-    with tempfile.TemporaryDirectory(prefix=f"{which}-") as folder:
-        began = time.monotonic()
-        python, variables = sys.executable, {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
-        variables["NUMBA_CACHE_DIR"] = folder  # what another numba compiled is not to be replaced
-        wanted = requirements(which, with_torch)
-        if with_torch:
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            python, variables["PYTHONPATH"] = f"{folder}/bin/python", ""
-            failed = install([python, *pip, *wanted, *TEST_TOOLS])
-            failed = failed or install([python, *pip, "--no-deps", "-e", "."])
-        else:
-            failed = install([python, *pip, "--target", folder, *wanted])
-        installed = time.monotonic()
-        if failed:
-            print(f"{which}: cannot be installed", flush=True)
-            return failed
-        print(f"{which}: ", end="", flush=True)
-        run([python, "-c", SHOW, *sorted(bounds())], **variables)
-        # Once, and not by every worker at the same time.
-        run([python, "-W", "ignore", "-c", COMPILE], **variables)
-        test = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
-        failed = run([*test, "-p", "no:cacheprovider", *FAST], **variables)
-        print(
-            f"{which}{' with torch' if with_torch else ''}: {'FAILED' if failed else 'passed'}; "
-            f"{installed - began:.0f} s to install, {time.monotonic() - installed:.0f} s to test",
-            flush=True,
-        )
+    began = time.monotonic()
+    python, variables = sys.executable, {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+    variables["NUMBA_CACHE_DIR"] = folder  # what another numba compiled is not to be replaced
+    variables["SPIFFY_EXAMPLES"] = "20"  # of a test: a dependency breaks the first one
+    wanted = requirements(which, with_torch)
+    if with_torch:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        python, variables["PYTHONPATH"] = f"{folder}/bin/python", ""
+        failed = install([python, *pip, *wanted, *TEST_TOOLS])
+        failed = failed or install([python, *pip, "--no-deps", "-e", "."])
+    else:
+        failed = install([python, *pip, "--target", folder, *wanted])
+    name = f"{which} with torch" if with_torch else which
+    return Installed(name, python, variables, failed, time.monotonic() - began)
+
+
+def tested(found: Installed) -> int:
+    """Test, say what was tried and how long it took; nonzero if anything failed."""
+    name, python, variables = found.name, found.python, found.variables
+    if found.failed:
+        print(f"{name}: cannot be installed", flush=True)
+        return found.failed
+    began = time.monotonic()
+    print(f"{name}: ", end="", flush=True)
+    run([python, "-c", SHOW, *sorted(bounds())], **variables)
+    # Once, and not by every worker at the same time.
+    run([python, "-W", "ignore", "-c", COMPILE], **variables)
+    test = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
+    failed = run([*test, "-p", "no:cacheprovider", *FAST], **variables)
+    print(
+        f"{name}: {'FAILED' if failed else 'passed'}; {found.seconds:.0f} s to install, "
+        f"{time.monotonic() - began:.0f} s to test",
+        flush=True,
+    )
     return failed
 
 
@@ -168,7 +222,15 @@ def main() -> int:
     parser.add_argument("which", nargs="+", choices=("oldest", "newest"))
     parser.add_argument("--with-torch", action="store_true", help="torch as well: gigabytes")
     args = parser.parse_args()
-    return max(try_versions(which, args.with_torch) for which in args.which)
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        # Not in the checkout: hypothesis reads the source of all that is imported from there.
+        folders = [
+            stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{which}-"))
+            for which in args.which
+        ]
+        # Side by side: pip waits for the network and the disk most of the time.
+        ready = pool.map(partial(installed, with_torch=args.with_torch), args.which, folders)
+        return max([tested(found) for found in ready])
 
 
 if __name__ == "__main__":

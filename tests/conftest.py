@@ -18,6 +18,7 @@ __all__ = ["browser"]
 
 settings.register_profile(
     "spiffy",
+    max_examples=int(os.environ.get("SPIFFY_EXAMPLES", "100")),  # unless a test says how many
     deadline=None,
     derandomize=True,
     print_blob=True,
