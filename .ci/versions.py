@@ -54,7 +54,7 @@ LOOPS = (
     "llada21-a-joint_L8",
     "fastdllm2-a-L32_s8_thr",
 )
-# What huggingface_hub, safetensors, tokenizers, transformers and accelerate have to do with loading.
+# What loading has to do with huggingface_hub, safetensors, tokenizers, transformers, accelerate.
 LOADING = (
     "a_hub_id_without_network_is_refused",
     "a_cached_config_without_weights_is_refused",
@@ -96,7 +96,12 @@ FAST = (
     "tests/test_wrap.py::test_what_transformers_loads_is_what_our_loader_gives",
     *(
         f"tests/test_wrap.py::test_attention_that_does_not_keep_to_the_mask_is_refused[{case}]"
-        for case in ("llada-a-_causal", "dream-a-_ignoring", "sdar-a-_causal", "llada2-a-_forgetful")
+        for case in (
+            "llada-a-_causal",
+            "dream-a-_ignoring",
+            "sdar-a-_causal",
+            "llada2-a-_forgetful",
+        )
     ),
     "tests/test_adapters.py::test_drafts_leave_an_adapted_models_tokens_as_they_are",
     "tests/test_quantize.py::test_drafts_leave_a_quantized_models_tokens_as_they_are",

@@ -112,7 +112,7 @@ def drafts_of(model: DiffusionLM, drafts: int) -> Drafter | None:
 
 def in_mid_block(counted: Counted, tasks: Sequence[Task]) -> Launched:
     """A forward that sequences share, after some that began their blocks."""
-    pool = Pool()
+    pool = Pool(len(tasks))
     lanes = [pool.open(task.canvas.length) if len(tasks) > 1 else None for task in tasks]
     decodings = [loop.denoise(task, kv) for task, kv in zip(tasks, lanes, strict=True)]
     rows = [next(decoding) for decoding in decodings]

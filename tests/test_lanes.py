@@ -52,7 +52,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 def pooled(model: DiffusionLM, batch_size: int) -> Scheduler:
     """A scheduler as on an accelerator."""
     scheduler = Scheduler(model, batch_size)
-    scheduler._pool = Pool()
+    scheduler._pool = Pool(batch_size)
     return scheduler
 
 
@@ -131,7 +131,7 @@ def alone(model: DiffusionLM, rows: list[Row]) -> list[Tensor]:
 
 def test_lanes_between_those_of_a_batch_may_be_free(batches: list[Batch]) -> None:
     """But no more of them than others: what they compute is lost."""
-    model, pool = parity_model("dream-a", "float64"), Pool()
+    model, pool = parity_model("dream-a", "float64"), Pool(16)
     rows = rows_of(model, pool, [9, 12, 9, 14, 9, 9, 9, 9, 10])
     expected = alone(model, rows)
     numbers = [0, 1, 3, 4, 8]  # of those that take part: three lanes in a row have none
@@ -146,7 +146,7 @@ def test_lanes_between_those_of_a_batch_may_be_free(batches: list[Batch]) -> Non
 
 
 def test_rows_without_masks_and_of_equal_length_need_none(batches: list[Batch]) -> None:
-    model, pool = parity_model("sdar-a", "float64"), Pool()
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
     rows = rows_of(model, pool, [9, 9, 9])
     forward(model, rows)
     assert batches[-1].mask is batches[-1].taken is batches[-1].back is None
@@ -157,7 +157,7 @@ def test_rows_without_masks_and_of_equal_length_need_none(batches: list[Batch]) 
 def test_forwards_of_very_different_lengths_do_not_wait_for_each_other(
     batches: list[Batch],
 ) -> None:
-    model, pool = parity_model("sdar-a", "float64"), Pool()
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
     few, many = rows_of(model, pool, [40, 40], 4), rows_of(model, pool, [40, 40], 80)
     expected = alone(model, [*few, *many])
     found = forward(model, [few[0], many[0], few[1], many[1]])
@@ -169,7 +169,7 @@ def test_forwards_of_very_different_lengths_do_not_wait_for_each_other(
 def test_sequences_attend_apart_where_the_model_has_another_attention(
     batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, pool = parity_model("sdar-a", "float64"), Pool()
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
     rows = rows_of(model, pool, [9, 9])
     expected = alone(model, rows)
     monkeypatch.setattr(model.module.config, "_attn_implementation", "eager")
@@ -179,7 +179,7 @@ def test_sequences_attend_apart_where_the_model_has_another_attention(
 
 
 def test_a_lane_that_is_too_short_is_changed_for_another_with_all_that_it_holds() -> None:
-    model, pool = parity_model("sdar-a", "float64"), Pool()
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
     (row, other) = rows_of(model, pool, [60, 60])
     lane: Any = row.kv
     assert lane.lanes.slots == 64
@@ -199,7 +199,7 @@ def test_a_lane_that_is_too_short_is_changed_for_another_with_all_that_it_holds(
 
 def test_what_is_not_finite_stays_with_its_sequence() -> None:
     """Neither beside it nor in the lane that it leaves does it reach another one."""
-    model, pool = parity_model("sdar-a", "float64"), Pool()
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
     first, second, third = rows_of(model, pool, [20, 40, 30])
     expected = alone(model, [first, third])
     lane: Any = second.kv
@@ -221,7 +221,7 @@ def test_what_is_not_finite_stays_with_its_sequence() -> None:
 
 
 def test_a_lane_is_changed_before_anything_is_put_there() -> None:
-    model, pool = parity_model("sdar-a", "float64"), Pool()
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
     (row,) = rows_of(model, pool, [60])
     lanes = [pool.open(60) for _ in range(4)]
     for lane in lanes:
@@ -234,7 +234,7 @@ def test_a_lane_is_changed_before_anything_is_put_there() -> None:
 
 
 def test_a_lane_that_cannot_be_changed_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pool = parity_model("sdar-a", "float64"), Pool()
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
     (row,) = rows_of(model, pool, [60])
     lane: Any = row.kv
     lanes, number = lane.lanes, lane.number
@@ -254,11 +254,15 @@ def test_a_lane_that_cannot_be_changed_stays_as_it_is(monkeypatch: pytest.Monkey
 
 
 def test_memory_of_lanes_that_nobody_uses_comes_back() -> None:
-    model, pool = parity_model("sdar-a", "float64"), Pool()
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
     rows = rows_of(model, pool, [20, 21, 22, 23, 24])
     lanes: Any = rows[0].kv.lanes  # type: ignore[union-attr]
     expected = alone(model, rows)
     assert {len(buffer) for layer in lanes.layers for buffer in lanes.known(layer)} == {8}
+    few = Pool(5)
+    assert all(row.kv.lanes is lanes for row in rows)  # type: ignore[union-attr]
+    others: Any = rows_of(model, few, [20, 21, 22, 23, 24])[0].kv
+    assert {len(b) for layer in others.lanes.layers for b in others.lanes.known(layer)} == {5}
     kept = [rows[1], rows[4]]
     del rows
     pool.trim()

@@ -168,7 +168,7 @@ def test_nothing_grows_for_drafts_that_did_not_fit(monkeypatch: pytest.MonkeyPat
             forward(model, [behind(90)])
     forward(model, [behind(2)])
     made = {layer: buffers[0].shape[2] for layer, buffers in kv._buffers.items()}
-    assert made == {first: 6 + 128} | dict.fromkeys(others, 6 + 2)
+    assert made == {first: 6 + 128} | dict.fromkeys(others, 6 + 64)
     for layer, pair in zip(layers_of(model), before, strict=True):
         for a, b in zip(held_at(kv, layer, range(6)), pair, strict=True):
             assert torch.equal(a, b)
@@ -500,7 +500,7 @@ def test_no_forward_copies_what_is_stored(
     that an operation makes is as large as one layer's stored keys: one sequence's, or all
     those that attend together."""
     model = parity_model(checkpoint, "float64")
-    rows, caches_of, pool = [], [], Pool()
+    rows, caches_of, pool = [], [], Pool(3)
     for seed, length in enumerate(lengths):
         canvas = Canvas.plan(length, 8, 4, model.family.block_causal)
         cursor = canvas.start(random_prompt(model, length, seed), model.mask_token_id)

@@ -68,7 +68,7 @@ class Scheduler:
         self.model, self.batch_size = model, batch_size
         self.forwards = self.halvings = 0
         # Side by side, sequences attend together: on a CPU, which launches nothing, for nothing.
-        self._pool = Pool() if batch_size > 1 and model.device.type != "cpu" else None
+        self._pool = Pool(batch_size) if batch_size > 1 and model.device.type != "cpu" else None
         self._waiting: deque[Task] = deque()
         self._running: list[_Running] = []
         self._most_drafts, self._most_decodes = MAX_NODES, batch_size  # that fitted

@@ -29,10 +29,12 @@ class Lanes:
     ----------
     slots
         Of a lane.
+    most
+        Lanes that there will be at most.
     """
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: int, most: int) -> None:
+        self.slots, self.most = slots, most
         self._used: WeakValueDictionary[int, Lane] = WeakValueDictionary()
         self._count = 0  # lanes that buffers need to have
         self._buffers: dict[int, list[Tensor]] = {}  # of [lanes, slots, heads, head_dim]
@@ -71,7 +73,7 @@ class Lanes:
         """
         before = self._buffers.get(layer)
         if before is None or len(before[0]) < self._count:
-            lanes = 1 << (self._count - 1).bit_length()
+            lanes = min(1 << (self._count - 1).bit_length(), max(self.most, self._count))
             grown = []
             for k, part in enumerate(like):
                 buffer = part.new_zeros(lanes, self.slots, part.shape[1], part.shape[3])
@@ -172,13 +174,19 @@ class Lane(KeyValues):
 class Pool:
     """Lanes of all sizes, for sequences that share forwards; for one thread.
 
+    Parameters
+    ----------
+    most
+        So many sequences are there at most, at a time.
+
     Attributes
     ----------
     room
         Slots behind a sequence that drafts needed so far: new ones have them from the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.room = 0
         self._lanes: dict[int, Lanes] = {}
 
@@ -190,7 +198,7 @@ class Pool:
         """Those with at least so many slots; forgets others that nobody uses."""
         size = roomy(slots)
         self._lanes = {s: lanes for s, lanes in self._lanes.items() if len(lanes) or s == size}
-        return self._lanes.setdefault(size, Lanes(size))
+        return self._lanes.setdefault(size, Lanes(size, self.most))
 
     def trim(self) -> None:
         """Give back the memory that nobody uses: it is short."""

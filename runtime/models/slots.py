@@ -8,13 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_LEAST_ROOM = 64  # slots: what grows by less is copied more often than memory is worth
+
 
 class KeyValues:
     """Keys and values of one sequence, a slot for each position, for every layer.
 
     There are slots for the sequence's positions, and behind them room for what drafts compute,
-    which grows to the next power of two where a forward needs more. One that did not fit into
-    memory is made again with fewer drafts: nothing grows for those that it had.
+    which grows to the next power of two, or 64 slots, where a forward needs more. One that did not
+    fit into memory is made again with fewer drafts: nothing grows for those that it had.
 
     Parameters
     ----------
@@ -30,7 +32,8 @@ class KeyValues:
     def reserve(self, slots: int) -> None:
         """Let the next forward have as many slots; what the sequence's own hold is kept."""
         more = max(slots - self.length, 0)
-        self._slots = self.length + (1 << (more - 1).bit_length() if more else 0)
+        room = max(1 << (more - 1).bit_length(), _LEAST_ROOM) if more else 0
+        self._slots = self.length + room
 
     def put(
         self,
