@@ -81,10 +81,13 @@ def measure_steps(
                 )
             )
     if differing:
+        task = held_out[0][0]
+        why = f"by a near-tie of {_dtype(task)}"
+        if task.settings.own_policy:
+            why += f" (or policy {task.settings.policy} is no pure function)"
         note(
             f"{differing} of {decoded} decodes with drafts of held-out prompts differ from those "
-            f"recorded, by a near-tie of {_dtype(held_out[0][0])}: they are left out of what is "
-            "measured"
+            f"recorded, {why}: they are left out of what is measured"
         )
     curves = {
         way: tuple(sorted(points, key=lambda point: point.drafts))
@@ -130,19 +133,19 @@ def _differs(ours: Task, trace: Trace, drafts: str) -> bool:
     same = ours.path[-1].ids.tolist() == trace.path[-1].ids.tolist()
     if same or not ours.settings.exact:
         return False
+    if ours.model.dtype not in _EXACT:
+        return True
     if ours.settings.own_policy:
         raise SpiffyError(
             f"drafts changed a token of prompt {ours.sequence} ({drafts}): is policy "
             f"{ours.settings.policy} a pure function of what it is given (docs/extending.md)? If "
             "it is, record again with --batch-size 1 (and another --workdir)"
         )
-    if ours.model.dtype in _EXACT:
-        raise SpiffyError(
-            f"drafts changed a token of prompt {ours.sequence} ({drafts}): recorded in batches, "
-            "decoded alone, a floating-point tie can do that, so record again with --batch-size 1 "
-            "(and another --workdir); if it stays, please report it"
-        )
-    return True
+    raise SpiffyError(
+        f"drafts changed a token of prompt {ours.sequence} ({drafts}): recorded in batches, "
+        "decoded alone, a floating-point tie can do that, so record again with --batch-size 1 "
+        "(and another --workdir); if it stays, please report it"
+    )
 
 
 def _dtype(task: Task) -> str:

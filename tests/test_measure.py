@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_policies import FACTOR
 
 from spiffy.calib import measure
 from spiffy.calib.measure import decodes, measure_steps
@@ -132,6 +133,28 @@ def test_in_a_less_exact_dtype_such_a_decode_is_left_out(
     (point,) = (p for p in found.measured_steps["graph"] if p.drafts == 8)
     assert point.steps == pytest.approx(steps / (steps - accepted), abs=1e-6)
     assert point.replayed == pytest.approx(replayed(graph, traces, 8, others), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_policy_of_ones_own_is_blamed_only_where_no_tie_can_be(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A graphics card computes in bfloat16: a calibration of hours does not end by one tie."""
+    model, prompts = (
+        load_model("tiny-sdar", device="cpu", dtype=dtype),
+        load_prompts("synthetic", 4),
+    )
+    settings = decoding_settings(model, gen_length=16, policy=FACTOR)
+    tasks = prepare(model, prompts, settings)
+    traces = record(model, tasks)
+    graph = build_graph(model, prompts, settings, traces, 4)
+    wrong = Traces(traces.prompts[1:] + traces.prompts[:1], traces.nfe, traces.positions_computed)
+    if dtype == torch.float32:
+        with pytest.raises(SpiffyError, match=f"is policy {FACTOR} a pure function"):
+            measure_steps(graph, tasks, wrong)
+    else:
+        measure_steps(graph, tasks, wrong)
+        assert f"by a near-tie of bfloat16 (or policy {FACTOR} is no pure function)" in caplog.text
 
 
 def test_one_prompt_has_nothing_held_out_to_measure(calibrated: Calibrated) -> None:
