@@ -160,9 +160,13 @@ class _Trial:
         Raises
         ------
         SpiffyError
-            If it cannot be written to, or was made with other options.
+            If it cannot be written to, or was made with other options, or prompts to calibrate on
+            would be measured on.
         """
         path, model = self.folder / _OPTIONS, asdict(self.model)
+        begun = any(self.folder.glob("*/work"))
+        if not begun:
+            self._check_prompts()
         if Path(self.model.model).is_dir():  # the same name elsewhere is another one
             model["model"] = str(Path(self.model.model).resolve())
         decoding = asdict(self.decoding)
@@ -170,18 +174,33 @@ class _Trial:
         groups = model, asdict(self.prompts), decoding
         text = json.dumps([*groups, self.budgets], indent=1) + "\n"
         try:
-            for name in self.names:
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            begun = any(self.folder.glob("*/work"))
             if begun and path.exists() and path.read_bytes() != text.encode():
                 raise SpiffyError(
                     f"{self.folder} holds a trial with other options ({path}): give another --out, "
                     "or remove it"
                 )
+            for name in self.names:
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = f"--out {self.folder}: cannot be written to ({error.strerror})"
             raise SpiffyError(problem) from None
         write_atomically(path, text)
+
+    def _check_prompts(self) -> None:
+        """Draw what both commands will draw: the second refuses prompts that the first had."""
+        from spiffy.calib.prompts import load_prompts, prompt_digest
+
+        first = load_prompts(self.dataset, self.prompts.calibrate)
+        second = load_prompts(self.dataset, self.prompts.samples, split="test")
+        known = {*first.digests}
+        if shared := sum(prompt_digest(text) in known for text in second.texts):
+            every = load_prompts(self.dataset)
+            raise SpiffyError(
+                f"--dataset {self.dataset}: {shared} of the {len(second.texts)} prompts to measure "
+                f"on are among the {len(first.texts)} to calibrate on ({len(every.texts)} prompts "
+                f"are there, {len(every.digests)} of them different): give a smaller --calibrate "
+                "or --samples, or another --dataset"
+            )
 
     def calibrate(self, name: str, settings: Sequence[str]) -> None:
         """Calibrate for a policy."""

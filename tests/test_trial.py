@@ -1,6 +1,7 @@
 """`spiffy-try`: calibrates and measures, for the policy that a model is served with and static."""
 
 import importlib
+import json
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import PARITY, Call, chain_graph
 
+from spiffy.calib import prompts
 from spiffy.cli import trial
 from spiffy.schemas import DraftGraph
 from spiffy.schemas.bench import Bench
@@ -100,6 +102,8 @@ def test_settings_are_those_that_a_family_is_served_with(
     """As docs/settings.md has them; interrupted, it goes on with what was not done."""
     run: list[tuple[str, ...]] = []
     codes = iter((130, 2))
+    load = prompts.load_prompts  # the hub's are not at hand
+    monkeypatch.setattr(prompts, "load_prompts", lambda _, *n, **by: load("synthetic", *n, **by))
 
     def ended(*command: str) -> int:
         run.append(command)
@@ -151,6 +155,40 @@ def test_both_policies_are_measured_with_what_their_graphs_have(
         assert f"--graph {tmp_path / name / 'graph.json'}" in bench
         assert "--budgets 3 --methods plain,chain,graph,auto,perfect" in bench
     assert "--policy static" in run[2]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "shared"),
+    [
+        ([f"What is {k}?" for k in range(7)], ("--calibrate", 6, "--samples", 2), 1),
+        (["What?"] * 20, ("--calibrate", 4, "--samples", 3), 3),
+    ],
+)
+def test_prompts_that_both_commands_would_use_are_refused_before_hours_of_calibration(
+    texts: list[str],
+    options: tuple[object, ...],
+    shared: int,
+    call: Call,
+    run_here: list[list[str]],
+    tmp_path: Path,
+) -> None:
+    """Too few for both, or one text many times: the benchmark would refuse them in the end."""
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    asked = ("trial", "--model", "tiny-sdar", "--dataset", file, "--out", tmp_path / "new")
+    code, _, said = call(*asked, *options)
+    assert (code, run_here) == (2, [])
+    assert f"{shared} of the {options[-1]} prompts to measure on are among" in said
+    assert "give a smaller --calibrate" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_refused_trial_makes_no_folder(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "static" / "work").mkdir(parents=True)
+    (tmp_path / "options.json").write_text("others\n")
+    code, _, said = call("trial", "--model", "tiny-sdar", "--out", tmp_path)
+    assert (code, "other options" in said) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["options.json", "static"]
 
 
 def test_a_policy_of_ones_own_is_named_to_both_commands(
