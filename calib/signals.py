@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
+
+_ONE_STOP_SECONDS = 1.0  # SIGTERM that comes twice within them was sent once
 
 
 @contextmanager
@@ -21,15 +24,21 @@ def on_stop(handler: Callable[[int, Any], object]) -> Iterator[None]:
 
 @contextmanager
 def until_interrupted(tell: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Turn the first of them into a request to stop; a second one stops at once."""
-    asked = False
+    """Turn the first of them into a request to stop; a second one stops at once.
 
-    def ask(*_: object) -> None:
+    Who sends SIGTERM at a time limit sends it to a process and then to its whole group, and a
+    parent may pass it on: one right after another is the same request.
+    """
+    asked: float | None = None
+
+    def ask(number: int, _: object) -> None:
         nonlocal asked
-        if asked:
+        if asked is not None:
+            if number == signal.SIGTERM and monotonic() - asked < _ONE_STOP_SECONDS:
+                return
             raise KeyboardInterrupt
-        asked = True
+        asked = monotonic()
         tell("finishing the prompts in hand; Ctrl-C again stops at once")
 
     with on_stop(ask):
-        yield lambda: asked
+        yield lambda: asked is not None

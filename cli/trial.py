@@ -124,6 +124,10 @@ class _Decoding:
             if word not in ("served", "static") and not is_own_policy(word):
                 problem = f"{word!r} is not served, static or module:object"
                 raise SpiffyError(f"--policies {self.policies}: {problem}")
+            if is_own_policy(word):
+                from spiffy.runtime.step.own_policy import import_policy
+
+                import_policy(word)
         for name in ("gen_length", "block_length", "cache"):
             if (value := getattr(self, name)) is not None:
                 check_setting(name, value)
@@ -259,13 +263,16 @@ class _Trial:
             log.print(f"done before: {command}", soft_wrap=True)
             return
         log.print(f"$ {command}", soft_wrap=True)
-        code = run_apart(*words)
-        if code == INTERRUPTED:
+        code, told = run_apart(*words)
+        if ended := code == 0 or (code == 1 and differs()):
+            done.touch()
+        if told or code == INTERRUPTED:
             log.print("interrupted: the same command goes on from here")
             raise typer.Exit(INTERRUPTED)
-        if code != 0 and not (code == 1 and differs()):
+        if code < 0:
+            raise SpiffyError(f"{words[0]} was ended by {_signal(-code)}")
+        if not ended:
             raise SpiffyError(f"{words[0]} ended with exit code {code}, for the reason above")
-        done.touch()
 
     def bench(self, name: str) -> Bench:
         """What was measured for a policy."""
@@ -291,21 +298,37 @@ def _written(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def run_apart(command: str, *words: str) -> int:
-    """Exit code of a command in a process of its own: the next one finds all memory free.
+def _signal(number: int) -> str:
+    """What a signal is called."""
+    if number == signal.SIGKILL:
+        return "SIGKILL, which nothing here sends: the system does where memory is short"
+    found = {each.value: each.name for each in signal.Signals}
+    return found.get(number, f"signal {number}")
+
+
+def run_apart(command: str, *words: str) -> tuple[int, bool]:
+    """Run a command in a process of its own: the next one finds all memory free.
 
     It is waited for however it is interrupted: it finishes what is in hand. A terminal's Ctrl-C
-    reaches it too; SIGTERM is passed on.
+    reaches it too; SIGTERM is passed on. Returns its exit code, and whether this process was told
+    to stop meanwhile.
     """
     module = f"spiffy.cli.{command.removeprefix('spiffy-')}"
-    with subprocess.Popen([sys.executable, "-P", "-m", module, *words]) as process:
+    told: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
 
-        def pass_on(number: int, _: object) -> None:
-            if number == signal.SIGTERM:
+    def pass_on(number: int, _: object) -> None:
+        told.append(number)
+        if number == signal.SIGTERM:
+            for process in running:
                 process.send_signal(number)
 
-        with on_stop(pass_on):
-            return process.wait()
+    with on_stop(pass_on), subprocess.Popen([sys.executable, "-P", "-m", module, *words]) as child:
+        running.append(child)
+        if signal.SIGTERM in told:  # while it was started
+            child.send_signal(signal.SIGTERM)
+        code = child.wait()
+    return code, bool(told)
 
 
 @app.command()

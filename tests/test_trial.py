@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from helpers import PARITY, Call, chain_graph
+from own_policies import Factor
 
 from spiffy.calib import prompts
 from spiffy.cli import trial
+from spiffy.runtime.step import own_policy
 from spiffy.schemas import DraftGraph
 from spiffy.schemas.bench import Bench
 
@@ -24,7 +27,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Its commands run in this process; returns the words of each."""
     run: list[list[str]] = []
 
-    def here(command: str, *words: str) -> int:
+    def here(command: str, *words: str) -> tuple[int, bool]:
         run.append([command, *words])
         module = importlib.import_module(f"spiffy.cli.{command.removeprefix('spiffy-')}")
         with pytest.MonkeyPatch.context() as patch:
@@ -32,8 +35,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             try:
                 module.main()
             except SystemExit as stop:
-                return int(stop.code or 0)
-        return 0
+                return int(stop.code or 0), False
+        return 0, False
 
     monkeypatch.setattr(trial, "run_apart", here)
     return run
@@ -105,9 +108,9 @@ def test_settings_are_those_that_a_family_is_served_with(
     load = prompts.load_prompts  # the hub's are not at hand
     monkeypatch.setattr(prompts, "load_prompts", lambda _, *n, **by: load("synthetic", *n, **by))
 
-    def ended(*command: str) -> int:
+    def ended(*command: str) -> tuple[int, bool]:
         run.append(command)
-        return next(codes)
+        return next(codes), False
 
     monkeypatch.setattr(trial, "run_apart", ended)
     asked = ("trial", "--model", model, "--out", tmp_path)
@@ -130,19 +133,19 @@ def test_both_policies_are_measured_with_what_their_graphs_have(
 
     A command that fails with 1, without having written anything, has not ended well.
     """
-    monkeypatch.setattr(trial, "run_apart", lambda *_: 1)
+    monkeypatch.setattr(trial, "run_apart", lambda *_: (1, False))
     code, _, said = call("trial", "--model", "tiny-sdar", "--gen-length", 64, "--out", tmp_path)
     assert (code, "spiffy-calibrate ended with exit code 1" in said) == (2, True)
     # Nothing was recorded: other options are welcome.
     run: list[str] = []
 
-    def ended(*command: str) -> int:
+    def ended(*command: str) -> tuple[int, bool]:
         run.append(" ".join(command))
         if command[0] == "spiffy-calibrate":
             policy = command[command.index("--policy") + 1]
             graph = chain_graph("tiny-sdar", policy=policy)
             graph.save(Path(command[command.index("--out") + 1]))
-        return 2 if len(run) == 4 else 0
+        return 2 if len(run) == 4 else 0, False
 
     monkeypatch.setattr(trial, "run_apart", ended)
     code, _, said = call("trial", "--model", "tiny-sdar", "--out", tmp_path)
@@ -197,16 +200,17 @@ def test_a_policy_of_ones_own_is_named_to_both_commands(
     """Which import it; a graph does not."""
     run: list[str] = []
 
-    def ended(*command: str) -> int:
+    def ended(*command: str) -> tuple[int, bool]:
         run.append(" ".join(command))
         if command[0] == "spiffy-calibrate":
             graph = chain_graph("tiny-sdar")
             settings = graph.decoding.model_copy(update={"policy": "mine:rule"})
             graph.model_copy(update={"decoding": settings}).save(tmp_path / "mine-rule/graph.json")
-            return 0
-        return 2
+            return 0, False
+        return 2, False
 
     monkeypatch.setattr(trial, "run_apart", ended)
+    monkeypatch.setattr(own_policy, "_registered", {"mine:rule": Factor(1.0)})
     asked = ("trial", "--model", "tiny-sdar", "--policies", "mine:rule", "--out", tmp_path)
     assert call(*asked)[0] == 2
     assert len(run) == 2
@@ -228,10 +232,62 @@ def test_a_command_is_waited_for_when_it_is_told_to_stop(
         "signal.pause()\n"
     )
     popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda _: popen([sys.executable, str(child)]))
+    asked: list[list[str]] = []
+
+    def started(command: list[str]) -> subprocess.Popen[bytes]:
+        asked.append(command)
+        return popen([sys.executable, str(child)])
+
+    monkeypatch.setattr(subprocess, "Popen", started)
     handler = signal.getsignal(signal.SIGINT)
-    assert trial.run_apart("spiffy-bench") == 10 + signal.SIGTERM
+    assert trial.run_apart("spiffy-bench", "--out", "x") == (10 + signal.SIGTERM, True)
+    assert asked == [[sys.executable, "-P", "-m", "spiffy.cli.bench", "--out", "x"]]
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_command_is_told_to_stop_that_was_only_being_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    popen = subprocess.Popen
+
+    def started(_: object) -> subprocess.Popen[bytes]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    assert trial.run_apart("spiffy-bench") == (-signal.SIGTERM, True)
+
+
+@pytest.mark.parametrize("command", ["spiffy-calibrate", "spiffy-bench"])
+def test_its_commands_are_there(command: str) -> None:
+    assert trial.run_apart(command, "--version") == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "ends", "problem"),
+    [
+        (-signal.SIGKILL, False, 2, "spiffy-calibrate was ended by SIGKILL, which nothing here"),
+        (-signal.SIGSEGV, False, 2, "spiffy-calibrate was ended by SIGSEGV"),
+        (-signal.SIGTERM, True, 130, "interrupted: the same command goes on"),
+        (0, True, 130, "interrupted: the same command goes on"),  # it had just ended
+    ],
+)
+def test_a_command_that_is_ended_by_a_signal_is_told_apart_from_one_that_fails(
+    code: int,
+    told: bool,
+    ends: int,
+    problem: str,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    run: list[object] = []
+    monkeypatch.setattr(trial, "run_apart", lambda *words: run.append(words) or (code, told))
+    assert call("trial", "--model", "tiny-sdar", "--out", tmp_path)[::2][0] == ends
+    said = call("trial", "--model", "tiny-sdar", "--policies", "static", "--out", tmp_path)[2]
+    assert problem in said
+    assert (tmp_path / "static" / "calibrated").exists() == (code == 0)
+    assert len(run) == 2
 
 
 @pytest.mark.parametrize("name", ["llada2.1-mini", "some/LLaDA2.1-flash-tuned"])
@@ -244,6 +300,7 @@ def test_llada2_1_is_served_with_edits(name: str) -> None:
     ("wrong", "problem"),
     [
         (("--policies", "served,fast"), "'fast' is not served, static or module:object"),
+        (("--policies", "served,no_such_module:rule"), "no_such_module cannot be imported"),
         (("--budgets", "4,x"), "--budgets 4,x: give numbers of drafts"),
         (("--cache", "disk"), "--cache disk"),
         (("--gen-length", "0"), "--gen-length 0"),

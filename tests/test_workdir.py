@@ -459,7 +459,12 @@ def test_a_file_is_read_once_where_nobody_else_records(
 
 @pytest.mark.parametrize(
     ("sent", "recorded"),
-    [([signal.SIGINT], 2), ([signal.SIGTERM], 2), ([signal.SIGTERM, signal.SIGINT], 0)],
+    [
+        ([signal.SIGINT], 2),
+        ([signal.SIGTERM], 2),
+        ([signal.SIGTERM, signal.SIGTERM], 2),  # sent to all of a group, and passed on
+        ([signal.SIGTERM, signal.SIGINT], 0),
+    ],
 )
 def test_ctrl_c_finishes_the_prompts_in_hand_and_a_second_one_does_not(
     run: Calibrate,
