@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
-_ONE_STOP_SECONDS = 1.0  # SIGTERM that comes twice within them was sent once
+ONE_STOP_SECONDS = 1.0  # SIGTERM that comes twice within them was sent once
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def until_interrupted(tell: Callable[[str], None]) -> Iterator[Callable[[], bool
     def ask(number: int, _: object) -> None:
         nonlocal asked
         if asked is not None:
-            if number == signal.SIGTERM and monotonic() - asked < _ONE_STOP_SECONDS:
+            if number == signal.SIGTERM and monotonic() - asked < ONE_STOP_SECONDS:
                 return
             raise KeyboardInterrupt
         asked = monotonic()

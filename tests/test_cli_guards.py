@@ -363,6 +363,8 @@ def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
         except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGTERM)  # to all of its group, as `timeout` does
+            time.sleep(0.01)
             done.append("summed up")
             raise
 
