@@ -383,6 +383,8 @@ def test_what_cannot_be_imported_is_named(here: Callable[[str], str], call: Call
     sys.modules.pop(module)
     here("1 / 0")
     assert "cannot be imported (ZeroDivisionError: division by zero)" in refused(f"{module}:two")
+    here("import sys; sys.exit(0)")  # a script
+    assert "in_this_folder cannot be imported (SystemExit: 0)" in refused(f"{module}:two")
 
 
 # ---------------------------------------------------------------- other doors

@@ -134,7 +134,7 @@ def import_policy(name: str) -> None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         module = import_module(where)
-    except Exception as error:  # whatever the module does
+    except (Exception, SystemExit) as error:  # whatever the module does
         reason = f"{type(error).__name__}: {said(error)}"
         raise SpiffyError(f"policy {name}: {where} cannot be imported ({reason})") from None
     if not hasattr(module, what):
