@@ -18,7 +18,7 @@ import typer
 from spiffy.cli.common import log
 from spiffy.cli.streams import write
 from spiffy.schemas import DraftGraph, SpiffyError
-from spiffy.schemas.decoding import check_setting, is_own_policy
+from spiffy.schemas.decoding import FILTERS, NO_FILTER, check_setting, is_own_policy
 from spiffy.schemas.notes import note
 from spiffy.schemas.records import MAX_NODES, Budget, Objective
 
@@ -346,11 +346,12 @@ class Unseeded:
         for name, value in self._given().items():
             if value is not None:
                 check_setting(name, value)
-        # A top_p of 1 filters nothing.
-        for name, value, off in (("--top-k", self.top_k, None), ("--top-p", self.top_p, 1.0)):
-            if self.temperature == 0 and value not in (None, off):
+        for name in FILTERS:
+            value = getattr(self, name)
+            if self.temperature == 0 and value not in NO_FILTER[name]:
                 raise SpiffyError(
-                    f"{name} {value} filters what is drawn: give a --temperature above 0 too"
+                    f"--{name.replace('_', '-')} {value} filters what is drawn: give a "
+                    "--temperature above 0 too"
                 )
         if self.policy is not None and is_own_policy(self.policy):
             from spiffy.runtime.step.own_policy import import_policy

@@ -55,6 +55,8 @@ MAX_POSITIONS = 1 << 20
 
 #: Settings that filter what is drawn.
 FILTERS = ("top_k", "top_p")
+#: Of each, the values that filter nothing.
+NO_FILTER: dict[str, tuple[float | None, ...]] = {"top_k": (None,), "top_p": (None, 1.0)}
 
 
 class DecodingSettings(BaseModel):

@@ -217,6 +217,13 @@ def test_filters_are_followed_and_transformers_own_default_is_not() -> None:
     assert got(decoding=fifty) == expected(top_k=50)
 
 
+def test_a_top_p_that_filters_nothing_needs_no_sampling() -> None:
+    model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 6)
+    settings = {"block_length": 4, "stop_at_eos": False}
+    expected = drafted(model.module, inputs, decoding=settings)
+    assert torch.equal(drafted(model.module, inputs, decoding={**settings, "top_p": 1.0}), expected)
+
+
 def test_several_answers_of_a_prompt_are_drawn_each_by_its_number() -> None:
     model, inputs = parity_model("llada-a"), batch(parity_model("llada-a"), 5, 9)
     options = {"do_sample": True, "temperature": 1.5, "seed": 11, "num_return_sequences": 2}

@@ -12,7 +12,7 @@ from spiffy.runtime.generate import decoding_settings
 from spiffy.runtime.models import FAMILIES, DiffusionLM, wrap
 from spiffy.runtime.models.wrapping import check_attention
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
-from spiffy.schemas.decoding import FILTERS, MAX_POSITIONS
+from spiffy.schemas.decoding import FILTERS, MAX_POSITIONS, NO_FILTER
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def settings_of(
         if name in options:
             raise SpiffyError(f"decoding: {name} is generate's own: give {instead}")
     for name in FILTERS:
-        if options.get(name) is not None and not generation_config.do_sample:
+        if options.get(name) not in NO_FILTER[name] and not generation_config.do_sample:
             raise SpiffyError(f"decoding: {name} filters what is drawn: give do_sample=True too")
     if longest < 1:
         raise SpiffyError(
