@@ -380,16 +380,23 @@ def generate_many(
     scheduler, tasks = Scheduler(model, batch_size), maker.all(prompts)
     finished = chain.from_iterable(scheduler.run(tasks, failed_too=True))
     collected = (
-        (task, collect(task, maker.trace) if task.error is None else task.error)
+        (task, collect(task, maker.trace) if task.error is None else _kept(task.error))
         for task in finished
     )
     return _unless_failed(in_order(tasks, collected))
 
 
+def _kept(error: Exception) -> Exception:
+    """The error, which may wait for its turn, without what all who shared the forward computed."""
+    error.__traceback__ = error.__context__ = None
+    return error
+
+
 def _unless_failed(outputs: Iterable[Output | Exception]) -> Iterator[Output]:
     for number, output in enumerate(outputs):
         if isinstance(output, Exception):
-            raise SpiffyError(f"prompt {number}: {said(output)}") from output
+            reason = said(output) or type(output).__name__
+            raise SpiffyError(f"prompt {number}: {reason}") from output
         yield output
 
 

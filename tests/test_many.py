@@ -100,10 +100,17 @@ def test_who_finishes_later_is_waited_for_and_others_join_meanwhile(forwards: Fo
     assert list(in_order("abc", [("b", 2), ("c", 3), ("a", 1)])) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(torch.OutOfMemoryError("no more of it"), "no more of it"), (MemoryError(), "MemoryError")],
+)
 def test_a_prompt_that_fails_amid_its_decode_is_named_after_the_outputs_before_it(
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one is done when it does not fit; the first, which is longer, still comes."""
+    """The second one is done when it does not fit; the first, which is longer, still comes.
+
+    Until its turn comes, the error holds no frame of the forward.
+    """
     model = parity_model("llada-a", "float64")
     prompts = [random_prompt(model, length) for length in (9, 7, 5)]
     options: dict[str, Any] = {"gen_length": 16, "block_length": 4}
@@ -115,14 +122,15 @@ def test_a_prompt_that_fails_amid_its_decode_is_named_after_the_outputs_before_i
         for _ in range(2):
             outputs = yield rows
             if task.sequence == 1:
-                raise torch.OutOfMemoryError("no more of it")
+                raise error
             rows = made.send(outputs)
         yield from _rest(made, rows)
 
     monkeypatch.setattr(driver, "denoise", failing)
     outputs = generate_many(model, prompts, batch_size=3, **options)
     assert next(outputs).token_ids == alone[0].token_ids
-    assert refusal(lambda: next(outputs)) == "prompt 1: no more of it"
+    assert error.__traceback__ is None
+    assert refusal(lambda: next(outputs)) == f"prompt 1: {reason}"
 
 
 def test_no_prompts_have_no_outputs() -> None:
