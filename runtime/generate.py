@@ -374,7 +374,8 @@ def generate_many(
     ------
     SpiffyError
         If an option or the graph does not fit the model, or a prompt does not, whose number (from
-        0) is named. So is that of one whose decode fails, after the outputs before it.
+        0) is named. So is that of one whose decode fails, after the outputs before it. A policy of
+        your own that fails is no matter of one prompt: that is raised at once.
     """
     maker = TaskMaker(model, graph=graph, budget=budget, **options)
     scheduler, tasks = Scheduler(model, batch_size), maker.all(prompts)

@@ -17,6 +17,10 @@ class SpiffyError(ValueError):
         super().__init__(_shortened(printable(message)))
 
 
+class PolicyError(SpiffyError):
+    """What a policy of the user's does wrong: other decodes would meet it too."""
+
+
 def option(name: str) -> str:
     """An option as users of the commands and of Python know it, for messages that reach both."""
     return f"--{name.replace('_', '-')} ({name}= in Python)"
@@ -42,6 +46,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_of_one_decode(error: BaseException) -> bool:
     """Whether a decode's error is no reason not to go on with others: bad input, NaN, or memory."""
+    if isinstance(error, PolicyError):
+        return False
     return isinstance(error, SpiffyError) or is_out_of_memory(error)
 
 

@@ -42,7 +42,14 @@ from spiffy.calib.pipeline import build_graph, prepare, record
 from spiffy.calib.prompts import load_prompts
 from spiffy.integrations import custom_generate
 from spiffy.integrations.ray import Decoder
-from spiffy.runtime import Step, decoding_settings, generate, load_model, register_policy
+from spiffy.runtime import (
+    Step,
+    decoding_settings,
+    generate,
+    generate_many,
+    load_model,
+    register_policy,
+)
 from spiffy.runtime.draft import AcceptanceDrafter, Drafter, GraphDrafter
 from spiffy.runtime.draft.acceptance import AcceptanceWeights
 from spiffy.runtime.models.base import DiffusionLM
@@ -385,6 +392,32 @@ def test_what_cannot_be_imported_is_named(here: Callable[[str], str], call: Call
     assert "cannot be imported (ZeroDivisionError: division by zero)" in refused(f"{module}:two")
     here("import sys; sys.exit(0)")  # a script
     assert "in_this_folder cannot be imported (SystemExit: 0)" in refused(f"{module}:two")
+
+
+class Slip(Factor):
+    """With a mistake in it."""
+
+    def select(self, step: Step) -> Bools:
+        raise IndexError("a slip")
+
+
+def test_a_policy_that_fails_ends_the_run_and_once_mended_all_is_decoded(
+    call: Call, tmp_path: Path
+) -> None:
+    """Its failure is no answer: nothing is kept of it, and no prompt is left out for it."""
+    register_policy("mine:rule", Slip(1.0))
+    words = ("decode", "--model", "tiny-llada", "--gen-length", 32, "--policy", "mine:rule")
+    asked = (*words, "--prompts", "synthetic", "--samples", 2)
+    for more in ((), ("--batch-size", 2), ("--out", tmp_path / "a.jsonl")):
+        code, _, log = call(*asked, *more)
+        assert (code, "left out" in log) == (2, False)
+        assert "policy mine:rule: select failed (IndexError: a slip)" in log
+    model = load_model("tiny-llada", device="cpu")
+    many = generate_many(model, ["a", "b"], gen_length=32, policy="mine:rule")
+    assert refusal(lambda: next(many)).startswith("policy mine:rule: select failed")
+    register_policy("mine:rule", Factor(1.0))
+    code, _, log = call(*asked, "--out", tmp_path / "a.jsonl")
+    assert (code, "wrote 2 answers" in log) == (0, True), log
 
 
 # ---------------------------------------------------------------- other doors

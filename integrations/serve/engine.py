@@ -447,7 +447,7 @@ class Engine:
         del self._jobs[id(job.task)]
         self._forget(job, ended=True)  # whoever has the answer may ask again at once
         error = job.task.error
-        if error is not None and is_of_one_decode(error):
+        if isinstance(error, SpiffyError) or (error is not None and is_of_one_decode(error)):
             # Nobody reads its frames, which hold what all who shared the forward had computed.
             error.__traceback__ = error.__context__ = None
         event = job.end()

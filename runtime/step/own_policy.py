@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.decoding import is_own_policy
-from spiffy.schemas.errors import is_out_of_memory, said
+from spiffy.schemas.errors import PolicyError, is_out_of_memory, said
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -168,17 +168,17 @@ def own_score(name: str, log_p: Tensor, tokens: Tensor) -> Tensor:
 
     Raises
     ------
-    SpiffyError
+    PolicyError
         If they are of another kind, or it fails.
     """
     with _named(name, "score"):
         score = registered_policy(name).score(log_p, tokens)
     asked = f"float64 {list(tokens.shape)}"
     if not isinstance(score, Tensor) or _kind(score) != asked:
-        raise SpiffyError(f"policy {name}: score gave {_kind(score)} instead of a tensor, {asked}")
+        raise PolicyError(f"policy {name}: score gave {_kind(score)} instead of a tensor, {asked}")
     if score.device != log_p.device:
         where = f"{score.device} instead of {log_p.device}"
-        raise SpiffyError(f"policy {name}: score gave a tensor on {where}")
+        raise PolicyError(f"policy {name}: score gave a tensor on {where}")
     return score
 
 
@@ -187,19 +187,19 @@ def own_choice(name: str, step: Step) -> Bools:
 
     Raises
     ------
-    SpiffyError
+    PolicyError
         If its scores are no numbers, what it selects is of another kind, or it fails.
     """
     score = step.score.copy()
     if np.isnan(score).any():
         place = step.positions[np.isnan(score)][0]
-        raise SpiffyError(f"policy {name}: the score of the answer's position {place} is NaN")
+        raise PolicyError(f"policy {name}: the score of the answer's position {place} is NaN")
     with _named(name, "select"):
         chosen = registered_policy(name).select(step)
     asked = f"bool {list(score.shape)}"
     if not isinstance(chosen, np.ndarray) or _kind(chosen) != asked:
         what = f"{_kind(chosen)} instead of a NumPy array, {asked}"
-        raise SpiffyError(f"policy {name}: select gave {what}")
+        raise PolicyError(f"policy {name}: select gave {what}")
     missing = step.quota - int(chosen.sum())
     if missing > 0:
         chosen = chosen.copy()
@@ -219,7 +219,7 @@ def _named(name: str, method: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {said(error)}"
-        raise SpiffyError(f"policy {name}: {method} failed ({reason})") from error
+        raise PolicyError(f"policy {name}: {method} failed ({reason})") from error
 
 
 def _kind(found: object) -> str:
