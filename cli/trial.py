@@ -391,11 +391,15 @@ def _numbers(budgets: str) -> tuple[int, ...]:
 def _chosen(model: _Model, decoding: _Decoding) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Options for the cache, and for the policy that the model is served with."""
     from spiffy.runtime import load_model
+    from spiffy.runtime.models import ALIASES
+    from spiffy.runtime.models.source import Source
 
     # Config and tokenizer say what family it is; weights are loaded by the commands.
     family = load_model(model.model, revision=model.revision, device="meta").family
     cache = decoding.cache or ("dual" if "dual" in family.caches else None)
-    return () if cache is None else ("--cache", cache), served_with(family.name, model.model)
+    # Without the folders that it is under, and also of the folder that one is in.
+    name = Source(ALIASES.get(model.model, model.model)).own_name
+    return () if cache is None else ("--cache", cache), served_with(family.name, name)
 
 
 def served_with(family: str, name: str) -> tuple[str, ...]:

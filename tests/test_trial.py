@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from own_policies import Factor
 
 from spiffy.calib import prompts
 from spiffy.cli import trial
+from spiffy.runtime.models import ALIASES
 from spiffy.runtime.step import own_policy
 from spiffy.schemas import DraftGraph
 from spiffy.schemas.bench import Bench
@@ -294,6 +296,24 @@ def test_a_command_that_is_ended_by_a_signal_is_told_apart_from_one_that_fails(
 def test_llada2_1_is_served_with_edits(name: str) -> None:
     assert trial.served_with("llada2", name)[1] == "joint"
     assert trial.served_with("llada2", "llada2-mini")[1] == "threshold"
+
+
+@pytest.mark.parametrize(
+    ("folder", "policy"),
+    [("LLaDA2.1-mini", "joint"), ("llada2.1-and-others/LLaDA2.0-mini", "threshold")],
+)
+def test_a_folder_goes_by_its_own_name(
+    folder: str, policy: str, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether or not one is in it, and whatever it is under."""
+    shutil.copytree(ALIASES["tiny-llada2"], tmp_path / folder)
+    run: list[tuple[str, ...]] = []
+    monkeypatch.setattr(trial, "run_apart", lambda *words: run.append(words) or (130, False))
+    asked = ("--policies", "served", "--dataset", "synthetic", "--out", tmp_path / "out")
+    for place in (".", tmp_path / folder):
+        monkeypatch.chdir(tmp_path / folder)
+        assert call("trial", "--model", place, *asked)[0] == 130
+        assert run[-1][run[-1].index("--policy") + 1] == policy
 
 
 @pytest.mark.parametrize(
