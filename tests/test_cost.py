@@ -304,11 +304,11 @@ def test_what_is_slow_once_is_not_taken_for_what_drafts_cost(
     forward, seen = timed._DecodeParts.forward, set[int]()
     now = 0.0  # of a clock that goes on where a forward is made
 
-    def first_slow(stage: Any, site: Any, states: torch.Tensor) -> Any:
+    def first_slow(parts: Any, roots: Any, states: torch.Tensor) -> Any:
         nonlocal now
         now += 1.5 if len(states) == 2 and 2 not in seen else 0.01
         seen.add(len(states))
-        return forward(stage, site, states)
+        return forward(parts, roots, states)
 
     monkeypatch.setattr(timed._DecodeParts, "forward", first_slow)
     monkeypatch.setattr(timed, "perf_counter", lambda: now)
