@@ -368,10 +368,15 @@ def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
             done.append("summed up")
             raise
 
-    with pytest.raises(SystemExit) as stop:
-        common.run_app(app)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # another library may have its own
+    try:
+        with pytest.raises(SystemExit) as stop:
+            common.run_app(app)
+        after = signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert (stop.value.code, done) == (common.INTERRUPTED, ["summed up"])
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert after is signal.SIG_DFL
 
 
 def test_want_of_memory_is_told_in_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:

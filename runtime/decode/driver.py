@@ -151,10 +151,8 @@ class Scheduler:
             return finished
         started = perf_counter()
         while (outputs := _forward(self.model, self._running)) is None:
-            if failed := self._do_with_less():
+            if not self._has_trimmed() and (failed := self._do_with_less()):
                 return failed
-            if self._pool is not None:
-                self._pool.trim()
         self.forwards += 1
         self._remember_that_it_fitted()
         synchronize(self.model.device)  # the walk waits for the values anyway
@@ -200,6 +198,14 @@ class Scheduler:
                 task.error = error
                 failed.append(task)
         return failed
+
+    def _has_trimmed(self) -> bool:
+        """Give back the memory of lanes that nobody uses; whether there was any."""
+        if self._pool is None or not self._pool.trim():
+            return False
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
 
     def _do_with_less(self) -> list[Task]:
         """Halve the drafts, else the decodes; returns those that fail, such as one alone."""

@@ -145,12 +145,13 @@ def forward(
     `lengths` are those of the whole sequences, row by row, where RoPE depends on them.
     """
     wholes: Sequence[int | None] = [None] * len(rows) if lengths is None else lengths
-    batches = _batches(model, rows)
+    parts = [_part(row, whole) for row, whole in zip(rows, wholes, strict=True)]
+    batches = _batches(model, parts)
     order = [*chain.from_iterable(batches)]
     order += sorted(set(range(len(rows))) - set(order))
     apart = order[sum(map(len, batches)) :]
     groups: list[Group | Batch] = [
-        *(batched([_part(rows[k], wholes[k]) for k in batch]) for batch in batches),
+        *(batched([part for k in batch if (part := parts[k])]) for batch in batches),
         *_groups(model, [rows[k] for k in apart], [wholes[k] for k in apart]),
     ]
     ordered = [rows[k] for k in order]
@@ -203,19 +204,21 @@ def _at_once(row: Row, model: DiffusionLM) -> Tensor | None:
     return torch.from_numpy(np.concatenate([np.arange(run.start, run.stop) for run in row.slots]))
 
 
-def _batches(model: DiffusionLM, rows: Sequence[Row]) -> list[list[int]]:
+def _batches(model: DiffusionLM, parts: Sequence[Part | None]) -> list[list[int]]:
     """Which rows attend together, in the order of their lanes; all others do for themselves."""
-    if len(rows) < 2 or attention_of(model.module.config) != "sdpa":
-        return []
-    own = [(k, row.kv, row) for k, row in enumerate(rows) if isinstance(row.kv, Lane)]
+    own = [(k, part) for k, part in enumerate(parts) if part is not None]
     # They may change to other lanes, all of one size: the one that needs most comes first.
-    for _, lane, row in sorted(own, key=lambda each: each[1].length - each[2].kv_end):
-        lane.reserve(row.kv_end)
-    return batches([(k, lane, len(row.ids)) for k, lane, row in own])
+    for _, part in sorted(own, key=lambda each: each[1].kv.length - each[1].kv_end):
+        part.kv.reserve(part.kv_end)
+    if len(own) < 2 or attention_of(model.module.config) != "sdpa":
+        return []
+    return batches(own)
 
 
-def _part(row: Row, whole: int | None) -> Part:
-    assert isinstance(row.kv, Lane)  # as `_batches` chose it
+def _part(row: Row, whole: int | None) -> Part | None:
+    """What a batch needs to know of a row, if its keys and values lie in a lane."""
+    if not isinstance(row.kv, Lane):
+        return None
     return Part(row.kv, len(row.ids), row.slots, row.kv_end, row.mask, whole)
 
 

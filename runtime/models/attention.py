@@ -293,12 +293,13 @@ def arranged(
         _LENT[id(config)] = _Lent(own, forwards + 1)
         if not forwards:
             config._attn_implementation = _NAME
-    arrangement = _Arrangement(groups, own or "eager", masked)
-    token = _ARRANGED.set(arrangement)
+    before = _ARRANGED.get()
     try:
+        arrangement = _Arrangement(groups, own or "eager", masked)  # for which memory may not do
+        _ARRANGED.set(arrangement)
         yield arrangement
     finally:
-        _ARRANGED.reset(token)
+        _ARRANGED.set(before)
         with _LOCK:
             own, forwards = _LENT.pop(id(config))
             if forwards > 1:

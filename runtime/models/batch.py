@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from spiffy.runtime.models.lanes import Lane, Lanes
 from spiffy.runtime.models.mask import Mask, aligned
 
 _SHORT = 64  # queries up to which filling up costs hardly anything
+_LONG = 256  # queries beyond which a mask costs more than a call
 
 
 class Batch(NamedTuple):
@@ -145,26 +146,29 @@ class Part(NamedTuple):
     whole: int | None
 
 
-def batches(parts: Sequence[tuple[int, Lane, int]]) -> list[list[int]]:
-    """Which rows attend together: their lanes are as long, and their queries nearly as many.
+def batches(parts: Sequence[tuple[int, Part]]) -> list[list[int]]:
+    """Which rows (by number) attend together: their lanes are as long, queries nearly as many.
 
-    `parts` are number, lane and queries of each row. A row that would be alone is left out. Lanes
-    that have no part in a batch are computed along, but no more of them than others.
+    Long rows that need no mask do so with their like only: filled up, they would need one. A row
+    that would be alone is left out. Lanes that have no part in a batch are computed along, but no
+    more of them than others.
     """
-    alike: dict[tuple[Lanes, int], list[tuple[int, int]]] = {}
-    for row, lane, length in parts:
-        size = max(length - 1, _SHORT - 1).bit_length()
-        alike.setdefault((lane.lanes, size), []).append((lane.number, row))
+    alike: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    for row, part in parts:
+        shape: tuple[int, ...] = (max(part.length - 1, _SHORT - 1).bit_length(),)
+        if part.mask is None and part.length > _LONG:
+            shape = (part.length, part.kv_end)
+        alike.setdefault((part.kv.lanes, shape), []).append((part.kv.number, row))
     found: list[list[int]] = []
     for members in alike.values():
         batch: list[int] = []
-        last = -1
+        first = 0
         for number, row in sorted(members):
-            if batch and number - last - 1 > len(batch):
+            if batch and number - first - len(batch) > len(batch):
                 found.append(batch)
                 batch = []
+            first = first if batch else number
             batch.append(row)
-            last = number
         found.append(batch)
     return [batch for batch in found if len(batch) > 1]
 

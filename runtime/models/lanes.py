@@ -65,6 +65,9 @@ class Lanes:
     def leave(self, number: int) -> None:
         """Nobody uses it any more; a lane that is garbage has left by itself."""
         del self._used[number]
+        if not self._used:
+            self._count = 0
+            self._buffers.clear()
 
     def of(self, layer: int, like: Sequence[Tensor]) -> list[Tensor]:
         """A layer's keys and values [lanes, slots, heads, head_dim], made or grown if need be.
@@ -88,26 +91,36 @@ class Lanes:
         return self._buffers[layer]
 
     @torch.inference_mode()
-    def trim(self) -> None:
-        """Give back the memory of lanes that nobody uses, as far as copying leaves any."""
+    def trim(self) -> bool:
+        """Give back the memory of lanes that nobody uses, as far as copying leaves any.
+
+        Returns whether there was any.
+        """
         lanes = [lane for _, lane in sorted(self._used.items())]
         for to, lane in enumerate(lanes):
-            if to != lane.number:
-                for buffer in chain.from_iterable(self._buffers.values()):
+            for buffer in chain.from_iterable(self._buffers.values()) if to != lane.number else ():
+                if lane.number < len(buffer):
                     buffer[to] = buffer[lane.number]
-                lane.number = to
+                else:  # nothing has been put there yet
+                    buffer[to : to + 1].zero_()
+        for to, lane in enumerate(lanes):
+            lane.number = to
         self._used = WeakValueDictionary(enumerate(lanes))
         self._count = len(lanes)
         if not lanes:
+            freed = bool(self._buffers)
             self._buffers.clear()
+            return freed
+        freed = False
         try:
-            for buffers in self._buffers.values():
-                for k, buffer in enumerate(buffers):
-                    if len(buffer) > len(lanes):
-                        buffers[k] = buffer[: len(lanes)].clone()
+            for layer, buffers in self._buffers.items():
+                if len(buffers[0]) > len(lanes):
+                    self._buffers[layer] = [buffer[: len(lanes)].clone() for buffer in buffers]
+                    freed = True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+        return freed
 
 
 class Lane(KeyValues):
@@ -115,35 +128,50 @@ class Lane(KeyValues):
 
     def __init__(self, pool: Pool, length: int) -> None:
         super().__init__(length)
-        self.lanes = pool.lanes(length + pool.room)
+        self.lanes = pool.lanes(length + pool.shared_room(length))
         self.number = self.lanes.take(self)
         self._pool = pool
 
-    @torch.inference_mode()
     def reserve(self, slots: int) -> None:
         """See `KeyValues`. Nothing has changed if memory does not suffice.
 
-        As much room as others needed is reserved, too: so all come to the same size.
+        As much room as others needed is reserved where there is memory: so all come to one size.
         """
-        room = slots - self.length
-        slots = max(slots, self.length + self._pool.room)
-        if slots > self.lanes.slots:
-            before, number = self.lanes, self.number
-            lanes = self._pool.lanes(slots)
-            to = lanes.take(self)
-            try:
-                for layer in before.layers:
-                    own = [part for buffer in before.known(layer) for part in buffer[number:][:1]]
-                    if own:  # else nothing has been put there yet
-                        like = [part.transpose(0, 1)[None] for part in own]
-                        for buffer, part in zip(lanes.of(layer, like), own, strict=True):
-                            buffer[to, : self.length] = part[: self.length]
-            except BaseException:
-                lanes.leave(to)
+        wished = max(slots, self.length + self._pool.shared_room(self.length))
+        if not self._has(wished):
+            self._change(slots)
+        self._pool.room = max(self._pool.room, slots - self.length)
+
+    def _has(self, slots: int) -> bool:
+        """Whether it has so many slots now; else memory does not suffice."""
+        try:
+            self._change(slots)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
-            self.lanes, self.number = lanes, to
-            before.leave(number)
-        self._pool.room = max(self._pool.room, room)
+            return False
+        return True
+
+    @torch.inference_mode()
+    def _change(self, slots: int) -> None:
+        """Go to another lane if this one is too short."""
+        if slots <= self.lanes.slots:
+            return
+        before, number = self.lanes, self.number
+        lanes = self._pool.lanes(slots)
+        to = lanes.take(self)
+        try:
+            for layer in before.layers:
+                own = [part for buffer in before.known(layer) for part in buffer[number:][:1]]
+                if own:  # else nothing has been put there yet
+                    like = [part.transpose(0, 1)[None] for part in own]
+                    for buffer, part in zip(lanes.of(layer, like), own, strict=True):
+                        buffer[to, : self.length] = part[: self.length]
+        except BaseException:
+            lanes.leave(to)
+            raise
+        self.lanes, self.number = lanes, to
+        before.leave(number)
 
     def put(
         self,
@@ -182,7 +210,7 @@ class Pool:
     Attributes
     ----------
     room
-        Slots behind a sequence that drafts needed so far: new ones have them from the first.
+        Slots behind a sequence that drafts needed so far.
     """
 
     def __init__(self, most: int) -> None:
@@ -200,11 +228,15 @@ class Pool:
         self._lanes = {s: lanes for s, lanes in self._lanes.items() if len(lanes) or s == size}
         return self._lanes.setdefault(size, Lanes(size, self.most))
 
-    def trim(self) -> None:
-        """Give back the memory that nobody uses: it is short."""
+    def shared_room(self, length: int) -> int:
+        """What a sequence gets of it from the first: at most as much again as it is long."""
+        return min(self.room, length)
+
+    def trim(self) -> bool:
+        """Give back the memory that nobody uses: it is short. Returns whether there was any."""
         self.room = 0
-        for lanes in self._lanes.values():
-            lanes.trim()
+        freed = [lanes.trim() for lanes in self._lanes.values()]
+        return any(freed)
 
 
 def roomy(slots: int) -> int:
