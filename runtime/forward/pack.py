@@ -146,12 +146,12 @@ def forward(
     """
     wholes: Sequence[int | None] = [None] * len(rows) if lengths is None else lengths
     parts = [_part(row, whole) for row, whole in zip(rows, wholes, strict=True)]
-    batches = _batches(model, parts)
-    order = [*chain.from_iterable(batches)]
+    together = _batches(model, parts)
+    order = [*chain.from_iterable(together)]
     order += sorted(set(range(len(rows))) - set(order))
-    apart = order[sum(map(len, batches)) :]
+    apart = order[sum(map(len, together)) :]
     groups: list[Group | Batch] = [
-        *(batched([part for k in batch if (part := parts[k])]) for batch in batches),
+        *(batched([part for k in batch if (part := parts[k])]) for batch in together),
         *_groups(model, [rows[k] for k in apart], [wholes[k] for k in apart]),
     ]
     ordered = [rows[k] for k in order]
