@@ -381,16 +381,10 @@ def generate_many(
     scheduler, tasks = Scheduler(model, batch_size), maker.all(prompts)
     finished = chain.from_iterable(scheduler.run(tasks, failed_too=True))
     collected = (
-        (task, collect(task, maker.trace) if task.error is None else _kept(task.error))
+        (task, collect(task, maker.trace) if task.error is None else task.error)
         for task in finished
     )
     return _unless_failed(in_order(tasks, collected))
-
-
-def _kept(error: Exception) -> Exception:
-    """The error, which may wait for its turn, without what all who shared the forward computed."""
-    error.__traceback__ = error.__context__ = None
-    return error
 
 
 def _unless_failed(outputs: Iterable[Output | Exception]) -> Iterator[Output]:
@@ -428,9 +422,12 @@ def answer(task: Task) -> tuple[str, list[int]]:
     if task.stop and (cut := model.codec.before_stop(ids, task.stop)):
         return cut
     text = model.decode_text(ids)
-    if not cursor.finished:
-        text = without_beginnings(text.rstrip("\ufffd"), task.stop)
-    return text, ids
+    return (text if cursor.finished else settled(text, task.stop)), ids
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """What of an unfinished answer's text more tokens will not change."""
+    return without_beginnings(text.rstrip("\ufffd"), stop)
 
 
 def collect(task: Task, trace: bool = False) -> Output:

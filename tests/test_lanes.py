@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spiffy.runtime import DiffusionLM, decoding_settings
-from spiffy.runtime.decode import Scheduler, driver, make_task
+from spiffy.runtime.decode import Scheduler, Task, driver, make_task
 from spiffy.runtime.draft import GraphDrafter
 from spiffy.runtime.forward import pack
 from spiffy.runtime.forward.pack import Row, forward
 from spiffy.runtime.models.batch import Batch
-from spiffy.runtime.models.lanes import Lane, Pool, roomy
+from spiffy.runtime.models.lanes import Lane, Lanes, Pool, roomy
 from spiffy.runtime.models.slots import KeyValues
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -335,6 +335,9 @@ def test_what_others_need_is_not_waited_for_where_memory_is_short(
     with pytest.raises(torch.OutOfMemoryError):
         lane.reserve(65)
     monkeypatch.undo()
+    lane.reserve(64)  # what has failed is not wished for again
+    assert lane.lanes.slots == 64
+    pool.open(1)  # until another one comes
     lane.reserve(64)
     assert lane.lanes.slots == 128
     pool.room = 5000
@@ -385,30 +388,106 @@ def test_idle_lanes_are_given_back_before_anything_is_done_with_less(
 ) -> None:
     """After many sequences one alone: what they had is not what it fails of."""
     model = parity_model("sdar-a", "float64")
-    own = decoding_settings(model, gen_length=4, block_length=4, stop_at_eos=False)
-    scheduler = pooled(model, 4)
-    for k in range(4):
-        scheduler.add(make_task(model, random_prompt(model, 9, k), own))
-    finish(scheduler)
-    pool, make = scheduler._pool, driver.forward
-    assert pool is not None
-
-    def buffers() -> list[int]:
-        every = pool._lanes.values()
-        return [len(b) for lanes in every for layer in lanes.layers for b in lanes.known(layer)]
+    scheduler, pool, last = three_end_and_one_goes_on(model)
+    make = driver.forward
 
     def short(*args: Any) -> Any:
-        if any(size > 1 for size in buffers()):
+        if any(size > 1 for size in buffers(pool)):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return make(*args)
 
-    assert set(buffers()) == {4}
+    assert set(buffers(pool)) == {4}
     monkeypatch.setattr(driver, "forward", short)
-    last = make_task(model, random_prompt(model, 9, 5), own)
-    scheduler.add(last)
     finish(scheduler)
-    assert states(last) == states(decode(model, last.prompt, own))
+    assert states(last) == states(decode(model, last.prompt, last.settings))
     assert (scheduler.halvings, scheduler.most_decodes) == (0, 4)
+
+
+def three_end_and_one_goes_on(model: DiffusionLM) -> tuple[Scheduler, Pool, Task]:
+    own = decoding_settings(model, gen_length=4, block_length=4, stop_at_eos=False)
+    scheduler = pooled(model, 4)
+    pool = scheduler._pool
+    assert pool is not None
+    tasks = [
+        make_task(model, random_prompt(model, 9, k), own.changed(gen_length=12 if k == 3 else 4))
+        for k in range(4)
+    ]
+    for task in tasks:
+        scheduler.add(task)
+    while len(scheduler) > 1:
+        scheduler.step()
+    return scheduler, pool, tasks[3]
+
+
+def buffers(pool: Pool) -> list[int]:
+    """Lanes of all buffers."""
+    every = pool._lanes.values()
+    return [len(b) for lanes in every for layer in lanes.layers for b in lanes.known(layer)]
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_an_idle_scheduler_keeps_no_memory(given_up: bool) -> None:
+    """Others may need it: a server's own checks of answers have a scheduler of their own."""
+    scheduler, pool, last = three_end_and_one_goes_on(parity_model("sdar-a", "float64"))
+    assert buffers(pool)
+    if given_up:
+        scheduler.remove(last)
+    finish(scheduler)
+    assert buffers(pool) == []
+
+
+def test_a_lane_that_cannot_grow_among_others_ends_in_fewer_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Growth begins, ends at the second layer, and what it took comes back: not for ever.
+
+    The buffers that others have alone suffice for them.
+    """
+    model = parity_model("sdar-a", "float64")
+    own = decoding_settings(model, gen_length=4, block_length=4, stop_at_eos=False)
+    graph = GraphDrafter([[(k, 0)] for k in range(4)], model)
+    longer = make_task(model, random_prompt(model, 100, 0), own)
+    task = make_task(model, random_prompt(model, 55, 1), own, graph)
+    expected = [decode(model, each.prompt, own) for each in (longer, task)]
+    scheduler, of, refused = pooled(model, 2), Lanes.of, 0
+
+    def short(lanes: Lanes, layer: int, like: Any) -> Any:
+        nonlocal refused
+        grows = layer in lanes.layers and len(lanes.known(layer)[0]) < lanes._count
+        if lanes.slots == 128 and layer == 1 and grows:
+            refused += 1
+            assert refused < 50
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return of(lanes, layer, like)
+
+    monkeypatch.setattr(Lanes, "of", short)
+    for each in (longer, task):
+        scheduler.add(each)
+    finish(scheduler)
+    assert refused
+    assert scheduler.halvings > 0
+    assert [states(each) for each in (longer, task)] == [states(each) for each in expected]
+
+
+def test_a_wish_that_failed_costs_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pool = parity_model("sdar-a", "float64"), Pool(16)
+    short, longer = rows_of(model, pool, [40])[0], rows_of(model, pool, [100])[0]
+    lanes: Any = longer.kv.lanes  # type: ignore[union-attr]
+    expected = alone(model, [short, longer])
+    pool.room = 40
+    of, grown = Lanes.of, []
+
+    def full(self: Lanes, layer: int, like: Any) -> Any:
+        if layer in self.layers and len(self.known(layer)[0]) < self._count:
+            grown.append(self)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return of(self, layer, like)
+
+    monkeypatch.setattr(Lanes, "of", full)
+    for _ in range(2):
+        for output, hidden in zip(forward(model, [short, longer]), expected, strict=True):
+            assert torch.allclose(output.hidden, hidden, rtol=0, atol=1e-12)
+    assert grown == [lanes]  # the wish, once
 
 
 def test_lanes_are_of_few_sizes_and_hardly_too_long() -> None:

@@ -36,7 +36,8 @@ class Scheduler:
     """Decodes that share forwards: they join and leave between two of them, in order.
 
     A decode that fails ends alone, with its error. A forward that does not fit into memory is made
-    again with half the drafts; if there are none left, without the decode that is far longer than
+    again once what sequences before it left is given back, then with half the drafts; if there are
+    none left, without the decode that is far longer than
     the others, else with half of them: the rest waits and is begun anew, for what it holds takes
     memory too. What fitted is remembered, and exceeded a little after many forwards; if a decode
     does not fit alone, all was its fault, and so it was if it is the far longer one and has ended.
@@ -128,6 +129,7 @@ class Scheduler:
         self._waiting = deque(other for other in self._waiting if other is not task)
         self._running = [entry for entry in self._running if entry[0] is not task]
         self._let_go(task)
+        self._give_back_if_idle()
 
     def step(self) -> list[Task]:
         """Make a forward; returns the tasks that it finished.
@@ -142,6 +144,10 @@ class Scheduler:
         finished = self._step()
         for task in finished:
             self._let_go(task)
+            if task.error is not None and is_of_one_decode(task.error):
+                # Nobody reads its frames, which hold what all who shared the forward had computed.
+                task.error.__traceback__ = task.error.__context__ = None
+        self._give_back_if_idle()
         return finished
 
     def _step(self) -> list[Task]:
@@ -150,8 +156,11 @@ class Scheduler:
         if finished or not self._running:
             return finished
         started = perf_counter()
+        trimmed = False
         while (outputs := _forward(self.model, self._running)) is None:
-            if not self._has_trimmed() and (failed := self._do_with_less()):
+            # Not twice in a row: what a lane's failed growth took comes back every time.
+            trimmed = not trimmed and self._has_trimmed()
+            if not trimmed and (failed := self._do_with_less()):
                 return failed
         self.forwards += 1
         self._remember_that_it_fitted()
@@ -198,6 +207,11 @@ class Scheduler:
                 task.error = error
                 failed.append(task)
         return failed
+
+    def _give_back_if_idle(self) -> None:
+        """Others may need the memory of lanes, such as a scheduler of the same model."""
+        if self._pool is not None and not self.busy:
+            self._pool.forget_unused()
 
     def _has_trimmed(self) -> bool:
         """Give back the memory of lanes that nobody uses; whether there was any."""

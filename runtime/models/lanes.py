@@ -65,8 +65,8 @@ class Lanes:
     def leave(self, number: int) -> None:
         """Nobody uses it any more; a lane that is garbage has left by itself."""
         del self._used[number]
+        self._count = max(self._used.keys(), default=-1) + 1
         if not self._used:
-            self._count = 0
             self._buffers.clear()
 
     def of(self, layer: int, like: Sequence[Tensor]) -> list[Tensor]:
@@ -138,7 +138,7 @@ class Lane(KeyValues):
         As much room as others needed is reserved where there is memory: so all come to one size.
         """
         wished = max(slots, self.length + self._pool.shared_room(self.length))
-        if not self._has(wished):
+        if wished == slots or not self._has(wished):
             self._change(slots)
         self._pool.room = max(self._pool.room, slots - self.length)
 
@@ -149,6 +149,7 @@ class Lane(KeyValues):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            self._pool.is_short = True
             return False
         return True
 
@@ -211,15 +212,19 @@ class Pool:
     ----------
     room
         Slots behind a sequence that drafts needed so far.
+    is_short
+        Whether there was no memory for a sequence to get as much: until others come, none does.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.room = 0
+        self.is_short = False
         self._lanes: dict[int, Lanes] = {}
 
     def open(self, length: int) -> Lane:
         """A lane for a sequence of so many positions."""
+        self.is_short = False
         return Lane(self, length)
 
     def lanes(self, slots: int) -> Lanes:
@@ -230,7 +235,11 @@ class Pool:
 
     def shared_room(self, length: int) -> int:
         """What a sequence gets of it from the first: at most as much again as it is long."""
-        return min(self.room, length)
+        return 0 if self.is_short else min(self.room, length)
+
+    def forget_unused(self) -> None:
+        """Give back the memory of sizes that nobody uses."""
+        self._lanes = {size: lanes for size, lanes in self._lanes.items() if len(lanes)}
 
     def trim(self) -> bool:
         """Give back the memory that nobody uses: it is short. Returns whether there was any."""
