@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from spiffy.runtime.decode import Task, run
-from spiffy.runtime.generate import Output, TaskMaker, answer, collect
+from spiffy.runtime.generate import Output, TaskMaker, answer, collect, settled
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.text import Prompt
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import SpiffyError
+
+_LAST = 64  # tokens of an unfinished answer that are turned into text again, or twice as many
+_SPELLING = 8  # tokens that one character may take
 
 
 def stream(model: DiffusionLM, prompt: Prompt, **options: Any) -> Stream:
@@ -73,10 +77,16 @@ class Stream(Iterator[str]):
 
 
 class NewText:
-    """What of a task's answer is new, whenever a block of it is finished."""
+    """What of a task's answer is new, whenever a block of it is finished.
+
+    Until the answer is whole its last tokens alone are turned into text: to do so with all of a
+    long answer for every block of it would hold up whoever shares the thread.
+    """
 
     def __init__(self, task: Task) -> None:
-        self._task, self._block, self._told = task, 0, ""
+        self._task, self._block = task, 0
+        self._told = 0  # characters
+        self._tokens, self._spelled = 0, 0  # that are left behind, and the characters they spell
 
     def more(self) -> str:
         """The text that came since the last call; empty if no block was finished."""
@@ -84,7 +94,32 @@ class NewText:
         if cursor is None or (cursor.block <= self._block and not cursor.finished):
             return ""
         self._block = cursor.block
-        text, _ = answer(self._task)
-        new = text[len(self._told) :]
-        self._told += new
+        if cursor.finished:
+            text, _ = answer(self._task)
+            new = text[self._told :]
+        else:
+            new = self._unfinished(cursor)
+        self._told += len(new)
         return new
+
+    def _unfinished(self, cursor: Cursor) -> str:
+        task, canvas = self._task, self._task.canvas
+        stop = min(canvas.span(cursor.block).start, canvas.prompt_length + canvas.gen_length)
+        ids = cursor.ids[canvas.prompt_length + self._tokens : stop].tolist()
+        text = task.model.decode_text(ids)
+        new = settled(text, task.stop)[self._told - self._spelled :]
+        if len(ids) > 2 * _LAST:
+            self._leave_behind(ids, text, self._told + len(new) - self._spelled)
+        return new
+
+    def _leave_behind(self, ids: list[int], text: str, told: int) -> None:
+        """Leave behind all but some `_LAST` tokens, where these spell the end of the text.
+
+        That is where they do not begin amid a character. `told` characters of it are told.
+        """
+        for first in range(len(ids) - _LAST, len(ids) - _LAST - _SPELLING, -1):
+            last = self._task.model.decode_text(ids[first:])
+            spelled = len(text) - len(last)
+            if spelled <= told and text.endswith(last) and not last.startswith("\ufffd"):
+                self._tokens, self._spelled = self._tokens + first, self._spelled + spelled
+                return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,20 @@ import pytest
 import torch
 from helpers import chain_graph, parity_model, random_prompt, refusal, shown
 
-from spiffy.runtime import Stream, generate, generate_many, load_model, stream
-from spiffy.runtime.decode import Task, denoise, driver
+from spiffy.runtime import (
+    Stream,
+    decoding_settings,
+    generate,
+    generate_many,
+    load_model,
+    stream,
+)
+from spiffy.runtime.decode import Task, denoise, driver, make_task
 from spiffy.runtime.decode.loop import Decoding
-from spiffy.runtime.generate import TaskMaker, in_order
+from spiffy.runtime.generate import TaskMaker, in_order, settled
 from spiffy.runtime.models.slots import Slots
+from spiffy.runtime.step.canvas import Cursor
+from spiffy.runtime.streaming import NewText
 
 PROMPTS = [f"Tom has {k} apples. He buys 4 more. How many now?" for k in (1, 2, 3)]
 SETTINGS: dict[str, Any] = {"gen_length": 8, "block_length": 4, "cache": "dual"}
@@ -201,6 +211,45 @@ def test_a_stream_is_the_text_of_generate_block_by_block(
     assert pieces.output.states == whole.states
     assert pieces.output.stats.steps == whole.stats.steps
     assert list(pieces) == []
+
+
+@pytest.mark.parametrize("stop", [(), ("ab", "é日")])
+def test_new_text_is_that_of_all_blocks_so_far_though_only_the_last_are_decoded(
+    stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rng = load_model("tiny-llada", device="cpu"), random.Random(0)
+    spelled = model.codec.tokenizer("né 日本 a \U0001f600 b", add_special_tokens=False)["input_ids"]
+    special = {model.mask_token_id, *model.eos_token_ids, *model.codec.tokenizer.all_special_ids}
+    others = [token for token in range(model.vocab_size) if token not in special]
+    lengths: list[int] = []
+
+    def decode_text(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return model.codec.decode(ids)
+
+    for _ in range(4):
+        settings = decoding_settings(model, gen_length=400, block_length=4, cache="dual")
+        task = make_task(model, torch.tensor([5, 6]), settings, stop=stop)
+        cursor, new, told = task.canvas.start(task.prompt, model.mask_token_id), NewText(task), ""
+        for block in range(task.canvas.blocks):
+            span = task.canvas.span(block)
+            drawn = [rng.choice(rng.choice((spelled, others))) for _ in span]
+            cursor.ids[span.start : span.stop] = torch.tensor(drawn)
+            ids = cursor.ids[2 : span.stop].tolist()
+            stops = bool(stop) and model.codec.before_stop(ids, stop) is not None
+            finished = stops or block + 1 == task.canvas.blocks
+            task.path[:] = [Cursor(cursor.ids, block + 1, finished=finished)]
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "decode_text", decode_text)
+                told += new.more()
+            if finished:
+                break
+            whole = settled(model.codec.decode(ids), stop)
+            assert told == whole if len(told) <= len(whole) else told.startswith(whole)
+            assert max(lengths) <= 2 * 64 + 4
+        lengths.clear()
+        cut = model.codec.before_stop(ids, stop) if stop else None
+        assert told == (model.codec.decode(ids) if cut is None else cut[0])
 
 
 def test_a_model_without_text_has_none_to_stream() -> None:
