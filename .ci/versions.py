@@ -235,7 +235,8 @@ def main() -> int:
         ]
         # Side by side: pip waits for the network and the disk most of the time.
         ready = pool.map(partial(installed, with_torch=args.with_torch), args.which, folders)
-        return max([tested(found) for found in ready])
+        # A process that a signal ended has a negative code.
+        return int(sum(tested(found) != 0 for found in ready) > 0)
 
 
 if __name__ == "__main__":
