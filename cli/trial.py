@@ -398,18 +398,18 @@ def _chosen(model: _Model, decoding: _Decoding) -> tuple[tuple[str, ...], tuple[
     family = load_model(model.model, revision=model.revision, device="meta").family
     cache = decoding.cache or ("dual" if "dual" in family.caches else None)
     # Without the folders that it is under, and also of the folder that one is in.
-    name = Source(ALIASES.get(model.model, model.model)).own_name
-    return () if cache is None else ("--cache", cache), served_with(family.name, name)
+    names = (Source(ALIASES.get(model.model, model.model)).own_name, Path(model.model).name)
+    return () if cache is None else ("--cache", cache), served_with(family.name, *names)
 
 
-def served_with(family: str, name: str) -> tuple[str, ...]:
+def served_with(family: str, *names: str) -> tuple[str, ...]:
     """Options for the policy that a model of a family is served with (docs/settings.md).
 
-    Nothing but its name tells LLaDA2.1 from LLaDA2.0.
+    Nothing but its name tells LLaDA2.1 from LLaDA2.0: the checkpoint's, or a link's to it.
     """
     if family != "llada2":
         return ("--policy", "threshold", "--threshold", "0.9")
-    if "llada2.1" not in name.lower():
+    if not any("llada2.1" in name.lower() for name in names):
         return ("--policy", "threshold", "--threshold", "0.95")
     return ("--policy", "joint", "--threshold", "0.7", "--edit-threshold", "0.5")
 

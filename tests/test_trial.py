@@ -317,6 +317,21 @@ def test_a_folder_goes_by_its_own_name(
 
 
 @pytest.mark.parametrize(
+    ("folder", "link"), [("LLaDA2.1-mini", "mine"), ("checkpoint-0412", "LLaDA2.1-mini")]
+)
+def test_a_link_to_a_folder_may_have_its_name(
+    folder: str, link: str, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(ALIASES["tiny-llada2"], tmp_path / folder)
+    (tmp_path / link).symlink_to(folder)
+    run: list[tuple[str, ...]] = []
+    monkeypatch.setattr(trial, "run_apart", lambda *words: run.append(words) or (130, False))
+    asked = ("--policies", "served", "--dataset", "synthetic", "--out", tmp_path / "out")
+    assert call("trial", "--model", tmp_path / link, *asked)[0] == 130
+    assert run[-1][run[-1].index("--policy") + 1] == "joint"
+
+
+@pytest.mark.parametrize(
     ("wrong", "problem"),
     [
         (("--policies", "served,fast"), "'fast' is not served, static or module:object"),
