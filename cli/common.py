@@ -9,10 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from math import inf
 from pathlib import Path
 from threading import Timer, current_thread, main_thread
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
@@ -27,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from spiffy.calib.signals import ONE_STOP_SECONDS
+from spiffy.calib.signals import expect_stops, is_repeated
 from spiffy.cli.streams import OutputError, guarded_streams
 from spiffy.cli.threads import wait_passively
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
@@ -283,14 +281,12 @@ def run_app(app: Callable[[], None]) -> None:
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
     """What a scheduler sends at its time limit keeps as much as Ctrl-C does, also if sent twice."""
-    last = -inf
 
-    def stop(*_: object) -> None:
-        nonlocal last
-        if monotonic() - last >= ONE_STOP_SECONDS:
-            last = monotonic()
+    def stop(number: int, _: object) -> None:
+        if not is_repeated(number):
             raise KeyboardInterrupt
 
+    expect_stops()
     ours = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if ours:
         signal.signal(signal.SIGTERM, stop)
