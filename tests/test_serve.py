@@ -48,6 +48,7 @@ from spiffy.runtime.budget.auto import AutoBudget
 from spiffy.runtime.decode import Task, make_task, run
 from spiffy.runtime.generate import Output
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
+from spiffy.schemas.errors import PolicyError
 
 QUESTION = "Lily has 9 old pens and buys 2 new pens. How many pens are there now?"
 PROMPTS = [QUESTION, *load_prompts("synthetic", 4, split="test").texts]
@@ -394,6 +395,15 @@ def test_a_prompt_that_cannot_be_decoded_is_no_reason_not_to_serve(
         "warming up: the prompt is empty: give it at least one word",
         "warming up: a forward without drafts does not fit into memory",
     ]
+
+
+def test_a_policy_that_fails_keeps_the_server_from_starting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every request would fail of it."""
+    monkeypatch.setattr(model(), "hidden_states", raising(PolicyError("policy mine:rule: no")))
+    with pytest.raises(PolicyError, match="policy mine:rule: no"):
+        warm_up.warm_up(Engine(model(), settings()), QUESTION)
 
 
 # ---------------------------------------------------------------- over HTTP

@@ -25,7 +25,7 @@ def warm_up(engine: Engine, prompt: str) -> None:
     known yet: whoever asked first would pay for both. With budget "auto", what forwards cost here
     is measured too unless it is known, and remembered for the next server. Nothing of it is in the
     engine's metrics. A prompt that cannot be decoded is no reason not to serve others: it is
-    logged.
+    logged. A policy that fails is one: it would fail every request, so its error is raised.
     """
     try:
         plain = engine.task(prompt, drafts=False)
