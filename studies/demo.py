@@ -5,7 +5,7 @@
 Calibrates every model on generated problems, decodes others that neither training nor calibration
 saw, plainly and with `auto`, prompt by prompt, and compares the tokens. The last line grows the
 tiny model into the shape of Qwen3-0.6B (`spiffy.bench.grow`): same tokens, and forwards that cost
-what that model's cost; in bfloat16 where the processor multiplies tiles of it (AMX).
+what that model's cost; in bfloat16 where the processor multiplies it (AMX, AVX-512).
 """
 
 from __future__ import annotations
