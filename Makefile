@@ -84,10 +84,8 @@ results: $(READY)
 	$(BIN)/python studies/compiled.py --prompts 8 --into docs/results-time.md
 	$(BIN)/python studies/compiled.py --shape 0.3b --models tiny-sdar --prompts 4 --into docs/results-time.md
 	$(BIN)/python studies/mixture.py --into docs/results.md
-	$(BIN)/python studies/load.py --model tiny-sdar --cache block --seconds 96 --turns 24 --warm-up 10 \
+	$(BIN)/python studies/load.py --model tiny-sdar --cache block --servers 6 --seconds 48 --turns 12 --warm-up 5 \
 		--into docs/results-serving.md
-	$(BIN)/python studies/load.py --model tiny-sdar --cache block --clients 8 16 32 --ways none auto --servers 6 \
-		--seconds 96 --turns 24 --warm-up 6 --into docs/results-serving.md
 	$(BIN)/python studies/load.py --model tiny-llada --cache dual --clients 1 4 16 --lengths 64 32 96 \
 		--seconds 24 --turns 6 --warm-up 10 --into docs/results-serving.md
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 16 --lengths 32 16 24 \
