@@ -63,8 +63,10 @@ def serving(*options: str | Path, shape: str | None = None) -> Iterator[Server]:
     SystemExit
         If it does not start, or does not end well.
     """
-    start = ["-m", "spiffy.cli.serve"] if shape is None else [__file__, shape, "--any-model"]
+    start = ["-m", "spiffy.cli.serve"] if shape is None else [__file__, shape]
     command = [sys.executable, *start, "--port", "0", *map(str, options)]
+    if shape is not None and "--graph" in options:
+        command.append("--any-model")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
