@@ -49,6 +49,7 @@ from spiffy.schemas.workdir import ModelFacts
 
 _SHOWN = 40  # characters of a prompt
 _REPLAYED = 200  # prompts that the acceptance model's drafts are replayed on, at most
+_HOPELESS = 8  # prompts, all that were tried, that fail: not for what is in them
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
 
 
@@ -61,12 +62,15 @@ class Traces:
     prompts
         One trace per prompt that was decoded; of a work directory, read whenever asked for.
     nfe, positions_computed
-        What recording cost.
+        What recording them cost.
+    failed
+        Numbers (`Task.sequence`) of prompts whose decode failed: these have no trace.
     """
 
     prompts: Sequence[Trace]
     nfe: int
     positions_computed: int
+    failed: frozenset[int] = frozenset()
 
     @property
     def growing(self) -> Sequence[Trace]:
@@ -214,13 +218,24 @@ def groups(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
 def traces_of(model: DiffusionLM, group: Sequence[Task]) -> Iterator[tuple[Task, Trace]]:
     """Decode one group of prepared tasks plainly; the traces as they finish.
 
-    Finished tasks keep their counts and let go of their states.
+    Finished tasks keep their counts and let go of their states. Of one that failed (the model
+    computed NaN, or it did not fit into memory alone) `error` says why.
     """
-    for finished in run(model, group, len(group)):
+    for finished in run(model, group, len(group), failed_too=True):
         for task in finished:
-            trace = Trace.of(task)
+            trace = Trace.of(task) if task.error is None else Trace.of_failed(task)
             task.path, task.drafter = [], None
             yield task, trace
+
+
+def check_hope(tried: Sequence[Task], of: int) -> None:
+    """Raise the error of the last of the decodes tried so far, of so many, where all have failed.
+
+    Then it is not their prompts' fault, and trying the others would only take time.
+    """
+    if len(tried) in (_HOPELESS, of) and all(task.error is not None for task in tried):
+        assert tried[-1].error is not None
+        raise tried[-1].error
 
 
 def record(
@@ -232,16 +247,26 @@ def record(
     """Decode prepared tasks plainly, in groups, and keep their traces in memory.
 
     `on_prompt` is called after every prompt with the number of those that are done.
+
+    Raises
+    ------
+    SpiffyError, or what says that memory is short
+        If all decodes fail, or the first ones do.
     """
     done: dict[int, Trace] = {}
+    tried: list[Task] = []
     for group in groups(tasks, batch_size):
         for task, trace in traces_of(model, group):
             done[task.sequence] = trace
+            tried.append(task)
+            check_hope(tried, len(tasks))
             on_prompt(len(done))
+    decoded = [task for task in tasks if task.error is None]
     return Traces(
-        tuple(done[task.sequence] for task in tasks),
-        nfe=sum(task.stats.nfe for task in tasks),
-        positions_computed=sum(task.stats.positions_computed for task in tasks),
+        tuple(done[task.sequence] for task in decoded),
+        nfe=sum(task.stats.nfe for task in decoded),
+        positions_computed=sum(task.stats.positions_computed for task in decoded),
+        failed=frozenset(task.sequence for task in tasks if task.error is not None),
     )
 
 

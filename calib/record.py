@@ -86,6 +86,11 @@ class Trace:
         path = [*(sequence[step] for step in task.roots), sequence[-1]]
         return cls(path, [recorder.roots.get(step) for step in task.roots])
 
+    @classmethod
+    def of_failed(cls, task: Task) -> Trace:
+        """The trace of a decode that failed: the state that it started from, and no forward."""
+        return cls([task.canvas.start(task.prompt, task.model.mask_token_id)], [])
+
     def narrowed(self, token_ranks: int) -> Trace:
         """As if fewer tokens of each position had been asked for."""
         roots = [

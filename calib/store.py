@@ -33,7 +33,7 @@ class About:
     tokens
         SHA-256 of the prompt's token ids.
     nfe, positions_computed
-        What decoding it cost.
+        What decoding it cost; 0 if that failed.
     run
         Digest of the manifest it was recorded under.
     """
@@ -48,6 +48,11 @@ class About:
     def number(self) -> int:
         """The prompt's."""
         return self.prompt
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the decode came to its end."""
+        return self.nfe > 0
 
 
 def tokens_digest(ids: torch.Tensor) -> str:

@@ -16,8 +16,9 @@ import torch
 
 from spiffy.calib.folder import PROVENANCE, RecordFolder, check_same, read_manifest
 from spiffy.calib.frames import Place, Scan
-from spiffy.calib.pipeline import Origin, Traces, groups, model_facts, traces_of
+from spiffy.calib.pipeline import Origin, Traces, check_hope, groups, model_facts, traces_of
 from spiffy.calib.prompts import DATASETS, MERGED, PromptSet
+from spiffy.calib.record import Trace
 from spiffy.calib.store import About, Stored, TraceFile, encode, scan, tokens_digest
 from spiffy.runtime.decode import Task
 from spiffy.runtime.forward.cache import BlockEdges
@@ -128,33 +129,44 @@ class WorkDir(RecordFolder[Manifest, About]):
     ) -> None:
         """Decode groups of prompts and append their traces, until all are or `stopped` says so.
 
-        `on_prompt` is called with the number of prompts recorded so far in this call.
+        `on_prompt` is called with the number of prompts recorded so far in this call. What failed
+        is recorded, too, so that it is not tried whenever recording goes on.
 
         Raises
         ------
-        SpiffyError
-            If the disk is full.
+        SpiffyError, or what says that memory is short
+            If the disk is full. If all decodes fail, or the first ones do: then none is recorded.
         """
-        done = 0
-        for group in todo:
+        whole = [*todo]
+        tried: list[Task] = []
+        waiting: list[tuple[Task, Trace]] = []  # until one is decoded
+        hopeful = any(place.about.is_decoded for place in self.places.values())
+        for group in whole:
             for task, trace in traces_of(model, group):
-                done += 1
-                if task.sequence not in self.places:  # of a group that a crash left unfinished
-                    about = About(
-                        task.sequence,
-                        tokens_digest(task.prompt),
-                        task.stats.nfe,
-                        task.stats.positions_computed,
-                        self.manifest.digest(),
-                    )
-                    payload = encode(trace, about)
-                    at = self._file.append(payload)
-                    place = Place(self._file.path, at, len(payload), about)
-                    self.places[task.sequence] = place
-                on_prompt(done)
+                tried.append(task)
+                waiting.append((task, trace))
+                hopeful = hopeful or task.error is None
+                if hopeful:
+                    for each in waiting:
+                        self._append(*each)
+                    waiting.clear()
+                else:
+                    check_hope(tried, sum(map(len, whole)))
+                on_prompt(len(tried))
             self._file.sync()
             if stopped():
                 return
+
+    def _append(self, task: Task, trace: Trace) -> None:
+        """Keep a trace, unless it is there: of a group that a crash left unfinished."""
+        if task.sequence in self.places:
+            return
+        cost = (0, 0) if task.error else (task.stats.nfe, task.stats.positions_computed)
+        digest = self.manifest.digest()
+        about = About(task.sequence, tokens_digest(task.prompt), *cost, digest)
+        payload = encode(trace, about)
+        at = self._file.append(payload)
+        self.places[task.sequence] = Place(self._file.path, at, len(payload), about)
 
     def traces(self) -> Traces:
         """All traces, in the order of the prompts; read when they are needed.
@@ -167,7 +179,9 @@ class WorkDir(RecordFolder[Manifest, About]):
         if any(k not in self.places for k in range(self.manifest.prompts)):  # others have recorded
             self.places = self.recorded(self.folder, self.manifest)
         _check_complete([self.folder], self.places, self.manifest.prompts)
-        return _traces([self.places[k] for k in range(self.manifest.prompts)])
+        places = [self.places[k] for k in range(self.manifest.prompts)]
+        failed = frozenset(k for k, place in enumerate(places) if not place.about.is_decoded)
+        return _traces([self.folder], places, failed)
 
 
 def _check_complete(folders: Sequence[Path], places: dict[int, Place[About]], prompts: int) -> None:
@@ -180,11 +194,19 @@ def _check_complete(folders: Sequence[Path], places: dict[int, Place[About]], pr
         )
 
 
-def _traces(places: Sequence[Place[About]]) -> Traces:
+def _traces(
+    folders: Sequence[Path], places: Sequence[Place[About]], failed: frozenset[int] = frozenset()
+) -> Traces:
+    """The traces of prompts that were decoded."""
+    decoded = [place for place in places if place.about.is_decoded]
+    if not decoded:
+        names = ", ".join(map(str, folders))
+        raise SpiffyError(f"{names}: none of the {len(places)} prompts could be decoded")
     return Traces(
-        Stored(places),
-        nfe=sum(place.about.nfe for place in places),
-        positions_computed=sum(place.about.positions_computed for place in places),
+        Stored(decoded),
+        nfe=sum(place.about.nfe for place in decoded),
+        positions_computed=sum(place.about.positions_computed for place in decoded),
+        failed=failed,
     )
 
 
@@ -198,12 +220,15 @@ class Joined:
         Of one of them: model and settings are the same in all.
     repeated
         Traces left out because the same prompt is there already.
+    failed
+        Prompts left out because their decode failed.
     """
 
     manifest: Manifest
     origin: Origin
     traces: Traces
     repeated: int
+    failed: int
 
 
 _DATA = frozenset({"dataset", "dataset_sha256", "prompts", "drawn", "prompt_digests"})
@@ -235,7 +260,8 @@ def join(folders: Sequence[Path]) -> Joined:
         for folder in sorted(same, key=lambda folder: manifests[folder].digest()):
             ours = WorkDir.recorded(folder, manifests[folder])
             repeated += len(ours.keys() & places.keys())
-            places = ours | places
+            decoded = {k: place for k, place in places.items() if place.about.is_decoded}
+            places = places | ours | decoded
         prompts = manifests[same[0]].prompts
         _check_complete(same, places, prompts)
         found += [places[k] for k in range(prompts)]
@@ -243,9 +269,10 @@ def join(folders: Sequence[Path]) -> Joined:
     manifest = min(manifests.values(), key=lambda manifest: manifest.digest())
     if len(sets) == 1:
         origin = Origin(min(names), min(sets), manifest.drawn, manifest.prompt_digests)
-        return Joined(manifest, origin, _traces(found), repeated)
+        traces = _traces(folders, found)
+        return Joined(manifest, origin, traces, repeated, len(found) - len(traces.prompts))
     once: dict[str, Place[About]] = {}
-    for place in sorted(found, key=lambda place: (place.about.tokens, place.about.run)):
+    for place in sorted(found, key=_order):
         once.setdefault(place.about.tokens, place)
     # Files have any names; which they are must not decide anything.
     of_hub = {name for name in names if name in DATASETS or "/" in name}
@@ -253,7 +280,13 @@ def join(folders: Sequence[Path]) -> Joined:
     if len(name) > _LONG:
         name = f"{MERGED}{len(sets)} sets"
     digest = hashlib.sha256(canonical_json(list(once)).encode()).hexdigest()
-    traces = _traces(list(once.values()))
+    traces = _traces(folders, list(once.values()))
+    failed = len(once) - len(traces.prompts)
     texts = {text for manifest in manifests.values() for text in manifest.prompt_digests}
     origin = Origin(name, digest, len(texts), tuple(sorted(texts)))
-    return Joined(manifest, origin, traces, repeated + len(found) - len(once))
+    return Joined(manifest, origin, traces, repeated + len(found) - len(once), failed)
+
+
+def _order(place: Place[About]) -> tuple[str, bool, str]:
+    """By prompt; of one, what was decoded comes first."""
+    return place.about.tokens, not place.about.is_decoded, place.about.run

@@ -275,6 +275,7 @@ def calibrate(
         traces = recorded(recording, lm, drawn, tasks, ranks)
         if traces is None:
             return
+        tasks = [task for task in tasks if task.sequence not in traces.failed]
         with doing("fitting") as status:
             compile_search(status)
         command = ("spiffy-calibrate", *sys.argv[1:])
@@ -366,6 +367,8 @@ def merge(
         manifest = joined.manifest
     if joined.repeated:
         log.print(f"{joined.repeated} prompts were there more than once and are counted once")
+    if joined.failed:
+        log.print(f"{joined.failed} prompts failed when they were decoded, and are left out")
     with fitting() as on_replay:
         graph = build_from_facts(
             manifest.model,

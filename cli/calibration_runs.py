@@ -17,6 +17,7 @@ from spiffy.cli.common import (
 )
 from spiffy.cli.options import recording_option
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import said
 
 if TYPE_CHECKING:
     from spiffy.calib.pipeline import Traces
@@ -83,6 +84,17 @@ def note_left_out(drawn: PromptSet, problems: Sequence[str], repeated: Sequence[
         )
 
 
+def note_failed(failed: int, tasks: Sequence[Task]) -> None:
+    """Say how many decodes failed, and why, if one of them was tried just now."""
+    if failed:
+        why = next((f"; the first of them: {said(t.error)}" for t in tasks if t.error), "")
+        log.print(
+            f"{failed} of {len(tasks)} prompts failed while they were decoded, and are left out"
+            f"{why}",
+            soft_wrap=True,
+        )
+
+
 def recorded(
     recording: Recording,
     model: DiffusionLM,
@@ -105,9 +117,11 @@ def recorded(
         )
     with progress_bar() as bar:
         line = bar.add_task("decoding prompts", total=len(tasks))
-        return record(
+        traces = record(
             model, tasks, recording.batch_size, lambda done: bar.update(line, completed=done)
         )
+    note_failed(len(traces.failed), tasks)
+    return traces
 
 
 def _record_in_workdir(
@@ -162,6 +176,8 @@ def _record_into(
         work.record(model, mine, lambda done: bar.update(line, completed=done), stopped)
         if stopped():
             raise KeyboardInterrupt
+    own = [work.places[number].about for number in numbers & work.places.keys()]
+    note_failed(sum(not about.is_decoded for about in own), [t for group in ours for t in group])
 
 
 @contextmanager

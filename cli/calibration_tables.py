@@ -23,6 +23,7 @@ _LARGE = 100e6  # parameters from which a roofline says something
 
 def summarise(graph: DraftGraph, traces: Traces) -> None:
     """Print expected steps per forward by number of drafts, beside those of the other rule."""
+    from spiffy.calib.fit import can_fit
     from spiffy.calib.pipeline import grow_by, steps_per_forward
 
     record, settings = graph.calibration, graph.decoding
@@ -69,6 +70,11 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
             soft_wrap=True,
         )
     note_if_inexact(settings)
+    if graph.acceptance is None and record.objective == "expected-steps":
+        few = "too few states were recorded for one: give more prompts (--samples)"
+        none = "there is none for sequential unmasking, nor for static of several tokens per step"
+        why = few if can_fit(settings) else none
+        log.print(f"no acceptance model, the graph alone drafts: {why}", soft_wrap=True)
     log.print(
         f"{graph.budget} nodes from {record.roots} roots of {record.samples} prompts; all "
         f"{len(traces.prompts)} took {traces.nfe} forwards, {traces.positions_computed} positions"

@@ -366,10 +366,13 @@ def try_model(
     with doing("describing the machine"):
         write_atomically(folder / _MACHINE, _machine())
     policies = {"served": served, "static": _STATIC}
+    found: list[Bench] = []
     for word, name in zip(decoding.words, trial.names, strict=True):
+        for bench in found[-1:]:  # now, too: what follows may take hours, and fail
+            write(f"{_verdict(bench)}\n")
         trial.calibrate(name, (*cache, *policies.get(word, ("--policy", word))))
         trial.measure(name)
-    found = [trial.bench(name) for name in trial.names]
+        found.append(trial.bench(name))
     for bench in found:
         write(f"{_verdict(bench)}\n")
     log.print(

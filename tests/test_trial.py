@@ -18,7 +18,7 @@ from spiffy.calib import prompts
 from spiffy.cli import trial
 from spiffy.runtime.models import ALIASES
 from spiffy.runtime.step import own_policy
-from spiffy.schemas import DraftGraph
+from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.bench import Bench
 
 SMALL = ("--calibrate", 6, "--samples", 2, "--gen-length", 16, "--budgets", "2,64")
@@ -87,6 +87,23 @@ def test_it_calibrates_measures_and_says_it_again(
     assert code == 1
     assert "static, cache block" in printed
     assert "results.zip" in said
+
+
+def test_what_was_found_is_said_before_the_next_policy_fails(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def calibrate(_: object, name: str, *__: object) -> None:
+        if name == "static":
+            raise SpiffyError("no more")
+
+    monkeypatch.setattr(trial._Trial, "calibrate", calibrate)
+    monkeypatch.setattr(trial._Trial, "measure", lambda *_: None)
+    monkeypatch.setattr(trial._Trial, "bench", lambda _, name: name)
+    monkeypatch.setattr(trial, "_verdict", lambda name: f"{name} pays")
+    asked = ("trial", "--model", "tiny-sdar", "--dataset", "synthetic", *SMALL)
+    code, printed, said = call(*asked, "--out", tmp_path / "out")
+    assert (code, printed) == (2, "served pays\n")
+    assert said.endswith("error: no more\n")
 
 
 @pytest.mark.parametrize(

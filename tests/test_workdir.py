@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from spiffy.calib.workdir import WorkDir, join, manifest_of
 from spiffy.cli import calibrate
 from spiffy.runtime import decoding_settings, load_model
 from spiffy.runtime.budget import predict
+from spiffy.runtime.decode import Task, denoise, driver
+from spiffy.runtime.decode.loop import Decoding
+from spiffy.runtime.models.slots import Slots
 from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DraftGraph, SpiffyError
 from spiffy.schemas.workdir import Manifest
@@ -299,6 +302,18 @@ def test_a_graph_of_any_size_is_summed_up(run: Calibrate, tmp_path: Path, budget
     assert f"{DraftGraph.load(out).budget} nodes from" in log
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [((), "too few states were recorded"), (("--policy", "sequential"), "there is none for seq")],
+)
+def test_it_is_said_why_there_is_no_acceptance_model(
+    options: tuple[str, ...], why: str, run: Calibrate, tmp_path: Path
+) -> None:
+    data = ("--dataset", prompts_file(tmp_path / "p.jsonl", range(2)))
+    code, log = run(*SETTINGS, "--gen-length", 4, *options, *data, "--out", tmp_path / "a.json")
+    assert (code, f"no acceptance model, the graph alone drafts: {why}" in log) == (0, True), log
+
+
 def test_other_weights_of_the_same_configuration_are_told_apart() -> None:
     model = parity_model("llada-a", "float64")
     prompts = PromptSet("x", ("-",))
@@ -549,6 +564,77 @@ def test_shards_join_to_what_one_run_writes(run: Calibrate, tmp_path: Path) -> N
     code, log = run("merge", *folders, twice, "--budget", 4, "--out", joined)
     assert "were there more than once" in log
     assert but_command(joined) == but_command(whole)
+
+
+@dataclass
+class Failing:
+    """Decodes of which some fail after a forward; counts those begun."""
+
+    sequences: frozenset[int]
+    begun: int = 0
+
+    def __call__(self, task: Task, kv: Slots | None = None) -> Decoding:
+        self.begun += 1
+        decoding = denoise(task, kv)
+        if task.sequence not in self.sequences:
+            return decoding
+        return self._failing(decoding)
+
+    def _failing(self, decoding: Decoding) -> Decoding:
+        yield next(decoding)
+        raise SpiffyError("it computed NaN")
+
+
+def test_prompts_that_fail_are_left_out_and_not_tried_again(
+    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those that do not fit into memory: hours of others must not end with them."""
+    data = ("--dataset", prompts_file(tmp_path / "p.jsonl", range(7)), "--batch-size", 2)
+    failing = Failing(frozenset({0, 3}))
+    monkeypatch.setattr(driver, "denoise", failing)
+    whole, ours, joined = (tmp_path / name for name in ("a.json", "b.json", "c.json"))
+    code, log = run(*SETTINGS, *data, "--out", whole)
+    assert code == 0, log
+    said = "2 of 7 prompts failed while they were decoded, and are left out"
+    assert f"{said}; the first of them: it computed NaN" in log
+    record = json.loads(whole.read_text())["calibration"]
+    assert (record["samples"], record["held_out_samples"], record["prompts"]) == (4, 1, 7)
+    work = (*SETTINGS, *data, "--workdir", tmp_path / "work", "--out", ours)
+    failing.begun = 0
+    assert run(*work)[0] == 0
+    once = failing.begun
+    assert ours.read_bytes() == whole.read_bytes()
+    code, log = run(*work)
+    assert (code, failing.begun - 2 * once) == (0, -7)  # what is measured, and nothing else
+    assert said in log
+    assert "NaN" not in log
+    assert ours.read_bytes() == whole.read_bytes()
+    folders = [tmp_path / f"shard-{k}" for k in range(2)]
+    for k, folder in enumerate(folders):
+        code, log = run(*SETTINGS, *data, "--workdir", folder, "--shard", f"{k}/2")
+        assert (code, "1 of 4 prompts" in log, "1 of 3 prompts" in log) == (0, k == 0, k == 1)
+    code, log = run("merge", *folders, "--budget", 4, "--out", joined)
+    assert "2 prompts failed when they were decoded, and are left out" in log
+    assert but_command(joined) == but_command(whole)
+
+
+def test_where_all_decodes_fail_recording_ends_and_keeps_none(
+    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the model's fault then, or the machine's, and another time they may come to an end."""
+    failing = Failing(frozenset(range(99)))
+    monkeypatch.setattr(driver, "denoise", failing)
+    many = ("--dataset", prompts_file(tmp_path / "many.jsonl", range(11)), "--batch-size", 3)
+    few = ("--dataset", prompts_file(tmp_path / "few.jsonl", range(2)), "--batch-size", 3)
+    out = ("--out", tmp_path / "out.json")
+    for data, begun in ((many, 9), (few, 2)):
+        for work in ((), ("--workdir", tmp_path / f"work-{begun}")):
+            failing.begun = 0
+            code, log = run(*SETTINGS, *data, *work, *out)
+            assert (code, failing.begun) == (2, begun)
+            assert log.splitlines()[-1] == "error: it computed NaN"
+    failing.sequences = frozenset()
+    assert run(*SETTINGS, *few, "--workdir", tmp_path / "work-2", *out)[0] == 0
 
 
 def test_joining_does_not_depend_on_how_prompts_were_split(run: Calibrate, tmp_path: Path) -> None:
