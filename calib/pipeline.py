@@ -49,7 +49,7 @@ from spiffy.schemas.workdir import ModelFacts
 
 _SHOWN = 40  # characters of a prompt
 _REPLAYED = 200  # prompts that the acceptance model's drafts are replayed on, at most
-_HOPELESS = 8  # prompts, all that were tried, that fail: not for what is in them
+_HOPELESS = 16  # prompts one after the other that fail: not for what is in them
 HOLD_OUT_EVERY = 5  # every fifth prompt measures the graph instead of growing it
 
 
@@ -64,7 +64,8 @@ class Traces:
     nfe, positions_computed
         What recording them cost.
     failed
-        Numbers (`Task.sequence`) of prompts whose decode failed: these have no trace.
+        Numbers (`Task.sequence`) of prompts whose decode failed: these have no trace. Of joined
+        work directories, whose prompts have other numbers, none.
     """
 
     prompts: Sequence[Trace]
@@ -228,14 +229,24 @@ def traces_of(model: DiffusionLM, group: Sequence[Task]) -> Iterator[tuple[Task,
             yield task, trace
 
 
-def check_hope(tried: Sequence[Task], of: int) -> None:
-    """Raise the error of the last of the decodes tried so far, of so many, where all have failed.
+def failures_in_a_row(before: Sequence[Task], group: Sequence[Task], of: int) -> Sequence[Task]:
+    """The decodes that failed one after the other, once those of another group have ended.
 
-    Then it is not their prompts' fault, and trying the others would only take time.
+    Within a group failures end first: only a whole one is part of a row.
+
+    Raises
+    ------
+    Exception
+        Of the last one, where they are too many, or all there are (`of`): then it is not their
+        prompts' fault, but the model's, or somebody else has the memory.
     """
-    if len(tried) in (_HOPELESS, of) and all(task.error is not None for task in tried):
-        assert tried[-1].error is not None
-        raise tried[-1].error
+    if any(task.error is None for task in group):
+        return ()
+    failed = [*before, *group]
+    error = failed[-1].error
+    if error is not None and (len(failed) >= _HOPELESS or len(failed) == of):
+        raise error
+    return failed
 
 
 def record(
@@ -251,16 +262,15 @@ def record(
     Raises
     ------
     SpiffyError, or what says that memory is short
-        If all decodes fail, or the first ones do.
+        If all decodes fail, or many in a row.
     """
     done: dict[int, Trace] = {}
-    tried: list[Task] = []
+    failed: Sequence[Task] = ()
     for group in groups(tasks, batch_size):
         for task, trace in traces_of(model, group):
             done[task.sequence] = trace
-            tried.append(task)
-            check_hope(tried, len(tasks))
             on_prompt(len(done))
+        failed = failures_in_a_row(failed, group, len(tasks))
     decoded = [task for task in tasks if task.error is None]
     return Traces(
         tuple(done[task.sequence] for task in decoded),

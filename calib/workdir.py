@@ -16,7 +16,14 @@ import torch
 
 from spiffy.calib.folder import PROVENANCE, RecordFolder, check_same, read_manifest
 from spiffy.calib.frames import Place, Scan
-from spiffy.calib.pipeline import Origin, Traces, check_hope, groups, model_facts, traces_of
+from spiffy.calib.pipeline import (
+    Origin,
+    Traces,
+    failures_in_a_row,
+    groups,
+    model_facts,
+    traces_of,
+)
 from spiffy.calib.prompts import DATASETS, MERGED, PromptSet
 from spiffy.calib.record import Trace
 from spiffy.calib.store import About, Stored, TraceFile, encode, scan, tokens_digest
@@ -129,33 +136,40 @@ class WorkDir(RecordFolder[Manifest, About]):
     ) -> None:
         """Decode groups of prompts and append their traces, until all are or `stopped` says so.
 
-        `on_prompt` is called with the number of prompts recorded so far in this call. What failed
-        is recorded, too, so that it is not tried whenever recording goes on.
+        `on_prompt` is called with the number of prompts decoded so far in this call. What failed is
+        recorded, too, so that it is not tried whenever recording goes on; but not where many do in
+        a row.
 
         Raises
         ------
         SpiffyError, or what says that memory is short
-            If the disk is full. If all decodes fail, or the first ones do: then none is recorded.
+            If the disk is full. If all decodes fail, or many in a row.
         """
-        whole = [*todo]
-        tried: list[Task] = []
-        waiting: list[tuple[Task, Trace]] = []  # until one is decoded
-        hopeful = any(place.about.is_decoded for place in self.places.values())
-        for group in whole:
+        done = 0
+        failed: Sequence[Task] = ()
+        waiting: list[tuple[Task, Trace]] = []  # of those
+        for group in todo:
             for task, trace in traces_of(model, group):
-                tried.append(task)
-                waiting.append((task, trace))
-                hopeful = hopeful or task.error is None
-                if hopeful:
-                    for each in waiting:
-                        self._append(*each)
-                    waiting.clear()
+                done += 1
+                if task.error is None:
+                    self._append(task, trace)
                 else:
-                    check_hope(tried, sum(map(len, whole)))
-                on_prompt(len(tried))
+                    waiting.append((task, trace))
+                on_prompt(done)
+            failed = failures_in_a_row(failed, group, self.manifest.prompts)
+            if not failed:
+                self._append_all(waiting)
             self._file.sync()
             if stopped():
                 return
+        self._append_all(waiting)
+        self._file.sync()
+
+    def _append_all(self, traces: list[tuple[Task, Trace]]) -> None:
+        """Keep traces, and empty the list."""
+        for each in traces:
+            self._append(*each)
+        traces.clear()
 
     def _append(self, task: Task, trace: Trace) -> None:
         """Keep a trace, unless it is there: of a group that a crash left unfinished."""
@@ -201,7 +215,10 @@ def _traces(
     decoded = [place for place in places if place.about.is_decoded]
     if not decoded:
         names = ", ".join(map(str, folders))
-        raise SpiffyError(f"{names}: none of the {len(places)} prompts could be decoded")
+        raise SpiffyError(
+            f"{names}: none of the {len(places)} prompts could be decoded: where that was for want "
+            "of memory, give another --workdir"
+        )
     return Traces(
         Stored(decoded),
         nfe=sum(place.about.nfe for place in decoded),

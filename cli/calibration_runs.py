@@ -133,6 +133,7 @@ def _record_in_workdir(
     ranks: Ranks,
 ) -> Traces | None:
     """Record this rank's share of the shard; the traces, for the rank that has all of them."""
+    from spiffy.calib.pipeline import groups
     from spiffy.calib.workdir import WorkDir, manifest_of
 
     share, first = recording.share(), tasks[0]
@@ -143,8 +144,12 @@ def _record_in_workdir(
         _record_into(work, model, tasks, ranks, share)
     if ranks.rank > 0:
         return None
+    number, count = share
+    ours = [t for group in groups(tasks, work.manifest.batch_size)[number::count] for t in group]
+    places = work.places if ranks.world == 1 else work.recorded(workdir, manifest)
+    known = [places[task.sequence].about for task in ours if task.sequence in places]
+    note_failed(sum(not about.is_decoded for about in known), ours)
     if share != (0, 1):
-        number, count = share
         log.print(
             f"recorded shard {number}/{count} in {workdir}; join with spiffy-calibrate merge",
             soft_wrap=True,
@@ -176,8 +181,6 @@ def _record_into(
         work.record(model, mine, lambda done: bar.update(line, completed=done), stopped)
         if stopped():
             raise KeyboardInterrupt
-    own = [work.places[number].about for number in numbers & work.places.keys()]
-    note_failed(sum(not about.is_decoded for about in own), [t for group in ours for t in group])
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def summarise(graph: DraftGraph, traces: Traces) -> None:
         )
     note_if_inexact(settings)
     if graph.acceptance is None and record.objective == "expected-steps":
-        few = "too few states were recorded for one: give more prompts (--samples)"
+        few = "too few states were recorded for one: record more prompts"
         none = "there is none for sequential unmasking, nor for static of several tokens per step"
         why = few if can_fit(settings) else none
         log.print(f"no acceptance model, the graph alone drafts: {why}", soft_wrap=True)

@@ -91,7 +91,11 @@ class NewText:
     def more(self) -> str:
         """The text that came since the last call; empty if no block was finished."""
         cursor = self._task.path[-1] if self._task.path else None
-        if cursor is None or (cursor.block <= self._block and not cursor.finished):
+        if cursor is None:
+            return ""
+        if cursor.block < self._block:  # begun anew: other tokens may have come
+            self._tokens = self._spelled = 0
+        if cursor.block <= self._block and not cursor.finished:
             return ""
         self._block = cursor.block
         if cursor.finished:
@@ -107,6 +111,8 @@ class NewText:
         stop = min(canvas.span(cursor.block).start, canvas.prompt_length + canvas.gen_length)
         ids = cursor.ids[canvas.prompt_length + self._tokens : stop].tolist()
         text = task.model.decode_text(ids)
+        if any(word in text for word in task.stop):  # special tokens kept it from ending
+            return answer(task)[0][self._told :]
         new = settled(text, task.stop)[self._told - self._spelled :]
         if len(ids) > 2 * _LAST:
             self._leave_behind(ids, text, self._told + len(new) - self._spelled)
@@ -120,6 +126,7 @@ class NewText:
         for first in range(len(ids) - _LAST, len(ids) - _LAST - _SPELLING, -1):
             last = self._task.model.decode_text(ids[first:])
             spelled = len(text) - len(last)
-            if spelled <= told and text.endswith(last) and not last.startswith("\ufffd"):
+            begins = bool(last) and not last.startswith("\ufffd")
+            if begins and spelled <= told and text.endswith(last):
                 self._tokens, self._spelled = self._tokens + first, self._spelled + spelled
                 return

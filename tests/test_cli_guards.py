@@ -17,6 +17,7 @@ from helpers import Call, chain_graph, refusal
 from rich.console import Console
 
 from spiffy.bench.measure import Measurements
+from spiffy.calib.signals import until_interrupted
 from spiffy.cli import bench, bench_run, calibrate, calibration_runs, common, lm_eval
 from spiffy.cli.options import Unseeded
 from spiffy.runtime import generate, load_model
@@ -377,6 +378,28 @@ def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
         signal.signal(signal.SIGTERM, before)
     assert (stop.value.code, done) == (common.INTERRUPTED, ["summed up"])
     assert after is signal.SIG_DFL
+
+
+def test_sigterm_sent_again_after_what_was_in_hand_ended_is_no_other_request() -> None:
+    done: list[str] = []
+
+    def app() -> None:
+        with until_interrupted(done.append) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert stopped()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        done.append("closed")
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            common.run_app(app)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (stop.value.code, done[1:]) == (common.INTERRUPTED, ["closed"])
 
 
 def test_want_of_memory_is_told_in_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -488,6 +488,8 @@ def test_a_wish_that_failed_costs_others_nothing(monkeypatch: pytest.MonkeyPatch
         for output, hidden in zip(forward(model, [short, longer]), expected, strict=True):
             assert torch.allclose(output.hidden, hidden, rtol=0, atol=1e-12)
     assert grown == [lanes]  # the wish, once
+    third = pool.open(40)
+    assert third.lanes.slots == 64  # neither has one that joins
 
 
 def test_lanes_are_of_few_sizes_and_hardly_too_long() -> None:

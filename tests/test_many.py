@@ -14,6 +14,7 @@ import torch
 from helpers import chain_graph, parity_model, random_prompt, refusal, shown
 
 from spiffy.runtime import (
+    DiffusionLM,
     Stream,
     decoding_settings,
     generate,
@@ -250,6 +251,47 @@ def test_new_text_is_that_of_all_blocks_so_far_though_only_the_last_are_decoded(
         lengths.clear()
         cut = model.codec.before_stop(ids, stop) if stop else None
         assert told == (model.codec.decode(ids) if cut is None else cut[0])
+
+
+def told_block_by_block(model: DiffusionLM, ids: list[int], stop: tuple[str, ...] = ()) -> str:
+    """What `NewText` tells of an answer; of its last block nothing is finished."""
+    settings = decoding_settings(
+        model, gen_length=len(ids), block_length=4, cache="dual", stop_at_eos=False
+    )
+    task = make_task(model, torch.tensor([5, 6]), settings, stop=stop)
+    cursor, new = task.canvas.start(task.prompt, model.mask_token_id), NewText(task)
+    cursor.ids[2:] = torch.tensor(ids)
+    told = ""
+    for block in range(1, task.canvas.blocks):
+        task.path[:] = [Cursor(cursor.ids, block)]
+        told += new.more()
+    task.path[:] = [Cursor(cursor.ids, task.canvas.blocks, finished=True)]
+    return told + new.more()
+
+
+def test_many_tokens_without_text_do_not_hide_where_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a tokenizer that leaves out the space in front of all."""
+    model = load_model("tiny-llada", device="cpu")
+
+    def spelled(ids: list[int]) -> str:
+        return "".join(f" w{k}" for k in ids if k < 90).removeprefix(" ")
+
+    monkeypatch.setattr(model, "decode_text", spelled)
+    ids = [1, 2, 3, 4, *[99] * 200, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert told_block_by_block(model, ids) == spelled(ids)
+
+
+def test_nothing_is_told_behind_a_stop_string_with_special_tokens_amid_it() -> None:
+    """Where they are so many that decoding goes on behind it."""
+    model = load_model("tiny-llada", device="cpu")
+    a, b = (model.codec.tokenizer(c, add_special_tokens=False)["input_ids"] for c in ("9", "+"))
+    (special,) = {*model.eos_token_ids}
+    ids = [*a, *b, *a, *[special] * 60, *b, *a, *a, *a, *a]
+    assert model.codec.decode(ids) == "9+9+9999"
+    assert told_block_by_block(model, ids, ("9+9+",)) == ""
+    assert told_block_by_block(model, ids, ("+99",)) == "9+9"
 
 
 def test_a_model_without_text_has_none_to_stream() -> None:

@@ -618,23 +618,50 @@ def test_prompts_that_fail_are_left_out_and_not_tried_again(
     assert but_command(joined) == but_command(whole)
 
 
-def test_where_all_decodes_fail_recording_ends_and_keeps_none(
+def test_where_all_or_many_in_a_row_fail_recording_ends_and_keeps_none_of_them(
     run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is the model's fault then, or the machine's, and another time they may come to an end."""
     failing = Failing(frozenset(range(99)))
     monkeypatch.setattr(driver, "denoise", failing)
-    many = ("--dataset", prompts_file(tmp_path / "many.jsonl", range(11)), "--batch-size", 3)
+    many = ("--dataset", prompts_file(tmp_path / "many.jsonl", range(21)), "--batch-size", 3)
     few = ("--dataset", prompts_file(tmp_path / "few.jsonl", range(2)), "--batch-size", 3)
     out = ("--out", tmp_path / "out.json")
-    for data, begun in ((many, 9), (few, 2)):
+    for data, begun in ((many, 18), (few, 2)):
         for work in ((), ("--workdir", tmp_path / f"work-{begun}")):
             failing.begun = 0
             code, log = run(*SETTINGS, *data, *work, *out)
             assert (code, failing.begun) == (2, begun)
             assert log.splitlines()[-1] == "error: it computed NaN"
+    work = ("--workdir", tmp_path / "work-18")
+    failing.sequences = frozenset({0, *range(3, 99)})
+    assert run(*SETTINGS, *many, *work, *out)[0] == 2  # after three, of which two were decoded
+    assert len(scan(tmp_path / "work-18" / "traces-0000.bin").places) == 3
     failing.sequences = frozenset()
-    assert run(*SETTINGS, *few, "--workdir", tmp_path / "work-2", *out)[0] == 0
+    code, log = run(*SETTINGS, *many, *work, *out)
+    assert (code, "1 of 21 prompts failed" in log) == (0, True)
+
+
+def test_failures_end_first_and_are_no_row_where_others_of_their_group_are_decoded(
+    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "denoise", Failing(frozenset(range(17))))
+    data = ("--dataset", prompts_file(tmp_path / "p.jsonl", range(19)), "--batch-size", 19)
+    code, log = run(*SETTINGS, *data, "--out", tmp_path / "out.json")
+    assert (code, "17 of 19 prompts failed" in log) == (0, True), log
+
+
+def test_a_shard_of_which_all_prompts_fail_is_recorded(
+    run: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "denoise", Failing(frozenset({0, 1})))
+    data = ("--dataset", prompts_file(tmp_path / "p.jsonl", range(4)), "--batch-size", 2)
+    folders = [tmp_path / f"shard-{k}" for k in range(2)]
+    for k, folder in enumerate(folders):
+        code, log = run(*SETTINGS, *data, "--workdir", folder, "--shard", f"{k}/2")
+        assert (code, "2 of 2 prompts failed" in log) == (0, k == 0), log
+    code, log = run("merge", *folders, "--out", tmp_path / "out.json")
+    assert (code, "2 prompts failed when they were decoded" in log) == (0, True)
 
 
 def test_joining_does_not_depend_on_how_prompts_were_split(run: Calibrate, tmp_path: Path) -> None:

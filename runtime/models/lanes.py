@@ -224,8 +224,9 @@ class Pool:
 
     def open(self, length: int) -> Lane:
         """A lane for a sequence of so many positions."""
+        lane = Lane(self, length)  # without room if that is short: it may wish for it once
         self.is_short = False
-        return Lane(self, length)
+        return lane
 
     def lanes(self, slots: int) -> Lanes:
         """Those with at least so many slots; forgets others that nobody uses."""
