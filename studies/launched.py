@@ -35,6 +35,7 @@ from spiffy.runtime.decode import Task, loop, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter, graph_drafter
 from spiffy.runtime.forward.pack import Row, forward
 from spiffy.runtime.models import attention
+from spiffy.runtime.models.batch import BatchMask
 from spiffy.runtime.models.lanes import Pool
 from spiffy.runtime.models.slots import KeyValues
 from spiffy.schemas import DecodingSettings, DraftGraph
@@ -73,6 +74,7 @@ class Counted:
         with ExitStack() as stack:
             for owner, method, name in (
                 (attention._Arrangement, "_added", "masks"),
+                (BatchMask, "added", "masks"),
                 (attention._Arrangement, "attend", "attention"),
                 (DiffusionLM, "hidden_states", "transformer"),
             ):

@@ -17,7 +17,8 @@ each turn is a median over the repeats. The 300M model has random weights, so it
 true: its time per denoising step is a worst case.
 
 The second table, `--tables host`, is in the paper's terms, on the host of an accelerator
-(`studies/overhead_host.py`).
+(`studies/overhead_host.py`). The third, `--tables shared`, is of sequences that share forwards
+there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from overhead_host import beside_accelerator
+from overhead_host import beside_accelerator, beside_accelerator_shared
 from pages import add_into, at_least, command, expect, fill, load_average, machine, start
 from timing import timed
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -52,7 +53,8 @@ from spiffy.schemas import AcceptanceModel, DecodingSettings, DraftGraph
 
 BUDGETS = (0, 8, 32)
 PARTS = ("forward", "head", "walk", "compare", "draft", "rest")
-KEYS = {"parts": "overhead", "host": "overhead-host"}  # of the tables in the page
+# Of the tables in the page.
+KEYS = {"parts": "overhead", "host": "overhead-host", "shared": "overhead-shared"}
 
 
 def random_model(layers: int) -> DiffusionLM:
@@ -219,8 +221,10 @@ def main() -> None:
         started = load_average()
         if name == "parts":
             found = by_part(model, settings, graph, args.layers, *counts)
-        else:
+        elif name == "host":
             found = beside_accelerator(model, graph, *counts)
+        else:
+            found = beside_accelerator_shared(model, graph, *counts)
         table = "\n".join(found)
         alone = argparse.Namespace(**{**vars(args), "tables": [name]})
         note = (

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from timing import timed
 from spiffy.bench.grow import SHAPES, grow
 from spiffy.calib.prompts import load_prompts
 from spiffy.runtime import DiffusionLM, decoding_settings, load_model
-from spiffy.runtime.decode import Task, loop, make_task
+from spiffy.runtime.decode import Scheduler, Task, loop, make_task
 from spiffy.runtime.draft import (
     AcceptanceDrafter,
     BestOfDrafter,
@@ -47,6 +47,7 @@ from spiffy.runtime.draft import (
 )
 from spiffy.runtime.forward import pack, request
 from spiffy.runtime.forward.pack import forward
+from spiffy.runtime.models.lanes import Pool
 from spiffy.schemas import DecodingSettings, DraftGraph
 
 FORWARDS = (25.0, 10.0, 5.0)  # milliseconds, on an accelerator
@@ -121,12 +122,12 @@ def handed_over(owner: Any, name: str, results: list[Any], known: bool) -> Itera
 def on_host(
     model: DiffusionLM,
     settings: DecodingSettings,
-    prompt: torch.Tensor,
+    prompts: Sequence[torch.Tensor],
     drafter: Drafter | None,
     forwards: int,
     computed: dict[str, list[Any]],
 ) -> list[Host]:
-    """The first turns of a decode, without the very first.
+    """The first turns of decodes that share forwards, without the very first; until one ends.
 
     In processor time of the one thread that does what is counted: other processes do not add to it.
 
@@ -135,8 +136,13 @@ def on_host(
     computed
         What the accelerator computes, by function; empty: to be collected.
     """
-    task = make_task(model, prompt, settings)
-    task.drafter = drafter
+    scheduler = Scheduler(model, len(prompts))
+    if len(prompts) > 1:
+        scheduler._pool = Pool(len(prompts))  # as off the CPU
+    tasks = [make_task(model, prompt, settings) for prompt in prompts]
+    for task in tasks:
+        task.drafter = drafter
+        scheduler.add(task)
     turns = []
     with ExitStack() as stack:
         stack.enter_context(read_ahead())
@@ -154,20 +160,21 @@ def on_host(
                 (BestOfDrafter, "learn"),  # who is to draft
             )
         ]
-        decoding = loop.denoise(task)
-        rows = next(decoding)
         for _ in range(forwards):
-            steps = task.stats.steps
+            steps = sum(task.stats.steps for task in tasks)
             for spent in (*elsewhere, *drafting):
                 spent.clear()
             started = thread_time()
-            try:
-                rows = decoding.send(forward(model, rows))
-            except StopIteration:
-                break
+            finished = scheduler.step()
             whole = 1000 * (thread_time() - started)
+            for task in finished:
+                if task.error is not None:
+                    raise task.error
+            if finished:
+                break
             draft, away = (sum(map(sum, parts)) for parts in (drafting, elsewhere))
-            turns.append(Host(draft, whole - draft - away, task.stats.steps - steps))
+            made = sum(task.stats.steps for task in tasks) - steps
+            turns.append(Host(draft, whole - draft - away, made))
     return turns[1:]
 
 
@@ -248,7 +255,7 @@ def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: in
         for k, (way, drafts) in enumerate(WAYS):
             with searching(way):
                 new = drafter_of(large, graph, settings, way, drafts)  # has learned nothing yet
-                decodes[k].append(on_host(large, settings, prompt, new, forwards, computed[k]))
+                decodes[k].append(on_host(large, settings, [prompt], new, forwards, computed[k]))
     for k, ((way, drafts), (waits, kernels)) in enumerate(zip(WAYS, counts_of(graph), strict=True)):
         turns = list(zip(*decodes[k][1:], strict=True))  # the first one computes
         steps = mean(same[0].steps for same in turns)
@@ -259,6 +266,39 @@ def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: in
         yield (
             f"| {way} | {drafts} | {steps:.2f} | {draft:.2f} | {shares(draft)} | {rest:.2f} "
             f"| {more:.2f} | {shares(more)} | {waits:.1f} | {kernels:.0f} |"
+        )
+
+
+SEQUENCES = (1, 4, 16)  # that share a forward
+SHARED_WAYS = (("plain", 0), ("graph", 8), ("model", 8))
+
+
+def shared_lines(
+    model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: int
+) -> Iterator[str]:
+    """Markdown rows of forwards that sequences share.
+
+    Of the tiny model itself: what the host does depends neither on width nor on vocabulary.
+    """
+    settings = decoding_settings(model, graph)
+    texts = load_prompts("synthetic", max(SEQUENCES), split="test").texts
+    prompts = [model.encode(text) for text in texts]
+    cells = [(way, drafts, count) for way, drafts in SHARED_WAYS for count in SEQUENCES]
+    computed = [dict[str, list[Any]]() for _ in cells]
+    decodes: list[list[list[Host]]] = [[] for _ in cells]
+    for _ in range(1 + repeats):
+        for k, (way, drafts, count) in enumerate(cells):
+            drafter = drafter_of(model, graph, settings, way, drafts)
+            asked = (prompts[:count], drafter, forwards, computed[k])
+            decodes[k].append(on_host(model, settings, *asked))
+    for (way, drafts, count), found in zip(cells, decodes, strict=True):
+        turns = list(zip(*found[1:], strict=True))
+        steps = mean(same[0].steps for same in turns) / count
+        draft = mean(median(turn.draft for turn in same) for same in turns)
+        rest = mean(median(turn.rest for turn in same) for same in turns)
+        yield (
+            f"| {way} | {drafts} | {count} | {steps:.2f} | {draft:.2f} | {rest:.2f} "
+            f"| {(draft + rest) / count:.2f} | {shares(draft + rest)} |"
         )
 
 
@@ -275,6 +315,16 @@ def beside_accelerator(model: DiffusionLM, graph: DraftGraph, *counts: int) -> I
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     yield from host_lines(model, graph, *counts)
+
+
+def beside_accelerator_shared(model: DiffusionLM, graph: DraftGraph, *counts: int) -> Iterator[str]:
+    """The third table."""
+    yield (
+        "| drafts by | drafts | sequences | steps per forward of each | drafting, ms "
+        "| all else, ms | both, per sequence | both, of 25, 10, 5 ms |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
+    yield from shared_lines(model, graph, *counts)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,8 @@ def test_both_policies_are_measured_with_what_their_graphs_have(
         return 2 if len(run) == 4 else 0, False
 
     monkeypatch.setattr(trial, "run_apart", ended)
+    monkeypatch.setattr(trial._Trial, "bench", lambda *_: None)
+    monkeypatch.setattr(trial, "_verdict", lambda _: "")
     code, _, said = call("trial", "--model", "tiny-sdar", "--out", tmp_path)
     assert code == 2
     assert said.splitlines()[-1] == (

@@ -152,6 +152,8 @@ def _cross_pairs(ids: Ints, masked: Bools, number: Ints) -> Ints:
 
     All arguments are [S, k]; `number` is negative where a position is not read.
     """
+    if len(ids) < 2 or not ids.size:
+        return np.empty((2, 0), np.int64)
     held, free = ids.T, masked.T  # positions first: NumPy is slow where the last axis is short
     extends = ((held[:, :, None] == held[:, None]) | free[:, :, None]).all(0)
     np.fill_diagonal(extends, False)
