@@ -236,7 +236,7 @@ def main() -> int:
         # Side by side: pip waits for the network and the disk most of the time.
         ready = pool.map(partial(installed, with_torch=args.with_torch), args.which, folders)
         # A process that a signal ended has a negative code.
-        return int(sum(tested(found) != 0 for found in ready) > 0)
+        return max(abs(tested(found)) for found in ready)
 
 
 if __name__ == "__main__":

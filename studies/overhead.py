@@ -36,7 +36,7 @@ wait_passively()  # as the commands do, before torch is imported
 
 # ruff: noqa: E402
 import torch
-from overhead_host import beside_accelerator, beside_accelerator_shared
+from overhead_host import SEQUENCES, host_lines, shared_lines
 from pages import add_into, at_least, command, expect, fill, load_average, machine, start
 from timing import timed
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -222,13 +222,16 @@ def main() -> None:
         if name == "parts":
             found = by_part(model, settings, graph, args.layers, *counts)
         elif name == "host":
-            found = beside_accelerator(model, graph, *counts)
+            found = host_lines(model, graph, *counts)
         else:
-            found = beside_accelerator_shared(model, graph, *counts)
+            found = shared_lines(model, graph, *counts)
         table = "\n".join(found)
         alone = argparse.Namespace(**{**vars(args), "tables": [name]})
+        problems = (
+            f"{max(SEQUENCES)} generated problems" if name == "shared" else "a generated problem"
+        )
         note = (
-            f"`{command(alone)}` (a generated problem; against plain decoding; {machine()}, "
+            f"`{command(alone)}` ({problems}; against plain decoding; {machine()}, "
             f"float32; load average {started} at the start, {load_average()} at the end)"
         )
         print(f"{note}\n\n{table}\n", flush=True)

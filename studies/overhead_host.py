@@ -244,8 +244,24 @@ def counts_of(graph: DraftGraph) -> list[tuple[float, float]]:
     return found
 
 
+def means(decodes: Sequence[Sequence[Host]]) -> tuple[float, float, float]:
+    """Steps, and milliseconds of drafting and of all else, of a turn of a decode that is repeated.
+
+    Of its repetitions the first one computes, and does not count; of the others medians do.
+    """
+    turns = list(zip(*decodes[1:], strict=True))
+    draft = mean(median(turn.draft for turn in same) for same in turns)
+    rest = mean(median(turn.rest for turn in same) for same in turns)
+    return mean(same[0].steps for same in turns), draft, rest
+
+
 def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: int) -> Iterator[str]:
-    """Markdown rows, of a model grown from `model`."""
+    """The second table, of a model grown from `model`."""
+    yield (
+        "| drafts by | drafts | steps per forward | drafting, ms | of 25, 10, 5 ms | all else, ms "
+        "| beyond plain, ms | of 25, 10, 5 ms | waits | kernels |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
     large = grow(model, SHAPE)
     settings = decoding_settings(model, graph)
     prompt = model.encode(load_prompts("synthetic", 1, split="test").texts[0])
@@ -257,10 +273,7 @@ def host_lines(model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: in
                 new = drafter_of(large, graph, settings, way, drafts)  # has learned nothing yet
                 decodes[k].append(on_host(large, settings, [prompt], new, forwards, computed[k]))
     for k, ((way, drafts), (waits, kernels)) in enumerate(zip(WAYS, counts_of(graph), strict=True)):
-        turns = list(zip(*decodes[k][1:], strict=True))  # the first one computes
-        steps = mean(same[0].steps for same in turns)
-        draft = mean(median(turn.draft for turn in same) for same in turns)
-        rest = mean(median(turn.rest for turn in same) for same in turns)
+        steps, draft, rest = means(decodes[k])
         plain = plain if drafts else rest
         more = max(rest - plain, 0.0)
         yield (
@@ -276,10 +289,15 @@ SHARED_WAYS = (("plain", 0), ("graph", 8), ("model", 8))
 def shared_lines(
     model: DiffusionLM, graph: DraftGraph, forwards: int, repeats: int
 ) -> Iterator[str]:
-    """Markdown rows of forwards that sequences share.
+    """The third table, of forwards that sequences share.
 
     Of the tiny model itself: what the host does depends neither on width nor on vocabulary.
     """
+    yield (
+        "| drafts by | drafts | sequences | steps per forward of each | drafting, ms "
+        "| all else, ms | both, per sequence | both, of 25, 10, 5 ms |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
     settings = decoding_settings(model, graph)
     texts = load_prompts("synthetic", max(SEQUENCES), split="test").texts
     prompts = [model.encode(text) for text in texts]
@@ -292,12 +310,9 @@ def shared_lines(
             asked = (prompts[:count], drafter, forwards, computed[k])
             decodes[k].append(on_host(model, settings, *asked))
     for (way, drafts, count), found in zip(cells, decodes, strict=True):
-        turns = list(zip(*found[1:], strict=True))
-        steps = mean(same[0].steps for same in turns) / count
-        draft = mean(median(turn.draft for turn in same) for same in turns)
-        rest = mean(median(turn.rest for turn in same) for same in turns)
+        steps, draft, rest = means(found)
         yield (
-            f"| {way} | {drafts} | {count} | {steps:.2f} | {draft:.2f} | {rest:.2f} "
+            f"| {way} | {drafts} | {count} | {steps / count:.2f} | {draft:.2f} | {rest:.2f} "
             f"| {(draft + rest) / count:.2f} | {shares(draft + rest)} |"
         )
 
@@ -305,26 +320,6 @@ def shared_lines(
 def shares(milliseconds: float) -> str:
     """Of forwards of all lengths."""
     return ", ".join(f"{milliseconds / forward:.1%}" for forward in FORWARDS)
-
-
-def beside_accelerator(model: DiffusionLM, graph: DraftGraph, *counts: int) -> Iterator[str]:
-    """The second table."""
-    yield (
-        "| drafts by | drafts | steps per forward | drafting, ms | of 25, 10, 5 ms | all else, ms "
-        "| beyond plain, ms | of 25, 10, 5 ms | waits | kernels |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    )
-    yield from host_lines(model, graph, *counts)
-
-
-def beside_accelerator_shared(model: DiffusionLM, graph: DraftGraph, *counts: int) -> Iterator[str]:
-    """The third table."""
-    yield (
-        "| drafts by | drafts | sequences | steps per forward of each | drafting, ms "
-        "| all else, ms | both, per sequence | both, of 25, 10, 5 ms |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    )
-    yield from shared_lines(model, graph, *counts)
 
 
 if __name__ == "__main__":
