@@ -34,7 +34,6 @@ from spiffy.runtime.models.text import Prompt, given_ids
 from spiffy.runtime.streaming import NewText
 from spiffy.schemas import Budget, DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.decoding import FILTERS
-from spiffy.schemas.errors import is_of_one_decode
 
 _LOG = logging.getLogger("spiffy")
 
@@ -446,10 +445,6 @@ class Engine:
     def _end(self, job: Job) -> None:
         del self._jobs[id(job.task)]
         self._forget(job, ended=True)  # whoever has the answer may ask again at once
-        error = job.task.error
-        if isinstance(error, SpiffyError) or (error is not None and is_of_one_decode(error)):
-            # Nobody reads its frames, which hold what all who shared the forward had computed.
-            error.__traceback__ = error.__context__ = None
         event = job.end()
         if isinstance(event, Failed):
             self.metrics.ended(job.task, None)

@@ -144,9 +144,10 @@ class Scheduler:
         finished = self._step()
         for task in finished:
             self._let_go(task)
-            if task.error is not None and is_of_one_decode(task.error):
+            error = task.error
+            if isinstance(error, SpiffyError) or (error is not None and is_of_one_decode(error)):
                 # Nobody reads its frames, which hold what all who shared the forward had computed.
-                task.error.__traceback__ = task.error.__context__ = None
+                error.__traceback__ = error.__context__ = None
         self._give_back_if_idle()
         return finished
 
