@@ -117,7 +117,7 @@ def summed_up(
         machine=machine,
         model=ours,
         weights=weights_digest(run.lm),
-        adapter=run.adapter,
+        adapter=None if run.adapter is None else printable(run.adapter),
         decoding=run.settings,
         edges=tuple(f.name for f in fields(edges) if getattr(edges, f.name)),
         graph_digest=artifact.digest(),

@@ -179,7 +179,8 @@ class _Output:
         str | None,
         output_option(
             help="Also predict what a model of this real shape would gain on accelerators if it "
-            "accepted drafts like this one: qwen3-0.6b, sdar-8b, llada-8b, dream-7b, ..."
+            "accepted drafts like this one: qwen3-0.6b, sdar-8b, llada-8b, dream-7b, "
+            "llada2-mini, ..."
         ),
     ] = None
 

@@ -146,7 +146,7 @@ def _record_in_workdir(
         return None
     number, count = share
     ours = [t for group in groups(tasks, work.manifest.batch_size)[number::count] for t in group]
-    places = work.places if ranks.world == 1 else work.recorded(workdir, manifest)
+    places = work.places if ranks.world == 1 else work.recorded(workdir, work.manifest)
     known = [places[task.sequence].about for task in ours if task.sequence in places]
     note_failed(sum(not about.is_decoded for about in known), ours)
     if share != (0, 1):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 from rich.table import Table
 
 from spiffy.cli.common import console, log, note_if_inexact
-from spiffy.schemas import Objective
+from spiffy.schemas import Objective, SpiffyError
 from spiffy.schemas.labels import shown_budgets
 
 if TYPE_CHECKING:
@@ -92,11 +92,14 @@ def predict(graph: DraftGraph, measured: CostProfile, task: Task, like: str | No
     Accelerators are left out for small models: kernel launches decide there, which a roofline does
     not know. `like` names a shape that they are predicted for instead.
     """
+    from spiffy.runtime.budget.estimates import ladder
     from spiffy.runtime.budget.predict import best_plan, steps_by_drafts
     from spiffy.runtime.budget.roofline import ACCELERATORS, Shape, predicted_profile
+    from spiffy.schemas.records import MOST_UNASKED
 
     shape = Shape.of(task.model) if like is None else shape_like(like)
-    budgets = [point.drafts for point in measured.points]
+    # Not those at which this machine gave up.
+    budgets = [0, *ladder(min(graph.budget, MOST_UNASKED))]
     profiles = {"this machine": measured}
     for accelerator in ACCELERATORS if shape.parameters >= _LARGE else ():
         predicted = predicted_profile(
@@ -139,9 +142,15 @@ def shape_like(name: str) -> Shape:
     SpiffyError
         If it is none of those known.
     """
-    from spiffy.bench.grow import shape_named
-    from spiffy.runtime.budget.roofline import Shape
+    from spiffy.bench.grow import SHAPES
+    from spiffy.runtime.budget.roofline import MIXTURES, Shape
 
-    known = shape_named(name)
+    if name in MIXTURES:
+        return MIXTURES[name]
+    if name not in SHAPES:
+        raise SpiffyError(
+            f"unknown shape {name!r}: choose one of {', '.join((*SHAPES, *MIXTURES))}"
+        )
+    known = SHAPES[name]
     sizes = (known.layers, known.hidden, known.heads, known.kv_heads, known.head_dim)
-    return Shape.dense(*sizes, known.feed_forward, known.vocabulary)
+    return Shape.of_sizes(*sizes, known.feed_forward, known.vocabulary)

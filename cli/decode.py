@@ -50,6 +50,8 @@ from spiffy.schemas.errors import is_of_one_decode, said
 from spiffy.schemas.io import check_writable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spiffy.calib.prompts import PromptSet
     from spiffy.runtime.budget.auto import AutoBudget
     from spiffy.runtime.generate import Output
@@ -351,24 +353,35 @@ def _verify(runs: Runs, warming: Mapping[str, Way], json_lines: bool) -> None:
 def _answer(runs: Runs, output: _Output) -> None:
     """Decode every prompt and print its answer."""
     for prompt in runs.prompts:
-        if output.stream:
-            for partial in runs.stream(prompt, runs.shown):
-                write(partial)
-        else:
-            try:
-                runs.decode(prompt, runs.shown)
-            except Exception as error:
-                if len(runs.prompts) == 1 or not is_of_one_decode(error):
-                    raise
-                note_left_out(prompt[0], said(error))
-                continue
-        answer = runs.outputs[runs.shown][-1]
+        before = len(runs.outputs.get(runs.shown, ()))
+        for piece in _decoded(runs, prompt, output.stream):
+            write(piece)
+        answers = runs.outputs.get(runs.shown, [])
+        if len(answers) == before:
+            continue
         if output.json:
-            print_json(prompt[0], answer)
+            print_json(prompt[0], answers[-1])
         else:
-            write("\n" if output.stream else answer.text + "\n")
+            write("\n" if output.stream else answers[-1].text + "\n")
     _check_any(runs)
     report(runs)
+
+
+def _decoded(runs: Runs, prompt: tuple[int, Tensor], stream: bool) -> Iterator[str]:
+    """Decode a prompt, and say if it fails and there are others; a stream yields its pieces."""
+    piece = ""
+    try:
+        if not stream:
+            runs.decode(prompt, runs.shown)
+            return
+        for piece in runs.stream(prompt, runs.shown):
+            yield piece
+    except Exception as error:
+        if len(runs.prompts) == 1 or not is_of_one_decode(error):
+            raise
+        if piece:
+            yield "\n"  # what came before is all of its text
+        note_left_out(prompt[0], said(error))
 
 
 def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spiffy.cli.common import log, note_left_out, progress_bar
 from spiffy.cli.decode_runs import as_json
+from spiffy.schemas import SpiffyError
 
 if TYPE_CHECKING:
     from spiffy.calib.answers import Answers
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from spiffy.calib.ranks import Ranks
     from spiffy.cli.decode_runs import Runs
     from spiffy.schemas import Budget, DraftGraph
+
+_HOPELESS = 16  # failures one after the other: not for what is in their prompts
 
 
 def decode_into(
@@ -68,6 +71,7 @@ def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int)
 
     for note in answers.notes:
         log.print(note, soft_wrap=True)
+    most = max(_HOPELESS, 4 * batch_size)  # failures end first, whatever shares their forwards
     todo = [prompt for prompt in runs.prompts if prompt[0] not in answers.places]
     if len(todo) < len(runs.prompts):
         log.print(f"{len(runs.prompts) - len(todo)} of {len(runs.prompts)} answers are there")
@@ -77,12 +81,27 @@ def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int)
         # What is in hand then is finished; nothing joins it.
         going_on = takewhile(lambda _: not stopped(), mine)
         finished = runs.together(going_on, runs.shown, batch_size)
+        failures: list[dict[str, Any]] = []  # in a row, which may not be the prompts' fault
         for index, output in bar.track(
             finished, total=len(mine), description=f"decoding prompts{of}"
         ):
             if isinstance(output, str):
-                answers.append(failed(index, output))
-            else:
-                answers.append(as_json(index, output))
+                failures.append(failed(index, output))
+                if len(failures) == most:
+                    raise SpiffyError(
+                        f"{most} prompts in a row could not be decoded, the last one because: "
+                        f"{output}; once that is mended, the same command goes on"
+                    )
+                continue
+            _keep(failures, answers)
+            answers.append(as_json(index, output))
         if stopped():
             raise KeyboardInterrupt
+        _keep(failures, answers)
+
+
+def _keep(failures: list[dict[str, Any]], answers: Answers) -> None:
+    """Keep why prompts have no answer, and empty the list: they are not tried again."""
+    for each in failures:
+        answers.append(each)
+    failures.clear()

@@ -229,7 +229,7 @@ def _audit(
     if model is not None:
         from spiffy.runtime import load_model
 
-        lm = load_model(model, device="cpu")
+        lm = load_model(model, device="meta")  # no weights: nothing here asks for them
     found = audit(graph, read_json(graph_file(file)).get("digest"), dataset, lm, field)
     if found.wrong:
         more = f" (and {len(found.wrong) - 1} more)" if found.wrong[1:] else ""

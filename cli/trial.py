@@ -76,8 +76,19 @@ class _Model:
         return Path(ALIASES.get(self.model, "")).is_absolute()
 
     @property
+    def folder(self) -> list[str]:
+        """What the benchmark is told of a folder: the graph knows its name, not where it is.
+
+        Any other model it takes from the graph, which has the commit, too.
+        """
+        from spiffy.runtime.models import ALIASES
+
+        is_folder = self.model not in ALIASES and Path(self.model).is_dir()
+        return ["--model", self.model] if is_folder else []
+
+    @property
     def words(self) -> list[str]:
-        """What both commands are told of it; the benchmark's model is the graph's."""
+        """What both commands are told of it."""
         found = ["--device", self.device, "--dtype", self.dtype, "--threads", self.threads]
         found += [] if self.quantize is None else ["--quantize", self.quantize]
         return [*found, "--compile"] if self.compile else found
@@ -233,7 +244,7 @@ class _Trial:
         own = ("--policy", graph.decoding.policy) if graph.decoding.own_policy else ()
         self._run(
             "spiffy-bench",
-            *("--graph", str(folder / "graph.json"), *self.model.words, *own),
+            *("--graph", str(folder / "graph.json"), *self.model.folder, *self.model.words, *own),
             *("--dataset", self.dataset, "--samples", str(self.prompts.samples)),
             *("--repeats", "1", "--budgets", ",".join(map(str, budgets))),
             *("--methods", ",".join(methods), "--out", str(folder)),
@@ -376,8 +387,8 @@ def try_model(
     for bench in found:
         write(f"{_verdict(bench)}\n")
     log.print(
-        f"wrote {trial.pack()}: machine, graphs and results, prompts and answers "
-        "among them (docs/gpu.md: what to send back)",
+        f"wrote {trial.pack()}: machine, graphs and results, with a prompt and all "
+        "answers (docs/gpu.md: what to send back)",
         soft_wrap=True,
     )
     if any(result.differing for bench in found if bench.decoding.exact for result in bench.results):

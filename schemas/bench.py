@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from spiffy.schemas.decoding import DecodingSettings, first_problem
 from spiffy.schemas.errors import SpiffyError
 from spiffy.schemas.html import block, inline, page, paragraph, table, visible
-from spiffy.schemas.io import canonical_json, read_json, write_atomically
+from spiffy.schemas.io import canonical_json, read_json, strict_text, write_atomically
 from spiffy.schemas.records import CostProfile, ModelRecord, Node, Record
 
 FORMAT = "spiffy.bench"
@@ -468,7 +468,8 @@ class Bench(Record):
                 f"{path}: version {str(content.get('version'))[:20]} is not one that this program "
                 f"reads ({VERSION}): run the benchmark again"
             )
+        text = strict_text(path, content)
         try:
-            return cls.model_validate_json(canonical_json(content))
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise SpiffyError(f"{path}: {first_problem(error)}") from None

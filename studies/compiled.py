@@ -2,7 +2,7 @@
 
 Every model decodes generated problems that neither training nor calibration saw, as it is and
 compiled, in turns, so that what else the machine does hits all alike; one thread, and weights as
-torch has them (the commands prepack those of large models that are not compiled). Stated are the
+torch has them (the commands prepack those of large models, where that is faster). Stated are the
 medians over prompts of milliseconds per forward and of ratios of seconds, how many answers differ,
 and how long compiling takes in a fresh process, where torch remembers nothing and where it
 remembers the time before.

@@ -264,13 +264,18 @@ class Oracle:
 
 
 def fail_while_decoding(
-    monkeypatch: pytest.MonkeyPatch, model: DiffusionLM, prompt: Any, error: Exception, **how: Any
+    monkeypatch: pytest.MonkeyPatch,
+    model: DiffusionLM,
+    prompt: Any,
+    error: Exception,
+    at: int = 1,
+    **how: Any,
 ) -> None:
-    """Decodes of this prompt fail at their second step."""
+    """Decodes of this prompt fail after so many steps."""
     step, doomed = loop.denoising_step, given_ids(model.encode(prompt, **how), model.vocab_size)
 
     def failing(task: Task, cursor: Cursor, *args: Any) -> Cursor:
-        if cursor.step == 1 and torch.equal(task.prompt, doomed):
+        if cursor.step == at and torch.equal(task.prompt, doomed):
             raise error
         return step(task, cursor, *args)
 

@@ -464,6 +464,10 @@ def test_the_command_writes_a_run_that_can_be_read_back(
     code, text, _ = invoke("--compare", out / "bench.json", out / "bench.json")
     assert code == 0
     assert "model 4" in text
+    endless = (out / "bench.json").read_text().replace('"samples":1', '"samples":1e999')
+    (out / "endless.json").write_text(endless)
+    code, _, error = invoke("--compare", out / "bench.json", out / "endless.json")
+    assert (code, "a number that is not finite" in error) == (2, True)
 
 
 @pytest.mark.usefixtures("quick")

@@ -19,7 +19,7 @@ from spiffy.calib.record import Recorder, Trace
 from spiffy.runtime import decoding_settings, generate, load_model
 from spiffy.runtime.budget import cost, timed
 from spiffy.runtime.budget.auto import Cutoff, auto_budget
-from spiffy.runtime.budget.predict import best_plan, steps_by_drafts
+from spiffy.runtime.budget.predict import Plan, best_plan, steps_by_drafts
 from spiffy.runtime.budget.roofline import (
     Accelerator,
     Shape,
@@ -315,6 +315,26 @@ def test_what_is_slow_once_is_not_taken_for_what_drafts_cost(
     measured = cost.measure_cost(task, 4, limit=1.0)
     assert [point.drafts for point in measured.points] == [0, 1, 2, 3, 4]
     assert [point.seconds for point in measured.points] == pytest.approx([0.01] * 5)
+
+
+def test_where_no_draft_fits_into_memory_plain_forwards_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = parity_model("llada-a")
+    task = make_task(model, random_prompt(model, 4), decoding_settings(model, gen_length=32))
+    forward = timed._DecodeParts.forward
+
+    def short(parts: Any, roots: Any, states: torch.Tensor) -> Any:
+        if len(states) > 1:
+            raise torch.OutOfMemoryError
+        return forward(parts, roots, states)
+
+    monkeypatch.setattr(timed._DecodeParts, "forward", short)
+    chain = GraphDrafter([[(0, 0)], [(0, 0), (1, 0)]], model)
+    measured = cost.measure_cost(task, 8, {"graph": lambda _: chain})
+    assert [point.drafts for point in measured.points] == [0]
+    assert measured.drafting == measured.turns == {}
+    assert best_plan({"graph": STEPS}, measured) == Plan(None, 0, 1.0)
 
 
 def test_a_machine_too_slow_for_the_limit_still_tries_one_draft() -> None:

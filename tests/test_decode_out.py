@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import Call, chain_graph, fail_while_decoding, shown, study
 
 from spiffy.calib.answers import Answers
 from spiffy.cli import decode
 from spiffy.runtime import generate, load_model
+from spiffy.runtime.decode import Task, loop
+from spiffy.runtime.step.canvas import Cursor
 from spiffy.schemas import DraftGraph, SpiffyError
 
 PROMPTS = [f"Tom has {k} apples. He buys 4 more. How many now?" for k in range(1, 6)]
@@ -134,6 +137,56 @@ def test_an_answer_that_fails_is_named_and_left_out(
     assert read(out) == [line for line in expected if line["index"] != 1]
     code, log = run(*arguments, "--json", "--batch-size", together)
     assert (code, "prompt 1 left out: computed NaN" in log) == (0, True), log
+
+
+@pytest.mark.parametrize("steps", [1, 15])
+def test_a_stream_goes_on_after_an_answer_that_fails(
+    arguments: list[str],
+    expected: list[dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+) -> None:
+    """After what came of that one: nothing, or all blocks but the last."""
+    model = load_model("tiny-sdar", device="cpu")
+    fail_while_decoding(monkeypatch, model, PROMPTS[1], SpiffyError("computed NaN"), steps)
+    code, printed, log = Call(capfd, monkeypatch)("decode", *arguments, "--stream")
+    assert (code, "prompt 1 left out: computed NaN" in log) == (0, True), log
+    first, *lines = printed.splitlines()
+    if steps > 1:
+        part = lines.pop(0)
+        assert part
+        assert expected[1]["text"].startswith(part)
+        assert part != expected[1]["text"]
+    assert [first, *lines] == [line["text"] for line in expected if line["index"] != 1]
+
+
+def test_many_failures_in_a_row_end_it_and_are_tried_again(
+    run: Run, graph: DraftGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else has the memory, say; the first failure, between answers, is a prompt's own."""
+    graph.save(tmp_path / "graph.json")
+    lines = [json.dumps({"prompt": f"Add {k} and 4."}) + "\n" for k in range(20)]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    files = ["--graph", str(tmp_path / "graph.json"), "--prompts", str(tmp_path / "p.jsonl")]
+    out = tmp_path / "answers.jsonl"
+    asked = (*files, "--budget", 2, "--device", "cpu", "--gen-length", 8, "--out", out)
+    step, short = loop.denoising_step, {1, *range(3, 20)}
+
+    def failing(task: Task, *rest: Any) -> Cursor:
+        if task.sequence in short:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(task, *rest)
+
+    monkeypatch.setattr(loop, "denoising_step", failing)
+    code, log = run(*asked)
+    assert (code, "16 prompts in a row could not be decoded" in log) == (2, True), log
+    assert "CUDA out of memory" in log.splitlines()[-1]
+    assert not out.exists()
+    short -= {*range(3, 20)}
+    code, log = run(*asked)
+    assert (code, "3 of 20 answers are there" in log) == (0, True), log
+    assert [line["index"] for line in read(out)] == [0, *range(2, 20)]
 
 
 def test_where_all_answers_fail_there_is_no_file(

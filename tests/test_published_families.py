@@ -17,6 +17,7 @@ import torch
 from helpers import PARITY
 from safetensors import safe_open
 
+from spiffy.cli.calibration_tables import shape_like
 from spiffy.runtime.models.diffcoder import STABLE_DIFFCODER
 from spiffy.runtime.models.family import Family
 from spiffy.runtime.models.fast_dllm import FAST_DLLM
@@ -154,6 +155,30 @@ def test_llada2_maps_one_to_one_and_has_the_size_of_what_it_was_made_from(
     single = {name: shape for name, shape in stored.items() if name not in merged}
     rest = {name: shape for name, shape in ours.items() if ".mlp.experts." not in name}
     assert in_parts(config, single) == rest
+
+
+@pytest.mark.parametrize(("name", "config"), [("llada2-mini", MINI), ("llada2-flash", FLASH)])
+def test_predictions_for_a_mixture_are_of_its_published_matrices(
+    name: str, config: dict[str, Any]
+) -> None:
+    shape = shape_like(name)
+    matrices = {n: s for n, s in llada2_parameters(config).items() if len(s) == 2}
+    experts = {n: s for n, s in matrices.items() if ".mlp.experts." in n}
+    head = config["vocab_size"] * config["hidden_size"]
+    assert shape.experts == size(experts)
+    assert shape.shared == size(matrices) - size(experts) - 2 * head  # without the embedding
+    assert (shape.head, shape.experts_share) == (head, 8 / 256)
+    assert (shape.layers, shape.kv_width) == (config["num_hidden_layers"], 4 * 128)
+    assert shape.width == config["num_attention_heads"] * 128
+
+
+def test_predictions_for_sdars_mixture_have_the_published_size() -> None:
+    """Qwen3-30B-A3B's, which it was made from: 30.5 billion, 29.9 without embedding and head."""
+    shape = shape_like("sdar-30b-a3b")
+    assert round((shape.shared + shape.experts) / 1e9, 1) == 29.9
+    assert round((shape.parameters + shape.head) / 1e9, 1) == 30.5
+    used = shape.shared + shape.experts_share * shape.experts + 2 * shape.head
+    assert 3.3e9 < used < 3.4e9  # "3.3B activated"
 
 
 def test_half_of_llada2s_head_turns() -> None:

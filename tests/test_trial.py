@@ -89,6 +89,21 @@ def test_it_calibrates_measures_and_says_it_again(
     assert "results.zip" in said
 
 
+def test_a_folder_is_measured_where_it_is(
+    call: Call, run_here: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A graph knows what a folder is called; here there is another one of that name."""
+    shutil.copytree(ALIASES["tiny-sdar"], tmp_path / "elsewhere" / "mine")
+    (tmp_path / "here" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    place = ("--model", tmp_path / "elsewhere" / "mine", "--dataset", "synthetic")
+    few = ("--policies", "static", *SMALL, "--budgets", 2, "--out", "out")
+    code, printed, said = call("trial", *place, *few)
+    assert code == 0, said
+    assert printed.splitlines()[-1].startswith("mine: static, cache block")
+    assert [words[0] for words in run_here] == ["spiffy-calibrate", "spiffy-bench"]
+
+
 def test_what_was_found_is_said_before_the_next_policy_fails(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -470,6 +470,14 @@ def test_strict_validation_says_what_it_checked_and_what_not(
     assert call("graph", "validate", "--model", TINY, calibrated)[0] == 2
 
 
+def test_strict_validation_reads_no_weights(call: Call, calibrated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "without"
+    shutil.copytree(ALIASES[TINY], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    code, printed, log = call("graph", "validate", "--strict", "--model", folder, calibrated)
+    assert code == 0, log
+    assert "finger" in printed.partition("not checked")[0]
+
+
 FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "count beyond roots": (
         lambda c: c["nodes"][0].update(count=10**6),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from spiffy.calib.prompts import PromptSet
 from spiffy.calib.record import Recorder, Trace
 from spiffy.calib.store import About, Stored, TraceFile, scan
 from spiffy.calib.workdir import WorkDir, join, manifest_of
-from spiffy.cli import calibrate
+from spiffy.cli import calibrate, calibration_runs
 from spiffy.runtime import decoding_settings, load_model
 from spiffy.runtime.budget import predict
 from spiffy.runtime.decode import Task, denoise, driver
@@ -708,6 +709,21 @@ def test_a_repository_may_move_on_meanwhile(tmp_path: Path) -> None:
         assert workdir.manifest == begun  # as it was recorded first
         assert not workdir.missing(tasks)
     assert join([tmp_path / "a", tmp_path / "b"]).repeated == 2
+
+
+def test_it_may_move_on_between_what_several_ranks_record(tmp_path: Path) -> None:
+    model = load_model("tiny-sdar", device="cpu")
+    settings, prompts = decoding_settings(model, gen_length=8), PromptSet("x", ("abc", "abd"))
+    tasks = prepare(model, prompts, settings)
+    with WorkDir(tmp_path / "w", manifest_of(model, prompts, settings, 2, 8)) as work:
+        work.record(model, work.missing(tasks))
+    first = SimpleNamespace(rank=0, world=2, sharing=lambda make: make())
+    moved_on = model.replaced(revision="0" * 40)
+    traces = calibration_runs._record_in_workdir(
+        calibration_runs.Recording(), tmp_path / "w", moved_on, prompts, tasks, first
+    )
+    assert traces is not None
+    assert len(traces.prompts) == 2
 
 
 def test_joined_sets_of_the_hub_keep_their_names(tmp_path: Path) -> None:

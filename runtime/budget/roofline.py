@@ -7,9 +7,9 @@ model of billions of parameters is memory-bound, worthless for one of millions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.fields import head_dim
@@ -35,6 +35,19 @@ ACCELERATORS = (
     Accelerator("L4", 300e9, 121e12),
     Accelerator("RTX 4090", 1.008e12, 165e12),
 )
+
+
+class Experts(NamedTuple):
+    """Of a mixture: how many experts a layer has, and a position picks; their feed-forward size.
+
+    `shared` are those that every position goes through besides; the first `dense_layers` have none.
+    """
+
+    number: int
+    chosen: int
+    width: int
+    shared: int = 0
+    dense_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class Shape:
         return self.shared + self.experts + self.head
 
     @classmethod
-    def dense(
+    def of_sizes(
         cls,
         layers: int,
         hidden: int,
@@ -78,11 +91,19 @@ class Shape:
         head_dim: int,
         feed_forward: int,
         vocabulary: int,
+        experts: Experts | None = None,
     ) -> Shape:
-        """From the sizes of a dense model of Llama's kind, norms and biases left out."""
+        """From the sizes of a model of Llama's kind, or a mixture; norms and biases left out."""
         width, kv_width = heads * head_dim, kv_heads * head_dim
-        layer = hidden * (2 * width + 2 * kv_width + 3 * feed_forward)
-        return cls(layers * layer, 0, 1.0, layers, width, kv_width, vocabulary * hidden)
+        mixed = 0 if experts is None else layers - experts.dense_layers
+        shared = layers * hidden * (2 * width + 2 * kv_width)
+        shared += (layers - mixed) * 3 * hidden * feed_forward
+        sizes = (layers, width, kv_width, vocabulary * hidden)
+        if experts is None:
+            return cls(shared, 0, 1.0, *sizes)
+        expert = 3 * hidden * experts.width
+        shared += mixed * (experts.number * hidden + experts.shared * expert)  # with the router
+        return cls(shared, mixed * experts.number * expert, experts.chosen / experts.number, *sizes)
 
     @classmethod
     def of(cls, model: DiffusionLM) -> Shape:
@@ -107,6 +128,18 @@ class Shape:
             kv_width=config.num_key_value_heads * head_dim(config),
             head=head,
         )
+
+
+#: Mixtures by their published configs, under the names that they are loaded by.
+MIXTURES: Mapping[str, Shape] = {
+    "llada2-mini": Shape.of_sizes(
+        20, 2048, 16, 4, 128, 5120, 157_184, Experts(256, 8, 512, shared=1, dense_layers=1)
+    ),
+    "llada2-flash": Shape.of_sizes(
+        32, 4096, 32, 4, 128, 9216, 157_184, Experts(256, 8, 1024, shared=1, dense_layers=1)
+    ),
+    "sdar-30b-a3b": Shape.of_sizes(48, 2048, 32, 4, 128, 6144, 151_936, Experts(128, 8, 768)),
+}
 
 
 def layout(canvas: Canvas, cache: CacheName, drafts: int) -> tuple[int, int, int]:

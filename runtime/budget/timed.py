@@ -201,11 +201,12 @@ def timed(
     def points(of: Callable[[int], float], least: int = 1) -> tuple[CostPoint, ...]:
         return tuple(CostPoint(drafts=n, seconds=of(n)) for n in found if n >= least)
 
+    timed_ways = [way for way in made if len(found) > 1]  # a single draft may not fit into memory
     return Timed(
         points(turns.forward_seconds, least=0),
         turns.seconds("step", 0),
-        {way: points(partial(turns.seconds, way)) for way in made},
-        {way: points(partial(turns.turn_seconds, way)) for way in made},
+        {way: points(partial(turns.seconds, way)) for way in timed_ways},
+        {way: points(partial(turns.turn_seconds, way)) for way in timed_ways},
     )
 
 

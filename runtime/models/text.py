@@ -450,7 +450,7 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if not isinstance(stop, str | list | tuple):
         raise SpiffyError(f"stop {stop!r}: give a string, or a list of strings")
     words = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(word, str) and word for word in words):
+    if not all(isinstance(word, str) and word and is_unicode(word) for word in words):
         raise SpiffyError(f"stop {list(words)}: every stop string must be text, and not empty")
     return words
 
