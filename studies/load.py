@@ -6,6 +6,8 @@ count once every client has had an answer, and what is under way at its end ends
 before: all go on asking until then. So rates and latencies are those of a server that is as full
 all the time, however short a turn is; an answer that is under way at the beginning or at the end
 counts with the share of its time in between, and a latency where the answer began in between.
+Before its first turn with a number of clients each process warms up: `auto`, which learns, for
+`--warm-up` seconds.
 Servers of one model, without drafts, with as many as pay, and with eight for every answer whoever
 else asks, run beside each other and are measured in turns, each as often first as last and behind
 each other (where turns are a multiple of six), so that what else the machine does, and what the
@@ -61,6 +63,7 @@ WAYS: dict[str, Budget | None] = {"none": None, "auto": "auto", "8 each": 8}
 Floats = NDArray[np.float64]
 ALONE = 0  # clients: no server at all
 _FEW = 4  # turns, or servers: fewer make no interval
+_WARM = 2.0  # seconds that warm up those who learn nothing
 
 
 @dataclass
@@ -250,11 +253,12 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
             servers[way].append(stack.enter_context(serving(*options, shape=args.shape)))
         for clients in (ALONE, *args.clients):
             found[clients] = {way: Measured() for way in args.ways}
-            # The first ones warm up, and let auto learn.
-            for turn in range(-args.servers, args.turns):
+            # The first ones warm up, each process once, and let auto learn.
+            for turn in range(-1 if clients == ALONE else -args.servers, args.turns):
                 for way in order(args.ways, turn):
                     server = servers[way][turn // each if turn >= 0 else turn]
-                    seconds = args.warm_up if turn < 0 else args.seconds / args.turns
+                    warm_up = args.warm_up if WAYS[way] == "auto" else min(args.warm_up, _WARM)
+                    seconds = warm_up if turn < 0 else args.seconds / args.turns
                     into = None if turn < 0 else found[clients][way]
                     what = (seconds, prompts, args.lengths, known, into)
                     if clients == ALONE:
@@ -321,7 +325,7 @@ def main() -> None:
     parser.add_argument("--turns", type=at_least(1), default=6, help="that these are split into")
     parser.add_argument("--servers", type=at_least(1), default=1, help="of each kind")
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS], help="with none")
-    parser.add_argument("--warm-up", type=float, default=5, help="seconds before, not counted")
+    parser.add_argument("--warm-up", type=float, default=5, help="of auto: seconds, not counted")
     parser.add_argument("--prompts", type=at_least(1), default=40)
     parser.add_argument("--lengths", type=at_least(1), nargs="+", default=[64, 40, 56, 32, 48])
     parser.add_argument("--graphs", type=Path, help="folder of calibrated graphs, to use again")
@@ -335,7 +339,8 @@ def main() -> None:
         parser.error("--seconds has to be above 0")
     shape = f" --shape {args.shape}" if args.shape else ""
     several = f" --servers {args.servers}" if args.servers > 1 else ""
-    key = f"load {args.model}{shape}{several}"
+    ways = "" if args.ways == [*WAYS] else f" --ways {' '.join(args.ways)}"
+    key = f"load {args.model}{shape}{several}{ways}"
     expect(parser, args.into, key)
     found = measure(args)
     block = (

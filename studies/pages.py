@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ def start(main: Callable[[], int | None]) -> None:
     """Run a study, and leave with its exit code; what cannot be done is said in one line."""
     from spiffy.schemas import SpiffyError
 
+    # What was started, such as servers, ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(main())
     except SpiffyError as problem:

@@ -33,6 +33,10 @@ MOST = 32
 FIRST = 64  # steps of a first answer
 SWITCHING = 0.1  # of a forward: what one takes longer that follows one of another kind
 
+#: What a data sheet says of LLaDA2.0-mini on an H100 (docs/what-pays.md): few positions leave most
+#: experts unread, so the first drafts are the dear ones.
+MIXTURE = [(0, 1.0), (1, 1.34), (2, 1.46), (4, 1.52), (8, 1.53), (32, 1.56)]
+
 #: Seconds of a forward by drafts and number of the forward, in plain forwards.
 Curve = Callable[[int, int], float]
 CURVES: dict[str, Curve] = {
@@ -41,6 +45,7 @@ CURVES: dict[str, Curve] = {
     "10% a draft": lambda n, t: 1 + 0.1 * n,
     "30% a draft": lambda n, t: 1 + 0.3 * n,
     "100% a draft": lambda n, t: 1.0 + n,
+    "a mixture's": lambda n, t: interpolated(MIXTURE, n),
     "steps at 4 and 16": lambda n, t: 1.0 + (n >= 4) + 2 * (n >= 16),
     "3 times slower from forward 100": lambda n, t: (1 + 0.02 * n) * (3 if t >= 100 else 1),
     "10% a draft, all of it doubled now and then": lambda n, t: (1 + 0.1 * n) * (1 + t // 60 % 2),

@@ -334,6 +334,9 @@ def test_where_no_draft_fits_into_memory_plain_forwards_are_known(
     measured = cost.measure_cost(task, 8, {"graph": lambda _: chain})
     assert [point.drafts for point in measured.points] == [0]
     assert measured.drafting == measured.turns == {}
+    here = cost.conditions(task)
+    assert cost._serves(measured, here, 8, {"graph"})  # it is not measured in every run
+    assert not cost._serves(cost.measure_cost(task, 8), here, 9, {"graph"})
     assert best_plan({"graph": STEPS}, measured) == Plan(None, 0, 1.0)
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from spiffy.runtime import DiffusionLM, decoding_settings
 from spiffy.runtime.decode import Scheduler, Task, driver, make_task
-from spiffy.runtime.draft import GraphDrafter
-from spiffy.runtime.forward import pack
+from spiffy.runtime.draft import Candidates, GraphDrafter
+from spiffy.runtime.forward import pack, request
 from spiffy.runtime.forward.pack import Row, forward
 from spiffy.runtime.models.batch import Batch
 from spiffy.runtime.models.lanes import Lane, Lanes, Pool, roomy
 from spiffy.runtime.models.slots import KeyValues
+from spiffy.runtime.step.canvas import Cursor
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llada, dual": ("llada-a", {"cache": "dual"}),
@@ -381,6 +382,67 @@ def test_attention_is_the_models_own_again_after_a_lane_did_not_fit(
     config: Any = model.module.config
     assert config._attn_implementation == "sdpa"
     forward(model, [row])
+
+
+class Overflowing:
+    """Drafts of a chain, and one with a token for which the model computes no numbers."""
+
+    token_ranks, asks_rejected = 1, False
+
+    def __init__(self, model: DiffusionLM, token: int) -> None:
+        self.chain = GraphDrafter([[(k, 0) for k in range(n)] for n in (1, 2, 3)], model)
+        self.token = token
+
+    def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
+        drafts = self.chain(root, candidates, room)
+        if room < 1:
+            return drafts
+        wrong = root.ids.clone()
+        wrong[candidates.positions[-1]] = self.token
+        return torch.cat((drafts, wrong[None]))
+
+
+@pytest.mark.parametrize("read", ["as walked", "ahead", "in lanes"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "shared" not in name])
+def test_a_draft_that_overflows_takes_no_answer_along(
+    layout: str, read: str, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in float16: all that shares its row is NaN, and nothing else may be.
+
+    Beside it, a sequence whose drafts reach further: what lies in the lane is shown, masked.
+    """
+    name, options = LAYOUTS[layout]
+    model = parity_model(name, "float64")
+    own = decoding_settings(model, gen_length=16, block_length=8, stop_at_eos=False, **options)
+    prompts = [random_prompt(model, length, length) for length in (9, 10)]
+    plain = [decode(model, prompt, own) for prompt in prompts]
+    held = {token for task in plain for ids in states(task) for token in ids}
+    token = next(k for k in range(model.vocab_size) if k not in held)
+
+    def overflow(_: object, given: tuple[Tensor], embedded: Tensor) -> Tensor:
+        return embedded.masked_fill((given[0] == token)[..., None], torch.inf)
+
+    module: Any = model.module
+    hook = module.model.embed_tokens.register_forward_hook(overflow)
+    if read != "as walked":
+        monkeypatch.setattr(request, "_HOSTS", frozenset())
+    scheduler = pooled(model, 2) if read == "in lanes" else Scheduler(model, 2)
+    drafters = (Overflowing(model, token), GraphDrafter([[(k, 0)] for k in range(4)], model))
+    tasks = [
+        make_task(model, prompt, own, drafter)
+        for prompt, drafter in zip(prompts, drafters, strict=True)
+    ]
+    try:
+        for task in tasks:
+            scheduler.add(task)
+        finish(scheduler)
+    finally:
+        hook.remove()
+    assert [states(task) for task in tasks] == [states(task) for task in plain]
+    assert [task.repeated for task in tasks] == [1, 0]
+    assert [task.plain_nfe for task in tasks] == [task.stats.nfe for task in plain]
+    assert (tasks[0].stats.drafted, tasks[1].stats.drafted > 0) == (0, True)
+    assert any(batch.rows > 1 for batch in batches) == (read == "in lanes")
 
 
 def test_idle_lanes_are_given_back_before_anything_is_done_with_less(

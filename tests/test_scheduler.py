@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from spiffy.bench.watch import Watch, Watched, WatchedAdviser
 from spiffy.runtime.decode import Advice, Scheduler, Task, driver, loop, make_task, run
 from spiffy.runtime.draft import Drafter, GraphDrafter
 from spiffy.runtime.forward import cache
+from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.generate import generate, generate_many
-from spiffy.runtime.models.slots import Slots
+from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.slots import KeyValues, Slots
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
 
@@ -401,6 +404,56 @@ def test_what_one_took_comes_back_however_long_it_waited(monkeypatch: pytest.Mon
     assert isinstance(large.error, torch.OutOfMemoryError)
     assert scheduler.most_decodes == 2
     assert scheduler._most_drafts == MAX_NODES
+
+
+def test_one_that_is_too_long_beside_others_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though others wait, and many of its forwards have fitted: it would be begun anew for ever."""
+    tasks, plainly = begun("none")
+    model, settings = tasks[0].model, tasks[0].settings
+    longer = settings.model_copy(update={"gen_length": 64})
+    large = make_task(model, random_prompt(model, 8), longer)
+    memory = Memory(large.canvas.length, torch.OutOfMemoryError())
+    monkeypatch.setattr(driver, "forward", memory)
+    monkeypatch.setattr(driver, "_TRY_AGAIN", 6)
+    scheduler = Scheduler(model, batch_size=2)
+    for task in (tasks[0], large, *tasks[1:]):
+        scheduler.add(task)
+    decoded(scheduler)
+    assert states(large) == states(plainly_of(large))
+    assert memory.failed <= 1 + 16 // 6  # while the first one was alone, it was tried again
+    assert [states(task) for task in tasks] == [states(task) for task in plainly]
+
+
+@pytest.mark.parametrize("name", ["llada-a", "sdar-a"])
+def test_what_drafts_took_comes_back_before_a_decode_fails(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for a whole sequence and its keys and values, but not for what drafts left, too."""
+    model = parity_model(name, "float64")
+    cache = "dual" if name == "llada-a" else "block"
+    settings = DecodingSettings.parse(block_length=8, gen_length=32, stop_at_eos=False, cache=cache)
+    prompt = random_prompt(model, 32)
+    plainly = decode(model, prompt, settings)
+    task = make_task(model, prompt, settings, Oracle(plainly, 4))
+    most, failed = task.canvas.length * 2, 0
+
+    def short(model: DiffusionLM, rows: Sequence[Row], *rest: Any) -> list[RowOutput]:
+        nonlocal failed
+        (row,) = rows
+        assert isinstance(row.kv, KeyValues)
+        held = max((b[0].shape[2] for b in row.kv._buffers.values()), default=0)
+        if len(row.ids) + held > most:
+            failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, rows, *rest)
+
+    monkeypatch.setattr(driver, "forward", short)
+    scheduler = Scheduler(model)
+    scheduler.add(task)
+    decoded(scheduler)
+    assert task.error is None
+    assert failed > 0
+    assert states(task) == states(plainly)
 
 
 def plainly_of(task: Task) -> Task:

@@ -147,7 +147,8 @@ def _serves(
 ) -> bool:
     there = profile.model_dump(include=set(here))
     enough = profile.largest is not None and profile.largest >= largest
-    return _key(there) == _key(here) and enough and set(drafters) <= set(profile.turns)
+    timed_all = len(profile.points) == 1 or set(drafters) <= set(profile.turns)  # or none fitted
+    return _key(there) == _key(here) and enough and timed_all
 
 
 def cache_folder() -> Path | None:

@@ -15,6 +15,7 @@ from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.models.device import synchronize
 from spiffy.runtime.models.lanes import Pool
+from spiffy.runtime.models.slots import KeyValues
 from spiffy.schemas import SpiffyError
 from spiffy.schemas.errors import is_of_one_decode, is_out_of_memory
 from spiffy.schemas.records import MAX_NODES
@@ -215,8 +216,11 @@ class Scheduler:
             self._pool.forget_unused()
 
     def _has_trimmed(self) -> bool:
-        """Give back the memory of lanes that nobody uses; whether there was any."""
-        if self._pool is None or not self._pool.trim():
+        """Give back the memory of lanes that nobody uses, and of drafts; whether there was any."""
+        held = {id(row.kv): row.kv for _, _, rows in self._running for row in rows}
+        freed = [kv.shrink() for kv in held.values() if isinstance(kv, KeyValues)]
+        freed.append(self._pool is not None and self._pool.trim())
+        if not any(freed):
             return False
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -293,7 +297,9 @@ class Scheduler:
                 self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
                 for task in self.running:
                     task.allow(self._most_drafts)
-            self._most_decodes = min(self._most_decodes + 1, self.batch_size)
+            # One that was too long beside others goes on alone.
+            if not any(task in self._far_longer for task in self.running):
+                self._most_decodes = min(self._most_decodes + 1, self.batch_size)
 
 
 def _far_longer(tasks: Sequence[Task]) -> Task | None:

@@ -18,7 +18,7 @@ from spiffy.runtime.decode.task import Advice, Task, is_stopped
 from spiffy.runtime.draft import Candidates, Chooser, Drafter, Walk, rank_candidates, search_of
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
 from spiffy.runtime.draft.rejected import with_rejected
-from spiffy.runtime.forward.cache import CACHES, Cache
+from spiffy.runtime.forward.cache import CACHES, Cache, OverflowedError
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import Row, RowOutput
 from spiffy.runtime.forward.request import Reader, reads_on_host
@@ -182,7 +182,7 @@ class _Drafting:
             self.drafter = None if self._advice is None else self._advice.drafter
             chosen = "plain" if self._advice is None else str(self._advice.choice)
             task.stats.budgets[chosen] = task.stats.budgets.get(chosen, 0) + 1
-        if self.drafter is not None:
+        if self.drafter is not None and task.most_drafts:
             self._known = _candidates(
                 task, self.drafter, root, states, evaluation, walk.state, walk.reading
             )
@@ -280,8 +280,8 @@ def _verify(
 ) -> Generator[list[Row], list[RowOutput], tuple[Tensor, Evaluation]]:
     """Run the forward over the root and as many drafts as memory allows; returns those states.
 
-    A cache changes only after the outputs of a forward have come, so one that failed can be asked
-    for again with fewer drafts. Drafts are no matter of tokens.
+    A cache changes only after the outputs of a forward have come and are numbers, so one that
+    failed can be asked for again with fewer drafts. Drafts are no matter of tokens.
     """
     while True:
         try:
@@ -291,6 +291,9 @@ def _verify(
                 task.most_drafts = (len(states) - 1) // 2
                 task.stats.halvings += 1
                 states = states[: 1 + task.most_drafts]
+        except OverflowedError:  # what the root's own forward says is not known yet
+            task.most_drafts, states = 0, states[:1]
+            task.repeated += 1
         else:
             task.stats.drafted += len(states) - 1
             return states, evaluation

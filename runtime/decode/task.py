@@ -136,6 +136,8 @@ class Task:
         When its rows for the next forward were there (`perf_counter`).
     given_up, anew
         Forwards made before it was begun anew, for want of memory; whether it was.
+    repeated
+        Forwards made again without drafts, one of which overflowed.
     """
 
     model: DiffusionLM
@@ -158,6 +160,7 @@ class Task:
     ready: float = 0.0
     given_up: int = 0
     anew: bool = False
+    repeated: int = 0
 
     def allow(self, drafts: int) -> None:
         """Let forwards have so many drafts, or as many as its length allows."""
@@ -168,12 +171,12 @@ class Task:
         self.path.clear()
         self.roots.clear()
         self.stats.steps = self.stats.drafted = self.stats.accepted = 0
-        self.given_up, self.anew = self.stats.nfe, True
+        self.given_up, self.anew, self.repeated = self.stats.nfe, True, 0
 
     @property
     def plain_nfe(self) -> int:
         """Forwards that plain decoding needs to come as far."""
-        return self.stats.nfe - self.given_up + self.stats.accepted
+        return self.stats.nfe - self.given_up - self.repeated + self.stats.accepted
 
     @property
     def noise(self) -> Noise | None:

@@ -51,6 +51,10 @@ NO_EDGES = BlockEdges(complete=False, first=False, fold=False)
 Forwards = Generator[list[Row], list[RowOutput], Evaluation]
 
 
+class OverflowedError(Exception):
+    """A draft's numbers overflowed, and took along those of the states that share its row."""
+
+
 def _evaluated(
     model: DiffusionLM,
     reader: Reader,
@@ -62,6 +66,12 @@ def _evaluated(
     """Yield the rows of the forward that holds the states; returns their `Evaluation`.
 
     Off the host, what may be read of the states is requested with the rows.
+
+    Raises
+    ------
+    OverflowedError
+        If there is no telling what the root's numbers are without the drafts in its row: attention
+        gives no weight to what is masked, but any weight times NaN is NaN.
     """
     plan = None
     if not reader.on_host:
@@ -72,7 +82,13 @@ def _evaluated(
         Window(outputs[row].hidden, first, start, length) for row, first, start, length in places
     ]
     results = None if plan is None else plan.collect(outputs)
-    return Evaluation(model, windows, reader, results)
+    evaluation = Evaluation(model, windows, reader, results)
+    if len(places) > 1 and places[1].row == places[0].row and not evaluation.knows_root():
+        for row in rows:
+            if isinstance(row.kv, KeyValues):
+                row.kv.clear(row.slots)
+        raise OverflowedError
+    return evaluation
 
 
 class Cache(Protocol):

@@ -88,6 +88,12 @@ class Evaluation:
 
         return reading_of(table, positions, top)
 
+    def knows_root(self) -> bool:
+        """Whether the model computed numbers for the root, as far as they are at hand."""
+        if self.results is not None:
+            return self.results.is_number(0)
+        return bool(self.windows[0].hidden.isfinite().all())
+
     def logits(self, state: int, positions: Tensor) -> Tensor:
         """Logits [M, vocab] of a state's positions (int64 [M])."""
         known = self.precomputed.get(state)

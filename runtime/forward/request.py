@@ -24,7 +24,7 @@ from spiffy.runtime.forward.readout import RowRequest
 from spiffy.runtime.models.base import DiffusionLM
 from spiffy.runtime.step.canvas import Canvas, Cursor
 from spiffy.runtime.step.noise import Noise, redraw
-from spiffy.runtime.step.reading import FIRST, Rules, log_total
+from spiffy.runtime.step.reading import FIRST, Rules, is_number, log_total
 from spiffy.schemas import DecodingSettings
 
 Ints = NDArray[np.int64]
@@ -241,6 +241,10 @@ class ReadResults:
         if numbers is None or (keys is not None and (self.plan.keys[numbers] != keys).any()):
             return None
         return torch.from_numpy(self.table.numpy()[numbers])
+
+    def is_number(self, state: int) -> bool:
+        """Whether all that was read of a state are numbers."""
+        return is_number(self.table[self.edges[state] : self.edges[state + 1]])
 
     def cross_logits(
         self,

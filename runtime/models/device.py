@@ -17,6 +17,8 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device: a launched kernel is not a finished one."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repetitions: int) -> float:

@@ -199,6 +199,18 @@ class Lane(KeyValues):
                 own = buffer[self.number]
                 own[to : to + len(run)] = own[run.start : run.stop]
 
+    @torch.inference_mode()
+    def clear(self, slots: Sequence[range]) -> None:
+        """See `KeyValues`: in a batch others' forwards show what is beyond this one's, masked."""
+        for layer in self.lanes.layers:
+            for buffer in self.lanes.known(layer):
+                for run in slots:
+                    buffer[self.number, run.start : run.stop] = 0
+
+    def shrink(self) -> bool:
+        """Lanes come back where nobody uses them (`Pool.trim`)."""
+        return False
+
 
 class Pool:
     """Lanes of all sizes, for sequences that share forwards; for one thread.

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from spiffy.schemas.errors import is_out_of_memory
+
 _LEAST_ROOM = 64  # slots: what grows by less is copied more often than memory is worth
 
 
@@ -77,6 +79,30 @@ class KeyValues:
         for buffers in self._buffers.values():
             for buffer in buffers:
                 buffer[:, :, to : to + len(run)] = buffer[:, :, run.start : run.stop]
+
+    def clear(self, slots: Sequence[range]) -> None:
+        """What was put into these slots is no number: nobody may come across it.
+
+        Here each forward shows slots only that it has put something into, or one before.
+        """
+
+    @torch.inference_mode()
+    def shrink(self) -> bool:
+        """Give back the memory that drafts took, as far as copying leaves any; whether there was.
+
+        Between two forwards, what they left there is not needed.
+        """
+        freed = False
+        try:
+            for layer, buffers in self._buffers.items():
+                if buffers[0].shape[2] > self.length:
+                    own = [buffer[:, :, : self.length].clone() for buffer in buffers]
+                    self._buffers[layer] = own
+                    freed = True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return freed
 
 
 class Slots(Protocol):

@@ -154,10 +154,15 @@ def log_total(table: Tensor) -> NDArray[np.float64]:
     return total
 
 
+def is_number(table: Tensor) -> bool:
+    """Whether the model computed numbers, by a table on the host (int64 [M, C])."""
+    return not any(table.numpy()[:, 3].tolist())
+
+
 def reading_of(
     table: Tensor, positions: Tensor, top: Callable[[int], tuple[Tensor, Tensor]]
 ) -> Reading:
     """The reading of positions (int64 [M]) from a table on the host (int64 [M, C])."""
-    tokens, score, _, broken, *_ = table.numpy().T
+    tokens, score, *_ = table.numpy().T
     score = torch.from_numpy(score.view(np.float64))
-    return Reading(positions, torch.from_numpy(tokens), score, not any(broken.tolist()), top)
+    return Reading(positions, torch.from_numpy(tokens), score, is_number(table), top)
