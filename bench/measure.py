@@ -75,6 +75,7 @@ class Row:
     draft_seconds: float
     verify_seconds: float
     halvings: int
+    overflows: int
     budgets: Mapping[str, int]
     why: str
     peak_bytes: int | None

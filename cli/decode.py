@@ -390,10 +390,10 @@ def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:
 
     outputs: list[Output] = []
 
-    def finished() -> Iterator[tuple[int, Output | str]]:
+    def finished() -> Iterator[tuple[int, Output | Exception]]:
         for index, output in runs.together(runs.prompts, runs.shown, batch_size):
-            if isinstance(output, str):
-                note_left_out(index, output)
+            if isinstance(output, Exception):
+                note_left_out(index, said(output))
             else:
                 outputs.append(output)
                 if json_lines:
@@ -401,7 +401,7 @@ def _answer_together(runs: Runs, batch_size: int, json_lines: bool) -> None:
             yield index, output
 
     for output in in_order([index for index, _ in runs.prompts], finished()):
-        if not json_lines and not isinstance(output, str):
+        if not json_lines and not isinstance(output, Exception):
             write(output.text + "\n")
     runs.outputs[runs.shown] = outputs
     _check_any(runs)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spiffy.cli.common import log, note_left_out, progress_bar
 from spiffy.cli.decode_runs import as_json
 from spiffy.schemas import SpiffyError
+from spiffy.schemas.errors import is_out_of_memory, said
 
 if TYPE_CHECKING:
     from spiffy.calib.answers import Answers
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from spiffy.cli.decode_runs import Runs
     from spiffy.schemas import Budget, DraftGraph
 
-_HOPELESS = 16  # failures one after the other: not for what is in their prompts
+_MANY = 16  # prompts that do not fit into memory, after which it is asked whether others do
 
 
 def decode_into(
@@ -71,37 +72,42 @@ def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int)
 
     for note in answers.notes:
         log.print(note, soft_wrap=True)
-    most = max(_HOPELESS, 4 * batch_size)  # failures end first, whatever shares their forwards
     todo = [prompt for prompt in runs.prompts if prompt[0] not in answers.places]
     if len(todo) < len(runs.prompts):
         log.print(f"{len(runs.prompts) - len(todo)} of {len(runs.prompts)} answers are there")
     mine = todo[ranks.rank :: ranks.world]
     of = f" (rank {ranks.rank} of {ranks.world})" if ranks.world > 1 else ""
+    waiting: list[dict[str, Any]] = []  # without memory for them, one after the other
+
+    def keep() -> None:
+        """Keep why these have no answer, so that they are not tried again.
+
+        Unless memory is short for all: then it is not their length, and another time they fit.
+        """
+        if waiting and not runs.fits(min(runs.prompts, key=lambda p: len(p[1])), runs.shown):
+            raise SpiffyError(
+                f"not even the shortest prompt fits into memory now ({waiting[-1]['error']}): the "
+                "same command goes on once it does"
+            )
+        for each in waiting:
+            answers.append(each)
+        waiting.clear()
+
     with progress_bar() as bar, until_interrupted(log.print) as stopped:
         # What is in hand then is finished; nothing joins it.
         going_on = takewhile(lambda _: not stopped(), mine)
         finished = runs.together(going_on, runs.shown, batch_size)
-        failures: list[dict[str, Any]] = []  # in a row, which may not be the prompts' fault
         for index, output in bar.track(
             finished, total=len(mine), description=f"decoding prompts{of}"
         ):
-            if isinstance(output, str):
-                failures.append(failed(index, output))
-                if len(failures) == most:
-                    raise SpiffyError(
-                        f"{most} prompts in a row could not be decoded, the last one because: "
-                        f"{output}; once that is mended, the same command goes on"
-                    )
-                continue
-            _keep(failures, answers)
-            answers.append(as_json(index, output))
+            if not isinstance(output, Exception):
+                answers.append(as_json(index, output))
+            elif is_out_of_memory(output):
+                waiting.append(failed(index, said(output)))
+                if len(waiting) % _MANY == 0:
+                    keep()
+            else:
+                answers.append(failed(index, said(output)))
         if stopped():
             raise KeyboardInterrupt
-        _keep(failures, answers)
-
-
-def _keep(failures: list[dict[str, Any]], answers: Answers) -> None:
-    """Keep why prompts have no answer, and empty the list: they are not tried again."""
-    for each in failures:
-        answers.append(each)
-    failures.clear()
+        keep()

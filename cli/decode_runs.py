@@ -13,7 +13,7 @@ from rich.table import Table
 
 from spiffy.cli.common import log, note_if_inexact, note_of_ties
 from spiffy.cli.streams import write_utf8
-from spiffy.schemas.errors import said
+from spiffy.schemas.errors import is_out_of_memory
 from spiffy.schemas.labels import budgets_in_words
 from spiffy.schemas.records import COUNTS, MAX_NODES
 
@@ -60,6 +60,7 @@ class Runs:
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     fitting: dict[str, int] = field(default_factory=dict)  # drafts that memory allows
     shared: Shared | None = None
+    overflowed: bool = False  # a draft, of which is told once
 
     @property
     def shown(self) -> str:
@@ -95,11 +96,12 @@ class Runs:
         if task.stats.halvings:
             self.fitting[name] = task.most_drafts
             _note_fewer_drafts(task)
+        self._note_overflow(task)
         self.outputs.setdefault(name, []).append(output)
 
     def together(
         self, prompts: Iterable[tuple[int, Tensor]], name: str, batch_size: int
-    ) -> Iterator[tuple[int, Output | str]]:
+    ) -> Iterator[tuple[int, Output | Exception]]:
         """Decode prompts, up to `batch_size` sharing forwards; yields answers as they finish.
 
         In place of an answer that failed stands why. Afterwards `shared` says what that took.
@@ -113,8 +115,29 @@ class Runs:
             if task.stats.halvings and task.most_drafts < fewest:
                 fewest = task.most_drafts
                 _note_fewer_drafts(task)
-            yield task.sequence, collect(task) if task.error is None else said(task.error)
+            self._note_overflow(task)
+            yield task.sequence, collect(task) if task.error is None else task.error
         self.shared = Shared(batch_size, scheduler.forwards, perf_counter() - began)
+
+    def _note_overflow(self, task: Task) -> None:
+        if not task.stats.overflows or self.overflowed:
+            return
+        self.overflowed = True
+        dtype = str(self.lm.dtype).removeprefix("torch.")
+        log.print(
+            f"a draft overflowed in {dtype}: such answers go on without drafts, to the same "
+            "tokens; another --dtype may not overflow",
+            soft_wrap=True,
+        )
+
+    def fits(self, prompt: tuple[int, Tensor], name: str) -> bool:
+        """Whether memory suffices to decode a prompt now."""
+        from spiffy.runtime.decode import run
+
+        task = self._task(prompt, name)
+        for _ in run(self.lm, [task], failed_too=True):
+            pass
+        return task.error is None or not is_out_of_memory(task.error)
 
     def _task(self, prompt: tuple[int, Tensor], name: str) -> Task:
         from spiffy.runtime.decode import make_task

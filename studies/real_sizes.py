@@ -6,8 +6,9 @@ generated problems which neither training nor calibration saw; times are the rea
 machine. The draft graph is calibrated on the tiny model. Ways of decoding take turns prompt by
 prompt, in an order drawn anew for each and for each case. A speedup is plain decoding's seconds of
 all prompts over ours, both with the median of their repeats, and the least and the most of a single
-prompt. Beside each stands what was predicted of it, and below them what drafts would bring that
-always come true.
+prompt. Beside each stands what was predicted of it, by costs timed before and after the race (a
+virtual machine's speed changes meanwhile), and below them what drafts would bring that always come
+true.
 
     python studies/real_sizes.py --shapes 0.3b,qwen3-0.6b --models tiny-sdar --blocks 4,8
     python studies/real_sizes.py --shapes 0.3b --weights disk --prompts 1 --budgets 2,8
@@ -22,13 +23,13 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 from zlib import crc32
 
@@ -68,7 +69,14 @@ from spiffy.runtime.budget.predict import plan_of, steps_by_drafts
 from spiffy.runtime.decode import make_task
 from spiffy.runtime.draft import Selection, graph_drafter
 from spiffy.runtime.models.prepack import prepack_if_faster
-from spiffy.schemas import CacheName, DecodingSettings, DraftGraph, PolicyName, SpiffyError
+from spiffy.schemas import (
+    CacheName,
+    CostProfile,
+    DecodingSettings,
+    DraftGraph,
+    PolicyName,
+    SpiffyError,
+)
 from spiffy.schemas.bench import MethodKind, Result
 
 NODES = 16  # of the calibrated graphs
@@ -103,8 +111,8 @@ class Line:
     of_tiny
         Answers that are not the tiny model's.
     predicted
-        Speedup by held-out steps per forward and costs timed beforehand, as `spiffy-calibrate`
-        predicts it; None where it predicts none.
+        Speedup by held-out steps per forward and costs timed before and after the race; None where
+        there is none.
     """
 
     case: Case
@@ -142,33 +150,40 @@ def ways(
     questions: Sequence[str],
 ) -> list[Method]:
     """Plain decoding, fixed budgets, auto, and the bound: drafts that are always right."""
-    fixed: MethodKind = "graph" if graph.acceptance is None else "model"
-    found = methods(model, settings, graph, (fixed, "auto"), args.budgets, prompts=questions)
+    kinds: tuple[MethodKind, ...] = (drafting(graph), "auto")
+    found = methods(model, settings, graph, kinds, args.budgets, prompts=questions)
     return found + methods(model, settings, graph, ("perfect",), args.perfect)[1:]
 
 
-def predictions(
+def drafting(graph: DraftGraph) -> Selection:
+    """Who drafts where numbers of drafts are fixed."""
+    return "graph" if graph.acceptance is None else "model"
+
+
+def costs(
     model: DiffusionLM,
     settings: DecodingSettings,
     graph: DraftGraph,
     args: argparse.Namespace,
     question: str,
-) -> Callable[[Result], float | None]:
-    """From a result to the speedup that was to be expected of it."""
-    steps = steps_by_drafts(graph)
-    selection: Selection = "model" if "model" in steps else "graph"
-    drafters = {selection: lambda n: graph_drafter(model, graph, settings, n, selection)}
+) -> CostProfile:
+    """What forwards take now."""
+    way = drafting(graph)
+    drafters = {way: lambda n: graph_drafter(model, graph, settings, n, way)}
     task = make_task(model, question, settings)
-    profile = measure_cost(task, max(args.budgets), drafters, args.timing)
+    return measure_cost(task, max(args.budgets), drafters, args.timing / 2)
 
-    def predicted(result: Result) -> float | None:
-        timed = max(point.drafts for point in profile.points)
-        # What auto chose most often says little of a short decode in which it tried many numbers.
-        if result.budget is None or result.kind in ("auto", "perfect") or result.budget > timed:
-            return None
-        return plan_of(steps[selection], profile, selection, result.budget).speedup
 
-    return predicted
+def predicted(result: Result, graph: DraftGraph, profiles: Sequence[CostProfile]) -> float | None:
+    """The speedup that was to be expected: the geometric mean by costs at several times."""
+    timed = min(profile.points[-1].drafts for profile in profiles)
+    # What auto chose most often says little of a short decode in which it tried many numbers.
+    if result.budget is None or result.kind in ("auto", "perfect") or result.budget > timed:
+        return None
+    way = drafting(graph)
+    points = steps_by_drafts(graph)[way]
+    plans = (plan_of(points, profile, way, result.budget) for profile in profiles)
+    return geometric_mean(plan.speedup for plan in plans)
 
 
 def run(case: Case, args: argparse.Namespace) -> list[Line]:
@@ -186,8 +201,9 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
     questions = [problem.question for problem in islice(problems("test"), args.prompts)]
     expected = [out.text for out in decode_all(tiny, settings, questions, None, BlockEdges())]
     with streamed(grown, args.offload) if case.weights == "disk" else nullcontext():
-        predicted = predictions(grown, settings, artifact, args, questions[0])
-        found = ways(grown, settings, artifact, args, questions)
+        facts = (grown, settings, artifact, args)
+        found = ways(*facts, questions)
+        before = costs(*facts, questions[0])
         measured = measure(
             grown,
             found,
@@ -197,6 +213,7 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
             warm_up=0,
             seed=crc32(repr(case).encode()),  # of the order: with few prompts one is no chance
         )
+        after = costs(*facts, questions[0])
     plain = seconds(measured.rows, found[0].name)
     return [
         Line(
@@ -213,7 +230,7 @@ def run(case: Case, args: argparse.Namespace) -> list[Line]:
                 for row in measured.rows
                 if (row.method, row.repeat) == (result.name, 0)
             ),
-            predicted(result),
+            predicted(result, artifact, (before, after)),
         )
         for result in results(found, measured)
     ]
@@ -339,7 +356,9 @@ def arguments() -> argparse.Namespace:
     given("--weights", type=words("memory", "disk"), default="memory", help="memory, disk, or both")
     given("--policies", type=words("static", "threshold"), default="static")
     given("--budgets", type=numbers(most=NODES), default="1,2,4,8")
-    given("--timing", type=float, default=20, help="seconds, for predictions")
+    given(
+        "--timing", type=float, default=20, help="seconds, for predictions: half before, half after"
+    )
     given("--perfect", type=numbers(most=NODES), default="4", help="drafts that come true")
     given("--prompts", type=at_least(1), default=2, help="test problems")
     given("--repeats", type=at_least(1), default=2, help="decodes of each in every way")

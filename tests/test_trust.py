@@ -24,6 +24,7 @@ from spiffy.calib.provenance import portable
 from spiffy.runtime import ALIASES, load_model
 from spiffy.runtime.decode import driver, make_task, run
 from spiffy.runtime.forward.pack import forward
+from spiffy.runtime.models.base import DiffusionLM
 from spiffy.schemas import DecodingSettings, DraftGraph, SpiffyError
 from spiffy.schemas.errors import is_out_of_memory
 
@@ -390,6 +391,28 @@ def test_that_fewer_drafts_fit_is_said_once_and_remembered(
     assert (code, printed) == (0, answers)
     assert log.count("out of memory: going on with at most 2 drafts per forward") == 1
     assert log.count("out of memory") == memory.failed == 1
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_that_drafts_overflow_is_said_once(
+    call: Call, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    prompts = [PROMPT, PROMPT.replace("3", "5")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    files = ("--graph", calibrated, "--prompts", tmp_path / "p.jsonl")
+    command = ("decode", *files, "--cache", "dual", "--batch-size", batch)
+    answers = call(*command, "--no-speculation")[1]
+    hidden_states = DiffusionLM.hidden_states
+
+    def overflowing(model: DiffusionLM, *given: Any) -> torch.Tensor:
+        hidden, groups = hidden_states(model, *given), given[-1]
+        packed = [group.mask is not None for group in groups for _ in range(group.positions)]
+        return hidden.masked_fill(torch.tensor(packed)[:, None], torch.nan)
+
+    monkeypatch.setattr(DiffusionLM, "hidden_states", overflowing)
+    code, printed, log = call(*command, "--budget", 4)
+    assert (code, printed) == (0, answers)
+    assert log.count("a draft overflowed in float32") == 1
 
 
 def test_plain_decoding_that_does_not_fit_is_an_error(

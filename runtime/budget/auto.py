@@ -86,7 +86,8 @@ class AutoBudget:
         if "model" in steps:
             fastest_search()  # compiles, which must not happen amid forwards that are timed
         points = {way: [(p.drafts, p.steps) for p in curve] for way, curve in steps.items()}
-        seconds = [] if prior is None else pairs(prior.points)
+        # Plain forwards alone say nothing of what drafts cost.
+        seconds = [] if prior is None or len(prior.points) < 2 else pairs(prior.points)
         self.shared = SharedController(points, min(graph.budget, MOST_UNASKED), seconds)
         self._by_graph: dict[int, Drafter] = {}  # by number of drafts
         self._by_model: AcceptanceDrafter | None = None  # a copy of it drafts each forward

@@ -114,7 +114,8 @@ def cost_profile(
     profile = measure_cost(task, largest, drafters)
     key = _key(conditions(task))
     _remembered[key] = profile
-    _save(_profile_path(key), profile)
+    if len(profile.points) > 1:  # else memory was short, which it may not be another time
+        _save(_profile_path(key), profile)
     return profile
 
 

@@ -28,7 +28,7 @@ from spiffy.runtime.decode import (
 )
 from spiffy.runtime.draft import Drafter, rank_candidates, search_of
 from spiffy.runtime.draft.acceptance import TOKEN_RANKS
-from spiffy.runtime.forward.cache import CACHES, Cache, Forwards
+from spiffy.runtime.forward.cache import CACHES, Cache, Forwards, OverflowedError
 from spiffy.runtime.forward.evaluation import Evaluation
 from spiffy.runtime.forward.pack import forward
 from spiffy.runtime.forward.request import Reader
@@ -127,7 +127,11 @@ class _DecodeParts:
 
     def forward(self, at: _TimedRoot, states: Tensor) -> Evaluation:
         """One forward over root and drafts, and what it passes through an expensive output head."""
-        evaluation = _run(self.task, self.cache.evaluate(at.root, states, len(states) > 1))
+        try:
+            evaluation = _run(self.task, self.cache.evaluate(at.root, states, len(states) > 1))
+        except OverflowedError:  # as decoding does
+            states = states[:1]
+            evaluation = _run(self.task, self.cache.evaluate(at.root, states, False))
         if batches_head(self.task):
             evaluation.precompute(likely_states(self.task, at.root, states, evaluation, 0))
         return evaluation

@@ -37,11 +37,11 @@ class Scheduler:
     """Decodes that share forwards: they join and leave between two of them, in order.
 
     A decode that fails ends alone, with its error. A forward that does not fit into memory is made
-    again once what sequences before it left is given back, then with half the drafts; if there are
-    none left, without the decode that is far longer than
-    the others, else with half of them: the rest waits and is begun anew, for what it holds takes
-    memory too. What fitted is remembered, and exceeded a little after many forwards; if a decode
-    does not fit alone, all was its fault, and so it was if it is the far longer one and has ended.
+    again once what sequences and drafts before it left is given back, then with half the drafts; if
+    there are none left, without the decode that is far longer than the others, else with half of
+    them: the rest waits and is begun anew, for what it holds takes memory too. What fitted is
+    remembered, and exceeded a little after many forwards; if a decode does not fit alone, all was
+    its fault, and so it was if it is the far longer one and has ended.
     For one thread.
 
     Raises
@@ -297,7 +297,7 @@ class Scheduler:
                 self._most_drafts = min(2 * self._most_drafts + 1, MAX_NODES)
                 for task in self.running:
                     task.allow(self._most_drafts)
-            # One that was too long beside others goes on alone.
+            # One that was too long beside others goes on to its end before more may join it.
             if not any(task in self._far_longer for task in self.running):
                 self._most_decodes = min(self._most_decodes + 1, self.batch_size)
 

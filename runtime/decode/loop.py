@@ -94,13 +94,19 @@ def _walk(
     began = perf_counter()
     precomputes = len(states) > 1 and batches_head(task)
     cursor, state, hops = root, 0, 0
+    last, stepped_from = root, 0
     while True:
         first_only = cache.first_only(cursor)
         positions = looked_at(task, cursor, first_only)
         if precomputes and not first_only and state not in evaluation.precomputed:
             evaluation.precompute(likely_states(task, cursor, states, evaluation, state))
         reading = evaluation.reading(state, positions, keys_of(task, cursor, positions))
-        last, cursor = cursor, denoising_step(task, cursor, reading, first_only)
+        known = reading.is_number or not state
+        if not known:  # another draft's doing: its own forward tells
+            hops -= 1
+            break
+        stepped_from, last = state, cursor
+        cursor = denoising_step(task, cursor, reading, first_only)
         task.path.append(cursor)
         task.stats.steps += 1
         verified = _find_verified(task, cache, states, evaluation, root, cursor)
@@ -110,7 +116,8 @@ def _walk(
         state = verified
     task.stats.accepted += hops
     task.stats.verify_seconds += perf_counter() - began
-    return _Walked(cursor, last, state, hops, None if first_only else reading)
+    told = reading if known and not first_only else None
+    return _Walked(cursor, last, stepped_from, hops, told)
 
 
 class _Drafting:
@@ -177,12 +184,12 @@ class _Drafting:
         if root.finished or not self.cache.takes_drafts(root):
             return
         if adviser is not None:
-            mute = adviser.rests or not task.most_drafts
+            mute = adviser.rests or not task.may_draft
             self._advice = None if mute else adviser.advise()
             self.drafter = None if self._advice is None else self._advice.drafter
             chosen = "plain" if self._advice is None else str(self._advice.choice)
             task.stats.budgets[chosen] = task.stats.budgets.get(chosen, 0) + 1
-        if self.drafter is not None and task.most_drafts:
+        if self.drafter is not None and task.may_draft:
             self._known = _candidates(
                 task, self.drafter, root, states, evaluation, walk.state, walk.reading
             )
@@ -292,8 +299,8 @@ def _verify(
                 task.stats.halvings += 1
                 states = states[: 1 + task.most_drafts]
         except OverflowedError:  # what the root's own forward says is not known yet
-            task.most_drafts, states = 0, states[:1]
-            task.repeated += 1
+            task.overflowed, states = True, states[:1]
+            task.stats.overflows += 1
         else:
             task.stats.drafted += len(states) - 1
             return states, evaluation

@@ -39,6 +39,8 @@ class Stats:
         next block (policy "joint").
     halvings
         Times that a forward did not fit into memory and its drafts were halved.
+    overflows
+        Forwards made again without drafts, because the numbers of one overflowed.
     seconds
         Wall-clock time from prompt ids to answer ids; forwards shared by several sequences count
         in full for each.
@@ -58,6 +60,7 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     halvings: int = 0
+    overflows: int = 0
     seconds: float = 0.0
     forward_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -135,9 +138,10 @@ class Task:
     ready
         When its rows for the next forward were there (`perf_counter`).
     given_up, anew
-        Forwards made before it was begun anew, for want of memory; whether it was.
-    repeated
-        Forwards made again without drafts, one of which overflowed.
+        Forwards made before it was begun anew, for want of memory, without `Stats.overflows`;
+        whether it was.
+    overflowed
+        Whether the numbers of a draft overflowed: then there are no more.
     """
 
     model: DiffusionLM
@@ -160,7 +164,12 @@ class Task:
     ready: float = 0.0
     given_up: int = 0
     anew: bool = False
-    repeated: int = 0
+    overflowed: bool = False
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether a forward may have drafts, as far as memory and numbers go."""
+        return self.most_drafts > 0 and not self.overflowed
 
     def allow(self, drafts: int) -> None:
         """Let forwards have so many drafts, or as many as its length allows."""
@@ -171,12 +180,12 @@ class Task:
         self.path.clear()
         self.roots.clear()
         self.stats.steps = self.stats.drafted = self.stats.accepted = 0
-        self.given_up, self.anew, self.repeated = self.stats.nfe, True, 0
+        self.given_up, self.anew = self.stats.nfe - self.stats.overflows, True
 
     @property
     def plain_nfe(self) -> int:
         """Forwards that plain decoding needs to come as far."""
-        return self.stats.nfe - self.given_up - self.repeated + self.stats.accepted
+        return self.stats.nfe - self.given_up - self.stats.overflows + self.stats.accepted
 
     @property
     def noise(self) -> Noise | None:

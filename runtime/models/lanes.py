@@ -156,10 +156,12 @@ class Lane(KeyValues):
     @torch.inference_mode()
     def _change(self, slots: int) -> None:
         """Go to another lane if this one is too short."""
-        if slots <= self.lanes.slots:
-            return
+        if slots > self.lanes.slots:
+            self._go_to(self._pool.lanes(slots))
+
+    def _go_to(self, lanes: Lanes) -> None:
+        """Go to another lane, with what the sequence's own slots hold, or stay as it is."""
         before, number = self.lanes, self.number
-        lanes = self._pool.lanes(slots)
         to = lanes.take(self)
         try:
             for layer in before.layers:
@@ -207,9 +209,18 @@ class Lane(KeyValues):
                 for run in slots:
                     buffer[self.number, run.start : run.stop] = 0
 
+    @torch.inference_mode()
     def shrink(self) -> bool:
-        """Lanes come back where nobody uses them (`Pool.trim`)."""
-        return False
+        """See `KeyValues`: by a shorter lane."""
+        if roomy(self.length) >= self.lanes.slots:
+            return False
+        try:
+            self._go_to(self._pool.lanes(self.length))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
 
 class Pool:
