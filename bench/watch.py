@@ -265,7 +265,7 @@ class Tallies:
         """Count the drafts of one decode."""
         found = cls.together(())
         for forward in forwards:
-            if forward.states is None or forward.candidates is None:
+            if forward.states is None or forward.candidates is None or not len(forward.states):
                 continue
             found.walks[len(forward.accepted)] += 1
             ranks = {p: i for i, p in enumerate(forward.candidates.positions.tolist())}

@@ -93,8 +93,9 @@ def fit_acceptance(
     states = sum(len(example.choice) for example in _examples(traces, shown, layout))
     if states < _FEW:
         return None
-    # Blocks that take a denoising step per position have so many roots.
-    roots = settings.block_length - (settings.cache == "dual")
+    # Blocks that take a denoising step per position have so many roots, but with a cache none of
+    # the first, about which nothing is known beforehand.
+    roots = settings.block_length - (settings.cache != "none")
     stride = _out_of_step(-(-states // _MAX_STATES), roots)
     examples = list(islice(_examples(traces, shown, layout), 0, None, stride))
     pairs: list[Pairs] = [Counter() for _ in range(FOLDS)]

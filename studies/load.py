@@ -36,7 +36,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import count, cycle
+from itertools import count
 from math import lcm
 from pathlib import Path
 from time import perf_counter
@@ -49,7 +49,7 @@ wait_passively()  # as servers do, before torch is imported
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from pages import add_into, at_least, command, expect, fill, machine, start
+from pages import add_into, at_least, command, expect, fill, machine, start, whole
 from scipy.stats import t as student
 from serving import Server, calibrated, percentile, questions, serving
 
@@ -63,6 +63,7 @@ WAYS: dict[str, Budget | None] = {"none": None, "auto": "auto", "8 each": 8}
 Floats = NDArray[np.float64]
 ALONE = 0  # clients: no server at all
 _FEW = 4  # turns, or servers: fewer make no interval
+_APART = 7  # requests from one turn's first to the next one's, so that they ask other questions
 _WARM = 2.0  # seconds that warm up those who learn nothing
 
 
@@ -112,13 +113,17 @@ class Asked:
 
 
 async def closed_loop(
-    answer: Callable[[int], Awaitable[tuple[int, str]]], clients: int, seconds: float
+    answer: Callable[[int], Awaitable[tuple[int, str]]],
+    clients: int,
+    seconds: float,
+    first: int = 0,
 ) -> tuple[float, list[Asked]]:
     """Ask for some seconds, once every client has had an answer; when that began, and all answers.
 
-    All go on asking until the last answer that was asked for before the end has come.
+    All go on asking until the last answer that was asked for before the end has come. Requests are
+    numbered from `first` on.
     """
-    clock, numbers = asyncio.get_running_loop().time, count()
+    clock, numbers = asyncio.get_running_loop().time, count(first)
     found: list[Asked] = []
     start = end = float("inf")
     waiting, counted = clients, 0  # for their first answer; answers on their way that count
@@ -147,6 +152,7 @@ async def ask(
     server: Server,
     clients: int,
     seconds: float,
+    first: int,
     prompts: Sequence[str],
     lengths: Sequence[int],
     known: dict[tuple[str, int], str],
@@ -165,7 +171,7 @@ async def ask(
             text: str = found["choices"][0]["message"]["content"]
             return found["usage"]["completion_tokens"], text
 
-        start, answers = await closed_loop(answer, clients, seconds)
+        start, answers = await closed_loop(answer, clients, seconds, first)
     if into is None:
         return
     into.begin(seconds)
@@ -190,6 +196,7 @@ class Alone:
         self,
         budget: Budget | None,
         seconds: float,
+        first: int,
         prompts: Sequence[str],
         lengths: Sequence[int],
         known: dict[tuple[str, int], str],
@@ -202,7 +209,8 @@ class Alone:
         if into is not None:
             into.begin(seconds)
         end = perf_counter() + seconds
-        for prompt, length in zip(cycle(prompts), cycle(lengths), strict=False):
+        for number in count(first):
+            prompt, length = asked(number, prompts, lengths)
             began = perf_counter()
             if began >= end:
                 break
@@ -260,7 +268,8 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
                     warm_up = args.warm_up if WAYS[way] == "auto" else min(args.warm_up, _WARM)
                     seconds = warm_up if turn < 0 else args.seconds / args.turns
                     into = None if turn < 0 else found[clients][way]
-                    what = (seconds, prompts, args.lengths, known, into)
+                    first = _APART * (turn + args.servers)
+                    what = (seconds, first, prompts, args.lengths, known, into)
                     if clients == ALONE:
                         by_itself.ask(WAYS[way], *what)
                     else:
@@ -341,6 +350,8 @@ def main() -> None:
     several = f" --servers {args.servers}" if args.servers > 1 else ""
     ways = "" if args.ways == [*WAYS] else f" --ways {' '.join(args.ways)}"
     key = f"load {args.model}{shape}{several}{ways}"
+    if not args.shape:
+        whole(parser, args, "clients")
     expect(parser, args.into, key)
     found = measure(args)
     block = (

@@ -106,7 +106,7 @@ def fitting(
     """
     drawn = load_prompts(dataset, samples, split="test")
     kept = []
-    for text in drawn.texts:
+    for text in dict.fromkeys(drawn.texts):  # calibration leaves out those that repeat others, too
         try:
             make_task(model, text, settings)
         except SpiffyError:
@@ -220,7 +220,8 @@ def share(name: str, args: argparse.Namespace) -> Iterator[Sharing]:
     generated = load_prompts("synthetic", args.near_samples, split="test")
     tried = [("generated", generated.texts, args.gen_length)]
     if args.dataset:
-        drawn = load_prompts(args.dataset, args.dataset_samples, split="test")
+        longest = decoding_settings(model, gen_length=args.dataset_gen_length, cache="prefix")
+        drawn = fitting(args.dataset, args.dataset_samples, model, longest)
         tried.append((drawn.dataset, drawn.texts, args.dataset_gen_length))
     for policy in POLICIES:
         base = decoding_settings(

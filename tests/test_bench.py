@@ -295,7 +295,7 @@ def test_counts_of_what_learns_are_of_the_repeat_in_the_middle() -> None:
     assert (result.nfe, result.positions_computed) == (20, 2000)
     assert result.acceptance.walk_lengths == (0, 0, 1)
     assert counted("graph 4", [10, 10]).acceptance.walk_lengths == (1,)
-    assert counted("model 4", [20, 10]).nfe == 10  # of an even number, that of the lower
+    assert counted("model 4", [20, 10]).nfe == 20  # not of that which had learned of the prompts
 
 
 def test_what_auto_chose_is_a_number_of_drafts_whoever_chose_them() -> None:

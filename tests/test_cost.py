@@ -340,6 +340,25 @@ def test_where_no_draft_fits_into_memory_plain_forwards_are_known(
     assert best_plan({"graph": STEPS}, measured) == Plan(None, 0, 1.0)
 
 
+def test_where_drafts_overflow_costs_are_those_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which makes such a forward again without them."""
+    model = parity_model("llada-a")
+    settings = decoding_settings(model, gen_length=16, block_length=8, cache="dual")
+    task = make_task(model, random_prompt(model, 4), settings)
+    hidden_states = model.hidden_states
+
+    def overflowing(ids: torch.Tensor, positions: torch.Tensor, groups: Any) -> torch.Tensor:
+        hidden = hidden_states(ids, positions, groups)
+        (group,) = groups
+        return hidden if group.mask is None else torch.full_like(hidden, torch.nan)
+
+    monkeypatch.setattr(model, "hidden_states", overflowing)
+    chain = GraphDrafter([[(0, 0)], [(0, 0), (1, 0)]], model)
+    measured = cost.measure_cost(task, 2, {"graph": lambda _: chain}, limit=0.5)
+    assert [point.drafts for point in measured.points] == [0, 1, 2]
+    assert min(point.seconds for point in measured.turns["graph"]) > 0
+
+
 def test_a_machine_too_slow_for_the_limit_still_tries_one_draft() -> None:
     model = parity_model("llada-a")
     task = make_task(model, random_prompt(model, 4), decoding_settings(model, gen_length=32))

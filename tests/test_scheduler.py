@@ -17,6 +17,7 @@ from spiffy.runtime.forward import cache
 from spiffy.runtime.forward.pack import Row, RowOutput, forward
 from spiffy.runtime.generate import generate, generate_many
 from spiffy.runtime.models.base import DiffusionLM
+from spiffy.runtime.models.lanes import Lane, Pool
 from spiffy.runtime.models.slots import KeyValues, Slots
 from spiffy.schemas import DecodingSettings, SpiffyError
 from spiffy.schemas.records import MAX_NODES
@@ -424,9 +425,10 @@ def test_one_that_is_too_long_beside_others_goes_on_alone(monkeypatch: pytest.Mo
     assert [states(task) for task in tasks] == [states(task) for task in plainly]
 
 
+@pytest.mark.parametrize("in_lanes", [False, True])
 @pytest.mark.parametrize("name", ["llada-a", "sdar-a"])
 def test_what_drafts_took_comes_back_before_a_decode_fails(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, in_lanes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory for a whole sequence and its keys and values, but not for what drafts left, too."""
     model = parity_model(name, "float64")
@@ -442,6 +444,7 @@ def test_what_drafts_took_comes_back_before_a_decode_fails(
         (row,) = rows
         assert isinstance(row.kv, KeyValues)
         held = max((b[0].shape[2] for b in row.kv._buffers.values()), default=0)
+        held = row.kv.lanes.slots if isinstance(row.kv, Lane) else held
         if len(row.ids) + held > most:
             failed += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -449,10 +452,12 @@ def test_what_drafts_took_comes_back_before_a_decode_fails(
 
     monkeypatch.setattr(driver, "forward", short)
     scheduler = Scheduler(model)
+    scheduler._pool = Pool(2) if in_lanes else None
     scheduler.add(task)
     decoded(scheduler)
     assert task.error is None
     assert failed > 0
+    assert task.stats.drafted > 0
     assert states(task) == states(plainly)
 
 

@@ -65,6 +65,7 @@ _PLAIN_SHARE = 0.01  # of the time, which tries of plain forwards may lose
 # Share of a plain step's time that drafts must promise to save.
 _MARGIN = 0.04
 _MARGIN_SHARED = 0.08  # where sequences share forwards, whose seconds vary more
+_MARGIN_KEPT = 0.0  # where drafts are what it keeps to
 _MARGIN_BEHIND = 0.06  # where drafts have lost more than `_MOST_BEHIND`
 
 # What drafts have lost against plain decoding, in plain forwards.
@@ -284,7 +285,8 @@ class Controller:
         """What it would choose now and what that rests on, in words."""
         if not self.costs.knows_plain:
             return "nothing is known about plain forwards yet"
-        best, drafts = self._best(), self._known_drafts()
+        kept = self._current if self._try is None else self._try.fallback
+        best, drafts = self._best(kept), self._known_drafts()
         ms = 1000 * self._slowdown.value
         plain = f"{ms * self.costs.per_step(PLAIN):.3g} ms"
         if not drafts:
@@ -299,9 +301,12 @@ class Controller:
 
     def _plan(self) -> None:
         """Choose for the next forwards: end a try, then begin another or keep to what is best."""
-        if self._try is not None and not self._end_try(self._try):
-            return
-        best, found = self._best(), None
+        kept = self._current
+        if self._try is not None:
+            kept = self._try.fallback
+            if not self._end_try(self._try):
+                return
+        best, found = self._best(kept), None
         if self._behind <= _MOST_BEHIND:
             found = self._pick_try(best)
         elif not self._promises(best, max(_MARGIN_BEHIND, self._margin)):
@@ -321,10 +326,15 @@ class Controller:
         """Choices with drafts that were tried since the machine last changed."""
         return [c for c in self._choices if c.way is not None and c in self._last_forward]
 
-    def _best(self) -> Choice:
-        """The cheapest of what is known; drafts only where they promise something."""
+    def _best(self, kept: Choice) -> Choice:
+        """The cheapest of what is known; drafts only where they promise something.
+
+        Less where drafts are what was `kept` to: a gain of some percent would be lost for long by
+        a forward or two that took longer.
+        """
         best = min(self._known_drafts(), key=self.costs.per_step, default=PLAIN)
-        return best if self._promises(best, self._margin) else PLAIN
+        margin = self._margin if kept == PLAIN else _MARGIN_KEPT
+        return best if self._promises(best, margin) else PLAIN
 
     def _promises(self, choice: Choice, margin: float) -> bool:
         """Whether its steps take less than plain ones by this share."""
@@ -360,7 +370,7 @@ class Controller:
             lost = min(costs.loss(choice, tried.fallback_per_step), costs.longest(choice))
             self._allowance.lose(tried.learned * max(0.0, lost), tried.plain_seconds)
         self._try = None
-        best = self._best()
+        best = self._best(tried.fallback)
         if best == choice != PLAIN and self._needs_another_try(best, tried.fallback_per_step):
             self._begin_try(best, fallback=best)
             return False
