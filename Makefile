@@ -86,8 +86,8 @@ results: $(READY)
 	$(BIN)/python studies/mixture.py --into docs/results.md
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --servers 6 --seconds 48 --turns 12 --warm-up 5 \
 		--into docs/results-serving.md
-	$(BIN)/python studies/load.py --model tiny-llada --cache dual --clients 1 4 16 --lengths 64 32 96 \
-		--seconds 24 --turns 6 --warm-up 10 --into docs/results-serving.md
+	$(BIN)/python studies/load.py --model tiny-llada --cache dual --clients 1 2 4 --lengths 64 32 96 --servers 6 \
+		--seconds 48 --turns 12 --warm-up 20 --into docs/results-serving.md
 	$(BIN)/python studies/load.py --model tiny-sdar --cache block --shape 0.3b --clients 1 4 16 --lengths 32 16 24 \
 		--seconds 48 --turns 6 --warm-up 16 --into docs/results-serving.md
 	$(BIN)/python studies/soak.py --into docs/results-serving.md

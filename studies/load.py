@@ -49,7 +49,7 @@ wait_passively()  # as servers do, before torch is imported
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from pages import add_into, at_least, command, expect, fill, machine, start, whole
+from pages import add_into, at_least, command, expect, fill, machine, start
 from scipy.stats import t as student
 from serving import Server, calibrated, percentile, questions, serving
 
@@ -350,8 +350,6 @@ def main() -> None:
     several = f" --servers {args.servers}" if args.servers > 1 else ""
     ways = "" if args.ways == [*WAYS] else f" --ways {' '.join(args.ways)}"
     key = f"load {args.model}{shape}{several}{ways}"
-    if not args.shape:
-        whole(parser, args, "clients")
     expect(parser, args.into, key)
     found = measure(args)
     block = (

@@ -65,7 +65,7 @@ _PLAIN_SHARE = 0.01  # of the time, which tries of plain forwards may lose
 # Share of a plain step's time that drafts must promise to save.
 _MARGIN = 0.04
 _MARGIN_SHARED = 0.08  # where sequences share forwards, whose seconds vary more
-_MARGIN_KEPT = 0.0  # where drafts are what it keeps to
+_MARGIN_KEPT = 0.0  # where drafts are what it keeps to, and one sequence has them
 _MARGIN_BEHIND = 0.06  # where drafts have lost more than `_MOST_BEHIND`
 
 # What drafts have lost against plain decoding, in plain forwards.
@@ -330,11 +330,11 @@ class Controller:
         """The cheapest of what is known; drafts only where they promise something.
 
         Less where drafts are what was `kept` to: a gain of some percent would be lost for long by
-        a forward or two that took longer.
+        a forward or two that took longer. Not where sequences share forwards, which vary more.
         """
         best = min(self._known_drafts(), key=self.costs.per_step, default=PLAIN)
-        margin = self._margin if kept == PLAIN else _MARGIN_KEPT
-        return best if self._promises(best, margin) else PLAIN
+        keeps = kept != PLAIN and self.sequences == 1
+        return best if self._promises(best, _MARGIN_KEPT if keeps else self._margin) else PLAIN
 
     def _promises(self, choice: Choice, margin: float) -> bool:
         """Whether its steps take less than plain ones by this share."""
