@@ -54,6 +54,7 @@ _FAR_BEHIND = 0.7
 _EARLY = 40  # up to this forward one try is enough, if it saves `_EARLY_GAIN`
 _EARLY_GAIN = 0.25  # of a step's time
 _OPTIMISM = 0.9  # of its expected time is what a choice may take that was never tried
+_HOPEFUL = 0.8  # of its time is what a step may take with more drafts than were tried, at its best
 _CHEAPER = 0.04  # share of a step's time that another number of drafts has to save, at its best
 
 # What was tried before is tried again, for the machine may have changed.
@@ -412,7 +413,10 @@ class Controller:
             return min(promising, key=costs.per_step)
         if best != PLAIN and self._age(PLAIN) > self._plain_interval(best):
             return PLAIN
-        patience = self._backoff(None, _MOST_BACKOFF_PLAIN) if best == PLAIN else 1
+        # Where the first drafts are the dear ones, tries of these in vain say little of more.
+        new = (costs.best_per_step(c) for c in others if c not in self._last_forward)
+        hopeful = costs.flattens and min(new, default=now) < _HOPEFUL * now
+        patience = 1 if best != PLAIN or hopeful else self._backoff(None, _MOST_BACKOFF_PLAIN)
         if self.forwards - self._last_revisit < _REVISIT * patience:
             return None
         found = [c for c in others if is_due(c) and is_affordable(c)]

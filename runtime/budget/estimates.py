@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from spiffy.runtime.draft import Selection
@@ -18,6 +19,12 @@ _KEPT = 24  # the last forwards with a number of drafts, by which it is judged
 _STALE = 24  # forwards of any kind after which what was known of one kind is out of date
 _ENOUGH = 3  # forwards with a number of drafts, with which one more can be compared
 _CHANGED = 1.5  # times slower or faster: an odd forward, or another machine
+# Where the first drafts are the dear ones, such as a mixture's, which has read most of its experts
+# after a few: what one has to cost for that, in plain forwards, and the last ones at most of it.
+_DEAR, _FLAT = 0.2, 0.5
+# There, what each further draft may cost: so many times what the last ones did, so much of a plain
+# forward at least; and the bound of a forward is lowered by so much at most.
+_STEEPER, _LEAST, _MOST_LOWERED = 2.0, 0.05, 3.0
 _DOUBLES_AT = 20  # drafts that make a forward twice as long, where nothing says how long it is
 
 # The machine's speed.
@@ -217,7 +224,24 @@ class ForwardSeconds:
             (n, s) for n, s in self._points if n <= drafts and self._forwards_since(n) <= _STALE
         ]
         known, seconds = fresh[-1] if fresh else self._points[0]
-        return seconds * max(1.0, (1 + drafts) / (1 + known))
+        most = seconds * max(1.0, (1 + drafts) / (1 + known))
+        if not self.flattens:
+            return most
+        each = max(_STEEPER * self._of_each()[-1], _LEAST * self._points[0][1])
+        return max(min(most, seconds + (drafts - known) * each), most / _MOST_LOWERED)
+
+    @property
+    def flattens(self) -> bool:
+        """Whether the first drafts are the dear ones, by those that were seen in this order."""
+        each = self._of_each()
+        if len(each) < 2 or self._seen[self._points[-1][0]] < self._seen[self._points[-2][0]]:
+            return False
+        dearest = max(each[:-1])
+        return dearest >= _DEAR * self._points[0][1] and each[-1] <= _FLAT * dearest
+
+    def _of_each(self) -> list[float]:
+        """What each draft costs between the numbers that were seen."""
+        return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(self._points)]
 
 
 def _trimmed_mean(values: Sequence[float]) -> float:

@@ -74,6 +74,11 @@ class LearnedCosts:
         return next((c for c in curves if c.knows(choice.drafts)), curves[0])
 
     @property
+    def flattens(self) -> bool:
+        """Whether the first drafts are the dear ones, whoever chose them."""
+        return any(curve.flattens for curve in self.curves.values())
+
+    @property
     def knows_plain(self) -> bool:
         """Whether a plain forward has been seen."""
         return self._plain.knows(0)
