@@ -77,7 +77,7 @@ def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int)
         log.print(f"{len(runs.prompts) - len(todo)} of {len(runs.prompts)} answers are there")
     mine = todo[ranks.rank :: ranks.world]
     of = f" (rank {ranks.rank} of {ranks.world})" if ranks.world > 1 else ""
-    waiting: list[dict[str, Any]] = []  # without memory for them, one after the other
+    waiting: list[dict[str, Any]] = []  # for which memory did not suffice
 
     def keep() -> None:
         """Keep why these have no answer, so that they are not tried again.
@@ -104,7 +104,7 @@ def _decode_missing(runs: Runs, answers: Answers, ranks: Ranks, batch_size: int)
                 answers.append(as_json(index, output))
             elif is_out_of_memory(output):
                 waiting.append(failed(index, said(output)))
-                if len(waiting) % _MANY == 0:
+                if len(waiting) == _MANY:
                     keep()
             else:
                 answers.append(failed(index, said(output)))

@@ -77,7 +77,8 @@ def evaluate(task: Path, model_args: str, out: Path, more: Sequence[str]) -> dic
         [*command, "--output_path", str(out), *more], capture_output=True, text=True, check=False
     )
     paths = [*out.glob("*/results_*.json")]
-    if done.returncode > len(paths):  # 1, with results: an answer differs, and the table says so
+    differs = done.returncode == 1 and paths  # an answer, and the table says so
+    if done.returncode and not differs:
         raise SystemExit(done.stderr)
     (path,) = paths
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

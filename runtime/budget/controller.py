@@ -286,8 +286,7 @@ class Controller:
         """What it would choose now and what that rests on, in words."""
         if not self.costs.knows_plain:
             return "nothing is known about plain forwards yet"
-        kept = self._current if self._try is None else self._try.fallback
-        best, drafts = self._best(kept), self._known_drafts()
+        best, drafts = self._best(self._kept), self._known_drafts()
         ms = 1000 * self._slowdown.value
         plain = f"{ms * self.costs.per_step(PLAIN):.3g} ms"
         if not drafts:
@@ -302,11 +301,9 @@ class Controller:
 
     def _plan(self) -> None:
         """Choose for the next forwards: end a try, then begin another or keep to what is best."""
-        kept = self._current
-        if self._try is not None:
-            kept = self._try.fallback
-            if not self._end_try(self._try):
-                return
+        kept = self._kept
+        if self._try is not None and not self._end_try(self._try):
+            return
         best, found = self._best(kept), None
         if self._behind <= _MOST_BEHIND:
             found = self._pick_try(best)
@@ -326,6 +323,11 @@ class Controller:
     def _known_drafts(self) -> list[Choice]:
         """Choices with drafts that were tried since the machine last changed."""
         return [c for c in self._choices if c.way is not None and c in self._last_forward]
+
+    @property
+    def _kept(self) -> Choice:
+        """What it keeps to: the current choice, or what would be chosen without the try."""
+        return self._current if self._try is None else self._try.fallback
 
     def _best(self, kept: Choice) -> Choice:
         """The cheapest of what is known; drafts only where they promise something.
